@@ -1,0 +1,56 @@
+"""Patches of 3-D medical images too large for a GPU, and a model's outputs woven back into whole volumes."""
+
+from . import data, datasets, errors, inference, loader
+from ._version import __version__
+from .core.grids import PatchGrid
+from .core.locations import PatchLocation
+from .inference import GridAggregator, PatchAggregator
+from .sampling.grid import GridSampler
+from .volumes.batch import ImagesBatch, SubjectsBatch
+from .volumes.constants import (
+    AFFINE,
+    CHANNELS_DIMENSION,
+    DATA,
+    INTENSITY,
+    LABEL,
+    LOCATION,
+    PATH,
+    SAMPLING_MAP,
+    STEM,
+    TYPE,
+)
+from .volumes.image import Image, LabelMap, ScalarImage
+from .volumes.loading import SubjectsDataset, SubjectsLoader
+from .volumes.subject import Subject
+
+__all__ = [
+    "AFFINE",
+    "CHANNELS_DIMENSION",
+    "DATA",
+    "INTENSITY",
+    "LABEL",
+    "LOCATION",
+    "PATH",
+    "SAMPLING_MAP",
+    "STEM",
+    "TYPE",
+    "GridAggregator",
+    "GridSampler",
+    "Image",
+    "ImagesBatch",
+    "LabelMap",
+    "PatchAggregator",
+    "PatchGrid",
+    "PatchLocation",
+    "ScalarImage",
+    "Subject",
+    "SubjectsBatch",
+    "SubjectsDataset",
+    "SubjectsLoader",
+    "__version__",
+    "data",
+    "datasets",
+    "errors",
+    "inference",
+    "loader",
+]

@@ -1,0 +1,261 @@
+"""Regular grids of patches that cover a volume, computed rather than listed."""
+
+import itertools
+import math
+import operator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, overload
+
+from ..errors import ScaleError, SizeError
+from .boxes import Box
+from .locations import PatchLocation
+from .sizes import Ints, Scale, as_overlap, as_sizes, axis_name
+
+__all__ = ["AxisGrid", "PatchGrid"]
+
+
+@dataclass(frozen=True, slots=True)
+class AxisGrid:
+    """The starts of the patches along one axis.
+
+    They are `stride` apart, but for the last patch, which ends where the axis ends and so may overlap its
+    neighbour by more.
+
+    Example:
+        >>> list(AxisGrid(start=0, stop=10, patch=5, stride=3))
+        [0, 3, 5]
+    """
+
+    start: int
+    """First voxel that is covered."""
+    stop: int
+    """One past the last voxel that is covered."""
+    patch: int
+    """Voxels per patch, at most `stop - start`."""
+    stride: int
+    """Voxels from one start to the next, at least 1."""
+
+    @property
+    def last(self) -> int:
+        """Start of the last patch."""
+        return self.stop - self.patch
+
+    def __len__(self) -> int:
+        return -((self.start - self.last) // self.stride) + 1
+
+    def __getitem__(self, number: int) -> int:
+        """First voxel of a patch."""
+        return min(self.start + number * self.stride, self.last)
+
+    def __iter__(self) -> Iterator[int]:
+        return (self[number] for number in range(len(self)))
+
+    def find(self, start: int) -> int | None:
+        """Number of the patch that begins at a voxel, or None where none does."""
+        if start == self.last:
+            return len(self) - 1
+        number, rest = divmod(start - self.start, self.stride)
+        return number if rest == 0 and 0 <= number < len(self) - 1 else None
+
+    def touching(self, start: int, stop: int) -> range:
+        """Numbers of the patches that hold a voxel of `[start, stop)`."""
+        if stop <= max(start, self.start) or start >= self.stop:
+            return range(0)
+        first = max(0, (start - self.patch - self.start) // self.stride + 1)
+        end = min(len(self) - 1, -((self.start - stop) // self.stride))
+        # The last patch does not keep to the stride: it reaches back further than its number tells.
+        return range(min(first, len(self) - 1), end + 1 if self.last < stop else end)
+
+    def scaled(self, factor: Fraction, where: str) -> "AxisGrid":
+        """Express the grid on an axis that is `factor` times as long."""
+        count = len(self)
+        stride = (self.last - self.start) if count == 2 else self.stride if count > 2 else 1 / factor
+        exact = [value * factor for value in (self.start, self.stop, self.patch, stride)]
+        if any(value.denominator != 1 for value in exact):
+            raise ScaleError(self._misaligned(factor, where))
+        return AxisGrid(*map(int, exact))
+
+    def _misaligned(self, factor: Fraction, where: str) -> str:
+        step = factor.denominator
+        wrong = next((start for start in self if (start * factor).denominator != 1), None)
+        what = (
+            f"a patch of {self.patch} voxels"
+            if (self.patch * factor).denominator != 1
+            else f"the patch that begins at voxel {wrong}"
+            if wrong is not None
+            else f"a volume of {self.stop - self.start} voxels"
+        )
+        return (
+            f"on {where}, {what} does not lie on whole voxels of an output scaled by {factor}:"
+            f" starts and sizes must be multiples of {step}. {self._way_out(step)}"
+        )
+
+    def _way_out(self, step: int) -> str:
+        """Look for the overlap next to the present one at which every start is a multiple of `step`."""
+        if self.patch % step:
+            return f"Use a patch size that is a multiple of {step}"
+        if self.start == 0 and self.last % step:
+            return (
+                f"The last patch begins at {self.last}, whatever the overlap: pad or crop the volume to a multiple of {step}"
+                f" voxels, such as {math.ceil(self.stop / step) * step}"
+            )
+        now, size = self.patch - self.stride, self.stop + self.start  # padding by half the overlap moves start and stop
+        padded = self.start < 0
+
+        def aligned(overlap: int) -> bool:
+            start = -(overlap // 2) if padded else 0
+            return not any(value % step for value in (start, size - start - self.patch, self.patch - overlap))
+
+        overlaps = [overlap for overlap in range(0, self.patch, 2) if aligned(overlap)]
+        if not overlaps:
+            return f"No overlap aligns them: pad or crop the volume to a multiple of {step} voxels"
+        return f"An overlap of {min(overlaps, key=lambda overlap: abs(overlap - now))} would align them"
+
+
+@dataclass(frozen=True, slots=True)
+class PatchGrid(Sequence[PatchLocation]):
+    """All patches of a regular grid, last axis fastest: a sequence of `PatchLocation`.
+
+    Nothing is listed: the length, any patch, and the patches that touch a box are computed when asked for.
+
+    Example:
+        >>> grid = PatchGrid.cover((10, 20, 30), patch_size=(5, 20, 20), patch_overlap=(2, 4, 6))
+        >>> len(grid), grid[1].index
+        (6, (0, 0, 10))
+        >>> len(PatchGrid.cover((640_000,) * 3, patch_size=64))
+        1000000000000
+    """
+
+    axes: tuple[AxisGrid, ...]
+    """The starts along each axis."""
+
+    @classmethod
+    def cover(
+        cls,
+        spatial_shape: Sequence[int],
+        patch_size: int | Sequence[int],
+        patch_overlap: int | Sequence[int] = 0,
+        *,
+        padded: bool = False,
+    ) -> "PatchGrid":
+        """Cover a volume with patches.
+
+        Args:
+            spatial_shape: voxels along each axis.
+            patch_size: voxels of a patch along each axis.
+            patch_overlap: even number of voxels that neighbours share on each axis.
+            padded: let the grid begin half an overlap before the volume and end half an overlap behind it; an axis
+                that is still shorter than a patch is padded on both sides until the patch fits.
+
+        Raises:
+            SizeError: if a size or overlap cannot be used, or a patch does not fit and the grid is not padded.
+        """
+        ndim = len(spatial_shape)
+        shape = as_sizes(spatial_shape, ndim, "spatial_shape")
+        size = as_sizes(patch_size, ndim, "patch_size")
+        overlap = as_overlap(patch_overlap, size)
+        axes = []
+        for axis, (length, patch, shared) in enumerate(zip(shape, size, overlap, strict=True)):
+            if patch > length and not padded:
+                raise SizeError(
+                    f"the patch size is {patch} on {axis_name(axis, ndim)}, but the volume has only {length} voxels there:"
+                    f" use a patch of at most {length}, or a padding_mode such as 'edge'"
+                )
+            missing = max(0, patch - length - shared) if padded else 0
+            before = shared // 2 + missing // 2 if padded else 0
+            after = shared // 2 + missing - missing // 2 if padded else 0
+            axes.append(AxisGrid(-before, length + after, patch, patch - shared))
+        return cls(tuple(axes))
+
+    @property
+    def box(self) -> Box:
+        """What the patches cover, padding included."""
+        return Box(tuple(axis.start for axis in self.axes), tuple(axis.stop for axis in self.axes))
+
+    @property
+    def patch_size(self) -> Ints:
+        """Voxels of a patch along each axis."""
+        return tuple(axis.patch for axis in self.axes)
+
+    @property
+    def counts(self) -> Ints:
+        """Number of patches along each axis."""
+        return tuple(map(len, self.axes))
+
+    @property
+    def num_patches(self) -> int:
+        """Number of patches, also where there are more than `len` can say (2⁶³)."""
+        return math.prod(self.counts)
+
+    def __len__(self) -> int:
+        return self.num_patches
+
+    @overload
+    def __getitem__(self, index: int) -> PatchLocation: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[PatchLocation]: ...
+    def __getitem__(self, index: int | slice) -> PatchLocation | list[PatchLocation]:
+        if isinstance(index, slice):
+            return [self.location(self.unravel(number)) for number in range(self.num_patches)[index]]
+        return self.location(self.unravel(index))
+
+    def __iter__(self) -> Iterator[PatchLocation]:
+        return map(self.location, itertools.product(*(range(count) for count in self.counts)))
+
+    def unravel(self, index: int) -> Ints:
+        """Number of a patch on each axis; negative indices count from the end.
+
+        Raises:
+            IndexError: if there are not that many patches.
+        """
+        number = operator.index(index)
+        if not -self.num_patches <= number < self.num_patches:
+            raise IndexError(f"patch {number} of a grid of {self.num_patches} patches")
+        number %= self.num_patches
+        numbers = []
+        for count in reversed(self.counts):
+            number, rest = divmod(number, count)
+            numbers.append(rest)
+        return tuple(reversed(numbers))
+
+    def ravel(self, numbers: Ints) -> int:
+        """Index of the patch that has these numbers on the axes."""
+        index = 0
+        for number, count in zip(numbers, self.counts, strict=True):
+            index = index * count + number
+        return index
+
+    def location(self, numbers: Ints) -> PatchLocation:
+        """Location of the patch that has these numbers on the axes."""
+        return PatchLocation(tuple(map(AxisGrid.__getitem__, self.axes, numbers)), self.patch_size)
+
+    def find(self, location: PatchLocation) -> Ints | None:
+        """Numbers of the patch at a location, or None where the location is not one of the grid's."""
+        if location.size != self.patch_size:
+            return None
+        numbers = tuple(map(AxisGrid.find, self.axes, location.index))
+        return numbers if None not in numbers else None  # type: ignore[return-value]
+
+    def touching(self, box: Box) -> Iterator[int]:
+        """Indices of the patches that hold a voxel of a box, in the order of the grid."""
+        ranges = map(AxisGrid.touching, self.axes, box.start, box.stop)
+        return map(self.ravel, itertools.product(*ranges))
+
+    def scaled(self, scale: Scale) -> "PatchGrid":
+        """Express the grid in a volume whose sides are `scale` times as long.
+
+        Raises:
+            ScaleError: if a start or size is not whole there; names an overlap that would align them.
+        """
+        ndim = len(self.axes)
+        named = ((axis, factor, axis_name(number, ndim)) for number, (axis, factor) in enumerate(zip(self.axes, scale, strict=True)))
+        return PatchGrid(tuple(axis.scaled(factor, where) for axis, factor, where in named))
+
+    def tolist(self) -> list[list[int]]:
+        """List all locations as rows of `index_ini` and `index_fin`."""
+        return [location.tolist() for location in self]
+
+    def __contains__(self, location: Any) -> bool:
+        return isinstance(location, PatchLocation) and self.find(location) is not None

@@ -1,0 +1,97 @@
+"""Checks of sizes, overlaps and scales as users write them: one number for all axes, or one for each."""
+
+import operator
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+from ..errors import ScaleError, SizeError
+
+__all__ = ["Ints", "Scale", "as_int", "as_overlap", "as_scale", "as_sizes", "axis_name"]
+
+type_names = {bool: "a bool", float: "a float", str: "a string"}
+
+Ints = tuple[int, ...]
+Scale = tuple[Fraction, ...]
+
+
+def axis_name(axis: int, ndim: int) -> str:
+    """Name a spatial axis for a message: I, J and K in three dimensions, a number otherwise."""
+    return f"axis {'IJK'[axis]}" if ndim <= 3 else f"axis {axis}"
+
+
+def as_int(value: Any, name: str, minimum: int) -> int:
+    """Check that a value is a whole number of a whole-number type, and at least `minimum`.
+
+    Raises:
+        SizeError: for bools, floats (also whole ones), strings and numbers that are too small.
+    """
+    rule = f"it must be a whole number of at least {minimum}"
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise SizeError(f"{name} is {value!r}, {type_names.get(type(value), f'of type {type(value).__name__}')}: {rule}")
+    try:
+        number = operator.index(value)
+    except TypeError as error:
+        raise SizeError(f"{name} is {value!r}, of type {type(value).__name__}: {rule}") from error
+    if number < minimum:
+        raise SizeError(f"{name} is {number}: {rule}")
+    return number
+
+
+def as_sizes(value: Any, ndim: int, name: str, minimum: int = 1) -> Ints:
+    """Make one whole number per axis out of a number or a sequence of them.
+
+    Raises:
+        SizeError: if there are more or fewer than `ndim` numbers, or one of them is not allowed.
+    """
+    if hasattr(value, "tolist") and getattr(value, "ndim", 0) == 1:
+        value = value.tolist()
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        if len(value) != ndim:
+            raise SizeError(f"{name} is {tuple(value)!r}: give one number for all axes, or {ndim}, one for each")
+        return tuple(as_int(item, f"{name} on {axis_name(axis, ndim)}", minimum) for axis, item in enumerate(value))
+    return (as_int(value, name, minimum),) * ndim
+
+
+def as_overlap(value: Any, patch_size: Ints, name: str = "patch_overlap") -> Ints:
+    """Check an overlap: even, not negative and smaller than the patch, on every axis.
+
+    Raises:
+        SizeError: names the axis, the value and the nearest overlap that would do.
+    """
+    overlap = as_sizes(value, len(patch_size), name, minimum=0)
+    for axis, (amount, patch) in enumerate(zip(overlap, patch_size, strict=True)):
+        where = axis_name(axis, len(patch_size))
+        if amount >= patch:
+            largest = (patch - 1) // 2 * 2
+            raise SizeError(
+                f"{name} is {amount} on {where}, but must be smaller than the patch size, {patch}; the largest is {largest}"
+            )
+        if amount % 2:
+            raise SizeError(
+                f"{name} is {amount} on {where}, but must be even, because half of it belongs to each neighbour;"
+                f" use {amount - 1}" + (f" or {amount + 1}" if amount + 1 < patch else "")
+            )
+    return overlap
+
+
+def as_scale(value: Any, ndim: int, name: str) -> Scale:
+    """Make one positive fraction per axis out of a number or a sequence of them.
+
+    Floats stand for the nearest fraction with a denominator of at most 4096, so that 1 / 3 is a third.
+
+    Raises:
+        ScaleError: if a number is not positive and finite, or there are more or fewer than `ndim`.
+    """
+    values = value if isinstance(value, Sequence) and not isinstance(value, str) else (value,) * ndim
+    if len(values) != ndim:
+        raise ScaleError(f"{name} is {tuple(values)!r}: give one number for all axes, or {ndim}, one for each")
+    try:
+        if any(isinstance(item, bool) for item in values):
+            raise ValueError
+        scale = tuple(Fraction(item).limit_denominator(4096) for item in values)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ScaleError(f"{name} is {value!r}: it must be a positive number, or one for each axis") from error
+    if any(item <= 0 for item in scale):
+        raise ScaleError(f"{name} is {value!r}: it must be positive on every axis")
+    return scale

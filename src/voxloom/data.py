@@ -1,0 +1,24 @@
+"""Everything that holds or cuts data, under the name where users of TorchIO look for it."""
+
+from .core.locations import PatchLocation
+from .inference import GridAggregator, PatchAggregator
+from .sampling.grid import GridSampler
+from .volumes.batch import ImagesBatch, SubjectsBatch
+from .volumes.image import Image, LabelMap, ScalarImage
+from .volumes.loading import SubjectsDataset, SubjectsLoader
+from .volumes.subject import Subject
+
+__all__ = [
+    "GridAggregator",
+    "GridSampler",
+    "Image",
+    "ImagesBatch",
+    "LabelMap",
+    "PatchAggregator",
+    "PatchLocation",
+    "ScalarImage",
+    "Subject",
+    "SubjectsBatch",
+    "SubjectsDataset",
+    "SubjectsLoader",
+]

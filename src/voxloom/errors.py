@@ -1,0 +1,121 @@
+"""Every error that voxloom raises on purpose.
+
+    VoxloomError
+    ├── SizeError             ValueError, TypeError       a size, overlap, index or number that cannot be used
+    ├── ModeError             ValueError, KeyError        an unknown overlap, padding or window mode
+    ├── ScaleError            ValueError                  a scale at which a patch would not lie on whole voxels
+    ├── LocationError         ValueError                  locations that do not fit the batch, the grid or the volume
+    ├── OutputError           ValueError, RuntimeError    a model's output that cannot be aggregated
+    ├── IncompleteError       RuntimeError                an output was asked for before all of it was there
+    ├── SubjectError          ValueError, TypeError       a subject or batch that is not put together properly
+    │   └── SpaceError        RuntimeError                images of one subject that do not lie on one another
+    ├── NoSuchKeyError        KeyError                    a name that a subject, image, batch or aggregator lacks
+    ├── ImageError            ValueError                  data or an affine that no image can have
+    ├── ImageFileError        RuntimeError, OSError       a file that is not what it should be
+    │   ├── ImageNotFoundError    FileNotFoundError
+    │   ├── CorruptImageError     truncated, not an image, or claiming more than it holds
+    │   ├── UnsupportedImageError an image that voxloom has no way to hold or to write
+    │   ├── SeriesError           a DICOM folder that is not one regular series
+    │   └── SaveError             a target that could not be written; what was there before is untouched
+    └── MissingDependencyError ImportError                an extra that is not installed
+
+Each carries one message, so that it crosses processes with its type: pickling keeps it, and so does a data loader's worker.
+The second column names the built-in types that it also is, so that code written for them goes on working.
+"""
+
+__all__ = [
+    "CorruptImageError",
+    "ImageError",
+    "ImageFileError",
+    "ImageNotFoundError",
+    "IncompleteError",
+    "LocationError",
+    "MissingDependencyError",
+    "ModeError",
+    "NoSuchKeyError",
+    "OutputError",
+    "SaveError",
+    "ScaleError",
+    "SeriesError",
+    "SizeError",
+    "SpaceError",
+    "SubjectError",
+    "UnsupportedImageError",
+    "VoxloomError",
+]
+
+
+class VoxloomError(Exception):
+    """Base of all errors raised by voxloom."""
+
+    def __str__(self) -> str:
+        # KeyError would show the message between quotes, with its line breaks escaped.
+        return str(self.args[0]) if self.args else ""
+
+
+class SizeError(VoxloomError, ValueError, TypeError):
+    """A size, overlap, index or number has a value or a type that cannot be used."""
+
+
+class ModeError(VoxloomError, ValueError, KeyError):
+    """An overlap, padding or window mode is unknown."""
+
+
+class ScaleError(VoxloomError, ValueError):
+    """At this scale a patch would start or end between two voxels."""
+
+
+class LocationError(VoxloomError, ValueError):
+    """Locations do not fit the batch, the grid or the volume."""
+
+
+class OutputError(VoxloomError, ValueError, RuntimeError):
+    """The output of a model cannot be aggregated."""
+
+
+class IncompleteError(VoxloomError, RuntimeError):
+    """An output was asked for before all of its patches were added."""
+
+
+class SubjectError(VoxloomError, ValueError, TypeError):
+    """A subject, a data set of subjects or a batch is not put together properly."""
+
+
+class SpaceError(SubjectError, RuntimeError):
+    """The images of a subject do not have the same shape or do not lie on one another."""
+
+
+class NoSuchKeyError(VoxloomError, KeyError):
+    """A subject, an image, a batch or an aggregator has nothing of that name."""
+
+
+class ImageError(VoxloomError, ValueError):
+    """Data or an affine that no image can have."""
+
+
+class ImageFileError(VoxloomError, RuntimeError, OSError):
+    """A file or folder is not what it should be."""
+
+
+class ImageNotFoundError(ImageFileError, FileNotFoundError):
+    """There is no such file or folder."""
+
+
+class CorruptImageError(ImageFileError):
+    """A file is truncated, not an image, or claims to hold more than it does."""
+
+
+class UnsupportedImageError(ImageFileError, ValueError):
+    """An image of a kind that voxloom has no way to hold, or no way to write."""
+
+
+class SeriesError(ImageFileError):
+    """A DICOM folder does not hold exactly one regular series."""
+
+
+class SaveError(ImageFileError):
+    """A target could not be written; what was there before is untouched."""
+
+
+class MissingDependencyError(VoxloomError, ImportError):
+    """An optional dependency is not installed."""

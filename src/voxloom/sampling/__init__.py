@@ -1,0 +1,1 @@
+"""Samplers: which patches of a subject are taken, and taking them."""

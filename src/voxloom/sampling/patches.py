@@ -1,0 +1,89 @@
+"""Cutting patches out of a subject."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import overload
+
+from torch import Tensor
+
+from ..core import memory
+from ..core.boxes import Box
+from ..core.locations import PatchLocation
+from ..volumes.batch import ImagesBatch, SubjectsBatch, batch_memory
+from ..volumes.constants import PATCH_LOCATION
+from ..volumes.image import Image
+from ..volumes.space import shifted
+from ..volumes.subject import Subject
+from .padded import PaddedImage
+
+__all__ = ["PatchCutter", "PatchSequence"]
+
+
+class PatchCutter:
+    """Cuts patches out of one subject, which it only reads.
+
+    Args:
+        subject: the subject; files that cannot be read in parts are read whole, once, before any worker is started.
+        domain: voxels from which patches may be cut; it reaches beyond the volume where that is padded.
+        padding_mode: a number, or a mode; None where nothing is padded.
+    """
+
+    def __init__(self, subject: Subject, domain: Box, padding_mode: str | float | None) -> None:
+        self.subject = subject
+        for image in subject.images.values():
+            image.prepare()
+        self._padded: Mapping[str, PaddedImage] = {
+            name: PaddedImage(image, domain, padding_mode, name) for name, image in subject.images.items()
+        }
+
+    def cut(self, location: PatchLocation) -> Subject:
+        """Cut out one patch, which owns its memory."""
+        entries = dict(self.subject)
+        for name, padded in self._padded.items():
+            data = memory.empty((padded.image.num_channels, *location.size), padded.image.dtype)
+            padded.read_into(data, location.box)
+            entries[name] = _part(padded.image, data, location)
+        return Subject(entries | {PATCH_LOCATION: location})
+
+    def cut_batch(self, locations: Sequence[PatchLocation]) -> SubjectsBatch:
+        """Cut patches of one size straight into the memory of a batch."""
+        batches = {}
+        for name, padded in self._padded.items():
+            shape = (len(locations), padded.image.num_channels, *locations[0].size)
+            data = batch_memory(shape, padded.image.dtype)
+            for target, location in zip(data, locations, strict=True):
+                padded.read_into(target, location.box)
+            images = [_part(padded.image, target, location) for target, location in zip(data, locations, strict=True)]
+            batches[name] = ImagesBatch(data, images)
+        metadata = {name: [value] * len(locations) for name, value in self.subject.metadata.items()}
+        return SubjectsBatch(batches, metadata | {PATCH_LOCATION: list(locations)})
+
+
+class PatchSequence(Sequence[Subject]):
+    """Patches that are cut when they are asked for, or all at once into a batch."""
+
+    def __init__(self, cutter: PatchCutter, locations: Sequence[PatchLocation]) -> None:
+        self.cutter = cutter
+        self.locations = locations
+
+    def __len__(self) -> int:
+        return len(self.locations)
+
+    @overload
+    def __getitem__(self, index: int) -> Subject: ...
+    @overload
+    def __getitem__(self, index: slice) -> "PatchSequence": ...
+    def __getitem__(self, index: int | slice) -> "Subject | PatchSequence":
+        if isinstance(index, slice):
+            return PatchSequence(self.cutter, self.locations[index])
+        return self.cutter.cut(self.locations[index])
+
+    def __iter__(self) -> Iterator[Subject]:
+        return map(self.cutter.cut, self.locations)
+
+    def to_batch(self) -> SubjectsBatch:
+        """Make a batch of all patches."""
+        return self.cutter.cut_batch(self.locations)
+
+
+def _part(image: Image, data: Tensor, location: PatchLocation) -> Image:
+    return image.new_like(data=data, affine=shifted(image.affine, location.index))

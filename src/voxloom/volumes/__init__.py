@@ -1,0 +1,1 @@
+"""Images, subjects, and batches of subjects; `formats` reads and writes them."""

@@ -1,0 +1,239 @@
+"""Batches: the images of several subjects stacked, and everything else as lists."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, Self, runtime_checkable
+
+import torch
+from torch import Tensor
+from torch.utils.data import default_collate, get_worker_info
+from torch.utils.data._utils.collate import default_collate_fn_map
+
+from ..core import memory
+from ..core.locations import PatchLocation
+from ..errors import NoSuchKeyError, SubjectError
+from .constants import AFFINE, DATA, INDEX_INI, LOCATION, PATCH_LOCATION, PATH, STEM, TYPE
+from .image import Image
+from .subject import Subject
+
+__all__ = ["ImagesBatch", "StackableSubjects", "SubjectsBatch", "batch_memory", "collate_subjects"]
+
+
+class ImagesBatch(dict[str, Any]):
+    """The images of one name of several subjects: a dict whose entries `data` and `affine` are stacked, and the rest lists.
+
+    Example:
+        >>> import torch, voxloom as vx
+        >>> images = [vx.ScalarImage(torch.rand(1, 8, 8, 8)) for _ in range(2)]
+        >>> vx.ImagesBatch.from_images(images).data.shape
+        torch.Size([2, 1, 8, 8, 8])
+    """
+
+    def __init__(self, data: Tensor, images: Sequence[Image]) -> None:
+        self.templates = [image.without_data() for image in images]
+        affines = torch.stack([torch.from_numpy(image.affine) for image in images])
+        entries = {PATH: PATH, STEM: STEM, TYPE: TYPE} | {key: key for key in images[0].metadata}
+        super().__init__({DATA: data, AFFINE: affines} | {key: [image[key] for image in images] for key in entries})
+
+    @classmethod
+    def from_images(cls, images: Sequence[Image], name: str = "image") -> Self:
+        """Stack images of one shape and type.
+
+        Raises:
+            SubjectError: if they differ; names the first that does.
+        """
+        first = images[0]
+        for number, image in enumerate(images):
+            for what in ("shape", "dtype"):
+                if getattr(image, what) != getattr(first, what):
+                    raise SubjectError(
+                        f"the images {name!r} of a batch must have the same {what}, but that of item {number}"
+                        f" ({_origin(image)}) is {getattr(image, what)}, and that of item 0 ({_origin(first)}) is"
+                        f" {getattr(first, what)}: sample patches, or bring the images to one size and type"
+                    )
+        data = batch_memory((len(images), *first.shape), first.dtype)
+        for target, image in zip(data, images, strict=True):
+            target.copy_(image.data)
+        return cls(data, images)
+
+    @property
+    def data(self) -> Tensor:
+        """Tensor `(B, C, I, J, K)`."""
+        return self[DATA]
+
+    @data.setter
+    def data(self, tensor: Tensor) -> None:
+        self[DATA] = tensor
+
+    @property
+    def affine(self) -> Tensor:
+        """Affines `(B, 4, 4)`, float64."""
+        return self[AFFINE]
+
+    @property
+    def batch_size(self) -> int:
+        """Number of images."""
+        return len(self.data)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the data are."""
+        return self.data.device
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move or convert the data as `Tensor.to` does, in this batch, and return it. Affines stay as they are."""
+        self[DATA] = self.data.to(*args, **kwargs)
+        return self
+
+    def unbatch(self) -> list[Image]:
+        """Give the images one by one; each owns its memory."""
+        pairs = zip(self.templates, self.data, self.affine, strict=True)
+        return [template.new_like(data.clone(), affine.numpy()) for template, data, affine in pairs]
+
+
+class SubjectsBatch(dict[str, Any]):
+    """Several subjects stacked: a dict of `ImagesBatch` and metadata whose entries are attributes too.
+
+    `batch.t1.data` and `batch["t1"][DATA]` are the same tensor `(B, C, I, J, K)`. Metadata are collated as PyTorch does it,
+    numbers to tensors, and `batch.metadata` has them as they were, in lists. Of patches, `batch.patch_location` is a list of
+    `PatchLocation`, and `batch[LOCATION]` a tensor `(B, 6)`.
+
+    Example:
+        >>> import torch, voxloom as vx
+        >>> subjects = [vx.Subject(t1=vx.ScalarImage(torch.rand(1, 8, 8, 8)), age=age) for age in (45, 50)]
+        >>> batch = vx.SubjectsBatch.from_subjects(subjects)
+        >>> batch.batch_size, batch["age"].tolist(), batch.metadata["age"]
+        (2, [45, 50], [45, 50])
+    """
+
+    def __init__(self, images: dict[str, ImagesBatch], metadata: dict[str, list[Any]]) -> None:
+        self._metadata = metadata
+        super().__init__({name: _collated(values) for name, values in metadata.items()} | images)
+
+    @classmethod
+    def from_subjects(cls, subjects: Sequence[Subject]) -> Self:
+        """Stack subjects that have the same entries.
+
+        Raises:
+            SubjectError: if there are none, if one is no subject, or if they differ; names the first that does.
+        """
+        if len(subjects) == 0:
+            raise SubjectError("a batch was to be made of no subjects")
+        for number, subject in enumerate(subjects):
+            if not isinstance(subject, Subject):
+                raise SubjectError(f"item {number} of a batch is of type {type(subject).__name__}, not a subject")
+            if subject.keys() != subjects[0].keys():
+                raise SubjectError(
+                    f"item {number} of a batch has the entries {', '.join(subject)}, but item 0 has {', '.join(subjects[0])}:"
+                    " all subjects of a batch need the same ones"
+                )
+        images = {
+            name: ImagesBatch.from_images([subject.get_image(name) for subject in subjects], name) for name in subjects[0].images
+        }
+        return cls(images, {name: [subject[name] for subject in subjects] for name in subjects[0].metadata})
+
+    @property
+    def images(self) -> dict[str, ImagesBatch]:
+        """The batches of images, by name."""
+        return {name: value for name, value in self.items() if isinstance(value, ImagesBatch)}
+
+    @property
+    def metadata(self) -> dict[str, list[Any]]:
+        """Everything else, by name: one value for each subject."""
+        return self._metadata
+
+    @property
+    def batch_size(self) -> int:
+        """Number of subjects."""
+        return next(iter(self.images.values())).batch_size
+
+    @property
+    def device(self) -> torch.device:
+        """Where the images are."""
+        return next(iter(self.images.values())).device
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move or convert all images as `Tensor.to` does, in this batch, and return it."""
+        for images in self.images.values():
+            images.to(*args, **kwargs)
+        return self
+
+    def unbatch(self) -> list[Subject]:
+        """Give the subjects one by one; each owns its memory."""
+        columns: dict[str, Sequence[Any]] = {name: images.unbatch() for name, images in self.images.items()}
+        columns |= self._metadata
+        return [Subject({name: values[number] for name, values in columns.items()}) for number in range(self.batch_size)]
+
+    def __missing__(self, key: str) -> Any:
+        locations: list[PatchLocation] | None = self._metadata.get(PATCH_LOCATION)
+        if locations is not None and key == LOCATION:
+            return torch.tensor([location.tolist() for location in locations], dtype=torch.int64)
+        if locations is not None and key == INDEX_INI:
+            return torch.tensor([location.index for location in locations], dtype=torch.int64)
+        raise NoSuchKeyError(f"the batch has no entry {key!r}, only {', '.join(map(repr, self))}")
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        try:
+            return self[name]
+        except KeyError as error:
+            raise AttributeError(str(error)) from None
+
+    def __copy__(self) -> Self:
+        new = type(self).__new__(type(self))
+        new.update(self)
+        new.__dict__.update(self.__dict__)
+        return new
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(Keys: {tuple(self)}; images: {len(self.images)}; batch size: {self.batch_size})"
+
+
+@runtime_checkable
+class StackableSubjects(Protocol):
+    """A sequence of subjects that can make a batch of itself, without making the subjects first."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> Subject: ...
+    def __iter__(self) -> Iterator[Subject]: ...
+    def to_batch(self) -> SubjectsBatch:
+        """Make the batch."""
+        ...
+
+
+def collate_subjects(subjects: Sequence[Subject] | StackableSubjects, **_: Any) -> SubjectsBatch:
+    """Make a batch of subjects: the function that `SubjectsLoader` collates with, and PyTorch's `DataLoader` too.
+
+    Raises:
+        SubjectError: if the subjects do not have the same entries, shapes and types.
+    """
+    if isinstance(subjects, StackableSubjects):
+        return subjects.to_batch()
+    return SubjectsBatch.from_subjects(subjects)
+
+
+def batch_memory(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Make an unset tensor for a batch: in a loader's worker in shared memory, so that it is not copied on its way out."""
+    if get_worker_info() is None:
+        return memory.empty(shape, dtype)
+    return torch.empty(0, dtype=dtype).set_(_shared_storage(shape, dtype), 0, tuple(shape))
+
+
+def _shared_storage(shape: Sequence[int], dtype: torch.dtype) -> torch.UntypedStorage:
+    make: Callable[..., torch.UntypedStorage] = torch.UntypedStorage._new_shared
+    return make(torch.Size(shape).numel() * dtype.itemsize)
+
+
+def _collated(values: list[Any]) -> Any:
+    """Stack numbers and tensors as PyTorch does; keep everything else as a list."""
+    is_number = all(isinstance(value, bool | int | float) for value in values)
+    is_tensor = all(isinstance(value, Tensor) and value.shape == values[0].shape for value in values)
+    return default_collate(values) if is_number or is_tensor else list(values)
+
+
+def _origin(image: Image) -> str:
+    return "from memory" if image.path is None else str(image.path)
+
+
+# A type that is registered here is tried before PyTorch's branch for mappings, which would take a subject apart.
+default_collate_fn_map[Subject] = collate_subjects

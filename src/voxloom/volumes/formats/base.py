@@ -1,0 +1,98 @@
+"""What a format offers: what the header says, and the voxels of a box."""
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...core.boxes import Box
+from ...errors import UnsupportedImageError
+from ..space import Affine
+
+__all__ = ["SpaceCodes", "VolumeInfo", "VolumeReader", "torch_dtype", "widest_unsigned"]
+
+
+@dataclass(frozen=True, slots=True)
+class SpaceCodes:
+    """What NIfTI records of a space beside the affine; kept from reading to saving."""
+
+    qform: int = 1
+    """What the world of the quaternion is: 1 the scanner, 2 another image, 3 Talairach, 4 MNI."""
+    sform: int = 1
+    """The same of the matrix."""
+    space_unit: str = "mm"
+    time_unit: str = "unknown"
+    time_step: float = 1.0
+    """Distance between volumes of a 4-D image, in `time_unit`."""
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeInfo:
+    """What the header of a file says of its volume."""
+
+    shape: tuple[int, int, int, int]
+    """Channels and voxels `(C, I, J, K)`."""
+    dtype: torch.dtype
+    """Type that the voxels are read as."""
+    affine: Affine
+    """RAS+, in millimetres."""
+    codes: SpaceCodes = field(default_factory=SpaceCodes)
+
+    @property
+    def box(self) -> Box:
+        """All channels and voxels."""
+        return Box.of_shape(self.shape)
+
+
+class VolumeReader(Protocol):
+    """An open file. It can be pickled, which opens the file anew in another process; any thread may call it."""
+
+    info: VolumeInfo
+    sliceable: bool
+    """Whether a box can be read without reading the whole file."""
+
+    def read(self, box: Box) -> Tensor:
+        """Read the channels and voxels of a box `(C, I, J, K)` into a new, contiguous tensor, which the caller owns."""
+        ...
+
+
+# PyTorch stores uint16, uint32 and uint64, but can hardly calculate with them: they become the next wider signed type.
+_BECOMES = {
+    "bool": torch.bool,
+    "uint8": torch.uint8,
+    "int8": torch.int8,
+    "uint16": torch.int32,
+    "int16": torch.int16,
+    "uint32": torch.int64,
+    "int32": torch.int32,
+    "uint64": torch.int64,
+    "int64": torch.int64,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "longdouble": torch.float64,
+    "float128": torch.float64,
+}
+
+
+def torch_dtype(dtype: np.dtype, what: str) -> torch.dtype:
+    """Say which type of tensor the voxels of a stored type become.
+
+    Raises:
+        UnsupportedImageError: for complex numbers and everything else that is not a number.
+    """
+    try:
+        return _BECOMES[dtype.newbyteorder("=").name]
+    except KeyError:
+        raise UnsupportedImageError(
+            f"{what} stores voxels of type {dtype.name}, for which there is no type of tensor: real numbers can be read"
+            + (", so save its magnitude and phase as two images" if dtype.kind == "c" else "")
+        ) from None
+
+
+def widest_unsigned(array: np.ndarray, what: str) -> None:
+    """Refuse numbers of uint64 that int64 cannot hold."""
+    if array.dtype.kind == "u" and array.dtype.itemsize == 8 and array.size and array.max() > np.iinfo(np.int64).max:
+        raise UnsupportedImageError(f"{what} holds {array.max()}, which is more than int64 can hold: save it as float64")

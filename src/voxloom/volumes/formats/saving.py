@@ -1,0 +1,159 @@
+"""Writing volumes so that a crash leaves the old file or the new one."""
+
+import os
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import SimpleITK as sitk
+import torch
+from isal import igzip
+from torch import Tensor
+
+from ...errors import SaveError, UnsupportedImageError
+from ..space import Affine
+from .base import SpaceCodes
+
+__all__ = ["atomic_write", "save_volume"]
+
+# NIfTI-1 keeps sizes in 16 bits.
+LARGEST_NIFTI1_SIZE = 32767
+GZIP_LEVEL = 1
+
+
+def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` make a new file beside the target, bring it to the disk, and only then put it in the target's place.
+
+    Args:
+        path: the target; it keeps its old content unless everything goes well.
+        write: writes to the path that it is given, which ends as the target does.
+
+    Raises:
+        SaveError: if anything could not be written. The unfinished file is removed.
+    """
+    if path.is_dir():
+        raise SaveError(f"{path} is a folder: give the name of a file in it")
+    if not path.parent.is_dir():
+        raise SaveError(f"{path} cannot be written: there is no folder {path.parent}; make it first")
+    target = path.resolve()  # a link goes on pointing at the file that is replaced
+    suffix = "".join(target.suffixes[-2:]) if target.suffix == ".gz" else target.suffix
+    unfinished = target.parent / f".{target.name.removesuffix(suffix)}.{secrets.token_hex(4)}.unfinished{suffix}"
+    try:
+        write(unfinished)
+        with unfinished.open("rb+") as file:
+            os.fsync(file.fileno())
+        if target.exists():
+            unfinished.chmod(target.stat().st_mode & 0o777)
+        unfinished.replace(target)
+        _sync_folder(target.parent)
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, UnsupportedImageError):
+            raise
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).strip().splitlines()[-1:]
+        raise SaveError(f"{path} could not be written, and was left as it was: {reason or error}") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Bring a change of names to the disk, where the system lets a folder be opened."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def save_volume(path: Path, data: Tensor, affine: Affine, codes: SpaceCodes) -> None:
+    """Write a volume `(C, I, J, K)` in the format that the name's ending says.
+
+    Raises:
+        UnsupportedImageError: if there is no such format, or it cannot hold the volume.
+        SaveError: if it could not be written.
+    """
+    name = path.name.lower()
+    array = _storable(data)
+    if name.endswith((".nii", ".nii.gz")):
+        atomic_write(path, lambda target: _write_nifti(target, array, affine, codes))
+    elif name.endswith((".mgh", ".mgz")):
+        atomic_write(path, lambda target: _write_mgh(target, array, affine))
+    elif name.endswith((".nrrd", ".mha", ".tif", ".tiff")):
+        atomic_write(path, lambda target: _write_itk(target, array, affine))
+    else:
+        raise UnsupportedImageError(
+            f"{path} cannot be written: its name must end in .nii, .nii.gz, .nrrd, .mha, .mgh, .mgz, .tif or .tiff. Formats of two"
+            " files (.mhd, .hdr and .img) are not written, because two files cannot be replaced at once"
+        )
+
+
+def _storable(data: Tensor) -> np.ndarray:
+    """Give the values in a type that files can hold, exactly.
+
+    Booleans become uint8, half precision float32, and int64 int32 where every value fits, because few programs read int64.
+    """
+    data = data.detach().cpu()
+    if data.dtype == torch.bool:
+        data = data.to(torch.uint8)
+    elif data.dtype in (torch.float16, torch.bfloat16):
+        data = data.to(torch.float32)
+    elif data.dtype == torch.int64 and data.numel():
+        low, high = (int(value) for value in data.aminmax())
+        limits = torch.iinfo(torch.int32)
+        if limits.min <= low and high <= limits.max:
+            data = data.to(torch.int32)
+    return data.numpy()
+
+
+def _write_nifti(path: Path, array: np.ndarray, affine: Affine, codes: SpaceCodes) -> None:
+    volume = _channels_last(array)
+    is_large = max(volume.shape) > LARGEST_NIFTI1_SIZE
+    image_class: Any = nib.Nifti2Image if is_large else nib.Nifti1Image
+    image = image_class(volume, affine, dtype=volume.dtype)
+    # At least one form must be valid, or the affine would not be written at all.
+    sform = codes.sform or (0 if codes.qform and _is_rigid(affine) else 1)
+    image.set_sform(affine, sform)
+    image.set_qform(affine, codes.qform, strip_shears=True)
+    image.header.set_xyzt_units(codes.space_unit, codes.time_unit)
+    if volume.ndim == 4:
+        image.header["pixdim"][4] = codes.time_step
+    if path.name.lower().endswith(".gz"):
+        with igzip.open(path, "wb", compresslevel=GZIP_LEVEL) as file:
+            image.to_stream(file)
+    else:
+        with path.open("wb") as file:
+            image.to_stream(file)
+
+
+def _write_mgh(path: Path, array: np.ndarray, affine: Affine) -> None:
+    storable = ("uint8", "int16", "int32", "float32")
+    if array.dtype.name not in storable:
+        raise UnsupportedImageError(f"MGH holds {', '.join(storable)}, not {array.dtype.name}: convert the image, or save it as .nii.gz")
+    # Unlike NIfTI, nibabel writes MGH only to a path, and picks compression by its ending.
+    nib.MGHImage(_channels_last(array), affine).to_filename(path)
+
+
+def _write_itk(path: Path, array: np.ndarray, affine: Affine) -> None:
+    is_vector = len(array) > 1
+    planes = np.ascontiguousarray(array.transpose(3, 2, 1, 0) if is_vector else array[0].transpose(2, 1, 0))
+    image = sitk.GetImageFromArray(planes, isVector=is_vector)
+    lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
+    spacing = np.sqrt((lps[:3, :3] ** 2).sum(axis=0))
+    image.SetSpacing(spacing.tolist())
+    image.SetOrigin(lps[:3, 3].tolist())
+    image.SetDirection((lps[:3, :3] / spacing).ravel().tolist())
+    sitk.WriteImage(image, str(path), useCompression=not path.name.lower().endswith((".tif", ".tiff")))
+
+
+def _channels_last(array: np.ndarray) -> np.ndarray:
+    return array[0] if len(array) == 1 else np.moveaxis(array, 0, -1)
+
+
+def _is_rigid(affine: Affine) -> bool:
+    """Whether a quaternion and a spacing can say the same as the matrix."""
+    axes = affine[:3, :3] / np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
+    return bool(np.allclose(axes.T @ axes, np.eye(3), atol=1e-6))

@@ -1,0 +1,488 @@
+"""Images: a volume, where it lies in the world, and what it means. Files are read when they are needed."""
+
+import copy
+import operator
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import nibabel as nib
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..core.boxes import Box
+from ..core.sizes import as_sizes
+from ..errors import ImageError, ImageNotFoundError, NoSuchKeyError, SizeError, SubjectError, VoxloomError
+from .constants import AFFINE, DATA, INTENSITY, LABEL, PATH, STEM, TYPE
+from .formats import SpaceCodes, VolumeInfo, VolumeReader, open_volume, save_volume, stem_of
+from .formats.base import torch_dtype, widest_unsigned
+from .sources import CustomFile, StackedFiles
+from .space import Affine, as_affine, shifted, spacing_of
+
+__all__ = ["Image", "LabelMap", "ScalarImage"]
+
+PathLike = str | os.PathLike[str]
+CustomReader = Callable[[Path], tuple[Any, Any]]
+RESERVED = (DATA, AFFINE, TYPE, PATH, STEM)
+TYPES = ("intensity", "label", "sampling_map")
+
+
+class Image:
+    """A volume `(C, I, J, K)` and the RAS+ affine that places it in the world.
+
+    An image of a file is lazy: `shape`, `affine`, `spacing` and `orientation` come from the header, `data` is read when it is
+    first asked for and then kept, and slicing reads no more than the format allows.
+
+    Args:
+        path: a file, a folder that holds one DICOM series, or a list of files that become channels; or in its place the tensor.
+        type: `"intensity"`, `"label"` or `"sampling_map"`; `ScalarImage` and `LabelMap` set it.
+        tensor: tensor or array `(C, I, J, K)`, in place of a path. It is not copied.
+        affine: matrix of 4 × 4 from voxels to millimetres; for a file it takes the place of the one in its header.
+        check_nans: warn when the data hold NaN.
+        reader: function that takes a path and returns `(data, affine)`, for a format of one's own.
+        verify_path: check at once that the file exists.
+        **metadata: anything else that belongs to the image: `image["name"]`.
+
+    Raises:
+        ImageNotFoundError: if there is no such file.
+        ImageError: if the tensor or the affine is not what an image can have.
+
+    Example:
+        >>> import torch, voxloom as vx
+        >>> image = vx.ScalarImage(torch.rand(1, 20, 30, 40))
+        >>> image.spatial_shape, image.orientation
+        ((20, 30, 40), ('R', 'A', 'S'))
+        >>> image[:, 10:15].shape
+        (1, 5, 30, 40)
+    """
+
+    fixed_type: str | None = None
+
+    def __init__(
+        self,
+        path: PathLike | Sequence[PathLike] | Tensor | np.ndarray | None = None,
+        type: str | None = None,  # noqa: A002 - the name that users of TorchIO know
+        tensor: Any = None,
+        affine: Any = None,
+        *,
+        check_nans: bool = False,
+        reader: CustomReader | None = None,
+        verify_path: bool = True,
+        **metadata: Any,
+    ) -> None:
+        if isinstance(path, Tensor | np.ndarray):
+            if tensor is not None:
+                raise SubjectError("an image was given two tensors: one in place of the path, and one as tensor=")
+            path, tensor = None, path
+        if path is None and tensor is None:
+            raise SubjectError("an image needs a path or a tensor: ScalarImage('t1.nii.gz') or ScalarImage(torch.rand(1, 8, 8, 8))")
+        reserved = [key for key in RESERVED if key in metadata]
+        if reserved:
+            raise SubjectError(f"{reserved[0]!r} is the name of an entry that every image has: use another one")
+        self.type = self._check_type(type)
+        self.check_nans = check_nans
+        self.metadata: dict[str, Any] = dict(metadata)
+        self.path = None if path is None else _as_path(path, verify_path)
+        self._custom_reader = reader
+        self._affine = None if affine is None else as_affine(affine)
+        self._codes: SpaceCodes | None = None
+        self._reader: VolumeReader | None = None
+        self._data: Tensor | None = None
+        self._is_derived = False
+        if tensor is not None:
+            self.set_data(tensor)
+            if self._affine is None and self.path is None:
+                self._affine = np.eye(4)
+
+    @classmethod
+    def from_tensor(cls, tensor: Any, *, affine: Any = None, metadata: Mapping[str, Any] | None = None) -> Self:
+        """Make an image of a tensor or array `(C, I, J, K)`: the same as `cls(tensor=tensor)`."""
+        return cls(tensor=tensor, affine=affine, **dict(metadata or {}))
+
+    @classmethod
+    def _check_type(cls, given: str | None) -> str:
+        if cls.fixed_type is not None:
+            if given not in (None, cls.fixed_type):
+                raise ImageError(f"the type of a {cls.__name__} is {cls.fixed_type!r}, not {given!r}: use Image(..., type=...)")
+            return cls.fixed_type
+        if given is None:
+            return INTENSITY
+        if given not in TYPES:
+            raise ImageError(f"type is {given!r}: it must be one of {', '.join(map(repr, TYPES))}")
+        return given
+
+    # Data
+
+    @property
+    def data(self) -> Tensor:
+        """Tensor `(C, I, J, K)`, read from the file when it is first asked for."""
+        self.load()
+        assert self._data is not None
+        return self._data
+
+    @data.setter
+    def data(self, tensor: Any) -> None:
+        self.set_data(tensor)
+
+    @property
+    def tensor(self) -> Tensor:
+        """The same as `data`."""
+        return self.data
+
+    def set_data(self, tensor: Any) -> None:
+        """Replace the data by a tensor or array `(C, I, J, K)`, which is not copied.
+
+        Raises:
+            ImageError: if it has another number of dimensions, no voxels, or is not of numbers.
+        """
+        data = as_tensor(tensor)
+        if data.ndim != 4:
+            raise ImageError(
+                f"an image was given data of shape {tuple(data.shape)}: it must be 4D, (C, I, J, K); tensor[None] adds a channel"
+                " in front, and [..., None] a third axis to a 2-D image"
+            )
+        if 0 in data.shape:
+            raise ImageError(f"an image was given data of shape {tuple(data.shape)}, which has no voxels")
+        self._warn_of_nans(data)
+        self._data = data
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the data are in memory."""
+        return self._data is not None
+
+    def load(self) -> None:
+        """Read the data, if that has not been done yet.
+
+        Raises:
+            CorruptImageError: if the file does not hold what its header says.
+        """
+        if self._data is None:
+            reader = self._open()
+            data = reader.read(reader.info.box)
+            self._warn_of_nans(data)
+            self._data = data
+
+    def unload(self) -> None:
+        """Forget the data; they are read again from the file when they are needed.
+
+        Raises:
+            ImageError: if there is no file to read them from.
+        """
+        if not self.can_be_reloaded:
+            raise ImageError("the image was made of a tensor, or is a part of another one, so that its data could not be read again")
+        self._data = None
+
+    @property
+    def can_be_reloaded(self) -> bool:
+        """Whether the data are those of a file, and not of a tensor or a part of another image."""
+        return self.path is not None and not self._is_derived
+
+    def prepare(self) -> None:
+        """Make ready to be read in parts: load what can only be read whole, so that workers share it."""
+        if not self._can_be_sliced():
+            self.load()
+
+    def read(self, box: Box) -> Tensor:
+        """Read all channels of a box of voxels `(I, J, K)`.
+
+        Returns:
+            Tensor `(C, *box.shape)`: a view where the data are in memory, otherwise read from the file.
+        """
+        if not self._can_be_sliced():
+            self.load()
+        if self._data is not None:
+            return self._data[(slice(None), *box.slices)]
+        return self._open().read(Box((0, *box.start), (self.num_channels, *box.stop)))
+
+    def _can_be_sliced(self) -> bool:
+        return self._data is not None or self._open().sliceable
+
+    def _warn_of_nans(self, data: Tensor) -> None:
+        if self.check_nans and data.is_floating_point() and bool(data.isnan().any()):
+            warnings.warn(f"{self._name()} holds NaN", RuntimeWarning, stacklevel=3)
+
+    def _open(self) -> VolumeReader:
+        if self._reader is None:
+            if self.path is None or self._is_derived:
+                raise ImageError("the image has no data, and no file of its own to read them from")
+            paths = self.path if isinstance(self.path, list) else [self.path]
+            custom = self._custom_reader
+            readers = [open_volume(path) if custom is None else CustomFile(path, custom) for path in paths]
+            self._reader = readers[0] if len(readers) == 1 else StackedFiles(readers, [str(path) for path in paths])
+        return self._reader
+
+    # Geometry
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Channels and voxels `(C, I, J, K)`."""
+        c, i, j, k = self._open().info.shape if self._data is None else self._data.shape
+        return c, i, j, k
+
+    @property
+    def spatial_shape(self) -> tuple[int, int, int]:
+        """Voxels `(I, J, K)`."""
+        return self.shape[1:]
+
+    @property
+    def num_channels(self) -> int:
+        """Number of channels."""
+        return self.shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the data, or the type that they will be read as."""
+        return self._open().info.dtype if self._data is None else self._data.dtype
+
+    @property
+    def memory(self) -> int:
+        """Bytes that the data take in memory."""
+        return Box.of_shape(self.shape).numel * self.dtype.itemsize
+
+    @property
+    def affine(self) -> Affine:
+        """RAS+ matrix of 4 × 4 from voxels to millimetres, in float64.
+
+        Raises:
+            ImageError: if the file's affine holds NaN or infinity, or is singular.
+        """
+        if self._affine is None:
+            self._affine = as_affine(self._open().info.affine, f"the affine of {self._name()}")
+        return self._affine
+
+    @affine.setter
+    def affine(self, matrix: Any) -> None:
+        self._affine = as_affine(matrix)
+
+    @property
+    def spacing(self) -> tuple[float, float, float]:
+        """Millimetres from one voxel to the next along each axis."""
+        return spacing_of(self.affine)
+
+    @property
+    def origin(self) -> tuple[float, float, float]:
+        """Place of the first voxel's centre, in millimetres."""
+        i, j, k = self.affine[:3, 3].tolist()
+        return i, j, k
+
+    @property
+    def orientation(self) -> tuple[str, str, str]:
+        """Where each axis points to: one of R, L, A, P, S and I for each."""
+        i, j, k = nib.aff2axcodes(self.affine)
+        return i, j, k
+
+    @property
+    def codes(self) -> SpaceCodes:
+        """What NIfTI records of the space beside the affine."""
+        if self._codes is None:
+            self._codes = SpaceCodes() if self.path is None else self._open().info.codes
+        return self._codes
+
+    # Entries
+
+    @property
+    def stem(self) -> str | list[str]:
+        """Name of the file without folder and endings; empty where there is none."""
+        if isinstance(self.path, list):
+            return [stem_of(path) for path in self.path]
+        return "" if self.path is None else stem_of(self.path)
+
+    def keys(self) -> list[str]:
+        """Names of all entries."""
+        return [DATA, AFFINE, TYPE, PATH, STEM, *self.metadata]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.keys()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def __getitem__(self, key: Any) -> Any:
+        """Give an entry by its name, or the part of the image that slices `(C, I, J, K)` cut out.
+
+        A single index keeps its axis. Steps must be positive. The part owns its memory, and its affine is shifted, so that it
+        lies where it was.
+        """
+        if not isinstance(key, str):
+            return self._cut(key)
+        if key == DATA:
+            return self.data
+        if key in RESERVED:
+            value = getattr(self, key)
+            return ("" if value is None else str(value)) if key == PATH else value
+        if key not in self.metadata:
+            raise NoSuchKeyError(f"{self._name()} has no entry {key!r}, only {', '.join(map(repr, self.keys()))}")
+        return self.metadata[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if key == DATA:
+            self.set_data(value)
+        elif key == AFFINE:
+            self.affine = value
+        elif key in RESERVED:
+            raise NoSuchKeyError(f"the entry {key!r} of an image cannot be set")
+        else:
+            self.metadata[key] = value
+
+    def _cut(self, key: Any) -> Self:
+        slices = _as_slices(key, self.shape)
+        channels, *spatial = slices
+        step = tuple(part.step for part in spatial)
+        box = Box(tuple(part.start for part in spatial), tuple(part.stop for part in spatial))
+        data = self.read(box)[(channels, *(slice(None, None, part) for part in step))]
+        return self.new_like(data=data.clone(memory_format=torch.contiguous_format), affine=shifted(self.affine, box.start, step))
+
+    # Copies and files
+
+    def new_like(self, data: Any, affine: Any = None) -> Self:
+        """Make an image of the same class, type and metadata with other data, and another affine if one is given."""
+        new = self.without_data()
+        new.set_data(data)
+        new._affine = self.affine.copy() if affine is None else as_affine(affine)
+        return new
+
+    def without_data(self) -> Self:
+        """Make a shallow copy that keeps everything but the data and the affine; for a batch to keep."""
+        new = copy.copy(self)
+        new._codes = self.codes
+        new._data = new._reader = new._affine = None
+        new._is_derived = True
+        return new
+
+    def __copy__(self) -> Self:
+        new = object.__new__(type(self))
+        new.__dict__.update(self.__dict__)
+        new.metadata = dict(self.metadata)
+        return new
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        new = copy.copy(self)
+        new.metadata = copy.deepcopy(self.metadata, memo)
+        new._affine = None if self._affine is None else self._affine.copy()
+        new._data = None if self._data is None else self._data.clone()
+        return new
+
+    def save(self, path: PathLike) -> None:
+        """Write the image: NIfTI, MGH, NRRD, MetaImage or TIFF, by the ending of the name.
+
+        The affine, form codes and units are kept. A crash, a full disk or an error leaves the old file or the new one.
+
+        Raises:
+            SaveError: if it could not be written.
+            UnsupportedImageError: if the format is unknown or cannot hold the data.
+        """
+        save_volume(Path(path).expanduser(), self.data, self.affine, self.codes)
+
+    def numpy(self) -> np.ndarray:
+        """The data as an array `(C, I, J, K)`, which shares their memory."""
+        return self.data.numpy()
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.array(self.numpy(), dtype=dtype, copy=copy)
+
+    def _name(self) -> str:
+        return type(self).__name__ if self.path is None else str(self.path)
+
+    def __repr__(self) -> str:
+        try:
+            parts = [
+                f"shape: {self.shape}",
+                f"spacing: ({', '.join(f'{value:.2f}' for value in self.spacing)})",
+                f"orientation: {''.join(self.orientation)}+",
+                f"dtype: {self.dtype}",
+            ]
+        except VoxloomError as error:
+            parts = [f"unreadable: {error}"]
+        if self.is_loaded:
+            parts.append(f"memory: {self.memory / 2**20:.1f} MiB")
+        if self.path is not None:
+            parts.append(f'path: "{self.path}"')
+        return f"{type(self).__name__}({'; '.join([*parts, f'type: {self.type}'])})"
+
+
+class ScalarImage(Image):
+    """An image whose values are intensities: a scan, or a map of numbers. See `Image`."""
+
+    fixed_type = INTENSITY
+
+
+class LabelMap(Image):
+    """An image whose values are labels, or whose channels are classes. See `Image`."""
+
+    fixed_type = LABEL
+
+
+def as_tensor(data: Any) -> Tensor:
+    """Make a tensor of a type that PyTorch can calculate with; arrays of such a type are not copied."""
+    if not isinstance(data, Tensor | np.ndarray):
+        raise ImageError(f"the data of an image are of type {type(data).__name__}: give a tensor or a NumPy array")
+    narrow = {"torch.uint16", "torch.uint32", "torch.uint64"}
+    if isinstance(data, Tensor) and str(data.dtype) in narrow:
+        data = data.numpy()
+    if isinstance(data, np.ndarray):
+        dtype = torch_dtype(data.dtype, "the array")
+        widest_unsigned(data, "the array")
+        data = np.asarray(data, dtype=torch.empty(0, dtype=dtype).numpy().dtype)
+        if any(stride < 0 for stride in data.strides) or not data.flags.writeable:
+            data = data.copy()
+        return torch.from_numpy(data)
+    if data.is_complex():
+        raise ImageError(f"the data of an image are {data.dtype}: save real and imaginary parts as two channels")
+    return data.detach()
+
+
+def _as_path(path: Any, verify: bool) -> Path | list[Path]:
+    if isinstance(path, Sequence) and not isinstance(path, str):
+        if not path:
+            raise SubjectError("an image was given an empty list of paths")
+        return [_one_path(item, verify) for item in path]
+    return _one_path(path, verify)
+
+
+def _one_path(path: Any, verify: bool) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        raise SubjectError(f"the path of an image is {path!r}, of type {type(path).__name__}: give a path, a tensor or an array")
+    try:
+        result = Path(path).expanduser()
+    except RuntimeError as error:
+        raise ImageNotFoundError(f"there is no file {path}: {error}") from error
+    if verify and not result.exists():
+        raise ImageNotFoundError(f"there is no file {result}" + ("" if result.is_absolute() else f" in {Path.cwd()}"))
+    return result
+
+
+def _as_slices(key: Any, shape: tuple[int, ...]) -> list[slice]:
+    """Make one slice per axis, with start, stop and step, of whatever may stand between brackets."""
+    items = list(key) if isinstance(key, tuple) else [key]
+    if items.count(Ellipsis) > 1:
+        raise SizeError("an image was sliced with more than one '...'")
+    if Ellipsis in items:
+        place = items.index(Ellipsis)
+        items[place : place + 1] = [slice(None)] * (len(shape) - len(items) + 1)
+    if len(items) > len(shape):
+        raise SizeError(f"an image of shape {shape} was sliced along {len(items)} axes: there are {len(shape)}, (C, I, J, K)")
+    items += [slice(None)] * (len(shape) - len(items))
+    return [_as_slice(item, size, axis) for axis, (item, size) in enumerate(zip(items, shape, strict=True))]
+
+
+def _as_slice(item: Any, size: int, axis: int) -> slice:
+    name = f"axis {'CIJK'[axis]} of an image"
+    if not isinstance(item, slice):
+        try:
+            index = operator.index(item)
+        except TypeError as error:
+            raise SizeError(f"{name} was sliced with {item!r}: use numbers and slices") from error
+        if not -size <= index < size:
+            raise IndexError(f"{name} was sliced with {index}, but it has {size} voxels")
+        index %= size
+        return slice(index, index + 1, 1)
+    if item.step is not None:
+        as_sizes(item.step, 1, f"the step along {name}")
+    start, stop, step = item.indices(size)
+    if stop <= start:
+        raise SizeError(f"{name} was sliced from {item.start} to {item.stop}, which holds none of its {size} voxels")
+    return slice(start, stop, step)

@@ -1,0 +1,79 @@
+"""Affines: RAS+ matrices of 4 × 4 that turn voxel indices into millimetres."""
+
+import itertools
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import ImageError
+
+__all__ = [
+    "SPACE_TOLERANCE",
+    "Affine",
+    "as_affine",
+    "corner_displacement",
+    "lps_to_ras",
+    "shifted",
+    "spacing_of",
+]
+
+Affine = NDArray[np.float64]
+
+SPACE_TOLERANCE = 0.1
+"""How far the corners of two images of one subject may lie apart: this part of the shortest side of a voxel.
+
+A tenth of a voxel is more than what single precision makes of the same rotation stored as a matrix and as a quaternion
+(up to 0.06 mm at 250 mm), and less than anyone can see."""
+
+
+def as_affine(matrix: Any, name: str = "the affine") -> Affine:
+    """Check an affine, and copy it as float64.
+
+    Raises:
+        ImageError: if it is not 4 × 4, holds NaN or infinity, or squeezes the volume flat.
+    """
+    try:
+        affine = np.array(matrix, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ImageError(f"{name} is {matrix!r}: it must be a matrix of 4 × 4 numbers") from error
+    if affine.shape != (4, 4):
+        raise ImageError(f"{name} has shape {affine.shape}: it must be a matrix of 4 × 4 (4, 4)")
+    if not np.isfinite(affine).all():
+        raise ImageError(f"{name} holds NaN or infinity, so that no voxel has a place:\n{affine}\nGive one with affine=")
+    if not np.array_equal(affine[3], (0, 0, 0, 1)):
+        raise ImageError(f"the last row of {name} is {affine[3]}: it must be (0, 0, 0, 1)")
+    if np.linalg.matrix_rank(affine[:3, :3]) < 3:
+        raise ImageError(f"{name} squeezes the volume flat: spacing {spacing_of(affine)}\n{affine}\nGive one with affine=")
+    return affine
+
+
+def spacing_of(affine: Affine) -> tuple[float, float, float]:
+    """Millimetres from one voxel to the next along each axis."""
+    i, j, k = np.sqrt((affine[:3, :3] ** 2).sum(axis=0)).tolist()
+    return i, j, k
+
+
+def shifted(affine: Affine, index: tuple[int, ...], step: tuple[int, ...] = (1, 1, 1)) -> Affine:
+    """Affine of the part of a volume that begins at a voxel and takes every `step`-th one."""
+    result = affine.copy()
+    result[:3, 3] += affine[:3, :3] @ np.asarray(index, dtype=np.float64)
+    result[:3, :3] *= step
+    return result
+
+
+def corner_displacement(a: Affine, b: Affine, spatial_shape: tuple[int, ...]) -> float:
+    """Millimetres between the two places that two affines give the same corner, where these are farthest apart."""
+    ends = [(-0.5, size - 0.5) for size in spatial_shape]
+    corners = np.array([(*corner, 1) for corner in itertools.product(*ends)]).T
+    return float(np.sqrt((((a - b) @ corners)[:3] ** 2).sum(axis=0)).max())
+
+
+def lps_to_ras(direction: Any, spacing: Any, origin: Any) -> Affine:
+    """Make an affine of what ITK says of an image: directions as columns of an N × N matrix, in an LPS+ world."""
+    ndim = min(3, len(spacing))
+    columns = np.array(direction, dtype=np.float64).reshape(len(spacing), -1)[:ndim, :ndim]
+    affine = np.eye(4)
+    affine[:ndim, :ndim] = columns * np.array(spacing[:ndim], dtype=np.float64)
+    affine[:ndim, 3] = origin[:ndim]
+    return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine

@@ -1,0 +1,215 @@
+"""Subjects: the images of one person or specimen, and whatever else is known of it."""
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+import numpy as np
+import torch
+
+from ..core.locations import PatchLocation
+from ..errors import NoSuchKeyError, SpaceError, SubjectError
+from .constants import INDEX_INI, INTENSITY, LOCATION, PATCH_LOCATION
+from .image import Image
+from .space import SPACE_TOLERANCE, corner_displacement, spacing_of
+
+__all__ = ["Subject"]
+
+
+class Subject(dict[str, Any]):
+    """A dict of images and metadata whose entries are attributes too.
+
+    A patch is a subject that knows where it is from: `patch.patch_location` is its `PatchLocation`, `patch["index_ini"]` an
+    array of the first voxel, and `patch[LOCATION]` a tensor of the first voxel and one past the last.
+
+    Args:
+        *args: at most one mapping of names to images and metadata.
+        **kwargs: more of them. At least one entry must be an image.
+
+    Raises:
+        SubjectError: if there is no image.
+
+    Example:
+        >>> import torch, voxloom as vx
+        >>> subject = vx.Subject(t1=vx.ScalarImage(torch.rand(1, 8, 8, 8)), age=45)
+        >>> subject
+        Subject(Keys: ('t1', 'age'); images: 1)
+        >>> subject.age, subject["t1"].spatial_shape
+        (45, (8, 8, 8))
+    """
+
+    def __init__(self, *args: Mapping[str, Any], **kwargs: Any) -> None:
+        if len(args) > 1 or (args and not isinstance(args[0], Mapping)):
+            raise SubjectError(f"a subject is made of one dict, or of keywords, not of {args!r}")
+        super().__init__(*args, **kwargs)
+        if not self.images:
+            raise SubjectError(
+                f"a subject needs at least one image, but it has {', '.join(map(repr, self)) or 'no entries'}:"
+                " Subject(t1=ScalarImage('t1.nii.gz'))"
+            )
+
+    # Entries
+
+    @property
+    def images(self) -> dict[str, Image]:
+        """All images, by name."""
+        return {name: value for name, value in self.items() if isinstance(value, Image)}
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """All entries that are not images, by name."""
+        return {name: value for name, value in self.items() if not isinstance(value, Image)}
+
+    def get_images_dict(self, intensity_only: bool = True) -> dict[str, Image]:
+        """Give the images by name, those of intensities alone or all."""
+        return {name: image for name, image in self.images.items() if not intensity_only or image.type == INTENSITY}
+
+    def get_images(self, intensity_only: bool = True) -> list[Image]:
+        """Give the images, those of intensities alone or all."""
+        return list(self.get_images_dict(intensity_only).values())
+
+    def get_first_image(self) -> Image:
+        """Give the image that was named first."""
+        return next(iter(self.images.values()))
+
+    def add_image(self, image: Image, image_name: str) -> None:
+        """Add an image."""
+        if not isinstance(image, Image):
+            raise SubjectError(f"{image_name!r} is of type {type(image).__name__}, not an image")
+        self[image_name] = image
+
+    def remove_image(self, image_name: str) -> None:
+        """Remove an image."""
+        self.get_image(image_name)
+        del self[image_name]
+
+    def get_image(self, name: str) -> Image:
+        """Give an image by its name.
+
+        Raises:
+            NoSuchKeyError: if there is none of that name; lists what there is.
+        """
+        if name not in self.images:
+            raise NoSuchKeyError(f"the subject has no image {name!r}, only {', '.join(map(repr, self.images))}")
+        return self.images[name]
+
+    def __getitem__(self, key: Any) -> Any:
+        """Give an entry by its name, or the part of all images that slices `(C, I, J, K)` cut out."""
+        if isinstance(key, str):
+            return super().__getitem__(key)
+        self._check_shapes()
+        return Subject({name: value[key] if isinstance(value, Image) else value for name, value in self.items()})
+
+    def __missing__(self, key: str) -> Any:
+        derived = location_entry(key, self.get(PATCH_LOCATION))
+        if derived is None:
+            raise NoSuchKeyError(f"the subject has no entry {key!r}, only {', '.join(map(repr, self))}")
+        return derived
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        try:
+            return self[name]
+        except KeyError as error:
+            raise AttributeError(str(error)) from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if hasattr(type(self), name):
+            raise AttributeError(f"{name!r} is an attribute that every subject has: set subject[{name!r}] instead")
+        self[name] = value
+
+    def __delattr__(self, name: str) -> None:
+        if name not in self:
+            raise AttributeError(f"the subject has no entry {name!r}")
+        del self[name]
+
+    # Geometry
+
+    @property
+    def spatial_shape(self) -> tuple[int, int, int]:
+        """Voxels `(I, J, K)` of all images.
+
+        Raises:
+            SpaceError: if the images differ.
+        """
+        self._check_shapes()
+        return self.get_first_image().spatial_shape
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Channels and voxels `(C, I, J, K)` of all images.
+
+        Raises:
+            SpaceError: if the images differ.
+        """
+        self._check_same({name: image.shape for name, image in self.images.items()}, "shapes")
+        return self.get_first_image().shape
+
+    @property
+    def spacing(self) -> tuple[float, float, float]:
+        """Millimetres from one voxel to the next along each axis, in all images.
+
+        Raises:
+            SpaceError: if the images differ by more than a thousandth.
+        """
+        self._check_same({name: tuple(round(side, 3) for side in image.spacing) for name, image in self.images.items()}, "spacings")
+        return self.get_first_image().spacing
+
+    def check_space(self, tolerance: float = SPACE_TOLERANCE) -> None:
+        """Check that all images have the same voxels, and that these lie at the same places.
+
+        Args:
+            tolerance: how far corners may lie apart, as a part of the shortest side of a voxel.
+
+        Raises:
+            SpaceError: names the images, and how many millimetres the corners are apart.
+        """
+        self._check_shapes()
+        (first_name, first), *others = self.images.items()
+        limit = tolerance * min(first.spacing)
+        for name, image in others:
+            distance = corner_displacement(first.affine, image.affine, first.spatial_shape)
+            if distance > limit:
+                raise SpaceError(
+                    f"the images {first_name!r} and {name!r} do not lie on one another: a corner is displaced by {distance:.4g} mm,"
+                    f" and {limit:.4g} mm, {tolerance:g} of a voxel's shortest side, are allowed. Resample one onto the other,"
+                    " or pass check_space=False if their headers are wrong"
+                )
+
+    def _check_shapes(self) -> None:
+        self._check_same({name: image.spatial_shape for name, image in self.images.items()}, "spatial shapes")
+
+    def _check_same(self, values: dict[str, tuple[Any, ...]], what: str) -> None:
+        if len(set(values.values())) > 1:
+            listed = ", ".join(f"{name!r}: {value}" for name, value in values.items())
+            raise SpaceError(f"Inconsistent {what} in one subject: {listed}. Resample the images to one grid")
+
+    def load(self) -> None:
+        """Read the data of all images."""
+        for image in self.images.values():
+            image.load()
+
+    def unload(self) -> None:
+        """Forget the data of all images that can be read again from a file."""
+        for image in self.images.values():
+            if image.can_be_reloaded:
+                image.unload()
+
+    def __copy__(self) -> Self:
+        new = type(self).__new__(type(self))
+        new.update(self)
+        return new
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(Keys: {tuple(self)}; images: {len(self.images)})"
+
+
+def location_entry(key: str, location: PatchLocation | None) -> Any:
+    """Give what follows from a patch's location under the names that patches have always had."""
+    if location is None:
+        return None
+    if key == LOCATION:
+        return torch.tensor(location.tolist(), dtype=torch.int64)
+    if key == INDEX_INI:
+        return np.array(location.index, dtype=np.int64)
+    return None
