@@ -42,9 +42,7 @@ class Accumulator:
         fill: value of voxels that no patch covers.
     """
 
-    def __init__(
-        self, shape: Ints, grid: PatchGrid, window: Window | None, device: torch.device, fill: float = 0.0
-    ) -> None:
+    def __init__(self, shape: Ints, grid: PatchGrid, window: Window | None, device: torch.device, fill: float = 0.0) -> None:
         self.shape = shape
         self.grid = grid
         self.window = window

@@ -250,7 +250,9 @@ class PatchGrid(Sequence[PatchLocation]):
             ScaleError: if a start or size is not whole there; names an overlap that would align them.
         """
         ndim = len(self.axes)
-        named = ((axis, factor, axis_name(number, ndim)) for number, (axis, factor) in enumerate(zip(self.axes, scale, strict=True)))
+        named = (
+            (axis, factor, axis_name(number, ndim)) for number, (axis, factor) in enumerate(zip(self.axes, scale, strict=True))
+        )
         return PatchGrid(tuple(axis.scaled(factor, where) for axis, factor, where in named))
 
     def tolist(self) -> list[list[int]]:

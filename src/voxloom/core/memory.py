@@ -5,6 +5,7 @@ volume that takes longer than the arithmetic on them. Asked for it, it hands out
 can be used again: a training or inference loop needs the same few sizes over and over.
 """
 
+import contextlib
 import math
 import mmap
 import threading
@@ -49,10 +50,8 @@ def _fresh_pages(num_bytes: int) -> mmap.mmap:
         pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise MemoryError(f"there is no memory for a tensor of {num_bytes / 1e6:.0f} MB") from error
-    try:
+    with contextlib.suppress(OSError):  # a kernel without huge pages still gives the memory, only more slowly
         pages.madvise(mmap.MADV_HUGEPAGE)
-    except OSError:
-        pass  # a kernel without huge pages still gives the memory, only more slowly
     return pages
 
 

@@ -53,8 +53,10 @@ def axis_pieces(start: int, stop: int, size: int, mode: str | float) -> list[Pie
     they mean to `numpy.pad`, at any distance from the volume; `linear_ramp` is mapped to the edge, to be scaled by `ramp`.
 
     Example:
-        >>> axis_pieces(-2, 3, 4, "reflect")
-        [Piece(target=slice(0, 2, None), source=slice(1, 3, None), step=-1), Piece(target=slice(2, 5, None), source=slice(0, 3, None), step=1)]
+        >>> for piece in axis_pieces(-2, 3, 4, "reflect"):
+        ...     print(piece.target, piece.source, piece.step)
+        slice(0, 2, None) slice(1, 3, None) -1
+        slice(2, 5, None) slice(0, 3, None) 1
     """
     pieces = []
     for first, last, source, step in _runs(start, stop, size, mode):

@@ -1,1 +1,5 @@
-"""Data sets that come with voxloom."""
+"""Data sets: a synthetic head that is made in memory."""
+
+from .phantom import HeadPhantom
+
+__all__ = ["HeadPhantom"]

@@ -56,7 +56,7 @@ class _Aggregator:
         """
         places = _as_locations(locations, len(self.spatial_shape))
         self._check_subject(places)
-        outputs: dict[Key, Tensor] = {None: batch} if isinstance(batch, Tensor) else dict(batch)
+        outputs: dict[Key, Tensor] = {None: batch} if isinstance(batch, Tensor) else dict(batch.items())
         if not outputs:
             raise OutputError("the dict of outputs is empty: give at least one tensor")
         self._expect(places)
@@ -110,7 +110,9 @@ class _Aggregator:
                     f" ones were from subject {self._subject_index}: use one aggregator for each subject"
                 )
 
-    def _checked(self, key: Key, tensor: Tensor, locations: list[PatchLocation]) -> tuple[Accumulator, Tensor, list[PatchLocation]]:
+    def _checked(
+        self, key: Key, tensor: Tensor, locations: list[PatchLocation]
+    ) -> tuple[Accumulator, Tensor, list[PatchLocation]]:
         """Find the accumulator of an output, and check everything that can be known before adding to it."""
         name = "the output" if key is None else f"the output {key!r}"
         ndim = len(self.spatial_shape)
@@ -187,10 +189,10 @@ class PatchAggregator(_Aggregator):
         super().__init__(as_sizes(spatial_shape, ndim, "spatial_shape"), overlap_mode, device, fill)
         self.patch_overlap = as_sizes(patch_overlap, ndim, "patch_overlap", minimum=0)
         as_overlap(self.patch_overlap, tuple(overlap + 2 for overlap in self.patch_overlap))
-        per_key = output_shape if isinstance(output_shape, Mapping) else None
-        for name, shape in (per_key or {"output_shape": output_shape}).items():
+        shapes = output_shape.items() if isinstance(output_shape, Mapping) else [(None, output_shape)]
+        for key, shape in shapes:
             if shape is not None:
-                as_sizes(shape, ndim, f"output_shape of {name!r}" if per_key else name)
+                as_sizes(shape, ndim, "output_shape" if key is None else f"output_shape of {key!r}")
         self.output_shape = output_shape
         self._grid: PatchGrid | None = None
 
@@ -292,7 +294,9 @@ def _as_locations(locations: Any, ndim: int) -> list[PatchLocation]:
         raise LocationError("locations is a single PatchLocation: give a list with one for each patch of the batch")
     if hasattr(locations, "tolist"):
         if locations.ndim != 2 or locations.shape[1] != 2 * ndim:
-            raise LocationError(f"locations has shape {tuple(locations.shape)}: it must be (B, {2 * ndim}), first and last corner")
+            raise LocationError(
+                f"locations has shape {tuple(locations.shape)}: it must be (B, {2 * ndim}), first and last corner"
+            )
         locations = locations.tolist()
     result = [item if isinstance(item, PatchLocation) else PatchLocation.from_row(item) for item in locations]
     for location in result:

@@ -94,8 +94,8 @@ class GridSampler(Dataset[Subject]):
         if subject is not None and not isinstance(subject, Subject):
             if patch_size is not None:
                 raise SubjectError(
-                    f"the first argument is {subject!r}, which is no subject: GridSampler(subject, {patch_size!r}), or, to call the"
-                    f" sampler with a subject later, GridSampler(patch_size={patch_size!r})"
+                    f"the first argument is {subject!r}, which is no subject: GridSampler(subject, {patch_size!r}), or, to call"
+                    f" the sampler with a subject later, GridSampler(patch_size={patch_size!r})"
                 )
             subject, patch_size = None, subject
         if patch_size is None:
@@ -149,7 +149,9 @@ class GridSampler(Dataset[Subject]):
     def __call__(self, subject: Subject | None = None, num_patches: int | None = None) -> Iterator[Subject]:
         """Give all patches of a subject, or of the sampler's own, one by one."""
         if num_patches is not None:
-            raise SizeError("GridSampler does not support limiting the number of patches: slice its grid, or use itertools.islice")
+            raise SizeError(
+                "GridSampler does not support limiting the number of patches: slice its grid, or use itertools.islice"
+            )
         grid, cutter = self._parts() if subject is None else self._bind(subject)
         return map(cutter.cut, grid)
 

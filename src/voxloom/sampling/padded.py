@@ -97,8 +97,8 @@ def padding_constant(image: Image, mode: str | float, name: str) -> float | int 
         value = round(value)
     if value != value or value != int(value) or not limits[0] <= value <= limits[1]:
         raise ModeError(
-            f"the image {name!r} of type {image.dtype} cannot be padded with {value:g}, only with whole numbers from {limits[0]} to"
-            f" {limits[1]}: choose another number or mode, such as 'edge', or convert the image"
+            f"the image {name!r} of type {image.dtype} cannot be padded with {value:g}, only with whole numbers from {limits[0]}"
+            f" to {limits[1]}: choose another number or mode, such as 'edge', or convert the image"
         )
     return int(value)
 

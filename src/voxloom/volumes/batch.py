@@ -216,7 +216,7 @@ def batch_memory(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Make an unset tensor for a batch: in a loader's worker in shared memory, so that it is not copied on its way out."""
     if get_worker_info() is None:
         return memory.empty(shape, dtype)
-    return torch.empty(0, dtype=dtype).set_(_shared_storage(shape, dtype), 0, tuple(shape))
+    return torch.empty(0, dtype=dtype).set_(_shared_storage(shape, dtype)).view(tuple(shape))
 
 
 def _shared_storage(shape: Sequence[int], dtype: torch.dtype) -> torch.UntypedStorage:

@@ -17,7 +17,7 @@ from ..core.boxes import Box
 from ..core.sizes import as_sizes
 from ..errors import ImageError, ImageNotFoundError, NoSuchKeyError, SizeError, SubjectError, VoxloomError
 from .constants import AFFINE, DATA, INTENSITY, LABEL, PATH, STEM, TYPE
-from .formats import SpaceCodes, VolumeInfo, VolumeReader, open_volume, save_volume, stem_of
+from .formats import SpaceCodes, VolumeReader, open_volume, save_volume, stem_of
 from .formats.base import torch_dtype, widest_unsigned
 from .sources import CustomFile, StackedFiles
 from .space import Affine, as_affine, shifted, spacing_of
@@ -78,7 +78,9 @@ class Image:
                 raise SubjectError("an image was given two tensors: one in place of the path, and one as tensor=")
             path, tensor = None, path
         if path is None and tensor is None:
-            raise SubjectError("an image needs a path or a tensor: ScalarImage('t1.nii.gz') or ScalarImage(torch.rand(1, 8, 8, 8))")
+            raise SubjectError(
+                "an image needs a path or a tensor: ScalarImage('t1.nii.gz') or ScalarImage(torch.rand(1, 8, 8, 8))"
+            )
         reserved = [key for key in RESERVED if key in metadata]
         if reserved:
             raise SubjectError(f"{reserved[0]!r} is the name of an entry that every image has: use another one")
@@ -173,7 +175,9 @@ class Image:
             ImageError: if there is no file to read them from.
         """
         if not self.can_be_reloaded:
-            raise ImageError("the image was made of a tensor, or is a part of another one, so that its data could not be read again")
+            raise ImageError(
+                "the image was made of a tensor, or is a part of another one, so that its data could not be read again"
+            )
         self._data = None
 
     @property

@@ -66,7 +66,9 @@ class SubjectsDataset(Dataset[Subject]):
 
     def __getitem__(self, index: int) -> Subject:
         if not hasattr(index, "__index__"):
-            raise SizeError(f"the index of a subject is {index!r}, {type_names.get(type(index), type(index).__name__)}, not a number")
+            raise SizeError(
+                f"the index of a subject is {index!r}, {type_names.get(type(index), type(index).__name__)}, not a number"
+            )
         subject = copy.deepcopy(self._subjects[index])
         if self.load_getitem:
             subject.load()

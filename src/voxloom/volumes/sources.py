@@ -71,7 +71,9 @@ class CustomFile:
         data, affine = self.function(self.path)
         array = np.asarray(data)
         if not 2 <= array.ndim <= 4:
-            raise ImageFileError(f"{self.path}: the reader returned data of shape {array.shape}: it must be 2-D, 3-D or (C, I, J, K)")
+            raise ImageFileError(
+                f"{self.path}: the reader returned data of shape {array.shape}: it must be 2-D, 3-D or (C, I, J, K)"
+            )
         if array.ndim == 2:
             array = array[None, ..., None]
         elif array.ndim == 3:

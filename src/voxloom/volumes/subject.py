@@ -10,7 +10,7 @@ from ..core.locations import PatchLocation
 from ..errors import NoSuchKeyError, SpaceError, SubjectError
 from .constants import INDEX_INI, INTENSITY, LOCATION, PATCH_LOCATION
 from .image import Image
-from .space import SPACE_TOLERANCE, corner_displacement, spacing_of
+from .space import SPACE_TOLERANCE, corner_displacement
 
 __all__ = ["Subject"]
 
@@ -152,7 +152,9 @@ class Subject(dict[str, Any]):
         Raises:
             SpaceError: if the images differ by more than a thousandth.
         """
-        self._check_same({name: tuple(round(side, 3) for side in image.spacing) for name, image in self.images.items()}, "spacings")
+        self._check_same(
+            {name: tuple(round(side, 3) for side in image.spacing) for name, image in self.images.items()}, "spacings"
+        )
         return self.get_first_image().spacing
 
     def check_space(self, tolerance: float = SPACE_TOLERANCE) -> None:
@@ -171,8 +173,8 @@ class Subject(dict[str, Any]):
             distance = corner_displacement(first.affine, image.affine, first.spatial_shape)
             if distance > limit:
                 raise SpaceError(
-                    f"the images {first_name!r} and {name!r} do not lie on one another: a corner is displaced by {distance:.4g} mm,"
-                    f" and {limit:.4g} mm, {tolerance:g} of a voxel's shortest side, are allowed. Resample one onto the other,"
+                    f"the images {first_name!r} and {name!r} do not lie on one another: a corner is displaced by {distance:.4g} mm"
+                    f", and {limit:.4g} mm, {tolerance:g} of a voxel's shortest side, are allowed. Resample one onto the other,"
                     " or pass check_space=False if their headers are wrong"
                 )
 

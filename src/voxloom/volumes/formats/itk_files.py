@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import SimpleITK as sitk
+import SimpleITK
 import torch
 from torch import Tensor
 
@@ -56,10 +56,10 @@ class ItkFile:
         """Read a box `(C, I, J, K)` into a new tensor; see `VolumeReader`."""
         names = [str(file) for file in self.files]
         try:
-            image = sitk.ReadImage(names[0] if len(names) == 1 else names)
+            image = SimpleITK.ReadImage(names[0] if len(names) == 1 else names)
         except RuntimeError as error:
             raise CorruptImageError(f"{self.name} cannot be read: {_reason(error)}. Copy or download it again") from error
-        array = sitk.GetArrayViewFromImage(image)
+        array = SimpleITK.GetArrayViewFromImage(image)
         widest_unsigned(array, self.name)
         shape = self.info.shape
         if image.GetNumberOfComponentsPerPixel() > 1:
@@ -73,7 +73,7 @@ class ItkFile:
 
 def read_header(path: Path) -> Any:
     """Read what a file says of its image, without its voxels."""
-    reader = sitk.ImageFileReader()
+    reader = SimpleITK.ImageFileReader()
     reader.SetFileName(str(path))
     try:
         reader.ReadImageInformation()
@@ -88,10 +88,12 @@ def open_series(folder: Path) -> ItkFile:
     Raises:
         SeriesError: if there is no series, more than one, or one with slices missing, repeated or shifted sideways.
     """
-    series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
+    series = SimpleITK.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
     if not series:
         raise SeriesError(f"{folder} is a folder without DICOM files: give a file, or a folder that holds one DICOM series")
-    files = {name: [Path(file) for file in sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), name)] for name in series}
+    files = {
+        name: [Path(file) for file in SimpleITK.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), name)] for name in series
+    }
     if len(series) > 1:
         listed = "; ".join(f"{name}, {len(paths)} files{_described(paths[0])}" for name, paths in files.items())
         raise SeriesError(f"{folder} holds {len(series)} DICOM series: put each into a folder of its own. They are {listed}")
@@ -158,7 +160,7 @@ def _described(path: Path) -> str:
 
 
 def _dtype_of(header: Any, name: str) -> torch.dtype:
-    pixel = sitk.GetPixelIDValueAsString(header.GetPixelID())
+    pixel = SimpleITK.GetPixelIDValueAsString(header.GetPixelID())
     kind = pixel.removeprefix("vector of ").removeprefix("label of ")
     names = {"32-bit float": "float32", "64-bit float": "float64"}
     for bits in (8, 16, 32, 64):

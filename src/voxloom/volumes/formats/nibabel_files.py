@@ -1,13 +1,13 @@
 """NIfTI, Analyze and MGH through nibabel's headers: mapped where the file is not compressed, streamed where it is."""
 
 import contextlib
-import os
+import functools
 import threading
 import warnings
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import nibabel as nib
 import numpy as np
@@ -56,9 +56,9 @@ class NibabelFile:
         self.file_shape = self._spatial_and_channels(proxy.shape)
         self.data_path = Path(image.file_map["image"].filename) if isinstance(file, Path) else None
         self.sliceable = self.data_path is None or self.data_path.suffix.lower() not in COMPRESSED
-        *spatial, volumes = self.file_shape
+        i, j, k, volumes = self.file_shape
         self.info = VolumeInfo(
-            shape=(volumes * self.samples, *spatial),
+            shape=(volumes * self.samples, i, j, k),
             dtype=self._tensor_dtype(),
             affine=_affine_of(image, self.name),
             codes=_codes_of(image),
@@ -74,24 +74,31 @@ class NibabelFile:
     def read(self, box: Box) -> Tensor:
         """Read a box `(C, I, J, K)` into a new tensor; see `VolumeReader`."""
         out = memory.empty(box.shape, self.info.dtype)
-        channels = range(box.start[0], box.stop[0])
-        volumes = sorted({channel // self.samples for channel in channels})
-        i, j, _ = box.slices[1:]
+        wanted = self._wanted(box)
+        parts = out.split_with_sizes([len(samples) for samples in wanted.values()])
+        targets = dict(zip(wanted, parts, strict=True))
+        i, j, k = box.slices[1:]
         try:
-            for volume, first, planes in self._planes(volumes, box.start[3], box.stop[3], (i, j)):
-                if self.samples > 1:
-                    planes = np.stack([planes[name] for name in planes.dtype.names])
-                else:
-                    planes = planes[None]
-                wanted = [channel for channel in channels if channel // self.samples == volume]
-                values = self._values(planes[[channel % self.samples for channel in wanted]])
-                target = out[wanted[0] - box.start[0] : wanted[-1] + 1 - box.start[0]]
-                target[..., first - box.start[3] : first - box.start[3] + values.shape[-1]] = values
+            for volume, first, planes in self._planes(list(wanted), k, (i, j)):
+                values = self._values(self._samples(planes)[wanted[volume]])
+                targets[volume].narrow(3, first - k.start, values.shape[3]).copy_(values)
+        except UnsupportedImageError:
+            raise
         except READ_ERRORS as error:
-            if isinstance(error, UnsupportedImageError):
-                raise
             raise CorruptImageError(f"{self.name} cannot be read to its end: {error}. Copy or download it again") from error
         return out
+
+    def _wanted(self, box: Box) -> dict[int, list[int]]:
+        """Say which volumes the channels of a box are in, and which samples of each: only colours have more than one."""
+        wanted: dict[int, list[int]] = {}
+        for channel in range(box.start[0], box.stop[0]):
+            wanted.setdefault(channel // self.samples, []).append(channel % self.samples)
+        return wanted
+
+    def _samples(self, planes: np.ndarray) -> np.ndarray:
+        """Put the samples of a voxel, such as red, green and blue, on an axis of their own in front."""
+        names = planes.dtype.names
+        return planes[None] if names is None else np.stack([planes[name] for name in names])
 
     def _values(self, planes: np.ndarray) -> Tensor:
         """Turn stored numbers into a tensor of the values they stand for."""
@@ -101,39 +108,45 @@ class NibabelFile:
         native = np.array(planes, dtype=_numpy_dtype(self.info.dtype), order="F")
         return torch.from_numpy(native)
 
-    def _planes(self, volumes: list[int], start: int, stop: int, ij: tuple[slice, slice]) -> Iterator[tuple[int, int, np.ndarray]]:
+    def _planes(self, volumes: list[int], k: slice, ij: tuple[slice, slice]) -> Iterator[tuple[int, int, np.ndarray]]:
         """Yield `(volume, first plane, planes)` of stored numbers, in the order of the file."""
-        blocks = [(volume, k, min(k + PLANES, stop)) for volume in volumes for k in range(start, stop, PLANES)]
+        starts = range(k.start, k.stop, PLANES)
+        blocks = [(volume, start, min(start + PLANES, k.stop)) for volume in volumes for start in starts]
         if self.sliceable:
-            yield from ((volume, k, self._cut((*ij, slice(k, end), volume))) for volume, k, end in blocks)
+            yield from ((volume, start, self._cut((*ij, slice(start, stop), volume))) for volume, start, stop in blocks)
             return
         assert self.data_path is not None
         rows, columns, depth, count = self.file_shape
         plane_bytes = rows * columns * self.raw_dtype.itemsize
         with _open_compressed(self.data_path) as stream:
-            for volume, k, end in blocks:
-                stream.seek(self.offset + (volume * depth + k) * plane_bytes)
-                block = np.empty((rows, columns, end - k), dtype=self.raw_dtype, order="F")
+            for volume, start, stop in blocks:
+                stream.seek(self.offset + (volume * depth + start) * plane_bytes)
+                block = np.empty((rows, columns, stop - start), dtype=self.raw_dtype, order="F")
                 _fill(stream, block)
-                yield volume, k, block[ij]
+                yield volume, start, block[ij]
             if blocks and blocks[-1][0] == count - 1 and blocks[-1][2] == depth:
                 while stream.read(2**20):
                     pass  # The checksum stands at the end of the stream, and is compared when that is reached.
 
     def _cut(self, slicer: tuple[slice | int, ...]) -> np.ndarray:
-        if self.data_path is not None:
-            mapped = np.memmap(self.data_path, self.raw_dtype, "r", self.offset, self.file_shape, order="F")
-            return np.asarray(mapped[slicer])
+        if self._mapped is not None:
+            return np.asarray(self._mapped[slicer])
         with self._lock:
-            part = fileslice(self.file, slicer, self.file_shape, self.raw_dtype, self.offset, order="F")
-        return np.asarray(part)
+            return np.asarray(fileslice(self.file, slicer, self.file_shape, self.raw_dtype, self.offset, order="F"))
+
+    @functools.cached_property
+    def _mapped(self) -> np.ndarray | None:
+        """The voxels in the file, of which the system reads those that are used; None for file objects."""
+        if self.data_path is None:
+            return None
+        return np.memmap(self.data_path, self.raw_dtype, "r", self.offset, self.file_shape, order="F")
 
     def _load(self) -> Any:
         try:
             if isinstance(self.file, Path):
                 return nib.load(self.file)
             self.file.seek(0)
-            holder = nib.fileholders.FileHolder(fileobj=self.file)
+            holder = nib.fileholders.FileHolder(fileobj=cast(Any, self.file))
             return self.image_class.from_file_map({key: holder for key, _ in self.image_class.files_types}, mmap=False)
         except (nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError, *READ_ERRORS) as error:
             raise CorruptImageError(f"{self.name} is not an image that can be read: {error}") from error
@@ -145,7 +158,9 @@ class NibabelFile:
         while len(shape) > 4 and shape[-1] == 1:
             shape = shape[:-1]
         if not 1 <= len(shape) <= 4:
-            raise UnsupportedImageError(f"{self.name} has shape {shape}: an image must be 2-D, 3D or 4D; save its parts on their own")
+            raise UnsupportedImageError(
+                f"{self.name} has shape {shape}: an image must be 2-D, 3D or 4D; save its parts on their own"
+            )
         if min(shape) < 1:
             raise CorruptImageError(f"{self.name} has shape {shape}, and so no voxels: its header is damaged")
         i, j, k, volumes = (*shape, 1, 1, 1)[:4]
@@ -162,7 +177,7 @@ class NibabelFile:
         if self.data_path is None:
             return
         claimed = self.offset + int(np.prod(self.file_shape, dtype=object)) * self.raw_dtype.itemsize
-        size = os.path.getsize(self.data_path)
+        size = self.data_path.stat().st_size
         most = size if self.sliceable else size * GREATEST_GZIP_RATIO
         if self.data_path.suffix.lower() in (".bz2", ".zst"):
             return
@@ -179,7 +194,7 @@ def _open_compressed(path: Path) -> Any:
 
 def _fill(stream: Any, block: np.ndarray) -> None:
     """Read exactly as many bytes as an array in file order holds."""
-    view = memoryview(block.reshape(-1, order="F").view(np.uint8))
+    view = memoryview(cast(Any, block.reshape(-1, order="F").view(np.uint8)))
     done = 0
     while done < len(view):
         count = stream.readinto(view[done:])

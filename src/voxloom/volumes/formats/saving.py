@@ -8,7 +8,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-import SimpleITK as sitk
+import SimpleITK
 import torch
 from isal import igzip
 from torch import Tensor
@@ -86,8 +86,8 @@ def save_volume(path: Path, data: Tensor, affine: Affine, codes: SpaceCodes) -> 
         atomic_write(path, lambda target: _write_itk(target, array, affine))
     else:
         raise UnsupportedImageError(
-            f"{path} cannot be written: its name must end in .nii, .nii.gz, .nrrd, .mha, .mgh, .mgz, .tif or .tiff. Formats of two"
-            " files (.mhd, .hdr and .img) are not written, because two files cannot be replaced at once"
+            f"{path} cannot be written: its name must end in .nii, .nii.gz, .nrrd, .mha, .mgh, .mgz, .tif or .tiff. Formats of"
+            " two files (.mhd, .hdr and .img) are not written, because two files cannot be replaced at once"
         )
 
 
@@ -132,7 +132,9 @@ def _write_nifti(path: Path, array: np.ndarray, affine: Affine, codes: SpaceCode
 def _write_mgh(path: Path, array: np.ndarray, affine: Affine) -> None:
     storable = ("uint8", "int16", "int32", "float32")
     if array.dtype.name not in storable:
-        raise UnsupportedImageError(f"MGH holds {', '.join(storable)}, not {array.dtype.name}: convert the image, or save it as .nii.gz")
+        raise UnsupportedImageError(
+            f"MGH holds {', '.join(storable)}, not {array.dtype.name}: convert the image, or save it as .nii.gz"
+        )
     # Unlike NIfTI, nibabel writes MGH only to a path, and picks compression by its ending.
     nib.MGHImage(_channels_last(array), affine).to_filename(path)
 
@@ -140,13 +142,13 @@ def _write_mgh(path: Path, array: np.ndarray, affine: Affine) -> None:
 def _write_itk(path: Path, array: np.ndarray, affine: Affine) -> None:
     is_vector = len(array) > 1
     planes = np.ascontiguousarray(array.transpose(3, 2, 1, 0) if is_vector else array[0].transpose(2, 1, 0))
-    image = sitk.GetImageFromArray(planes, isVector=is_vector)
+    image = SimpleITK.GetImageFromArray(planes, isVector=is_vector)
     lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
     spacing = np.sqrt((lps[:3, :3] ** 2).sum(axis=0))
     image.SetSpacing(spacing.tolist())
     image.SetOrigin(lps[:3, 3].tolist())
     image.SetDirection((lps[:3, :3] / spacing).ravel().tolist())
-    sitk.WriteImage(image, str(path), useCompression=not path.name.lower().endswith((".tif", ".tiff")))
+    SimpleITK.WriteImage(image, str(path), useCompression=not path.name.lower().endswith((".tif", ".tiff")))
 
 
 def _channels_last(array: np.ndarray) -> np.ndarray:

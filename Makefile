@@ -1,0 +1,51 @@
+# Every target does its own set-up, in a virtual environment in .venv. Only Python 3.11 or later, git and make are needed.
+
+VENV := .venv
+PYTHON := $(shell command -v python3.11 || command -v python3)
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test lint format bench clean
+
+demo: $(VENV)/plot.installed  ## Apply a network to a synthetic head, whole and patch by patch, and draw the result
+	$(BIN)/voxloom demo --output demo
+
+test: $(VENV)/test.installed  ## Run the tests
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/lint.installed  ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/lint.installed  ## Mend what can be mended of the style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/bench.installed  ## Measure dense aggregation side by side with TorchIO, MONAI and nnU-Net
+	$(BIN)/python benchmarks/aggregation.py
+
+clean:  ## Remove what the other targets made
+	rm -rf $(VENV) demo bench build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(VENV)/python.made:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or later is needed, and python3 was not found" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or later is needed, not $$($(PYTHON) --version)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/plot.installed: $(VENV)/python.made pyproject.toml constraints.txt
+	$(PIP) --editable ".[plot]"
+	@touch $@
+
+$(VENV)/test.installed: $(VENV)/python.made pyproject.toml constraints.txt
+	$(PIP) --editable ".[plot,test]"
+	@touch $@
+
+$(VENV)/lint.installed: $(VENV)/python.made pyproject.toml constraints.txt
+	$(PIP) --editable ".[plot,test,lint]"
+	@touch $@
+
+$(VENV)/bench.installed: $(VENV)/python.made pyproject.toml constraints.txt
+	$(PIP) --editable ".[test,bench]"
+	@touch $@

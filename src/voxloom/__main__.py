@@ -1,0 +1,5 @@
+"""Makes `python -m voxloom` the same as `voxloom`."""
+
+from .cli import main
+
+main()
