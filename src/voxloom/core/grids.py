@@ -111,7 +111,7 @@ class AxisGrid:
         overlaps = [overlap for overlap in range(0, self.patch, 2) if aligned(overlap)]
         if not overlaps:
             return f"No overlap aligns them: pad or crop the volume to a multiple of {step} voxels"
-        return f"An overlap of {min(overlaps, key=lambda overlap: abs(overlap - now))} would align them"
+        return f"An overlap of {min(overlaps, key=lambda overlap: (abs(overlap - now), -overlap))} would align them"
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 import operator
 from collections.abc import Sequence
 from fractions import Fraction
+from numbers import Real
 from typing import Any
 
 from ..errors import ScaleError, SizeError
@@ -83,12 +84,14 @@ def as_scale(value: Any, ndim: int, name: str) -> Scale:
     Raises:
         ScaleError: if a number is not positive and finite, or there are more or fewer than `ndim`.
     """
+    if hasattr(value, "tolist") and getattr(value, "ndim", 0) == 1:
+        value = value.tolist()
     values = value if isinstance(value, Sequence) and not isinstance(value, str) else (value,) * ndim
     if len(values) != ndim:
         raise ScaleError(f"{name} is {tuple(values)!r}: give one number for all axes, or {ndim}, one for each")
     try:
-        if any(isinstance(item, bool) for item in values):
-            raise ValueError
+        if not all(isinstance(item, Real) and not isinstance(item, bool) for item in values):
+            raise TypeError
         scale = tuple(Fraction(item).limit_denominator(4096) for item in values)
     except (TypeError, ValueError, OverflowError) as error:
         raise ScaleError(f"{name} is {value!r}: it must be a positive number, or one for each axis") from error

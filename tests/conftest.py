@@ -1,0 +1,36 @@
+"""What several tests use: real images that travel inside libraries, and files in formats of all kinds."""
+
+from pathlib import Path
+
+import nilearn
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+import voxloom as vx
+
+# Examples that Hypothesis draws are the same in every run, so that a failure is a failure for everyone.
+settings.register_profile("voxloom", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("voxloom")
+
+NILEARN_DATA = Path(nilearn.__file__).parent / "datasets" / "data"
+
+
+@pytest.fixture(scope="session")
+def mni_path() -> Path:
+    """MNI152 T1 at 1 mm, 197 × 233 × 189, as nilearn brings it."""
+    return NILEARN_DATA / "mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz"
+
+
+@pytest.fixture(scope="session")
+def mni_grey_matter_path() -> Path:
+    """Probability of grey matter on the same grid."""
+    return NILEARN_DATA / "mni_icbm152_gm_tal_nlin_sym_09a_converted.nii.gz"
+
+
+@pytest.fixture
+def subject() -> vx.Subject:
+    """A small subject of two images and an age, every voxel of which differs."""
+    shape = (10, 20, 30)
+    data = torch.arange(6000, dtype=torch.float32).reshape(1, *shape)
+    return vx.Subject(t1=vx.ScalarImage(data), seg=vx.LabelMap((data > 2000).to(torch.uint8)), age=45)

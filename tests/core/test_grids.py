@@ -1,0 +1,135 @@
+import time
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import geometries
+
+from voxloom.core.boxes import Box
+from voxloom.core.grids import AxisGrid, PatchGrid
+from voxloom.core.locations import PatchLocation
+from voxloom.errors import ScaleError, SizeError
+
+
+def listed_starts(start, stop, patch, stride):
+    """The starts as TorchIO lists them."""
+    starts = list(range(start, stop - patch + 1, stride))
+    return starts if starts[-1] == stop - patch else [*starts, stop - patch]
+
+
+@st.composite
+def axis_grids(draw):
+    patch = draw(st.integers(1, 9))
+    start = draw(st.integers(-5, 5))
+    return AxisGrid(start, start + patch + draw(st.integers(0, 30)), patch, draw(st.integers(1, patch)))
+
+
+@given(axis_grids(), st.integers(-15, 45), st.integers(0, 10))
+def test_an_axis_answers_as_its_list_of_starts_would(grid, first, length):
+    starts = listed_starts(grid.start, grid.stop, grid.patch, grid.stride)
+    assert list(grid) == starts
+    assert len(grid) == len(starts)
+    touching = [number for number, s in enumerate(starts) if max(s, first) < min(s + grid.patch, first + length)]
+    assert list(grid.touching(first, first + length)) == touching
+    assert grid.find(first) == (starts.index(first) if first in starts else None)
+
+
+@given(geometries(may_exceed=True), st.booleans())
+def test_a_grid_covers_every_voxel_and_finds_every_patch(geometry, padded):
+    shape, patch, overlap = geometry
+    if not padded and any(map(int.__gt__, patch, shape)):
+        with pytest.raises(SizeError, match="padding_mode"):
+            PatchGrid.cover(shape, patch, overlap)
+        return
+    grid = PatchGrid.cover(shape, patch, overlap, padded=padded)
+    volume = Box.of_shape(shape)
+    assert volume in grid.box
+    assert padded or grid.box == volume
+    locations = list(grid)
+    assert len(set(locations)) == len(grid)
+    assert [grid[number] for number in range(len(grid))] == locations
+    assert [grid.ravel(grid.find(location)) for location in locations] == list(range(len(grid)))
+    assert grid[-1] == locations[-1]
+    probe = Box.of_shape([1] * len(shape), [size // 2 for size in shape])
+    touching = [number for number, location in enumerate(locations) if (location.box & probe).numel]
+    assert list(grid.touching(probe)) == touching
+    assert touching
+
+
+def test_padding_is_half_the_overlap_and_what_the_patch_lacks():
+    assert PatchGrid.cover((10,), 4, 2, padded=True).box == Box((-1,), (11,))
+    assert PatchGrid.cover((3,), 8, 2, padded=True).box == Box((-2,), (6,))
+    assert PatchGrid.cover((2,), 9, 0, padded=True).box == Box((-3,), (6,))
+
+
+def test_a_grid_of_a_trillion_patches_takes_no_time_and_no_memory():
+    began = time.process_time()
+    grid = PatchGrid.cover((640_000,) * 3, 64)
+    assert len(grid) == 10**12
+    assert grid[10**12 - 1].index == (639_936,) * 3
+    assert len(list(grid.touching(Box.of_shape((65, 1, 1), (63, 0, 0))))) == 2
+    assert grid.find(PatchLocation((64, 128, 0), (64,) * 3)) == (1, 2, 0)
+    # Not a benchmark: listing them would take days.
+    assert time.process_time() - began < 5
+
+
+def test_an_index_beyond_the_grid_is_an_index_error():
+    grid = PatchGrid.cover((8,), 4)
+    with pytest.raises(IndexError, match="patch 2 of a grid of 2"):
+        grid[2]
+    with pytest.raises(IndexError):
+        grid[-3]
+
+
+@given(geometries(), st.sampled_from([Fraction(1, 2), Fraction(2), Fraction(3, 2), Fraction(1, 3)]))
+def test_a_scaled_grid_has_every_start_scaled_or_names_the_one_that_cannot_be(geometry, factor):
+    shape, patch, overlap = geometry
+    grid = PatchGrid.cover(shape, patch, overlap)
+    exact = [[value * factor for value in row] for row in grid.tolist()]
+    if all(value.denominator == 1 for row in exact for value in row):
+        assert grid.scaled((factor,) * 3).tolist() == exact
+    else:
+        with pytest.raises(ScaleError, match="whole voxels"):
+            grid.scaled((factor,) * 3)
+
+
+@given(geometries(ndim=1, largest=40), st.booleans())
+def test_the_overlap_that_an_error_suggests_would_indeed_align_the_grid(geometry, padded):
+    (length,), (patch,), (overlap,) = geometry
+    factor = Fraction(1, 4)
+    try:
+        PatchGrid.cover((length,), patch, overlap, padded=padded).scaled((factor,))
+    except ScaleError as error:
+        words = str(error).split()
+        if "overlap of" in str(error):
+            suggested = int(words[words.index("overlap") + 2])
+            PatchGrid.cover((length,), patch, suggested, padded=padded).scaled((factor,))
+
+
+def test_misaligned_starts_are_named_together_with_an_overlap_that_would_do():
+    with pytest.raises(ScaleError, match=r"axis I, the patch that begins at voxel 54.*multiples of 4.*overlap of 8"):
+        PatchGrid.cover((64 + 56 * 2, 64, 64), 64, 10).scaled((Fraction(1, 4),) * 3)
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, 64.0, True, "8", None, (4, 4), (4, 4, 4, 4), (4, True, 4)])
+def test_sizes_that_are_none_are_refused_by_name(value):
+    with pytest.raises(SizeError, match="patch_size"):
+        PatchGrid.cover((16, 16, 16), value)
+    with pytest.raises(ValueError, match="patch_size"):  # what code for other libraries expects
+        PatchGrid.cover((16, 16, 16), value)
+
+
+@pytest.mark.parametrize(("overlap", "rule"), [(-2, "at least 0"), (3, "even"), (8, "smaller than"), (10, "smaller than"), (1.0, "whole")])
+def test_overlaps_that_cannot_be_are_refused_with_the_rule(overlap, rule):
+    with pytest.raises(SizeError, match=f"patch_overlap.*{rule}"):
+        PatchGrid.cover((16, 16, 16), 8, overlap)
+
+
+def test_locations_scale_exactly_or_not_at_all():
+    location = PatchLocation((10, 20, 30), (8, 8, 8), subject_index=3)
+    assert location.scaled(0.5) == PatchLocation((5, 10, 15), (4, 4, 4), 3)
+    assert location.scaled((2, 1, Fraction(1, 2))) == PatchLocation((20, 20, 15), (16, 8, 4), 3)
+    with pytest.raises(ScaleError, match="voxel 10 on axis I"):
+        location.scaled(Fraction(1, 4))
+    assert PatchLocation.from_row(location.tolist()).box == location.box
