@@ -108,7 +108,7 @@ def test_the_overlap_that_an_error_suggests_would_indeed_align_the_grid(geometry
 
 
 def test_misaligned_starts_are_named_together_with_an_overlap_that_would_do():
-    with pytest.raises(ScaleError, match=r"axis I, the patch that begins at voxel 54.*multiples of 4.*overlap of 8"):
+    with pytest.raises(ScaleError, match=r"axis I, the patch that begins at voxel 54.*multiples of 4.*overlap of 12"):
         PatchGrid.cover((64 + 56 * 2, 64, 64), 64, 10).scaled((Fraction(1, 4),) * 3)
 
 

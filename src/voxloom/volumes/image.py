@@ -166,6 +166,7 @@ class Image:
             reader = self._open()
             data = reader.read(reader.info.box)
             self._warn_of_nans(data)
+            self._codes = reader.info.codes
             self._data = data
 
     def unload(self) -> None:
@@ -186,9 +187,10 @@ class Image:
         return self.path is not None and not self._is_derived
 
     def prepare(self) -> None:
-        """Make ready to be read in parts: load what can only be read whole, so that workers share it."""
+        """Make ready to be read in parts, also by workers: load what can only be read whole, so that they share it."""
         if not self._can_be_sliced():
             self.load()
+        _ = self.affine, self.codes  # kept, so that no worker reads them again
 
     def read(self, box: Box) -> Tensor:
         """Read all channels of a box of voxels `(I, J, K)`.
@@ -356,6 +358,9 @@ class Image:
         new._data = new._reader = new._affine = None
         new._is_derived = True
         return new
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_reader": None}
 
     def __copy__(self) -> Self:
         new = object.__new__(type(self))

@@ -47,7 +47,7 @@ class VolumeInfo:
 
 
 class VolumeReader(Protocol):
-    """An open file. It can be pickled, which opens the file anew in another process; any thread may call it."""
+    """An open file. Any thread may call it; in another process the file is opened anew."""
 
     info: VolumeInfo
     sliceable: bool

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...core import memory
 from ...core.boxes import Box
-from ...errors import CorruptImageError, UnsupportedImageError
+from ...errors import CorruptImageError, UnsupportedImageError, VoxloomError
 from ..space import SPACE_TOLERANCE, Affine, corner_displacement, spacing_of
 from .base import SpaceCodes, VolumeInfo, torch_dtype, widest_unsigned
 
@@ -31,6 +31,18 @@ PLANES = 16
 # The most that gzip can have shrunk anything.
 GREATEST_GZIP_RATIO = 1032
 READ_ERRORS = (OSError, EOFError, ValueError, zlib.error, igzip.BadGzipFile)
+# What nibabel raises when the header itself is damaged.
+HEADER_ERRORS = (
+    *READ_ERRORS,
+    nib.filebasedimages.ImageFileError,
+    nib.spatialimages.HeaderDataError,
+    nib.spatialimages.HeaderTypeError,
+    nib.wrapstruct.WrapStructError,
+    nib.freesurfer.mghformat.MGHError,
+    ArithmeticError,
+    LookupError,
+    TypeError,
+)
 
 
 class NibabelFile:
@@ -41,35 +53,19 @@ class NibabelFile:
         image_class: class of nibabel's that reads a file object.
     """
 
-    def __init__(self, file: Path | IO[bytes], image_class: type[nib.Nifti1Image] = nib.Nifti1Image) -> None:
+    def __init__(self, file: Path | IO[bytes], image_class: Any = nib.Nifti1Image) -> None:
         self.file = file
         self.image_class = image_class
         self._lock = threading.Lock()
+        self._file_number: int | None = None
         self.name = str(file) if isinstance(file, Path) else str(getattr(file, "name", "the file object"))
-        image = self._load()
-        proxy = image.dataobj
-        self.stored_dtype = proxy.dtype if proxy.dtype.names is None else np.dtype("uint8")
-        self.samples = len(proxy.dtype.names or "1")
-        self.raw_dtype = proxy.dtype
-        self.offset = int(proxy.offset)
-        self.slope, self.intercept = float(proxy.slope), float(proxy.inter)
-        self.file_shape = self._spatial_and_channels(proxy.shape)
-        self.data_path = Path(image.file_map["image"].filename) if isinstance(file, Path) else None
-        self.sliceable = self.data_path is None or self.data_path.suffix.lower() not in COMPRESSED
-        i, j, k, volumes = self.file_shape
-        self.info = VolumeInfo(
-            shape=(volumes * self.samples, i, j, k),
-            dtype=self._tensor_dtype(),
-            affine=_affine_of(image, self.name),
-            codes=_codes_of(image),
-        )
+        try:
+            self._read_header()
+        except VoxloomError:
+            raise
+        except HEADER_ERRORS as error:
+            raise CorruptImageError(f"{self.name} is not an image that can be read: {error}") from error
         self._check_size()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"file": self.file, "image_class": self.image_class}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["file"], state["image_class"])  # type: ignore[misc]
 
     def read(self, box: Box) -> Tensor:
         """Read a box `(C, I, J, K)` into a new tensor; see `VolumeReader`."""
@@ -118,7 +114,7 @@ class NibabelFile:
         assert self.data_path is not None
         rows, columns, depth, count = self.file_shape
         plane_bytes = rows * columns * self.raw_dtype.itemsize
-        with _open_compressed(self.data_path) as stream:
+        with _open_plain_or_compressed(self.data_path) as stream:
             for volume, start, stop in blocks:
                 stream.seek(self.offset + (volume * depth + start) * plane_bytes)
                 block = np.empty((rows, columns, stop - start), dtype=self.raw_dtype, order="F")
@@ -130,6 +126,7 @@ class NibabelFile:
 
     def _cut(self, slicer: tuple[slice | int, ...]) -> np.ndarray:
         if self._mapped is not None:
+            self._check_size()  # to touch a mapped page that was cut off since would end the process
             return np.asarray(self._mapped[slicer])
         with self._lock:
             return np.asarray(fileslice(self.file, slicer, self.file_shape, self.raw_dtype, self.offset, order="F"))
@@ -141,15 +138,34 @@ class NibabelFile:
             return None
         return np.memmap(self.data_path, self.raw_dtype, "r", self.offset, self.file_shape, order="F")
 
+    def _read_header(self) -> None:
+        image = self._load()
+        proxy = image.dataobj
+        self.stored_dtype = proxy.dtype if proxy.dtype.names is None else np.dtype("uint8")
+        self.samples = len(proxy.dtype.names or "1")
+        self.raw_dtype = proxy.dtype
+        self.offset = int(proxy.offset)
+        self.slope, self.intercept = float(proxy.slope), float(proxy.inter)
+        self.file_shape = self._spatial_and_channels(proxy.shape)
+        self.data_path = Path(image.file_map["image"].filename or self.file) if isinstance(self.file, Path) else None
+        self.sliceable = self.data_path is None or self.data_path.suffix.lower() not in COMPRESSED
+        i, j, k, volumes = self.file_shape
+        self.info = VolumeInfo(
+            shape=(volumes * self.samples, i, j, k),
+            dtype=self._tensor_dtype(),
+            affine=_affine_of(image, self.name),
+            codes=_codes_of(image),
+        )
+
     def _load(self) -> Any:
-        try:
-            if isinstance(self.file, Path):
-                return nib.load(self.file)
+        if not isinstance(self.file, Path):
             self.file.seek(0)
-            holder = nib.fileholders.FileHolder(fileobj=cast(Any, self.file))
-            return self.image_class.from_file_map({key: holder for key, _ in self.image_class.files_types}, mmap=False)
-        except (nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError, *READ_ERRORS) as error:
-            raise CorruptImageError(f"{self.name} is not an image that can be read: {error}") from error
+            return _from_stream(self.file, self.image_class)
+        if self.file.suffix.lower() in (".mgh", ".mgz"):
+            # nib.load would leave the file open until it is collected as garbage.
+            with _open_plain_or_compressed(self.file) as stream:
+                return _from_stream(stream, nib.MGHImage)
+        return nib.load(self.file)
 
     def _spatial_and_channels(self, shape: tuple[int, ...]) -> tuple[int, int, int, int]:
         """Give `(I, J, K, volumes)`: volumes are the fourth axis, or the fifth where the fourth is 1 (vectors)."""
@@ -173,14 +189,19 @@ class NibabelFile:
         return torch.float64 if self.stored_dtype.kind in "iu" and self.stored_dtype.itemsize > 2 else torch.float32
 
     def _check_size(self) -> None:
-        """Compare what the header promises with the size of the file, before memory is asked for."""
-        if self.data_path is None:
+        """Compare what the header promises with the size of the file, before memory is asked for.
+
+        A file of this name that has taken the place of the one that is mapped does not matter.
+        """
+        if self.data_path is None or self.data_path.suffix.lower() in (".bz2", ".zst"):
             return
+        status = self.data_path.stat()
+        if self._file_number not in (None, status.st_ino):
+            return
+        self._file_number = status.st_ino
         claimed = self.offset + int(np.prod(self.file_shape, dtype=object)) * self.raw_dtype.itemsize
-        size = self.data_path.stat().st_size
+        size = status.st_size
         most = size if self.sliceable else size * GREATEST_GZIP_RATIO
-        if self.data_path.suffix.lower() in (".bz2", ".zst"):
-            return
         if claimed > most:
             raise CorruptImageError(
                 f"{self.name} claims {self.info.shape} voxels, which take {claimed} bytes, but {self.data_path.name} has {size}"
@@ -188,8 +209,14 @@ class NibabelFile:
             )
 
 
-def _open_compressed(path: Path) -> Any:
+def _open_plain_or_compressed(path: Path) -> Any:
     return igzip.open(path, "rb") if path.suffix.lower() in (".gz", ".mgz") else Opener(str(path))
+
+
+def _from_stream(stream: Any, image_class: Any) -> Any:
+    """Read a header from a file object; the object is used no more once this has returned."""
+    holder = nib.fileholders.FileHolder(fileobj=stream)
+    return image_class.from_file_map({key: holder for key, _ in image_class.files_types}, mmap=False)
 
 
 def _fill(stream: Any, block: np.ndarray) -> None:

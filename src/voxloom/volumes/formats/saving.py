@@ -39,6 +39,8 @@ def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
     if not path.parent.is_dir():
         raise SaveError(f"{path} cannot be written: there is no folder {path.parent}; make it first")
     target = path.resolve()  # a link goes on pointing at the file that is replaced
+    if target.exists() and not os.access(target, os.W_OK):
+        raise SaveError(f"{path} is write-protected: save under another name, or make it writable")
     suffix = "".join(target.suffixes[-2:]) if target.suffix == ".gz" else target.suffix
     unfinished = target.parent / f".{target.name.removesuffix(suffix)}.{secrets.token_hex(4)}.unfinished{suffix}"
     try:
@@ -48,25 +50,13 @@ def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
         if target.exists():
             unfinished.chmod(target.stat().st_mode & 0o777)
         unfinished.replace(target)
-        _sync_folder(target.parent)
+    except UnsupportedImageError:
+        raise
     except (OSError, RuntimeError) as error:
-        if isinstance(error, UnsupportedImageError):
-            raise
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).strip().splitlines()[-1:]
-        raise SaveError(f"{path} could not be written, and was left as it was: {reason or error}") from error
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error).strip().rpartition("\n")[2]
+        raise SaveError(f"{path} could not be written, and was left as it was: {reason}") from error
     finally:
         unfinished.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Bring a change of names to the disk, where the system lets a folder be opened."""
-    if not hasattr(os, "O_DIRECTORY"):
-        return
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def save_volume(path: Path, data: Tensor, affine: Affine, codes: SpaceCodes) -> None:
