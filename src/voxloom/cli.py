@@ -11,7 +11,7 @@ from . import plot
 from ._version import __version__
 from .datasets import HeadPhantom
 from .demo import FilterNetwork, run_demo
-from .errors import VoxloomError
+from .errors import SaveError, VoxloomError
 from .volumes.image import ScalarImage
 
 __all__ = ["app", "main"]
@@ -47,11 +47,11 @@ def demo(
 ) -> None:
     """Apply a small filter network to an image as a whole and patch by patch, and show that both give the same."""
     plot.require_matplotlib()
+    _make_folder(output)
     scan = HeadPhantom(size).t1 if image is None else ScalarImage(image)
     typer.echo(f"Input: {scan}")
     result = run_demo(scan, patch_size, patch_overlap, overlap_mode, _progress)
     typer.echo(f"Patches: {result.sampler}")
-    output.mkdir(parents=True, exist_ok=True)
     volume, picture = output / "result.nii.gz", output / "result.png"
     scan.new_like(result.woven).save(volume)
     title = f"{image.name if image else 'synthetic head'}: a network applied patch by patch, overlap mode '{overlap_mode}'"
@@ -61,6 +61,13 @@ def demo(
         f" (values reach {result.greatest_value:.4g})"
     )
     typer.echo(f"Volume:  {volume.resolve()}\nPicture: {picture.resolve()}")
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SaveError(f"the folder {path} cannot be made: {error.strerror}; give another one with --output") from error
 
 
 def _progress(batches: Iterable) -> Iterable:

@@ -4,12 +4,13 @@ from fractions import Fraction
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import geometries
 
 from voxloom.core.boxes import Box
 from voxloom.core.grids import AxisGrid, PatchGrid
 from voxloom.core.locations import PatchLocation
 from voxloom.errors import ScaleError, SizeError
+
+from strategies import geometries
 
 
 def listed_starts(start, stop, patch, stride):
@@ -120,7 +121,9 @@ def test_sizes_that_are_none_are_refused_by_name(value):
         PatchGrid.cover((16, 16, 16), value)
 
 
-@pytest.mark.parametrize(("overlap", "rule"), [(-2, "at least 0"), (3, "even"), (8, "smaller than"), (10, "smaller than"), (1.0, "whole")])
+@pytest.mark.parametrize(
+    ("overlap", "rule"), [(-2, "at least 0"), (3, "even"), (8, "smaller than"), (10, "smaller than"), (1.0, "whole")]
+)
 def test_overlaps_that_cannot_be_are_refused_with_the_rule(overlap, rule):
     with pytest.raises(SizeError, match=f"patch_overlap.*{rule}"):
         PatchGrid.cover((16, 16, 16), 8, overlap)

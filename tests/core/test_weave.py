@@ -2,12 +2,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import WINDOWS
 
 from voxloom.core.grids import AxisGrid
 from voxloom.core.weave import AxisWeave
 from voxloom.core.windows import resolve_window
 from voxloom.errors import ModeError
+
+from strategies import WINDOWS
 
 
 @st.composite
@@ -58,7 +59,12 @@ def test_windows_are_what_their_names_say():
 
 @pytest.mark.parametrize(
     "window",
-    [lambda size: torch.ones(size + 1), lambda size: torch.zeros(size), lambda size: torch.full((size,), float("nan")), lambda size: -1],
+    [
+        lambda size: torch.ones(size + 1),
+        lambda size: torch.zeros(size),
+        lambda size: torch.full((size,), float("nan")),
+        lambda size: -1,
+    ],
 )
 def test_a_window_that_is_none_is_refused_with_what_it_returned(window):
     with pytest.raises(ModeError, match="must return a 1-D tensor of 8 positive"):

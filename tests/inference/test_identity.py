@@ -4,9 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import FLOATS, INTEGERS, MODES, PADDING, WINDOWS, geometries, random_values
 
 import voxloom as vx
+
+from strategies import FLOATS, INTEGERS, MODES, PADDING, WINDOWS, geometries, random_values
 
 
 def weave(subject, patch, overlap, mode, padding=None, model=lambda x: x, batch_size=3, order=None, **kwargs):

@@ -1,12 +1,13 @@
 """The aggregators against the slow reference, for a model whose output depends on the patch."""
 
-import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import WINDOWS, geometries
 
 import voxloom as vx
+
+import reference
+from strategies import WINDOWS, geometries
 
 
 def positional(patch, location):

@@ -70,7 +70,9 @@ def test_outputs_of_different_scale_channels_and_type_in_one_batch():
             aggregator.add_batch(outputs, batch[vx.LOCATION])
     for aggregator in aggregators:
         assert torch.equal(aggregator.get_output("labels"), data > 0.5)
-        assert torch.equal(aggregator.get_output("embedding"), resized(data[None], (Fraction(1, 4),) * 3)[0].repeat(5, 1, 1, 1).double())
+        assert torch.equal(
+            aggregator.get_output("embedding"), resized(data[None], (Fraction(1, 4),) * 3)[0].repeat(5, 1, 1, 1).double()
+        )
         assert torch.equal(aggregator.get_output("fine"), resized(data[None], (2, 1, 1))[0].half())
 
 

@@ -122,7 +122,7 @@ def test_numbers_that_int64_cannot_hold_are_refused(tmp_path):
 @pytest.mark.parametrize("dtype", ["uint8", "int16", "uint16", "float32"])
 def test_what_simpleitk_writes_comes_back_in_its_place(tmp_path, ending, components, dtype):
     if ending == ".tif" and dtype == "int16":
-        pytest.skip("ITK writes no signed integers to TIFF")
+        dtype = "uint16"  # ITK writes no signed integers to TIFF
     array = values((6, 5, 4, components) if components > 1 else (6, 5, 4), dtype)  # K, J, I, C
     written = SimpleITK.GetImageFromArray(array, isVector=components > 1)
     if ending != ".tif":

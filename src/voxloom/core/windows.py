@@ -29,6 +29,8 @@ def hann(size: int) -> Tensor:
 def gaussian(size: int) -> Tensor:
     """Gaussian with a standard deviation of an eighth of the patch, as MONAI and nnU-Net use it.
 
+    Unlike theirs, it is nowhere rounded to 0 nor raised to 0.001, and its peak is at the middle also of even sizes.
+
     Source: Isensee et al., nnU-Net, Nature Methods 18, 203-211 (2021), https://doi.org/10.1038/s41592-020-01008-z.
     """
     distance = torch.arange(size, dtype=torch.float64) - (size - 1) / 2

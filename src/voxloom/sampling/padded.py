@@ -1,6 +1,7 @@
 """Reading boxes that reach beyond a volume, without a padded copy of it."""
 
 import itertools
+import math
 from collections.abc import Iterator
 
 import torch
@@ -93,9 +94,9 @@ def padding_constant(image: Image, mode: str | float, name: str) -> float | int 
     else:
         info = torch.iinfo(image.dtype)
         limits = (info.min, info.max)
-    if isinstance(mode, str):
+    if isinstance(mode, str) and math.isfinite(value):
         value = round(value)
-    if value != value or value != int(value) or not limits[0] <= value <= limits[1]:
+    if not math.isfinite(value) or value != int(value) or not limits[0] <= value <= limits[1]:
         raise ModeError(
             f"the image {name!r} of type {image.dtype} cannot be padded with {value:g}, only with whole numbers from {limits[0]}"
             f" to {limits[1]}: choose another number or mode, such as 'edge', or convert the image"

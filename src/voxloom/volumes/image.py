@@ -378,7 +378,8 @@ class Image:
     def save(self, path: PathLike) -> None:
         """Write the image: NIfTI, MGH, NRRD, MetaImage or TIFF, by the ending of the name.
 
-        The affine, form codes and units are kept. A crash, a full disk or an error leaves the old file or the new one.
+        The affine, form codes and units are kept. A crash, a full disk or an error leaves the old file or the new one; a process
+        that is killed may leave a hidden file beside it whose name holds `unfinished`, which can be deleted.
 
         Raises:
             SaveError: if it could not be written.

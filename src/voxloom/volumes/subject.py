@@ -174,8 +174,8 @@ class Subject(dict[str, Any]):
             if distance > limit:
                 raise SpaceError(
                     f"the images {first_name!r} and {name!r} do not lie on one another: a corner is displaced by"
-                    f" {distance:.4g} mm, and {limit:.4g} mm, {tolerance:g} of a voxel's shortest side, are allowed. Resample one onto the other,"
-                    " or pass check_space=False if their headers are wrong"
+                    f" {distance:.4g} mm, and {limit:.4g} mm, {tolerance:g} of a voxel's shortest side, are allowed."
+                    " Resample one onto the other, or pass check_space=False if their headers are wrong"
                 )
 
     def _check_shapes(self) -> None:

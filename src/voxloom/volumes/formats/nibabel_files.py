@@ -202,7 +202,7 @@ class NibabelFile:
         claimed = self.offset + int(np.prod(self.file_shape, dtype=object)) * self.raw_dtype.itemsize
         size = status.st_size
         most = size if self.sliceable else size * GREATEST_GZIP_RATIO
-        if claimed > most:
+        if self.offset < 0 or claimed > most:
             raise CorruptImageError(
                 f"{self.name} claims {self.info.shape} voxels, which take {claimed} bytes, but {self.data_path.name} has {size}"
                 f"{'' if self.sliceable else ' compressed'}: it is truncated, or its header is damaged. Copy or download it again"

@@ -1,0 +1,152 @@
+"""Rooms import one way, the public names are known, and a light import stays light."""
+
+import ast
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import voxloom as vx
+from voxloom import errors
+
+PACKAGE = Path(vx.__file__).parent
+LEVELS = {
+    "errors": 0,
+    "_version": 0,
+    "core": 1,
+    "volumes": 2,
+    "sampling": 3,
+    "training": 4,
+    "inference": 4,
+    "datasets": 4,
+    "plot": 5,
+    "demo": 5,
+    "integrations": 6,
+    "data": 6,
+    "loader": 6,
+    "cli": 7,
+    "__main__": 8,
+    "__init__": 9,
+}
+
+
+def imported_rooms(source, parts):
+    """Rooms that a module imports, given its path in the package as parts."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = list(parts[: len(parts) - node.level])
+            path = base + (node.module.split(".") if node.module else [])
+            yield from [path[0]] if path else [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "voxloom":
+            yield from node.module.split(".")[1:2] or [alias.name for alias in node.names]
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.split(".")[0] == "voxloom":
+                    yield [*alias.name.split("."), "__init__"][1]
+
+
+def violations(source, parts):
+    room = parts[0].removesuffix(".py")
+    for other in imported_rooms(source, parts):
+        if other.startswith("__") and other != "__init__":
+            continue
+        if other != room and LEVELS[other] >= LEVELS[room]:
+            yield f"{'/'.join(parts)} imports {other}"
+
+
+def test_rooms_import_one_way():
+    found = []
+    for path in PACKAGE.rglob("*.py"):
+        found += violations(path.read_text(), path.relative_to(PACKAGE).parts)
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    ("source", "parts"),
+    [
+        ("from ..volumes.image import Image", ("core", "grids.py")),
+        ("from voxloom.cli import main", ("core", "grids.py")),
+        ("import voxloom.inference", ("volumes", "image.py")),
+        ("def f():\n    from ...sampling import grid", ("volumes", "formats", "base.py")),
+        ("from . import cli", ("plot.py",)),
+        ("from ..training import queue", ("inference", "aggregators.py")),
+    ],
+)
+def test_the_test_of_rooms_can_fail(source, parts):
+    assert list(violations(source, parts))
+
+
+def test_public_names():
+    assert vx.__all__ == sorted(vx.__all__, key=lambda name: (not name.isupper(), not name[0].isupper(), name))
+    assert vx.__all__ == [
+        "AFFINE",
+        "CHANNELS_DIMENSION",
+        "DATA",
+        "INTENSITY",
+        "LABEL",
+        "LOCATION",
+        "PATH",
+        "SAMPLING_MAP",
+        "STEM",
+        "TYPE",
+        "GridAggregator",
+        "GridSampler",
+        "Image",
+        "ImagesBatch",
+        "LabelMap",
+        "PatchAggregator",
+        "PatchGrid",
+        "PatchLocation",
+        "ScalarImage",
+        "Subject",
+        "SubjectsBatch",
+        "SubjectsDataset",
+        "SubjectsLoader",
+        "__version__",
+        "data",
+        "datasets",
+        "errors",
+        "inference",
+        "loader",
+    ]
+    for name in vx.__all__:
+        assert getattr(vx, name) is not None
+
+
+HEAVY = ("matplotlib", "zarr", "dask", "distributed", "torchio", "monai", "nnunetv2", "pooch", "tensorstore", "lightning")
+
+
+def heavy_imports(statement):
+    code = f"import sys; {statement}; print([name for name in {HEAVY!r} if name in sys.modules])"
+    return ast.literal_eval(subprocess.check_output([sys.executable, "-c", code], text=True))
+
+
+def test_a_light_import_stays_light():
+    assert heavy_imports("import voxloom, voxloom.cli") == []
+
+
+def test_the_test_of_light_imports_can_fail():
+    assert heavy_imports("import voxloom, matplotlib") == ["matplotlib"]
+
+
+@pytest.mark.parametrize("name", errors.__all__)
+def test_every_error_crosses_processes_with_its_type_and_message(name):
+    kind = getattr(errors, name)
+    error = kind("what, value, rule\nand the way out")
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is kind
+    assert str(again) == str(error) == "what, value, rule\nand the way out"
+    assert issubclass(kind, errors.VoxloomError)
+    # A loader's worker makes the error anew from its type and one text.
+    assert str(kind("text")) == "text"
+
+
+def test_the_table_of_errors_names_all_of_them_and_what_else_they_are():
+    for name in errors.__all__:
+        line = next(line for line in errors.__doc__.splitlines() if f" {name}" in f" {line.strip('│├└─ ')}")
+        kind = getattr(errors, name)
+        for builtin in ("ValueError", "TypeError", "KeyError", "RuntimeError", "OSError", "ImportError", "FileNotFoundError"):
+            if f" {builtin}" in line:
+                assert issubclass(kind, getattr(__builtins__, builtin, None) or __builtins__[builtin])

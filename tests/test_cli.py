@@ -1,0 +1,75 @@
+"""The command, as a person runs it."""
+
+import subprocess
+import sys
+
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+
+import voxloom as vx
+
+
+def voxloom(*arguments, cwd=None, code=0):
+    done = subprocess.run(
+        [sys.executable, "-m", "voxloom", *map(str, arguments)], capture_output=True, text=True, cwd=cwd, check=False
+    )
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def test_version_and_help():
+    assert voxloom("--version").stdout.strip() == vx.__version__
+    assert "patch by patch" in voxloom("demo", "--help").stdout
+
+
+def test_the_demonstration_writes_a_volume_and_a_picture_and_says_where(tmp_path):
+    done = voxloom("demo", "--size", 48, "--patch-size", 24, cwd=tmp_path)
+    lines = dict(line.split(":", 1) for line in done.stdout.splitlines())
+    assert float(lines["Greatest difference between the whole and the patches"].split("(")[0]) < 1e-4
+    assert lines["Volume"].strip() == str(tmp_path / "demo" / "result.nii.gz")
+    assert lines["Picture"].strip() == str(tmp_path / "demo" / "result.png")
+    assert "Batches: 100%" in done.stderr
+    volume = vx.ScalarImage(tmp_path / "demo" / "result.nii.gz")
+    phantom = vx.datasets.HeadPhantom(48)
+    assert volume.spatial_shape == (48, 48, 48)
+    np.testing.assert_allclose(volume.affine, phantom.t1.affine, atol=1e-5)
+    assert volume.data.max() > 1
+    picture = matplotlib.image.imread(tmp_path / "demo" / "result.png")
+    assert picture.shape[1] > 1000
+    panels = np.array_split(picture[..., :3].mean(axis=2), 4, axis=1)
+    assert all(panel.std() > 0.01 for panel in panels[:2] + panels[3:])
+
+
+def test_an_image_of_ones_own(tmp_path):
+    image = vx.ScalarImage(torch.rand(2, 30, 20, 1), affine=np.diag([1, 2, 3, 1]))
+    image.save(tmp_path / "flat.nii.gz")
+    done = voxloom("demo", "--image", tmp_path / "flat.nii.gz", "--output", tmp_path / "a" / "b", "--overlap-mode", "hann")
+    assert "Greatest difference" in done.stdout
+    assert vx.ScalarImage(tmp_path / "a" / "b" / "result.nii.gz").shape == (1, 30, 20, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--image", "missing.nii"], "voxloom: there is no file missing.nii"),
+        (["--overlap-mode", "blend"], "voxloom: Overlap mode must be one of"),
+        (["--patch-size", "0"], "voxloom: patch_size"),
+        (["--patch-overlap", "3"], "must be even"),
+        (["--output", "file/sub"], "voxloom: the folder file/sub cannot be made"),
+    ],
+)
+def test_mistakes_are_explained_without_a_traceback(tmp_path, arguments, message):
+    (tmp_path / "file").write_text("x")
+    done = voxloom("demo", "--size", 24, *arguments, cwd=tmp_path, code=1)
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_without_matplotlib_the_extra_is_named(tmp_path):
+    script = "import sys; sys.modules['matplotlib'] = None; sys.argv = ['voxloom', 'demo']; from voxloom.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 1
+    assert "pip install 'voxloom[plot]'" in done.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,50 @@
+"""Examples in docstrings and in the README run as they stand."""
+
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+import voxloom as vx
+
+ROOT = Path(__file__).parent.parent
+MODULES = [module.name for module in pkgutil.walk_packages(vx.__path__, "voxloom.") if not module.name.endswith("__main__")]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_in_docstrings(name):
+    result = doctest.testmod(importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert result.failed == 0
+
+
+@pytest.mark.parametrize("name", vx.__all__)
+def test_public_classes_have_an_example(name):
+    thing = getattr(vx, name)
+    if isinstance(thing, type) and name not in ("ScalarImage", "LabelMap"):
+        assert ">>>" in thing.__doc__
+        for attribute, value in vars(thing).items():
+            if not attribute.startswith("_") and callable(value):
+                assert value.__doc__, f"{name}.{attribute} has no docstring"
+
+
+def test_examples_in_the_readme(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    phantom = vx.datasets.HeadPhantom((96, 80, 72))
+    phantom.t1.save("brain.nii.gz")
+    namespace = {}
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(block, namespace)
+    assert vx.ScalarImage("output.nii.gz").shape == (2, 96, 80, 72)
+    assert namespace["embedding"].shape == (1, 12, 10, 9)
+    assert int(namespace["partial"].sum()) == 32**3
+
+
+def test_links_in_documents_lead_somewhere():
+    for document in ROOT.glob("*.md"):
+        for target in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
+            assert target.startswith("http") or (ROOT / target).exists(), f"{document.name} links to {target}"

@@ -1,0 +1,57 @@
+"""The main job on a real image: a convolutional network applied patch by patch, against the same applied to the whole."""
+
+import pytest
+import torch
+from torch import nn
+
+import voxloom as vx
+
+
+def network(layers=3):
+    """A small convolutional network of random weights; a voxel of its output sees `layers` voxels around it."""
+    torch.manual_seed(0)
+    convolutions = [nn.Conv3d(1 if number == 0 else 4, 4, 3, padding=1) for number in range(layers)]
+    modules = [module for convolution in convolutions for module in (convolution, nn.ELU())]
+    return nn.Sequential(*modules, nn.Conv3d(4, 2, 1)).eval()
+
+
+@pytest.fixture(scope="module")
+def scan(mni_path):
+    image = vx.ScalarImage(mni_path)
+    return vx.Subject(t1=image.new_like(image.data.float() / 255))
+
+
+@pytest.fixture(scope="module")
+def whole(scan):
+    with torch.inference_mode():
+        return network()(scan.t1.data[None])[0]
+
+
+@torch.inference_mode()
+def by_patches(scan, overlap, mode, padding=None):
+    model = network()
+    sampler = vx.GridSampler(scan, patch_size=80, patch_overlap=overlap, padding_mode=padding)
+    aggregator = vx.GridAggregator(sampler, overlap_mode=mode)
+    for batch in vx.SubjectsLoader(sampler, batch_size=2):
+        aggregator.add_batch(model(batch.t1.data), batch)
+    return aggregator.get_output()
+
+
+def test_with_an_overlap_of_twice_the_receptive_radius_cropping_gives_what_the_whole_gives(scan, whole):
+    assert scan.spatial_shape == (197, 233, 189)
+    output = by_patches(scan, 6, "crop")
+    assert (output - whole).abs().max() <= 1e-5
+    assert whole.abs().max() > 0.1
+
+
+def test_with_less_overlap_it_does_not(scan, whole):
+    assert (by_patches(scan, 2, "crop") - whole).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("mode", ["average", "hann", "gaussian"])
+def test_blending_also_weighs_voxels_near_the_borders_of_patches(scan, whole, mode, record_property):
+    difference = (by_patches(scan, 6, mode) - whole).abs()
+    record_property("greatest difference", float(difference.max()))
+    # Not zero, and not everywhere: away from the overlaps nothing is blended.
+    assert 1e-3 < difference.max() < 1
+    assert (difference < 1e-5).float().mean() > 0.5

@@ -1,0 +1,133 @@
+"""The examples that users of TorchIO know, with nothing but their import lines changed.
+
+Colin27, which has to be downloaded, is replaced by a template that travels inside nilearn, under the same names.
+"""
+
+import pytest
+import torch
+from torch import nn
+
+import voxloom
+import voxloom as tio
+
+
+class Colin27(tio.Subject):
+    """A stand-in of the same entries: T1, head and brain."""
+
+
+@pytest.fixture(scope="module")
+def colin(mni_path):
+    t1 = tio.ScalarImage(mni_path)
+    head = tio.LabelMap(tensor=(t1.data > 10).to(torch.uint8), affine=t1.affine)
+    brain = tio.LabelMap(tensor=(t1.data > 60).to(torch.uint8), affine=t1.affine)
+    return Colin27(t1=t1, head=head, brain=brain)
+
+
+@pytest.fixture
+def brain_path(tmp_path, monkeypatch):
+    voxloom.datasets.HeadPhantom((150, 140, 130)).t1.save(tmp_path / "brain.nii.gz")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("brain_path")
+def test_patch_based_inference():
+    from voxloom.loader import SubjectsLoader
+
+    model = nn.Identity()
+
+    subject = tio.ScalarImage("brain.nii.gz")
+    subject = tio.Subject(t1=subject)
+
+    # 1. Sample patches
+    sampler = tio.GridSampler(subject, patch_size=64, patch_overlap=8)
+
+    # 2. Batch with DataLoader
+    loader = SubjectsLoader(sampler, batch_size=4)
+
+    # 3. Run inference and aggregate
+    aggregator = tio.PatchAggregator(
+        spatial_shape=subject.spatial_shape,
+        overlap_mode="hann",
+        patch_overlap=8,
+    )
+
+    for batch in loader:
+        input_tensor = batch.t1.data
+        output = model(input_tensor)
+        locations = [batch.metadata["patch_location"][i] for i in range(batch.batch_size)]
+        aggregator.add_batch(output, locations)
+
+    result = aggregator.get_output()
+
+    torch.testing.assert_close(result, subject.t1.data)
+
+
+def test_downsampled_outputs():
+    aggregator = tio.PatchAggregator(
+        spatial_shape=(256, 256, 176),
+        output_shape=(128, 128, 88),
+        overlap_mode="average",
+    )
+
+    subject = tio.Subject(t1=tio.ScalarImage(torch.rand(1, 256, 256, 176)))
+    for batch in tio.SubjectsLoader(tio.GridSampler(subject, (128, 128, 88)), batch_size=2):
+        aggregator.add_batch(batch.t1.data[..., ::2, ::2, ::2], batch.metadata["patch_location"])
+    assert torch.equal(aggregator.get_output(), subject.t1.data[..., ::2, ::2, ::2])
+
+
+def test_multiple_outputs():
+    volume = torch.rand(1, 20, 20, 20)
+    sampler = tio.GridSampler(tio.Subject(t1=tio.ScalarImage(volume)), 10)
+    aggregator = tio.PatchAggregator(spatial_shape=(20, 20, 20), overlap_mode="average")
+    for batch in tio.SubjectsLoader(sampler, batch_size=4):
+        seg_output, emb_output = batch.t1.data > 0.5, batch.t1.data.repeat(1, 8, 1, 1, 1)
+        locations = batch.metadata["patch_location"]
+
+        aggregator.add_batch(
+            {"segmentation": seg_output, "embedding": emb_output},
+            locations,
+        )
+    seg = aggregator.get_output("segmentation")
+    emb = aggregator.get_output("embedding")
+
+    torch.testing.assert_close(seg, (volume > 0.5).float())
+    torch.testing.assert_close(emb, volume.repeat(8, 1, 1, 1))
+
+
+@pytest.mark.parametrize("patch_overlap", [(4, 4, 4), 4])
+@pytest.mark.parametrize("make_loader", [torch.utils.data.DataLoader, tio.SubjectsLoader])
+def test_grid_sampler_and_aggregator(colin, patch_overlap, make_loader):
+    patch_size = 88, 88, 60
+    subject = colin
+    assert repr(subject) == "Colin27(Keys: ('t1', 'head', 'brain'); images: 3)"
+    grid_sampler = tio.inference.GridSampler(
+        subject,
+        patch_size,
+        patch_overlap,
+    )
+    patch_loader = make_loader(grid_sampler, batch_size=4)
+    aggregator = tio.inference.GridAggregator(grid_sampler)
+    model = nn.Identity().eval()
+    with torch.no_grad():
+        for patches_batch in patch_loader:
+            input_tensor = patches_batch["t1"][tio.DATA]
+            locations = patches_batch[tio.LOCATION]
+            logits = model(input_tensor)
+            labels = logits.argmax(dim=tio.CHANNELS_DIMENSION, keepdim=True)
+            outputs = labels
+            aggregator.add_batch(outputs, locations)
+    output_tensor = aggregator.get_output_tensor()
+
+    assert output_tensor.shape == (1, 197, 233, 189)
+    assert output_tensor.dtype == torch.int64
+    assert not output_tensor.any()  # of one channel, the first is the greatest
+
+
+def test_names_of_both_generations():
+    from voxloom.data import GridAggregator, PatchLocation
+    from voxloom.loader import SubjectsLoader
+
+    assert tio.data.GridSampler is tio.inference.GridSampler is tio.GridSampler
+    assert GridAggregator is tio.inference.GridAggregator
+    assert SubjectsLoader is tio.SubjectsLoader
+    assert PatchLocation is tio.PatchLocation
