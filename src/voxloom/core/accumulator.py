@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ..errors import IncompleteError, LocationError, OutputError
-from . import memory
 from .boxes import Box
 from .grids import PatchGrid
 from .locations import PatchLocation
@@ -20,6 +19,7 @@ __all__ = ["Accumulator", "sum_dtype"]
 
 # Weight sums of an incomplete or irregular output are made for this many voxels at a time.
 SLAB_VOXELS = 2**22
+LARGE_CHANNEL_VOXELS = 2**15
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -103,7 +103,10 @@ class Accumulator:
             target.copy_(piece)
         else:
             weights = self._stray_weights(location, box) if numbers is None else self._grid_weights(numbers)
-            target.addcmul_(piece.to(total.dtype), weights)
+            # Large channels one by one: a channel and the weights then stay in the processor's cache.
+            channels = zip(target, piece, strict=True) if weights.numel() >= LARGE_CHANNEL_VOXELS else [(target, piece)]
+            for part, values in channels:
+                part.addcmul_(values.to(total.dtype), weights)
         if numbers is None:
             self._strays.append(location)
         else:
@@ -144,7 +147,7 @@ class Accumulator:
         if self._total is None:
             self._dtype = dtype
             held = dtype if self.window is None else sum_dtype(dtype)
-            self._total = memory.zeros((channels, *self.shape), held, self.device)
+            self._total = torch.zeros((channels, *self.shape), dtype=held, device=self.device)
         elif self._is_handed_out:
             self._total = self._total.clone()
             self._is_handed_out = False
@@ -202,7 +205,7 @@ class Accumulator:
 
     def _evened_out(self, total: Tensor, strict: bool) -> Tensor:
         """Divide by the sum of the weights that were added, slab by slab."""
-        result = memory.empty(total.shape, total.dtype, total.device)
+        result = torch.empty_like(total)
         uncovered = 0
         for slab in self._slabs():
             part = (slice(None), *slab.slices)

@@ -35,7 +35,8 @@ class PaddedImage:
         self.image = image
         self.domain = domain
         self.shape = image.spatial_shape
-        is_padded = domain != Box.of_shape(self.shape)
+        self.volume = Box.of_shape(self.shape)
+        is_padded = domain != self.volume
         self.mode = mode if is_padded and mode is not None else 0.0
         self.constant = padding_constant(image, self.mode, name)
 
@@ -46,8 +47,11 @@ class PaddedImage:
             out: tensor `(C, *box.shape)` of the image's type, every voxel of which is set.
             box: voxels `(I, J, K)` in the frame of the image.
         """
+        if box in self.volume:
+            out.copy_(self.image.read(box))
+            return
         axes = [axis_pieces(*ends, self.mode) for ends in zip(box.start, box.stop, self.shape, strict=True)]
-        if self.constant is not None and box not in Box.of_shape(self.shape):
+        if self.constant is not None:
             out.fill_(self.constant)
         for pieces in itertools.product(*axes):
             self._copy(out, pieces)

@@ -3,15 +3,11 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import overload
 
-from torch import Tensor
-
 from ..core import memory
 from ..core.boxes import Box
 from ..core.locations import PatchLocation
 from ..volumes.batch import ImagesBatch, SubjectsBatch, batch_memory
 from ..volumes.constants import PATCH_LOCATION
-from ..volumes.image import Image
-from ..volumes.space import shifted
 from ..volumes.subject import Subject
 from .padded import PaddedImage
 
@@ -41,7 +37,7 @@ class PatchCutter:
         for name, padded in self._padded.items():
             data = memory.empty((padded.image.num_channels, *location.size), padded.image.dtype)
             padded.read_into(data, location.box)
-            entries[name] = _part(padded.image, data, location)
+            entries[name] = padded.image.part(data, location.index)
         return Subject(entries | {PATCH_LOCATION: location})
 
     def cut_batch(self, locations: Sequence[PatchLocation]) -> SubjectsBatch:
@@ -52,7 +48,7 @@ class PatchCutter:
             data = batch_memory(shape, padded.image.dtype)
             for target, location in zip(data, locations, strict=True):
                 padded.read_into(target, location.box)
-            images = [_part(padded.image, target, location) for target, location in zip(data, locations, strict=True)]
+            images = [padded.image.part(target, location.index) for target, location in zip(data, locations, strict=True)]
             batches[name] = ImagesBatch(data, images)
         metadata = {name: [value] * len(locations) for name, value in self.subject.metadata.items()}
         return SubjectsBatch(batches, metadata | {PATCH_LOCATION: list(locations)})
@@ -83,7 +79,3 @@ class PatchSequence(Sequence[Subject]):
     def to_batch(self) -> SubjectsBatch:
         """Make a batch of all patches."""
         return self.cutter.cut_batch(self.locations)
-
-
-def _part(image: Image, data: Tensor, location: PatchLocation) -> Image:
-    return image.new_like(data=data, affine=shifted(image.affine, location.index))

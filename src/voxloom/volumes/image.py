@@ -340,7 +340,7 @@ class Image:
         step = tuple(part.step for part in spatial)
         box = Box(tuple(part.start for part in spatial), tuple(part.stop for part in spatial))
         data = self.read(box)[(channels, *(slice(None, None, part) for part in step))]
-        return self.new_like(data=data.clone(memory_format=torch.contiguous_format), affine=shifted(self.affine, box.start, step))
+        return self.part(data.clone(memory_format=torch.contiguous_format), box.start, step)
 
     # Copies and files
 
@@ -349,6 +349,16 @@ class Image:
         new = self.without_data()
         new.set_data(data)
         new._affine = self.affine.copy() if affine is None else as_affine(affine)
+        return new
+
+    def part(self, data: Tensor, index: tuple[int, ...], step: tuple[int, ...] = (1, 1, 1)) -> Self:
+        """Make an image of a part of this one's data, which begins at a voxel `(I, J, K)` and takes every `step`-th one.
+
+        The index is negative where the part begins in padding. Nothing is checked: a sampler makes thousands of parts.
+        """
+        new = self.without_data()
+        new._data = data
+        new._affine = shifted(self.affine, index, step)
         return new
 
     def without_data(self) -> Self:
