@@ -198,3 +198,16 @@ def test_outputs_that_need_gradients_and_views_of_the_input_are_only_read(sample
     assert not output.requires_grad
     torch.testing.assert_close(output, data.detach())
     assert torch.equal(data, sampler.subject.t1.data)
+
+
+def test_batches_from_within_inference_mode_and_from_outside_mix(sampler):
+    data = sampler.subject.t1.data
+    aggregator = vx.GridAggregator(sampler, "hann")
+    for number, location in enumerate(sampler.grid):
+        patch = data[(slice(None), *location.to_slices())][None]
+        with torch.inference_mode(number % 2 == 0):
+            aggregator.add_batch(patch.clone(), [location])
+    with torch.inference_mode():
+        output = aggregator.get_output()
+    output += 1  # an inference tensor could not be changed here
+    torch.testing.assert_close(output, data + 1)

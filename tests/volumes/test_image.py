@@ -141,6 +141,7 @@ def test_data_of_another_dimension_are_refused(shape, image):
         ({}, "needs a path or a tensor"),
         ({"path": 5}, "path of an image is 5"),
         ({"path": []}, "empty list"),
+        ({"path": ""}, "path of an image is empty"),
         ({"path": torch.zeros(1, 2, 2, 2), "tensor": torch.zeros(1, 2, 2, 2)}, "two tensors"),
     ],
 )
@@ -286,3 +287,13 @@ def test_nans_are_reported_when_asked_for():
 def test_an_image_is_an_array_for_numpy(image):
     assert np.array_equal(np.asarray(image), image.data.numpy())
     assert np.asarray(image).base is not None
+
+
+def test_an_image_that_was_loaded_within_inference_mode_can_be_trained_with(tmp_path):
+    vx.ScalarImage(torch.rand(1, 4, 4, 4)).save(tmp_path / "x.nii.gz")
+    image = vx.ScalarImage(tmp_path / "x.nii.gz")
+    with torch.inference_mode():
+        image.load()
+    weight = torch.ones((), requires_grad=True)
+    (image.data * weight).sum().backward()
+    assert weight.grad > 0

@@ -34,6 +34,8 @@ class Accumulator:
     added once. Patches at any other place are added with their window, divided by the sum of the grid's windows so that
     both kinds mix; they, and patches that were left out or repeated, are evened out when the result is asked for.
 
+    Patches may come from within `torch.inference_mode` or not, as they like: what is kept is made outside of it.
+
     Args:
         shape: voxels of the output along each axis.
         grid: the patches that are expected, in the frame of the output; its box must hold the whole output.
@@ -74,6 +76,8 @@ class Accumulator:
         if dtype != self._dtype:
             raise OutputError(f"the output is {dtype}, but earlier batches were {self._dtype}: give all batches the same type")
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def add(self, patch: Tensor, location: PatchLocation) -> None:
         """Add the output for one patch.
 
@@ -112,6 +116,8 @@ class Accumulator:
         else:
             self._times_added[self.grid.ravel(numbers)] += 1
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def result(self, strict: bool = True) -> Tensor:
         """Give the volume `(C, *shape)`.
 

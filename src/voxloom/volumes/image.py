@@ -164,7 +164,8 @@ class Image:
         """
         if self._data is None:
             reader = self._open()
-            data = reader.read(reader.info.box)
+            with torch.inference_mode(False):  # what is kept must be good for training, too
+                data = reader.read(reader.info.box)
             self._warn_of_nans(data)
             self._codes = reader.info.codes
             self._data = data
@@ -466,6 +467,8 @@ def _as_path(path: Any, verify: bool) -> Path | list[Path]:
 def _one_path(path: Any, verify: bool) -> Path:
     if not isinstance(path, str | os.PathLike):
         raise SubjectError(f"the path of an image is {path!r}, of type {type(path).__name__}: give a path, a tensor or an array")
+    if not os.fspath(path):
+        raise SubjectError("the path of an image is empty: give a path, a tensor or an array")
     try:
         result = Path(path).expanduser()
     except RuntimeError as error:
