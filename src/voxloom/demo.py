@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .core.sizes import as_overlap, as_sizes
 from .core.windows import OverlapMode
 from .inference import GridAggregator
 from .sampling.grid import GridSampler
@@ -103,14 +104,16 @@ def run_demo(
     Args:
         image: the input; values are taken as float32, and NaN and infinity as 0.
         patch_size: voxels of a patch on each axis, or as many as the image has, where that is less.
-        patch_overlap: voxels that neighbours share; less where the image is not wider than a patch.
+        patch_overlap: voxels that neighbours share.
         overlap_mode: how patches are combined.
         progress: wraps the loader, to show how far it has come.
     """
     data = torch.nan_to_num(image.data[:1].float(), nan=0.0, posinf=0.0, neginf=0.0)
     scan = ScalarImage(tensor=data, affine=image.affine)
+    as_overlap(patch_overlap, as_sizes(patch_size, 3, "patch_size"))
     size = [min(patch_size, length) for length in scan.spatial_shape]
-    overlap = [min(patch_overlap, (length - 1) // 2 * 2) for length in size]
+    # On an axis that a single patch covers nothing overlaps.
+    overlap = [0 if length <= patch_size else patch_overlap for length in scan.spatial_shape]
     sampler = GridSampler(Subject(image=scan), size, overlap)
     model = FilterNetwork().eval()
     with torch.inference_mode():

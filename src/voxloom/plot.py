@@ -56,7 +56,7 @@ def save_comparison(
     scan, woven, whole = (volume[0, :, :, k].numpy() for volume in (image, result, expected))
     difference = np.abs(woven - whole)
     figure = Figure(figsize=(16, 5.6), facecolor=BACKGROUND, layout="constrained")
-    figure.suptitle(title, color="white", fontsize=13)
+    figure.suptitle(title, color="white", fontsize=13, parse_math=False)
     axes = figure.subplots(1, 4)
     aspect = spacing[1] / spacing[0]
     _show(axes[0], scan, aspect, "Input", "gray")
@@ -72,7 +72,7 @@ def save_comparison(
     _show(axes[3], scan, aspect, f"Grid: {len(grid)} patches of {' × '.join(map(str, grid.patch_size))}", "gray")
     _draw_grid(axes[3], grid)
     axes[3].set_xlabel(f"{columns} × {rows} in this plane; one is filled", color="white", fontsize=9)
-    atomic_write(path, lambda target: figure.savefig(target, dpi=110, facecolor=BACKGROUND))
+    atomic_write(path, lambda target: figure.savefig(target, dpi=110, facecolor=BACKGROUND), ".png")
 
 
 def _show(axes: "Axes", plane: np.ndarray, aspect: float, title: str, colours: str, top: float | None = None) -> Any:

@@ -28,6 +28,12 @@ def test_boxes_are_the_sets_of_their_voxels(pair):
     assert a.relative_to(a.start) == Box.of_shape(a.shape)
 
 
+def test_only_boxes_are_inside_of_boxes():
+    assert 1 not in Box((0,), (2,))
+    with pytest.raises(SizeError, match="of 1 and of 2 axes"):
+        Box((0,), (5,)) & Box((0, 0), (3, 3))
+
+
 def test_a_box_must_not_stop_before_it_starts():
     with pytest.raises(SizeError, match=r"\(2,\) to \(1,\)"):
         Box((2,), (1,))

@@ -1,14 +1,15 @@
+import re
 import time
 from fractions import Fraction
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from voxloom.core.boxes import Box
 from voxloom.core.grids import AxisGrid, PatchGrid
 from voxloom.core.locations import PatchLocation
-from voxloom.errors import ScaleError, SizeError
+from voxloom.errors import LocationError, ScaleError, SizeError
 
 from strategies import geometries
 
@@ -75,6 +76,16 @@ def test_a_grid_of_a_trillion_patches_takes_no_time_and_no_memory():
     assert time.process_time() - began < 5
 
 
+def test_a_grid_finds_a_patch_without_going_through_all():
+    grid = PatchGrid.cover((640_000,) * 3, 64)
+    assert grid.index(grid[-1]) == 10**12 - 1
+    assert grid.count(grid[12345]) == 1
+    assert grid.count(PatchLocation((1, 1, 1), (64,) * 3)) == 0
+    assert PatchLocation((1, 1, 1), (64,) * 3) not in grid
+    with pytest.raises(ValueError, match="not one of the grid's"):
+        grid.index(PatchLocation((1, 1, 1), (64,) * 3))
+
+
 def test_an_index_beyond_the_grid_is_an_index_error():
     grid = PatchGrid.cover((8,), 4)
     with pytest.raises(IndexError, match="patch 2 of a grid of 2"):
@@ -95,17 +106,24 @@ def test_a_scaled_grid_has_every_start_scaled_or_names_the_one_that_cannot_be(ge
             grid.scaled((factor,) * 3)
 
 
-@given(geometries(ndim=1, largest=40), st.booleans())
-def test_the_overlap_that_an_error_suggests_would_indeed_align_the_grid(geometry, padded):
+@settings(max_examples=300)
+@given(geometries(ndim=1, largest=40, may_exceed=True), st.booleans(), st.sampled_from([2, 3, 4, 8]))
+def test_the_way_out_that_an_error_suggests_is_one(geometry, padded, step):
     (length,), (patch,), (overlap,) = geometry
-    factor = Fraction(1, 4)
+    factor = Fraction(1, step)
+    if not padded and patch > length:
+        return
     try:
         PatchGrid.cover((length,), patch, overlap, padded=padded).scaled((factor,))
     except ScaleError as error:
-        words = str(error).split()
-        if "overlap of" in str(error):
-            suggested = int(words[words.index("overlap") + 2])
-            PatchGrid.cover((length,), patch, suggested, padded=padded).scaled((factor,))
+        numbers = [int(word) for word in re.findall(r"\d+", str(error).rpartition("multiples of")[2])]
+        if "An overlap of" in str(error):
+            PatchGrid.cover((length,), patch, numbers[1], padded=padded).scaled((factor,))
+        elif "No overlap" in str(error):
+            PatchGrid.cover((numbers[1],), patch, numbers[2], padded=padded).scaled((factor,))
+        else:
+            assert f"Use a patch size that is a multiple of {step}" in str(error)
+            assert patch % step
 
 
 def test_misaligned_starts_are_named_together_with_an_overlap_that_would_do():
@@ -119,6 +137,20 @@ def test_sizes_that_are_none_are_refused_by_name(value):
         PatchGrid.cover((16, 16, 16), value)
     with pytest.raises(ValueError, match="patch_size"):  # what code for other libraries expects
         PatchGrid.cover((16, 16, 16), value)
+
+
+@pytest.mark.parametrize("value", [64, None, "abc", ()])
+def test_shapes_that_are_none_are_refused(value):
+    with pytest.raises(SizeError, match="spatial_shape"):
+        PatchGrid.cover(value, 8)
+
+
+@pytest.mark.parametrize("row", [[0, 0, 0, 4, 4], [0.5, 0, 0, 4, 4, 4], [], ["a", "b"]])
+def test_rows_that_are_no_locations_are_refused(row):
+    with pytest.raises(LocationError, match="is no location"):
+        PatchLocation.from_row(row)
+    with pytest.raises(LocationError):
+        PatchLocation((1, 2, 3), 8)
 
 
 @pytest.mark.parametrize(

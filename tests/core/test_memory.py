@@ -1,5 +1,7 @@
 import gc
+import multiprocessing
 
+import pytest
 import torch
 
 from voxloom.core import memory
@@ -7,18 +9,37 @@ from voxloom.core import memory
 LARGE = (memory.LARGE_BYTES // 4 + 1000,)
 
 
+@pytest.fixture(autouse=True)
+def nothing_kept():
+    gc.collect()
+    memory._freed._blocks.clear()
+
+
 def test_freed_memory_is_used_again_only_when_no_view_of_it_is_left():
     first = memory.empty(LARGE, torch.float32)
-    address = first.data_ptr()
     view = first[10:20].fill_(7)
     del first
     gc.collect()
+    assert memory._freed.num_bytes == 0
     second = memory.empty(LARGE, torch.float32).fill_(1)
-    assert second.data_ptr() != address
     assert (view == 7).all()
     del view
+    gc.collect()
+    (kept,) = memory._freed._blocks
     third = memory.empty(LARGE, torch.float32)
-    assert third.data_ptr() == address
+    assert third.data_ptr() == kept.ctypes.data
+    assert memory._freed.num_bytes == 0
+    assert (second == 1).all()
+
+
+def test_a_forked_process_starts_anew():
+    memory.empty(LARGE, torch.float32)
+    assert memory._freed.num_bytes
+    with memory._freed._lock:
+        worker = multiprocessing.get_context("fork").Process(target=memory.empty, args=(LARGE, torch.float32))
+        worker.start()
+    worker.join(30)
+    assert worker.exitcode == 0
 
 
 def test_no_more_is_kept_than_was_said():
@@ -31,11 +52,10 @@ def test_no_more_is_kept_than_was_said():
 
 def test_a_volume_does_not_drive_out_the_batches():
     batch = memory.empty(LARGE, torch.float32)
-    address = batch.data_ptr()
     volume = memory.empty((memory.KEPT_BYTES + 1,), torch.uint8)
-    del batch
-    del volume
-    assert memory.empty(LARGE, torch.float32).data_ptr() == address
+    del batch, volume
+    gc.collect()
+    assert memory._freed.num_bytes == LARGE[0] * 4
 
 
 def test_large_and_small_tensors_have_the_shape_and_type_that_were_asked_for():

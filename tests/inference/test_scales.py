@@ -2,6 +2,7 @@
 
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -84,7 +85,7 @@ def test_a_start_between_two_voxels_is_refused_before_anything_is_computed():
 
 def test_a_volume_whose_last_patch_cannot_be_aligned_says_what_size_would_do():
     sampler = vx.GridSampler(vx.Subject(t1=vx.ScalarImage(torch.rand(1, 45, 32, 32))), 32, 8)
-    with pytest.raises(ScaleError, match="pad or crop the volume to a multiple of 4 voxels, such as 48"):
+    with pytest.raises(ScaleError, match="pad or crop the volume to 48 voxels, with an overlap of 8"):
         vx.GridAggregator(sampler, downsampling_factor=4)
 
 
@@ -94,7 +95,7 @@ def test_a_location_between_two_voxels_of_the_output_is_refused():
         aggregator.add_batch(torch.rand(1, 1, 2, 2, 2), [vx.PatchLocation((0, 1, 0), (4, 4, 4))])
 
 
-@pytest.mark.parametrize("scale", [0, -1, float("nan"), float("inf"), "2", True, (1, 1)])
+@pytest.mark.parametrize("scale", [0, -1, float("nan"), float("inf"), "2", True, (1, 1), 0.0001])
 def test_scales_that_are_none_are_refused(scale):
     sampler = vx.GridSampler(vx.Subject(t1=vx.ScalarImage(torch.rand(1, 8, 8, 8))), 4)
     with pytest.raises(ScaleError, match="scale is"):
@@ -108,3 +109,14 @@ def test_an_output_whose_scale_was_not_said_is_refused():
     aggregator = vx.GridAggregator(sampler, scale={"seg": 1})
     with pytest.raises(NoSuchKeyError, match="scale says nothing of the output 'other', only of 'seg'"):
         aggregator.add_batch({"other": torch.rand(1, 1, 4, 4, 4)}, [sampler.grid[0]])
+
+
+def test_numbers_of_all_kinds_are_scales():
+    sampler = vx.GridSampler(vx.Subject(t1=vx.ScalarImage(torch.rand(1, 8, 8, 8))), 4)
+    for half in (0.5, Fraction(1, 2), np.float32(0.5), (0.5, Fraction(1, 2), np.float64(0.5)), np.array([0.5, 0.5, 0.5])):
+        assert vx.GridAggregator(sampler, scale=half)._scaled_grid(None, sampler.grid)[0].spatial_shape == (4, 4, 4)
+    with pytest.raises(ScaleError, match="give one of them"):
+        vx.GridAggregator(sampler, downsampling_factor=2, scale=2)
+    large = vx.PatchAggregator((5000,), "average", output_shape=(1,))
+    large.add_batch(torch.ones(1, 1, 1), [vx.PatchLocation((0,), (5000,))])
+    assert large.get_output().tolist() == [[1]]

@@ -1,3 +1,7 @@
+import subprocess
+import sys
+import textwrap
+
 import numpy as np
 import pytest
 import torch
@@ -6,6 +10,7 @@ from hypothesis import strategies as st
 
 import voxloom as vx
 from voxloom.errors import ModeError, SizeError, SpaceError, SubjectError
+from voxloom.sampling import padded
 
 from strategies import geometries
 
@@ -120,21 +125,70 @@ def test_an_image_that_cannot_hold_what_it_is_padded_with_is_named():
         with pytest.raises(ModeError, match=r"image 'seg' of type torch\.uint8 cannot be padded.*from 0 to 255"):
             vx.GridSampler(subject, 4, 2, number)
     assert vx.GridSampler(subject, 4, 0, -1000)[0].seg.data.max() == 0  # where nothing is padded nothing need be held
+    half = vx.Subject(t1=vx.ScalarImage(torch.zeros(1, 6, 6, 6).half()))
+    with pytest.raises(ModeError, match=r"torch\.float16 cannot be padded with 1e\+06"):
+        vx.GridSampler(half, 4, 2, 1e6)
+    large = vx.Subject(t1=vx.ScalarImage(torch.zeros(1, 6, 6, 6, dtype=torch.int64)))
+    assert vx.GridSampler(large, 4, 2, 2**53 + 1)[0].t1.data[0, 0, 0, 0] == 2**53 + 1
     patch = vx.GridSampler(subject, 4, 2, "constant", fill=7)[0]
     assert (patch.ct.data[0, 0, 0, 0], patch.seg.data[0, 0, 0, 0]) == (7, 7)
 
 
 def test_padding_makes_no_copy_of_the_volume():
-    data = torch.zeros(1, 300, 300, 300)  # 108 MB
-    import resource
+    script = """
+        import resource, torch, voxloom as vx
+        subject = vx.Subject(t1=vx.ScalarImage(torch.zeros(1, 300, 300, 300)))  # 108 MB
+        vx.GridSampler(subject, 16)[0]
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        sampler = vx.GridSampler(subject, 16, 8, "reflect")
+        for number in (0, len(sampler) // 2, len(sampler) - 1):
+            sampler[number]
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    """
+    grown = subprocess.check_output([sys.executable, "-c", textwrap.dedent(script)], text=True)
+    assert int(grown) * 1024 < 20e6
 
-    subject = subject_of(data)
-    sampler = vx.GridSampler(subject, 16, 8, "reflect")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for number in (0, len(sampler) // 2, len(sampler) - 1):
-        _ = sampler[number]
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-    assert grown < 20e6
+
+@pytest.mark.parametrize("mode", ["minimum", "maximum", "mean", "median"])
+def test_statistics_are_the_same_in_small_parts(mode, monkeypatch):
+    data = torch.rand(2, 9, 8, 7)
+    expected = vx.GridSampler(subject_of(data), 3, 2, mode)[0].t1.data[0, 0, 0, 0]
+    monkeypatch.setattr(padded, "CHUNK_VOXELS", 1)
+    torch.testing.assert_close(vx.GridSampler(subject_of(data), 3, 2, mode)[0].t1.data[0, 0, 0, 0], expected)
+    data[0, 8, 7, 6] = float("nan")
+    assert vx.GridSampler(subject_of(data), 3, 2, mode)[0].t1.data[0, 0, 0, 0].isnan()
+
+
+def test_a_subject_that_changes_under_the_sampler(subject):
+    sampler = vx.GridSampler(subject, 4)
+    subject["late"] = vx.ScalarImage(torch.zeros(1, 10, 20, 30))
+    assert "late" not in sampler[0]
+    subject.t1.set_data(torch.zeros(1, 6, 6, 6))
+    with pytest.raises(SubjectError, match=r"'t1' has \(6, 6, 6\) voxels, but had \(10, 20, 30\)"):
+        sampler[0]
+
+
+def test_slices_give_sequences_of_patches(subject):
+    sampler = vx.GridSampler(subject, 4)
+    assert [patch.patch_location for patch in sampler[2:5]] == sampler.grid[2:5]
+
+
+def test_slices_of_patches_know_where_they_are(subject):
+    patch = vx.GridSampler(subject, 6)[5]
+    first = patch.patch_location.index
+    part = patch[:, 1:3, ..., 2:]
+    assert part.patch_location == vx.PatchLocation((first[0] + 1, first[1], first[2] + 2), (2, 6, 4))
+    assert torch.equal(part.t1.data, subject.t1.data[(slice(None), *part.patch_location.to_slices())])
+    assert "patch_location" not in patch[:, ::2]
+
+
+def test_metadata_of_the_same_name_do_not_hide_the_location(subject):
+    subject["location"], subject["index_ini"] = "Paris", 7
+    sampler = vx.GridSampler(subject, 5)
+    assert sampler[1][vx.LOCATION].tolist() == sampler.grid[1].tolist()
+    batch = next(iter(vx.SubjectsLoader(sampler, batch_size=2)))
+    assert batch[vx.LOCATION].shape == (2, 6)
+    assert batch.metadata["location"] == ["Paris", "Paris"]
 
 
 def test_a_patch_owns_its_memory(subject):

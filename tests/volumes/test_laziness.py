@@ -75,12 +75,27 @@ def resident_bytes(path):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/smaps"), reason="the system does not tell which pages were touched")
-def test_a_patch_of_a_mapped_file_touches_a_small_part_of_it(large_path):
+def test_a_patch_of_a_mapped_file_touches_a_small_part_of_it(large_path, monkeypatch):
+    mapped, memmap = [], np.memmap
+    monkeypatch.setattr(np, "memmap", lambda *arguments, **named: mapped.append(memmap(*arguments, **named)) or mapped[-1])
     image = vx.ScalarImage(large_path)
     patch = image[:, 100:132, 50:82, 200:232]
     assert patch.data.numel() == 32**3
     assert not image.is_loaded
+    assert len(mapped) == 1
     assert 0 < resident_bytes(large_path) < 64e6 / 8
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="the system does not tell which files are open")
+def test_images_keep_no_files_open(tmp_path):
+    vx.ScalarImage(torch.rand(1, 8, 8, 8)).save(tmp_path / "x.nii")
+    before = len(os.listdir("/proc/self/fd"))
+    images = [vx.ScalarImage(tmp_path / "x.nii") for _ in range(20)]
+    parts = [image[:, :2] for image in images]
+    for image in images[:10]:
+        image.load()
+    assert len(parts) == 20
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_patches_of_an_uncompressed_file_leave_it_unloaded(large_path):

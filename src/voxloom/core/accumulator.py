@@ -1,17 +1,17 @@
 """The sum of patches that becomes a volume."""
 
-import warnings
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import IncompleteError, LocationError, OutputError
+from ..errors import IncompleteError, OutputError
 from .boxes import Box
 from .grids import PatchGrid
 from .locations import PatchLocation
 from .sizes import Ints
+from .values import can_hold
 from .weave import AxisWeave
 from .windows import Window
 
@@ -37,71 +37,70 @@ class Accumulator:
     Patches may come from within `torch.inference_mode` or not, as they like: what is kept is made outside of it.
 
     Args:
-        shape: voxels of the output along each axis.
-        grid: the patches that are expected, in the frame of the output; its box must hold the whole output.
+        grid: the patches that are expected, in the frame of the output.
         window: the weights of a patch along an axis, or None to `crop`, that is to copy the centres.
         device: where the volume is held.
         fill: value of voxels that no patch covers.
     """
 
-    def __init__(self, shape: Ints, grid: PatchGrid, window: Window | None, device: torch.device, fill: float = 0.0) -> None:
-        self.shape = shape
+    def __init__(self, grid: PatchGrid, window: Window | None, device: torch.device, fill: float = 0.0) -> None:
+        self.shape = grid.spatial_shape
         self.grid = grid
         self.window = window
         self.device = device
         self.fill = fill
+        self.strays: list[PatchLocation] = []
         self._weaves = tuple(AxisWeave(axis, window) for axis in grid.axes)
         self._times_added = np.zeros(grid.num_patches, dtype=np.uint32)
-        self._strays: list[PatchLocation] = []
         self._total: Tensor | None = None
         self._dtype: torch.dtype | None = None
-        self._is_handed_out = False
+        self._result: Tensor | None = None
         self._vectors: dict[tuple[int, int], Tensor] = {}
         self._weights_of: Ints | None = None
         self._weights = torch.empty(0)
         self._window_sums: list[Tensor] | None = None
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing has been added yet."""
+        return self._total is None
+
+    @property
+    def missing(self) -> np.ndarray:
+        """Indices of the patches of the grid that have not been added."""
+        return np.flatnonzero(self._times_added == 0)
+
     def check(self, channels: int, dtype: torch.dtype) -> None:
         """Check that patches of these channels and this type belong to this output.
 
         Raises:
-            OutputError: if earlier ones had another number or type.
+            OutputError: if earlier ones had another number or type, or the type is of no use.
         """
         if dtype.is_complex:
-            raise OutputError(f"the output is {dtype}, which cannot be weighed: give its real and imaginary parts as two outputs")
+            raise OutputError(f"is {dtype}, which cannot be weighed: give its real and imaginary parts as two outputs")
+        if not can_hold(self._held(dtype), self.fill):
+            raise OutputError(f"is {dtype}, which cannot hold the fill value {self.fill}: choose another one")
         if self._total is None:
             return
         if channels != len(self._total):
-            raise OutputError(f"the output has {channels} channels, but earlier batches had {len(self._total)}")
+            raise OutputError(f"has {channels} channels, but earlier batches had {len(self._total)}")
         if dtype != self._dtype:
-            raise OutputError(f"the output is {dtype}, but earlier batches were {self._dtype}: give all batches the same type")
+            raise OutputError(f"is {dtype}, but earlier batches were {self._dtype}: give all batches the same type")
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def add(self, patch: Tensor, location: PatchLocation) -> None:
-        """Add the output for one patch.
+        """Add the output for one patch, which must have been checked.
 
         Args:
             patch: tensor `(C, *location.size)`; it is only read.
-            location: where it belongs, in the frame of the output; what lies outside of the volume is dropped.
-
-        Raises:
-            OutputError: if the patch holds NaN.
-            LocationError: if the patch is not one of the grid's and the mode is `crop`.
+            location: where it belongs, in the frame of the output; what lies outside of the volume is dropped. Where
+                patches are cropped, it must be one of the grid's.
         """
         numbers = self.grid.find(location)
-        if numbers is None and self.window is None:
-            raise LocationError(
-                f"the patch {location.index} to {location.index_fin} is none of the grid of {self.grid.num_patches} patches of"
-                f" {self.grid.patch_size}, of which the first is {self.grid[0].index} to {self.grid[0].index_fin}: 'crop' keeps"
-                " the centres of a grid, so give the patch_overlap that the patches were cut with, use GridAggregator(sampler),"
-                " or choose 'average', 'hann' or 'gaussian'"
-            )
-        patch = patch.detach().to(self.device)
-        check_values(patch, location)
         total = self._writable(len(patch), patch.dtype)
-        box = location.box & Box.of_shape(self.shape) if numbers is None or self.window is not None else self._core(numbers)
-        piece = patch[(slice(None), *box.relative_to(location.index).slices)]
+        box = self._core(numbers) if self.window is None and numbers else location.box & Box.of_shape(self.shape)
+        piece = patch.to(self.device)[(slice(None), *box.relative_to(location.index).slices)]
         target = total[(slice(None), *box.slices)]
         if self.window is None:
             target.copy_(piece)
@@ -112,51 +111,42 @@ class Accumulator:
             for part, values in channels:
                 part.addcmul_(values.to(total.dtype), weights)
         if numbers is None:
-            self._strays.append(location)
+            self.strays.append(location)
         else:
             self._times_added[self.grid.ravel(numbers)] += 1
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def result(self, strict: bool = True) -> Tensor:
-        """Give the volume `(C, *shape)`.
+        """Give the volume `(C, *shape)`; something must have been added.
 
         Calls that follow without a patch added in between give the same tensor, which is not written to again.
 
         Args:
-            strict: raise an error if anything is missing; otherwise voxels are normalised by what there is, and those
-                that nothing covers are set to `fill`.
+            strict: raise an error if patches from elsewhere than the grid leave voxels uncovered; otherwise these are set to
+                `fill`.
 
         Raises:
-            IncompleteError: if no patch has been added, or some are missing.
+            IncompleteError: says how many voxels are uncovered.
         """
-        expected = self.grid.num_patches
-        if self._total is None:
-            raise IncompleteError(f"no patch has been added yet, of {expected}: call add_batch for each batch first")
-        missing = np.flatnonzero(self._times_added == 0)
-        if strict and len(missing) and not self._strays:
-            first = self.grid[int(missing[0])]
-            raise IncompleteError(
-                f"{len(missing)} of {expected} patches are missing, the first at {first.index} to {first.index_fin}:"
-                " add them, or ask with strict=False for what there is"
-            )
-        if self.window is None:
-            total = self._filled(self._total, missing)
-        elif self._strays or (self._times_added != 1).any():
-            total = self._evened_out(self._total, strict)
-        else:
-            total = self._total
-        self._is_handed_out = self._is_handed_out or total is self._total
-        return total
+        assert self._total is not None
+        if self._result is None:
+            is_plain = self.window is None or (not self.strays and bool((self._times_added == 1).all()))
+            self._result = self._total if is_plain else self._evened_out(self._total, strict and bool(self.strays))
+        return self._result
+
+    def _held(self, dtype: torch.dtype) -> torch.dtype:
+        return dtype if self.window is None else sum_dtype(dtype)
 
     def _writable(self, channels: int, dtype: torch.dtype) -> Tensor:
+        """Give the sum, made when the first patch comes; a tensor that was given away is not written to again."""
         if self._total is None:
             self._dtype = dtype
-            held = dtype if self.window is None else sum_dtype(dtype)
-            self._total = torch.zeros((channels, *self.shape), dtype=held, device=self.device)
-        elif self._is_handed_out:
+            start = self.fill if self.window is None else 0
+            self._total = torch.full((channels, *self.shape), start, dtype=self._held(dtype), device=self.device)
+        elif self._result is self._total:
             self._total = self._total.clone()
-            self._is_handed_out = False
+        self._result = None
         return self._total
 
     def _core(self, numbers: Ints) -> Box:
@@ -167,7 +157,8 @@ class Accumulator:
     def _grid_weights(self, numbers: Ints) -> Tensor:
         """Weights of the part of a patch that lies in the volume."""
         if numbers != self._weights_of:
-            self._weights = self._product([self._vector(axis, number) for axis, number in enumerate(numbers)], self._weights)
+            vectors = [self._vector(axis, number) for axis, number in enumerate(numbers)]
+            self._weights = self._product(vectors, self._weights)
             self._weights_of = numbers
         return self._weights
 
@@ -179,11 +170,10 @@ class Accumulator:
         return self._vectors[axis, number]
 
     def _stray_weights(self, location: PatchLocation, box: Box) -> Tensor:
+        """Weights of a part of any patch: its window over the grid's sum of windows."""
         assert self.window is not None
         if self._window_sums is None:
-            self._window_sums = [
-                weave.window_sum()[-weave.grid.start :][:size] for weave, size in zip(self._weaves, self.shape, strict=True)
-            ]
+            self._window_sums = [weave.window_sum()[-weave.grid.start :] for weave in self._weaves]
         local = box.relative_to(location.index).slices
         windows = [self.window(size)[part] for size, part in zip(location.size, local, strict=True)]
         vectors = [window / total[part] for window, total, part in zip(windows, self._window_sums, box.slices, strict=True)]
@@ -200,14 +190,6 @@ class Accumulator:
         shape = (len(first), *rest.shape)
         reuse = out if out is not None and out.shape == shape and out.dtype == rest.dtype else None
         return torch.mul(first, rest, out=reuse)
-
-    def _filled(self, total: Tensor, missing: np.ndarray) -> Tensor:
-        if len(missing) == 0:
-            return total
-        total = total.clone()
-        for index in missing.tolist():
-            total[(slice(None), *self._core(self.grid.unravel(index)).slices)] = self.fill
-        return total
 
     def _evened_out(self, total: Tensor, strict: bool) -> Tensor:
         """Divide by the sum of the weights that were added, slab by slab."""
@@ -236,26 +218,21 @@ class Accumulator:
         """Sum of the weights of all patches that were added, over the voxels of a slab."""
         assert self._total is not None
         sums = torch.zeros(slab.shape, dtype=self._total.dtype, device=self.device)
-        on_grid = ((self.grid[index], int(self._times_added[index])) for index in self.grid.touching(slab))
-        strays = ((location, 1) for location in self._strays)
-        for locations in (on_grid, strays):
-            for location, times in locations:
-                box = location.box & slab
-                if times and box.numel:
-                    # A patch of the grid weighs its window over the sum of all windows too, so one rule serves both.
-                    sums[box.relative_to(slab.start).slices].add_(self._stray_weights(location, box), alpha=times)
+        for location, times in self._added_to(slab):
+            box = location.box & slab
+            if box.numel:
+                sums[box.relative_to(slab.start).slices].add_(self._stray_weights(location, box), alpha=times)
         return sums
 
-
-def check_values(patch: Tensor, location: PatchLocation) -> None:
-    """Refuse NaN, and warn of infinity, in the output for one patch."""
-    if not patch.is_floating_point() or bool(patch.sum(dtype=sum_dtype(patch.dtype)).isfinite()):
-        return  # A sum of values of which one is NaN or infinite is never finite.
-    where = f"the output for the patch {location.index} to {location.index_fin}"
-    if bool(patch.isnan().any()):
-        raise OutputError(
-            f"{where} holds {int(patch.isnan().sum())} NaN of {patch.numel()} values, which would spread to its neighbours:"
-            " look for a division by zero or an overflow in the model, or replace them with torch.nan_to_num"
-        )
-    if bool(patch.isinf().any()):
-        warnings.warn(f"{where} holds infinity", RuntimeWarning, stacklevel=4)
+    def _added_to(self, slab: Box) -> Iterator[tuple[PatchLocation, int]]:
+        """Yield the patches that were added and may touch a slab, and how often."""
+        layers = self.grid.axes[0].touching(slab.start[0], slab.stop[0])
+        per_layer = self.grid.num_patches // len(self.grid.axes[0])
+        first = layers.start * per_layer
+        times_added = self._times_added[first : layers.stop * per_layer]
+        for index in np.flatnonzero(times_added).tolist():
+            yield self.grid[first + index], int(times_added[index])
+        if self.strays:
+            spans = np.array([(stray.index[0], stray.index_fin[0]) for stray in self.strays])
+            touching = (spans[:, 0] < slab.stop[0]) & (spans[:, 1] > slab.start[0])
+            yield from ((self.strays[index], 1) for index in np.flatnonzero(touching).tolist())

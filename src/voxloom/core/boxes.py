@@ -65,15 +65,19 @@ class Box:
 
     def __and__(self, other: "Box") -> "Box":
         """Voxels in both boxes; where there are none the result is empty."""
+        if self.ndim != other.ndim:
+            raise SizeError(f"boxes of {self.ndim} and of {other.ndim} axes have nothing in common")
         start = tuple(map(max, self.start, other.start))
         stop = tuple(map(max, start, map(min, self.stop, other.stop)))
         return Box(start, stop)
 
     def __contains__(self, other: object) -> bool:
         """Whether a box lies inside of this one."""
-        if not isinstance(other, Box):
-            return NotImplemented
-        return all(map(int.__le__, self.start, other.start)) and all(map(int.__ge__, self.stop, other.stop))
+        return (
+            isinstance(other, Box)
+            and all(map(int.__le__, self.start, other.start))
+            and all(map(int.__ge__, self.stop, other.stop))
+        )
 
     def shift(self, offset: Iterable[int]) -> "Box":
         """Move the box by a number of voxels on each axis."""

@@ -11,7 +11,7 @@ from typing import Any, overload
 from ..errors import ScaleError, SizeError
 from .boxes import Box
 from .locations import PatchLocation
-from .sizes import Ints, Scale, as_overlap, as_sizes, axis_name
+from .sizes import Ints, Scale, as_overlap, as_shape, as_sizes, axis_name
 
 __all__ = ["AxisGrid", "PatchGrid"]
 
@@ -68,50 +68,21 @@ class AxisGrid:
         # The last patch does not keep to the stride: it reaches back further than its number tells.
         return range(min(first, len(self) - 1), end + 1 if self.last < stop else end)
 
-    def scaled(self, factor: Fraction, where: str) -> "AxisGrid":
-        """Express the grid on an axis that is `factor` times as long."""
+    def scaled(self, factor: Fraction) -> "AxisGrid":
+        """Express the grid on an axis that is `factor` times as long.
+
+        Raises:
+            ScaleError: if a start or size would not be whole; says which.
+        """
         count = len(self)
         stride = (self.last - self.start) if count == 2 else self.stride if count > 2 else 1 / factor
         exact = [value * factor for value in (self.start, self.stop, self.patch, stride)]
-        if any(value.denominator != 1 for value in exact):
-            raise ScaleError(self._misaligned(factor, where))
-        return AxisGrid(*map(int, exact))
-
-    def _misaligned(self, factor: Fraction, where: str) -> str:
-        step = factor.denominator
-        wrong = next((start for start in self if (start * factor).denominator != 1), None)
-        what = (
-            f"a patch of {self.patch} voxels"
-            if (self.patch * factor).denominator != 1
-            else f"the patch that begins at voxel {wrong}"
-            if wrong is not None
-            else f"a volume of {self.stop - self.start} voxels"
-        )
-        return (
-            f"on {where}, {what} does not lie on whole voxels of an output scaled by {factor}:"
-            f" starts and sizes must be multiples of {step}. {self._way_out(step)}"
-        )
-
-    def _way_out(self, step: int) -> str:
-        """Look for the overlap next to the present one at which every start is a multiple of `step`."""
-        if self.patch % step:
-            return f"Use a patch size that is a multiple of {step}"
-        if self.start == 0 and self.last % step:
-            return (
-                f"The last patch begins at {self.last}, whatever the overlap: pad or crop the volume to a multiple of {step}"
-                f" voxels, such as {math.ceil(self.stop / step) * step}"
-            )
-        now, size = self.patch - self.stride, self.stop + self.start  # padding by half the overlap moves start and stop
-        padded = self.start < 0
-
-        def aligned(overlap: int) -> bool:
-            start = -(overlap // 2) if padded else 0
-            return not any(value % step for value in (start, size - start - self.patch, self.patch - overlap))
-
-        overlaps = [overlap for overlap in range(0, self.patch, 2) if aligned(overlap)]
-        if not overlaps:
-            return f"No overlap aligns them: pad or crop the volume to a multiple of {step} voxels"
-        return f"An overlap of {min(overlaps, key=lambda overlap: (abs(overlap - now), -overlap))} would align them"
+        if all(value.denominator == 1 for value in exact):
+            return AxisGrid(*map(int, exact))
+        if (self.patch * factor).denominator != 1:
+            raise ScaleError(f"a patch of {self.patch} voxels")
+        wrong = next((start for start in self if (start * factor).denominator != 1), self.stop)
+        raise ScaleError(f"the patch that begins at voxel {wrong}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +101,10 @@ class PatchGrid(Sequence[PatchLocation]):
 
     axes: tuple[AxisGrid, ...]
     """The starts along each axis."""
+    spatial_shape: Ints
+    """Voxels of the volume, without padding."""
+    padded: bool = False
+    """Whether the grid may reach beyond the volume."""
 
     @classmethod
     def cover(
@@ -152,8 +127,8 @@ class PatchGrid(Sequence[PatchLocation]):
         Raises:
             SizeError: if a size or overlap cannot be used, or a patch does not fit and the grid is not padded.
         """
-        ndim = len(spatial_shape)
-        shape = as_sizes(spatial_shape, ndim, "spatial_shape")
+        shape = as_shape(spatial_shape, "spatial_shape")
+        ndim = len(shape)
         size = as_sizes(patch_size, ndim, "patch_size")
         overlap = as_overlap(patch_overlap, size)
         axes = []
@@ -167,7 +142,7 @@ class PatchGrid(Sequence[PatchLocation]):
             before = shared // 2 + missing // 2 if padded else 0
             after = shared // 2 + missing - missing // 2 if padded else 0
             axes.append(AxisGrid(-before, length + after, patch, patch - shared))
-        return cls(tuple(axes))
+        return cls(tuple(axes), shape, padded)
 
     @property
     def box(self) -> Box:
@@ -249,11 +224,55 @@ class PatchGrid(Sequence[PatchLocation]):
         Raises:
             ScaleError: if a start or size is not whole there; names an overlap that would align them.
         """
-        ndim = len(self.axes)
-        named = (
-            (axis, factor, axis_name(number, ndim)) for number, (axis, factor) in enumerate(zip(self.axes, scale, strict=True))
-        )
-        return PatchGrid(tuple(axis.scaled(factor, where) for axis, factor, where in named))
+        axes = []
+        for number, (axis, factor) in enumerate(zip(self.axes, scale, strict=True)):
+            try:
+                axes.append(axis.scaled(factor))
+                if (self.spatial_shape[number] * factor).denominator != 1:
+                    raise ScaleError(f"a volume of {self.spatial_shape[number]} voxels")
+            except ScaleError as error:
+                raise ScaleError(
+                    f"on {axis_name(number, len(scale))}, {error} does not lie on whole voxels of an output scaled by {factor}:"
+                    f" starts and sizes must be multiples of {factor.denominator}. {self._way_out(number, factor)}"
+                ) from None
+        shape = tuple(int(length * factor) for length, factor in zip(self.spatial_shape, scale, strict=True))
+        return PatchGrid(tuple(axes), shape, self.padded)
+
+    def _way_out(self, number: int, factor: Fraction) -> str:
+        """Look for the overlap, or else for the size of the volume, next to the present one at which the axis is aligned."""
+        length, patch, stride = self.spatial_shape[number], self.axes[number].patch, self.axes[number].stride
+        step = factor.denominator
+        if patch % step:
+            return f"Use a patch size that is a multiple of {step}"
+
+        def is_aligned(length: int, overlap: int) -> bool:
+            grid = PatchGrid.cover((length,), patch, overlap, padded=self.padded)
+            values = (value for axis in grid.axes for value in (axis.start, axis.stop, *axis, length))
+            return not any((value * factor).denominator != 1 for value in values)
+
+        now = patch - stride
+        overlaps = [overlap for overlap in range(0, patch, 2) if is_aligned(length, overlap)]
+        if overlaps:
+            return f"An overlap of {min(overlaps, key=lambda overlap: (abs(overlap - now), -overlap))} would align them"
+        enough = math.ceil(length / step) * step
+        pairs = ((size, overlap) for size in (enough, enough + step) for overlap in range(now, -1, -2))
+        size, overlap = next((pair for pair in pairs if is_aligned(*pair)), (enough, 0))
+        return f"No overlap alone aligns them: pad or crop the volume to {size} voxels, with an overlap of {overlap}"
+
+    def index(self, location: Any, start: int = 0, stop: int | None = None) -> int:
+        """Index of the patch at a location.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        numbers = self.find(location) if isinstance(location, PatchLocation) else None
+        if numbers is None or self.ravel(numbers) not in range(self.num_patches)[start:stop]:
+            raise ValueError(f"{location} is not one of the grid's {self.num_patches} patches")
+        return self.ravel(numbers)
+
+    def count(self, location: Any) -> int:
+        """How many patches are at a location: one or none."""
+        return int(location in self)
 
     def tolist(self) -> list[list[int]]:
         """List all locations as rows of `index_ini` and `index_fin`."""

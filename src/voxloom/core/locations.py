@@ -1,11 +1,12 @@
 """Where a patch lies in its volume."""
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from ..errors import ScaleError
+from ..errors import LocationError, ScaleError
 from .boxes import Box
 from .sizes import Ints, Scale, as_scale, as_sizes, axis_name
 
@@ -34,6 +35,8 @@ class PatchLocation:
     """Which subject the patch is from, where a batch mixes several."""
 
     def __post_init__(self) -> None:
+        if not hasattr(self.size, "__len__") or len(self.size) == 0:
+            raise LocationError(f"the size of a patch location is {self.size!r}: give one number for each axis")
         size = as_sizes(self.size, len(self.size), "the size of a patch location")
         object.__setattr__(self, "size", size)
         lowest = -(2**62)  # a start may be negative, in the padding
@@ -86,7 +89,12 @@ class PatchLocation:
     @classmethod
     def from_row(cls, row: Any) -> "PatchLocation":
         """Make a location from one row of `batch[LOCATION]`: `index_ini` and then `index_fin`."""
-        values = [int(value) for value in row]
-        half = len(values) // 2
+        try:
+            values = [operator.index(value) for value in row]
+        except TypeError as error:
+            raise LocationError(f"{row!r} is no location: it must be whole numbers, first and last corner") from error
+        half, rest = divmod(len(values), 2)
+        if rest or not half:
+            raise LocationError(f"{row!r} is no location: it must be as many numbers for the first corner as for the last")
         ini, fin = values[:half], values[half:]
         return cls(tuple(ini), tuple(b - a for a, b in zip(ini, fin, strict=True)))

@@ -6,6 +6,7 @@ inference loop needs the same few sizes over and over, so memory that was freed 
 """
 
 import math
+import os
 import threading
 import weakref
 from collections.abc import Sequence
@@ -53,10 +54,10 @@ class _FreedBlocks:
 
     def take(self, num_bytes: int) -> np.ndarray | None:
         with self._lock:
-            for number, block in enumerate(self._blocks):
-                if block.nbytes == num_bytes:
-                    return self._blocks.pop(number)
-        return None
+            # The garbage collector may call `keep` at any point, so that no index stays true.
+            found = next((block for block in tuple(self._blocks) if block.nbytes == num_bytes), None)
+            self._blocks = [block for block in self._blocks if block is not found]
+        return found
 
     @property
     def num_bytes(self) -> int:
@@ -64,3 +65,13 @@ class _FreedBlocks:
 
 
 _freed = _FreedBlocks()
+
+
+def _start_anew() -> None:
+    """In a forked process: the lock may have been held by a thread that is not there any more."""
+    global _freed
+    _freed = _FreedBlocks()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_start_anew)

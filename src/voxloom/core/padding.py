@@ -27,7 +27,7 @@ class Piece:
     """1 for the same order, -1 for the reverse, 0 for one voxel repeated."""
 
 
-def check_padding_mode(mode: Any, fill: float) -> str | float:
+def check_padding_mode(mode: Any, fill: float) -> str | float | int:
     """Check a padding mode and its fill value.
 
     Returns:
@@ -43,10 +43,10 @@ def check_padding_mode(mode: Any, fill: float) -> str | float:
         raise ModeError(f"fill is {fill!r}: it must be a number")
     if fill != 0 and mode != "constant":
         raise ModeError(f"fill is {fill!r}, which only padding_mode='constant' uses, not {mode!r}")
-    return float(fill) if mode == "constant" else float(mode) if is_number else str(mode)
+    return fill if mode == "constant" else mode
 
 
-def axis_pieces(start: int, stop: int, size: int, mode: str | float) -> list[Piece]:
+def axis_pieces(start: int, stop: int, size: int, mode: str | float | int) -> list[Piece]:
     """Say where the voxels `[start, stop)` of a padded axis are in the `size` voxels of the volume.
 
     With a mode that pads with a constant, the voxels outside of the volume belong to no piece. The mapped modes mean what

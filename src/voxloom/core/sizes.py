@@ -3,14 +3,17 @@
 import operator
 from collections.abc import Sequence
 from fractions import Fraction
-from numbers import Real
+from numbers import Rational, Real
 from typing import Any
 
 from ..errors import ScaleError, SizeError
 
-__all__ = ["Ints", "Scale", "as_int", "as_overlap", "as_scale", "as_sizes", "axis_name"]
+__all__ = ["Ints", "Scale", "as_int", "as_overlap", "as_scale", "as_shape", "as_sizes", "axis_name"]
 
 type_names = {bool: "a bool", float: "a float", str: "a string"}
+
+# Floats are taken for the nearest fraction with a denominator of at most this.
+DENOMINATOR = 4096
 
 Ints = tuple[int, ...]
 Scale = tuple[Fraction, ...]
@@ -54,6 +57,17 @@ def as_sizes(value: Any, ndim: int, name: str, minimum: int = 1) -> Ints:
     return (as_int(value, name, minimum),) * ndim
 
 
+def as_shape(value: Any, name: str) -> Ints:
+    """Make a tuple of the voxels along each axis; the number of axes is as many as there are numbers.
+
+    Raises:
+        SizeError: if it is no sequence, or one of the numbers is not allowed.
+    """
+    if not hasattr(value, "__len__") or isinstance(value, str) or len(value) == 0:
+        raise SizeError(f"{name} is {value!r}: give one number for each axis")
+    return as_sizes(value, len(value), name)
+
+
 def as_overlap(value: Any, patch_size: Ints, name: str = "patch_overlap") -> Ints:
     """Check an overlap: even, not negative and smaller than the patch, on every axis.
 
@@ -76,10 +90,17 @@ def as_overlap(value: Any, patch_size: Ints, name: str = "patch_overlap") -> Int
     return overlap
 
 
+def _as_fraction(item: Any) -> Fraction:
+    if not isinstance(item, Real) or isinstance(item, bool):
+        raise TypeError
+    return Fraction(item) if isinstance(item, Rational) else Fraction(float(item)).limit_denominator(DENOMINATOR)
+
+
 def as_scale(value: Any, ndim: int, name: str) -> Scale:
     """Make one positive fraction per axis out of a number or a sequence of them.
 
-    Floats stand for the nearest fraction with a denominator of at most 4096, so that 1 / 3 is a third.
+    Floats stand for the nearest fraction with a denominator of at most 4096, so that 1 / 3 is a third; whole numbers and
+    fractions for themselves.
 
     Raises:
         ScaleError: if a number is not positive and finite, or there are more or fewer than `ndim`.
@@ -89,12 +110,11 @@ def as_scale(value: Any, ndim: int, name: str) -> Scale:
     values = value if isinstance(value, Sequence) and not isinstance(value, str) else (value,) * ndim
     if len(values) != ndim:
         raise ScaleError(f"{name} is {tuple(values)!r}: give one number for all axes, or {ndim}, one for each")
+    rule = "it must be a positive number, or one for each axis"
     try:
-        if not all(isinstance(item, Real) and not isinstance(item, bool) for item in values):
-            raise TypeError
-        scale = tuple(Fraction(item).limit_denominator(4096) for item in values)
+        scale = tuple(_as_fraction(item) for item in values)
     except (TypeError, ValueError, OverflowError) as error:
-        raise ScaleError(f"{name} is {value!r}: it must be a positive number, or one for each axis") from error
+        raise ScaleError(f"{name} is {value!r}: {rule}") from error
     if any(item <= 0 for item in scale):
-        raise ScaleError(f"{name} is {value!r}: it must be positive on every axis")
+        raise ScaleError(f"{name} is {value!r}: {rule}; what is smaller than 1 / {DENOMINATOR} must be a fractions.Fraction")
     return scale

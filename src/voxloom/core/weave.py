@@ -35,24 +35,17 @@ class AxisWeave:
     """None for `crop`: each voxel belongs to the patch whose centre is nearest."""
 
     def neighbours(self, number: int) -> Neighbours:
-        """Distances from a patch to every patch that it overlaps, itself included.
-
-        Patches with the same distances have the same weights, so this is a key to keep them under.
-        """
+        """Distances from a patch to every patch that it overlaps, itself included."""
         start = self.grid[number]
         return tuple(self.grid[other] - start for other in self.grid.touching(start, start + self.grid.patch))
 
     def weights(self, number: int) -> Tensor:
-        """Weights of the voxels of a patch: a float64 tensor as long as the patch.
+        """Weights of the voxels of a patch, where it has a window: a float64 tensor as long as the patch.
 
         Over all patches they sum to 1 on every voxel of the grid.
         """
+        assert self.window is not None
         size = self.grid.patch
-        if self.window is None:
-            start, stop = self.core(number)
-            weights = torch.zeros(size, dtype=torch.float64)
-            weights[start - self.grid[number] : stop - self.grid[number]] = 1
-            return weights
         window = self.window(size)
         total = torch.zeros(size, dtype=torch.float64)
         for distance in self.neighbours(number):
@@ -64,8 +57,9 @@ class AxisWeave:
 
     def window_sum(self) -> Tensor:
         """Sum of the windows of all patches over each voxel from `grid.start` to `grid.stop`, in float64."""
+        assert self.window is not None
         total = torch.zeros(self.grid.stop - self.grid.start, dtype=torch.float64)
-        window = torch.ones(self.grid.patch, dtype=torch.float64) if self.window is None else self.window(self.grid.patch)
+        window = self.window(self.grid.patch)
         for start in self.grid:
             total[start - self.grid.start :][: self.grid.patch] += window
         return total

@@ -65,13 +65,19 @@ class _Checked:
 
     def __init__(self, window: Window) -> None:
         self.window = window
+        self.name = getattr(window, "__name__", repr(window))
 
     def __call__(self, size: int) -> Tensor:
-        weights = torch.as_tensor(self.window(size)).detach().to("cpu", torch.float64)
-        if weights.shape != (size,) or not bool(((weights > 0) & weights.isfinite()).all()):
-            name = getattr(self.window, "__name__", repr(self.window))
+        returned = self.window(size)
+        try:
+            weights = torch.as_tensor(returned).detach().to("cpu", torch.float64)
+        except (RuntimeError, TypeError, ValueError) as error:
             raise ModeError(
-                f"the window {name} was called with {size} and must return a 1-D tensor of {size} positive, finite numbers,"
+                f"the window {self.name} was called with {size} and must return a 1-D tensor, but it returned {returned!r}"
+            ) from error
+        if weights.shape != (size,) or not bool(((weights > 0) & weights.isfinite()).all()):
+            raise ModeError(
+                f"the window {self.name} was called with {size} and must return a 1-D tensor of {size} positive, finite numbers,"
                 f" but it returned shape {tuple(weights.shape)} and values from {_extreme(weights, 'min')}"
                 f" to {_extreme(weights, 'max')}; to give a voxel no weight, use a very small number"
             )

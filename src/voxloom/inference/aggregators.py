@@ -1,18 +1,22 @@
 """Aggregators: they take a model's outputs, batch by batch, and give back whole volumes."""
 
+import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..core.accumulator import Accumulator
+from ..core.accumulator import Accumulator, sum_dtype
+from ..core.boxes import Box
 from ..core.grids import PatchGrid
 from ..core.locations import PatchLocation
-from ..core.sizes import Ints, Scale, as_overlap, as_scale, as_sizes
+from ..core.sizes import Ints, Scale, as_overlap, as_scale, as_shape, as_sizes
+from ..core.values import as_number
 from ..core.windows import OverlapMode, resolve_window
-from ..errors import IncompleteError, LocationError, NoSuchKeyError, OutputError, SubjectError
+from ..errors import IncompleteError, LocationError, NoSuchKeyError, OutputError, ScaleError, SubjectError
 from ..sampling.grid import GridSampler
 from ..volumes.batch import SubjectsBatch
 
@@ -22,27 +26,32 @@ Key = str | None
 Outputs = Tensor | Mapping[str, Tensor]
 
 
+@dataclass
+class _Output:
+    """One output: where it is summed up, and how it relates to the input."""
+
+    accumulator: Accumulator
+    grid: PatchGrid
+    """The patches in the frame of the input, in which messages name them."""
+    scale: Scale
+
+
 class _Aggregator:
     """What both aggregators share: all but how they come by their grid and their scales."""
 
-    def __init__(
-        self,
-        spatial_shape: Ints,
-        overlap_mode: OverlapMode,
-        device: torch.device | str | None,
-        fill: float,
-    ) -> None:
+    takes_strays: bool
+
+    def __init__(self, spatial_shape: Ints, overlap_mode: OverlapMode, device: torch.device | str | None, fill: float) -> None:
         self.spatial_shape = spatial_shape
         self.overlap_mode = overlap_mode
-        self.fill = fill
+        self.fill = as_number(fill, "fill")
         self._window = resolve_window(overlap_mode)
         self._device = None if device is None else torch.device(device)
-        self._accumulators: dict[Key, Accumulator] = {}
-        self._scales: dict[Key, Scale] = {}
-        self._subject_index: int | None = None
+        self._outputs: dict[Key, _Output] = {}
+        self._subject_indices: set[int | None] = set()
 
     def add_batch(self, batch: Outputs, locations: Any) -> None:
-        """Add the outputs of a model for a batch of patches.
+        """Add the outputs of a model for a batch of patches: all of them, or after an error none.
 
         Args:
             batch: tensor `(B, C, I, J, K)`, or a dict of such tensors. They are only read.
@@ -54,16 +63,30 @@ class _Aggregator:
             OutputError: if the shape, type or number of channels is not what was expected, or a patch holds NaN.
             ScaleError: if a patch does not lie on whole voxels of the output.
         """
-        places = _as_locations(locations, len(self.spatial_shape))
-        self._check_subject(places)
-        outputs: dict[Key, Tensor] = {None: batch} if isinstance(batch, Tensor) else dict(batch.items())
-        if not outputs:
+        places = _as_locations(locations, self.spatial_shape)
+        tensors: Mapping[Any, Any] = batch if isinstance(batch, Mapping) else {None: batch}
+        if not tensors:
             raise OutputError("the dict of outputs is empty: give at least one tensor")
-        self._expect(places)
-        ready = [self._checked(key, tensor, places) for key, tensor in outputs.items()]
-        for accumulator, tensor, scaled in ready:
+        indices = self._subject_indices | {place.subject_index for place in places}
+        if len(indices) > 1:
+            raise LocationError(
+                f"the patches are from several subjects, {', '.join(map(str, sorted(indices, key=str)))}:"
+                " use one aggregator for each subject"
+            )
+        grid = self._grid_of(places)
+        ready = []
+        for key, tensor in tensors.items():
+            name = "the output" if key is None else f"the output {key!r}"
+            self._check_form(name, tensor, places)
+            if places:
+                output = self._outputs.get(key) or self._make_output(key, grid, tensor.device)
+                ready.append((key, output, tensor.detach(), self._checked(name, output, tensor.detach(), places)))
+        self._subject_indices = indices
+        self._settle(grid)
+        for key, output, tensor, scaled in ready:
+            self._outputs[key] = output
             for patch, location in zip(tensor, scaled, strict=True):
-                accumulator.add(patch, location)
+                output.accumulator.add(patch, location)
 
     def get_output(self, key: str | None = None, *, strict: bool = True) -> Tensor:
         """Give the aggregated volume `(C, I, J, K)`.
@@ -80,71 +103,79 @@ class _Aggregator:
             IncompleteError: if nothing has been added, or patches are missing.
             NoSuchKeyError: if there is no such output.
         """
-        if not self._accumulators:
+        if not self._outputs:
             raise IncompleteError("no patch has been added yet: call add_batch for each batch first")
-        if key is None and len(self._accumulators) == 1:
-            key = next(iter(self._accumulators))
-        if key not in self._accumulators:
-            names = ", ".join(map(repr, filter(None, self._accumulators))) or "only one, without a name: leave out the key"
+        if key is None and len(self._outputs) == 1:
+            key = next(iter(self._outputs))
+        if key not in self._outputs:
+            names = ", ".join(map(repr, filter(None, self._outputs))) or "only one, without a name: leave out the key"
             raise NoSuchKeyError(f"there is no output {key!r}; there is {names}")
-        return self._accumulators[key].result(strict)
+        output = self._outputs[key]
+        missing = output.accumulator.missing
+        # Among patches from anywhere none can be missed; what counts is whether they cover the volume.
+        if strict and len(missing) and not output.accumulator.strays:
+            first = output.grid[int(missing[0])]
+            raise IncompleteError(
+                f"{len(missing)} of {len(output.grid)} patches are missing, the first at {first.index} to {first.index_fin}:"
+                " add them, or ask with strict=False for what there is"
+            )
+        return output.accumulator.result(strict)
 
     def get_output_tensor(self) -> Tensor:
         """Give the aggregated volume where there is one output: the same as `get_output()`."""
         return self.get_output()
 
-    def _expect(self, locations: list[PatchLocation]) -> None:
-        """See the locations of a batch before it is added."""
-
-    def _grid_for(self, key: Key) -> tuple[PatchGrid, Ints, Scale]:
-        """Give the grid and shape of an output, in its own frame, and its scale."""
+    def _grid_of(self, locations: list[PatchLocation]) -> PatchGrid:
+        """Give the grid in the frame of the input, or work it out from the first batch."""
         raise NotImplementedError
 
-    def _check_subject(self, locations: list[PatchLocation]) -> None:
-        for location in locations:
-            if self._subject_index is None:
-                self._subject_index = location.subject_index
-            if location.subject_index != self._subject_index:
-                raise LocationError(
-                    f"the patch {location.index} to {location.index_fin} is from subject {location.subject_index}, but earlier"
-                    f" ones were from subject {self._subject_index}: use one aggregator for each subject"
-                )
+    def _settle(self, grid: PatchGrid) -> None:
+        """Keep the grid, now that a batch has been found to be good."""
 
-    def _checked(
-        self, key: Key, tensor: Tensor, locations: list[PatchLocation]
-    ) -> tuple[Accumulator, Tensor, list[PatchLocation]]:
-        """Find the accumulator of an output, and check everything that can be known before adding to it."""
-        name = "the output" if key is None else f"the output {key!r}"
+    def _scaled_grid(self, key: Key, grid: PatchGrid) -> tuple[PatchGrid, Scale]:
+        """Give the grid in the frame of an output, and its scale."""
+        raise NotImplementedError
+
+    def _make_output(self, key: Key, grid: PatchGrid, device: torch.device) -> _Output:
+        scaled, scale = self._scaled_grid(key, grid)
+        return _Output(Accumulator(scaled, self._window, self._device or device, self.fill), grid, scale)
+
+    def _check_form(self, name: str, tensor: Any, locations: list[PatchLocation]) -> None:
         ndim = len(self.spatial_shape)
         if not isinstance(tensor, Tensor):
-            raise OutputError(f"{name} is of type {type(tensor).__name__}, not a tensor")
+            raise OutputError(f"{name} is of type {type(tensor).__name__}: it must be a tensor, or several in a dict by name")
         if tensor.ndim != ndim + 2:
-            raise OutputError(
-                f"{name} has shape {tuple(tensor.shape)}: it must have {ndim + 2} dimensions, (B, C, {', '.join('IJK'[:ndim])})"
-            )
+            axes = ", ".join("IJK"[:ndim])
+            raise OutputError(f"{name} has shape {tuple(tensor.shape)}: it must have {ndim + 2} dimensions, (B, C, {axes})")
         if len(tensor) != len(locations):
             raise LocationError(f"{name} has {len(tensor)} patches, but there are {len(locations)} locations")
-        if key in self._accumulators:
-            accumulator, scale = self._accumulators[key], self._scales[key]
-        else:
-            grid, shape, scale = self._grid_for(key)
-            accumulator = Accumulator(shape, grid, self._window, self._device or tensor.device, self.fill)
-        unscaled = all(factor == 1 for factor in scale)
-        scaled = locations if unscaled else [location.scaled(scale) for location in locations]
-        for location, original in zip(scaled, locations, strict=True):
-            if tuple(tensor.shape[2:]) != location.size:
+
+    def _checked(self, name: str, output: _Output, tensor: Tensor, locations: list[PatchLocation]) -> list[PatchLocation]:
+        """Check everything before anything is added, and give the locations in the frame of the output."""
+        unscaled = all(factor == 1 for factor in output.scale)
+        scaled = locations if unscaled else [location.scaled(output.scale) for location in locations]
+        try:
+            output.accumulator.check(tensor.shape[1], tensor.dtype)
+        except OutputError as error:
+            raise OutputError(f"{name} {error}") from None
+        for patch, place, location in zip(tensor, scaled, locations, strict=True):
+            where = f"the patch {location.index} to {location.index_fin}"
+            if tuple(patch.shape[1:]) != place.size:
                 raise OutputError(
-                    f"{name} has spatial shape {tuple(tensor.shape[2:])}, but the patch {original.index} to {original.index_fin}"
-                    f" has {location.size}"
-                    + ("" if unscaled else f" at the scale {tuple(map(str, scale))}")
+                    f"{name} has spatial shape {tuple(patch.shape[1:])}, but {where} has {place.size}"
+                    + ("" if unscaled else f" at the scale {tuple(map(str, output.scale))}")
                     + ": crop or pad the output to it, or tell the aggregator its scale"
                 )
-        try:
-            accumulator.check(tensor.shape[1], tensor.dtype)
-        except OutputError as error:
-            raise OutputError(str(error).replace("the output", name, 1)) from None
-        self._accumulators[key], self._scales[key] = accumulator, scale
-        return accumulator, tensor, scaled
+            if location not in output.grid and not (self.takes_strays and self._window):
+                raise LocationError(
+                    f"{where} is none of the grid of {len(output.grid)} patches of {output.grid.patch_size}, of which the first"
+                    f" is {output.grid[0].index} to {output.grid[0].index_fin}: {self._way_out()}"
+                )
+            _check_values(patch, f"{name} for {where}")
+        return scaled
+
+    def _way_out(self) -> str:
+        raise NotImplementedError
 
 
 class PatchAggregator(_Aggregator):
@@ -158,11 +189,12 @@ class PatchAggregator(_Aggregator):
         patch_overlap: the overlap that the patches were cut with. With it nothing need be divided; `"crop"` cannot do without it.
         output_shape: voxels of the output, where a model's output is smaller or larger than its input; a dict for outputs
             that differ. Nothing is inferred from a tensor's shape.
+        padded: whether the patches were cut from a padded volume; None works it out from the first batch.
         device: where the volume is held; None for the device of the first batch.
         fill: value of voxels that no patch covers, when the output is read with `strict=False`.
 
     Raises:
-        SizeError, ModeError, ScaleError: if an argument cannot be used.
+        SizeError, ModeError: if an argument cannot be used.
 
     Example:
         >>> import torch, voxloom as vx
@@ -175,6 +207,8 @@ class PatchAggregator(_Aggregator):
         True
     """
 
+    takes_strays = True
+
     def __init__(
         self,
         spatial_shape: Sequence[int],
@@ -182,40 +216,50 @@ class PatchAggregator(_Aggregator):
         patch_overlap: int | Sequence[int] = 0,
         output_shape: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
         *,
+        padded: bool | None = None,
         device: torch.device | str | None = "cpu",
         fill: float = 0.0,
     ) -> None:
-        ndim = len(spatial_shape)
-        super().__init__(as_sizes(spatial_shape, ndim, "spatial_shape"), overlap_mode, device, fill)
-        self.patch_overlap = as_sizes(patch_overlap, ndim, "patch_overlap", minimum=0)
-        as_overlap(self.patch_overlap, tuple(overlap + 2 for overlap in self.patch_overlap))
-        shapes = output_shape.items() if isinstance(output_shape, Mapping) else [(None, output_shape)]
-        for key, shape in shapes:
-            if shape is not None:
-                as_sizes(shape, ndim, "output_shape" if key is None else f"output_shape of {key!r}")
-        self.output_shape = output_shape
+        shape = as_shape(spatial_shape, "spatial_shape")
+        super().__init__(shape, overlap_mode, device, fill)
+        overlap = as_sizes(patch_overlap, len(shape), "patch_overlap", minimum=0)
+        # Against a patch that is large enough; against the real one when it is known.
+        self.patch_overlap = as_overlap(overlap, tuple(value + 2 for value in overlap))
+        self.padded = padded
+        self.output_shape: Ints | dict[str, Ints]
+        if isinstance(output_shape, Mapping):
+            self.output_shape = {
+                key: as_sizes(value, len(shape), f"output_shape of {key!r}") for key, value in output_shape.items()
+            }
+        else:
+            self.output_shape = shape if output_shape is None else as_sizes(output_shape, len(shape), "output_shape")
         self._grid: PatchGrid | None = None
 
-    def _expect(self, locations: list[PatchLocation]) -> None:
-        if self._grid is None and locations:
-            self._grid = self._guess_grid(locations)
-
-    def _guess_grid(self, locations: list[PatchLocation]) -> PatchGrid:
-        """Find the grid that the first batch is from: one within the volume, or one that begins in the padding."""
-        size = locations[0].size
-        overlap = tuple(min(overlap, (patch - 1) // 2 * 2) for overlap, patch in zip(self.patch_overlap, size, strict=True))
+    def _grid_of(self, locations: list[PatchLocation]) -> PatchGrid:
+        if self._grid is not None:
+            return self._grid
+        size = locations[0].size if locations else self.spatial_shape
+        overlap = as_overlap(self.patch_overlap, size)
         padded = PatchGrid.cover(self.spatial_shape, size, overlap, padded=True)
-        if any(patch > length for patch, length in zip(size, self.spatial_shape, strict=True)):
-            return padded
-        plain = PatchGrid.cover(self.spatial_shape, size, overlap)
-        on_plain, on_padded = (sum(location in grid for location in locations) for grid in (plain, padded))
-        return padded if on_padded > on_plain else plain
+        if self.padded is None and not any(map(int.__gt__, size, self.spatial_shape)):
+            plain = PatchGrid.cover(self.spatial_shape, size, overlap)
+            on_plain, on_padded = (sum(location in grid for location in locations) for grid in (plain, padded))
+            return padded if on_padded > on_plain else plain
+        return PatchGrid.cover(self.spatial_shape, size, overlap) if self.padded is False else padded
 
-    def _grid_for(self, key: Key) -> tuple[PatchGrid, Ints, Scale]:
-        assert self._grid is not None
-        shape = _for_key(self.output_shape, key, "output_shape") or self.spatial_shape
+    def _settle(self, grid: PatchGrid) -> None:
+        self._grid = grid
+
+    def _scaled_grid(self, key: Key, grid: PatchGrid) -> tuple[PatchGrid, Scale]:
+        shape = _for_key(self.output_shape, key, "output_shape")
         scale = tuple(Fraction(out, size) for out, size in zip(shape, self.spatial_shape, strict=True))
-        return self._grid.scaled(scale), tuple(shape), scale
+        return grid.scaled(scale), scale
+
+    def _way_out(self) -> str:
+        return (
+            "'crop' keeps the centres of a grid, so give the patch_overlap that the patches were cut with, and padded=True if the"
+            " volume was padded; or use GridAggregator(sampler), or choose 'average', 'hann' or 'gaussian'"
+        )
 
 
 class GridAggregator(_Aggregator):
@@ -246,6 +290,8 @@ class GridAggregator(_Aggregator):
         True
     """
 
+    takes_strays = False
+
     def __init__(
         self,
         sampler: GridSampler,
@@ -256,25 +302,32 @@ class GridAggregator(_Aggregator):
         device: torch.device | str | None = "cpu",
         fill: float = 0.0,
     ) -> None:
-        if sampler.subject is None:
-            raise SubjectError("the sampler has no subject yet: make it with GridSampler(subject, patch_size)")
-        super().__init__(sampler.subject.spatial_shape, overlap_mode, device, fill)
+        if not isinstance(sampler, GridSampler) or sampler.subject is None:
+            raise SubjectError(f"{sampler!r} is no sampler that has a subject: make it with GridSampler(subject, patch_size)")
+        super().__init__(sampler.grid.spatial_shape, overlap_mode, device, fill)
+        if scale is not None and downsampling_factor != 1:
+            raise ScaleError(f"both scale={scale!r} and downsampling_factor={downsampling_factor!r} were given: give one of them")
         self.sampler = sampler
         self.scale = scale
         self.downsampling_factor = downsampling_factor
-        given = scale if scale is not None else downsampling_factor
+        given = downsampling_factor if scale is None else scale
         for key in given if isinstance(given, Mapping) else (None,):
-            self._grid_for(key)
+            self._scaled_grid(key, sampler.grid)
 
-    def _grid_for(self, key: Key) -> tuple[PatchGrid, Ints, Scale]:
+    def _grid_of(self, locations: list[PatchLocation]) -> PatchGrid:
+        return self.sampler.grid
+
+    def _scaled_grid(self, key: Key, grid: PatchGrid) -> tuple[PatchGrid, Scale]:
         ndim = len(self.spatial_shape)
-        if self.scale is not None:
-            scale = as_scale(_for_key(self.scale, key, "scale"), ndim, "scale")
-        else:
+        if self.scale is None:
             factor = _for_key(self.downsampling_factor, key, "downsampling_factor")
             scale = tuple(1 / value for value in as_scale(factor, ndim, "downsampling_factor"))
-        grid = self.sampler.grid.scaled(scale)
-        return grid, PatchLocation((0,) * ndim, self.spatial_shape).scaled(scale).size, scale
+        else:
+            scale = as_scale(_for_key(self.scale, key, "scale"), ndim, "scale")
+        return grid.scaled(scale), scale
+
+    def _way_out(self) -> str:
+        return "add the outputs for the sampler's own patches, or use PatchAggregator, which takes any"
 
 
 def _for_key(value: Any, key: Key, name: str) -> Any:
@@ -286,9 +339,12 @@ def _for_key(value: Any, key: Key, name: str) -> Any:
     return value[key]
 
 
-def _as_locations(locations: Any, ndim: int) -> list[PatchLocation]:
-    """Read locations in any of the forms in which a batch gives them."""
+def _as_locations(locations: Any, spatial_shape: Ints) -> list[PatchLocation]:
+    """Read locations in any of the forms in which a batch gives them, and check that they touch the volume."""
+    ndim = len(spatial_shape)
     if isinstance(locations, SubjectsBatch):
+        if "patch_location" not in locations:
+            raise LocationError("the batch has no patch locations: it is not of a sampler")
         locations = locations.patch_location
     if isinstance(locations, PatchLocation):
         raise LocationError("locations is a single PatchLocation: give a list with one for each patch of the batch")
@@ -298,8 +354,27 @@ def _as_locations(locations: Any, ndim: int) -> list[PatchLocation]:
                 f"locations has shape {tuple(locations.shape)}: it must be (B, {2 * ndim}), first and last corner"
             )
         locations = locations.tolist()
+    if not isinstance(locations, Sequence) or isinstance(locations, str):
+        raise LocationError(f"locations is of type {type(locations).__name__}: give batch[LOCATION], or a list of PatchLocation")
     result = [item if isinstance(item, PatchLocation) else PatchLocation.from_row(item) for item in locations]
     for location in result:
-        if len(location.size) != ndim:
+        if len(location.size) != ndim or len(location.index) != ndim:
             raise LocationError(f"{location} has {len(location.size)} axes, but the volume has {ndim}")
+        if not (location.box & Box.of_shape(spatial_shape)).numel:
+            raise LocationError(
+                f"the patch {location.index} to {location.index_fin} lies outside of the volume of {spatial_shape} voxels"
+            )
     return result
+
+
+def _check_values(patch: Tensor, name: str) -> None:
+    """Refuse NaN, and warn of infinity, in the output for one patch."""
+    if not patch.is_floating_point() or bool(patch.sum(dtype=sum_dtype(patch.dtype)).isfinite()):
+        return  # A sum of values of which one is NaN or infinite is never finite.
+    if bool(patch.isnan().any()):
+        raise OutputError(
+            f"{name} holds {int(patch.isnan().sum())} NaN of {patch.numel()} values, which would spread to its neighbours:"
+            " look for a division by zero or an overflow in the model, or replace them with torch.nan_to_num"
+        )
+    if bool(patch.isinf().any()):
+        warnings.warn(f"{name} holds infinity", RuntimeWarning, stacklevel=4)

@@ -133,9 +133,13 @@ class GridSampler(Dataset[Subject]):
     def __len__(self) -> int:
         return len(self.grid)
 
-    def __getitem__(self, index: int) -> Subject:
+    @overload
+    def __getitem__(self, index: int) -> Subject: ...
+    @overload
+    def __getitem__(self, index: slice) -> PatchSequence: ...
+    def __getitem__(self, index: int | slice) -> Subject | PatchSequence:
         grid, cutter = self._parts()
-        return cutter.cut(grid[index])
+        return PatchSequence(cutter, grid[index]) if isinstance(index, slice) else cutter.cut(grid[index])
 
     def __getitems__(self, indices: Sequence[int]) -> PatchSequence:
         """Give the patches of a batch: PyTorch's loader asks for them so, and they are cut straight into the batch."""

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..core.boxes import Box
 from ..core.padding import CONSTANT_MODES, Piece, axis_pieces, ramp
-from ..errors import ModeError
+from ..core.values import can_hold, limits_of
+from ..errors import ModeError, SubjectError
 from ..volumes.image import Image
 
 __all__ = ["PaddedImage", "padding_constant"]
@@ -31,13 +32,14 @@ class PaddedImage:
         ModeError: if the type of the image cannot hold the number that it is to be padded with.
     """
 
-    def __init__(self, image: Image, domain: Box, mode: str | float | None, name: str) -> None:
+    def __init__(self, image: Image, domain: Box, mode: str | float | int | None, name: str) -> None:
         self.image = image
+        self.name = name
         self.domain = domain
         self.shape = image.spatial_shape
         self.volume = Box.of_shape(self.shape)
         is_padded = domain != self.volume
-        self.mode = mode if is_padded and mode is not None else 0.0
+        self.mode: str | float | int = mode if is_padded and mode is not None else 0
         self.constant = padding_constant(image, self.mode, name)
 
     def read_into(self, out: Tensor, box: Box) -> None:
@@ -47,6 +49,11 @@ class PaddedImage:
             out: tensor `(C, *box.shape)` of the image's type, every voxel of which is set.
             box: voxels `(I, J, K)` in the frame of the image.
         """
+        if self.image.spatial_shape != self.shape:
+            raise SubjectError(
+                f"the image {self.name!r} has {self.image.spatial_shape} voxels, but had {self.shape} when the sampler was made:"
+                " make the sampler anew"
+            )
         if box in self.volume:
             out.copy_(self.image.read(box))
             return
@@ -79,7 +86,7 @@ class PaddedImage:
                     plane.copy_(torch.div(plane.long() * numerator, denominator, rounding_mode="floor"))
 
 
-def padding_constant(image: Image, mode: str | float, name: str) -> float | int | None:
+def padding_constant(image: Image, mode: str | float | int, name: str) -> float | int | None:
     """Find the number that a mode pads an image with, or None for modes that pad with values from the volume.
 
     `minimum`, `maximum`, `mean` and `median` are of the whole volume, all channels. For images of whole numbers the last two
@@ -90,22 +97,17 @@ def padding_constant(image: Image, mode: str | float, name: str) -> float | int 
     """
     if isinstance(mode, str) and mode not in CONSTANT_MODES:
         return None
-    value = mode if isinstance(mode, float) else _statistic(image, mode)
-    if image.dtype.is_floating_point:
-        return value
-    if image.dtype == torch.bool:
-        limits = (0, 1)
-    else:
-        info = torch.iinfo(image.dtype)
-        limits = (info.min, info.max)
-    if isinstance(mode, str) and math.isfinite(value):
+    value = _statistic(image, mode) if isinstance(mode, str) else mode
+    if isinstance(mode, str) and not image.dtype.is_floating_point and math.isfinite(value):
         value = round(value)
-    if not math.isfinite(value) or value != int(value) or not limits[0] <= value <= limits[1]:
+    if not can_hold(image.dtype, value):
+        low, high = limits_of(image.dtype)
         raise ModeError(
-            f"the image {name!r} of type {image.dtype} cannot be padded with {value:g}, only with whole numbers from {limits[0]}"
-            f" to {limits[1]}: choose another number or mode, such as 'edge', or convert the image"
+            f"the image {name!r} of type {image.dtype} cannot be padded with {value:g}, only with"
+            f" {'' if image.dtype.is_floating_point else 'whole '}numbers from {low:g} to {high:g}: choose another number"
+            " or mode, such as 'edge', or convert the image"
         )
-    return int(value)
+    return value if image.dtype.is_floating_point else int(value)
 
 
 def _statistic(image: Image, mode: str) -> float:

@@ -1,5 +1,6 @@
 """Cutting patches out of a subject."""
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import overload
 
@@ -23,8 +24,8 @@ class PatchCutter:
         padding_mode: a number, or a mode; None where nothing is padded.
     """
 
-    def __init__(self, subject: Subject, domain: Box, padding_mode: str | float | None) -> None:
-        self.subject = subject
+    def __init__(self, subject: Subject, domain: Box, padding_mode: str | float | int | None) -> None:
+        self.subject = copy.copy(subject)  # entries that are added or replaced later belong to no patch
         for image in subject.images.values():
             image.prepare()
         self._padded: Mapping[str, PaddedImage] = {

@@ -1,8 +1,10 @@
 """Batches: the images of several subjects stacked, and everything else as lists."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Protocol, Self, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import default_collate, get_worker_info
@@ -106,8 +108,7 @@ class SubjectsBatch(dict[str, Any]):
     """
 
     def __init__(self, images: dict[str, ImagesBatch], metadata: dict[str, list[Any]]) -> None:
-        self._metadata = metadata
-        super().__init__({name: _collated(values) for name, values in metadata.items()} | images)
+        super().__init__(metadata | images)
 
     @classmethod
     def from_subjects(cls, subjects: Sequence[Subject]) -> Self:
@@ -137,9 +138,9 @@ class SubjectsBatch(dict[str, Any]):
         return {name: value for name, value in self.items() if isinstance(value, ImagesBatch)}
 
     @property
-    def metadata(self) -> dict[str, list[Any]]:
-        """Everything else, by name: one value for each subject."""
-        return self._metadata
+    def metadata(self) -> Mapping[str, Any]:
+        """Everything else, by name: one value for each subject. To add to it, set an entry of the batch."""
+        return MappingProxyType({name: value for name, value in self.items() if not isinstance(value, ImagesBatch)})
 
     @property
     def batch_size(self) -> int:
@@ -160,29 +161,37 @@ class SubjectsBatch(dict[str, Any]):
     def unbatch(self) -> list[Subject]:
         """Give the subjects one by one; each owns its memory."""
         columns: dict[str, Sequence[Any]] = {name: images.unbatch() for name, images in self.images.items()}
-        columns |= self._metadata
+        columns |= self.metadata
         return [Subject({name: values[number] for name, values in columns.items()}) for number in range(self.batch_size)]
 
-    def __missing__(self, key: str) -> Any:
-        locations: list[PatchLocation] | None = self._metadata.get(PATCH_LOCATION)
+    def __getitem__(self, key: str) -> Any:
+        locations: list[PatchLocation] | None = self.get(PATCH_LOCATION)
         if locations is not None and key == LOCATION:
             return torch.tensor([location.tolist() for location in locations], dtype=torch.int64)
         if locations is not None and key == INDEX_INI:
             return torch.tensor([location.index for location in locations], dtype=torch.int64)
+        value = super().__getitem__(key)
+        return _collated(value) if isinstance(value, list) else value
+
+    def __missing__(self, key: str) -> Any:
         raise NoSuchKeyError(f"the batch has no entry {key!r}, only {', '.join(map(repr, self))}")
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
+        if name.startswith("__"):
             raise AttributeError(name)
         try:
             return self[name]
         except KeyError as error:
             raise AttributeError(str(error)) from None
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if hasattr(type(self), name):
+            raise AttributeError(f"{name!r} is an attribute that every batch has: set batch[{name!r}] instead")
+        self[name] = value
+
     def __copy__(self) -> Self:
         new = type(self).__new__(type(self))
         new.update(self)
-        new.__dict__.update(self.__dict__)
         return new
 
     def __repr__(self) -> str:
@@ -225,10 +234,11 @@ def _shared_storage(shape: Sequence[int], dtype: torch.dtype) -> torch.UntypedSt
 
 
 def _collated(values: list[Any]) -> Any:
-    """Stack numbers and tensors as PyTorch does; keep everything else as a list."""
-    is_number = all(isinstance(value, bool | int | float) for value in values)
-    is_tensor = all(isinstance(value, Tensor) and value.shape == values[0].shape for value in values)
-    return default_collate(values) if is_number or is_tensor else list(values)
+    """Stack numbers, arrays and tensors as PyTorch does; keep everything else as a list."""
+    is_number = all(isinstance(value, bool | int | float | np.generic) for value in values)
+    is_array = all(isinstance(value, Tensor | np.ndarray) and value.shape == values[0].shape for value in values)
+    fits = all(abs(value) < 2**63 for value in values if isinstance(value, int))
+    return default_collate(values) if (is_number and fits) or is_array else list(values)
 
 
 def _origin(image: Image) -> str:

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from ..core.boxes import Box
 from ..core.sizes import as_sizes
-from ..errors import ImageError, ImageNotFoundError, NoSuchKeyError, SizeError, SubjectError, VoxloomError
+from ..errors import ImageError, ImageFileError, ImageNotFoundError, NoSuchKeyError, SizeError, SubjectError, VoxloomError
 from .constants import AFFINE, DATA, INTENSITY, LABEL, PATH, STEM, TYPE
-from .formats import SpaceCodes, VolumeReader, open_volume, save_volume, stem_of
-from .formats.base import torch_dtype, widest_unsigned
+from .formats import SpaceCodes, VolumeInfo, VolumeReader, open_volume, save_volume, stem_of
+from .formats.base import as_tensor
 from .sources import CustomFile, StackedFiles
 from .space import Affine, as_affine, shifted, spacing_of
 
-__all__ = ["Image", "LabelMap", "ScalarImage"]
+__all__ = ["Image", "LabelMap", "ScalarImage", "as_slices"]
 
 PathLike = str | os.PathLike[str]
 CustomReader = Callable[[Path], tuple[Any, Any]]
@@ -91,9 +91,11 @@ class Image:
         self._custom_reader = reader
         self._affine = None if affine is None else as_affine(affine)
         self._codes: SpaceCodes | None = None
+        self._info: VolumeInfo | None = None
         self._reader: VolumeReader | None = None
         self._data: Tensor | None = None
         self._is_derived = False
+        self._is_from_file = False
         if tensor is not None:
             self.set_data(tensor)
             if self._affine is None and self.path is None:
@@ -149,7 +151,7 @@ class Image:
         if 0 in data.shape:
             raise ImageError(f"an image was given data of shape {tuple(data.shape)}, which has no voxels")
         self._warn_of_nans(data)
-        self._data = data
+        self._data, self._is_from_file = data, False
 
     @property
     def is_loaded(self) -> bool:
@@ -167,8 +169,8 @@ class Image:
             with torch.inference_mode(False):  # what is kept must be good for training, too
                 data = reader.read(reader.info.box)
             self._warn_of_nans(data)
-            self._codes = reader.info.codes
-            self._data = data
+            self._data, self._is_from_file = data, True
+            self._reader = None  # closed: what its header says is kept
 
     def unload(self) -> None:
         """Forget the data; they are read again from the file when they are needed.
@@ -177,21 +179,19 @@ class Image:
             ImageError: if there is no file to read them from.
         """
         if not self.can_be_reloaded:
-            raise ImageError(
-                "the image was made of a tensor, or is a part of another one, so that its data could not be read again"
-            )
+            raise ImageError("the data of the image were made, set or cut in memory, so that they could not be read again")
         self._data = None
 
     @property
     def can_be_reloaded(self) -> bool:
         """Whether the data are those of a file, and not of a tensor or a part of another image."""
-        return self.path is not None and not self._is_derived
+        return self.path is not None and not self._is_derived and (self._data is None or self._is_from_file)
 
     def prepare(self) -> None:
         """Make ready to be read in parts, also by workers: load what can only be read whole, so that they share it."""
         if not self._can_be_sliced():
             self.load()
-        _ = self.affine, self.codes  # kept, so that no worker reads them again
+        _ = self.affine  # kept with the header, so that no worker reads them again
 
     def read(self, box: Box) -> Tensor:
         """Read all channels of a box of voxels `(I, J, K)`.
@@ -212,6 +212,9 @@ class Image:
         if self.check_nans and data.is_floating_point() and bool(data.isnan().any()):
             warnings.warn(f"{self._name()} holds NaN", RuntimeWarning, stacklevel=3)
 
+    def _header(self) -> VolumeInfo:
+        return self._open().info if self._info is None else self._info
+
     def _open(self) -> VolumeReader:
         if self._reader is None:
             if self.path is None or self._is_derived:
@@ -219,7 +222,11 @@ class Image:
             paths = self.path if isinstance(self.path, list) else [self.path]
             custom = self._custom_reader
             readers = [open_volume(path) if custom is None else CustomFile(path, custom) for path in paths]
-            self._reader = readers[0] if len(readers) == 1 else StackedFiles(readers, [str(path) for path in paths])
+            names = [str(path) for path in paths]
+            reader = readers[0] if len(readers) == 1 else StackedFiles(readers, names, check_place=self._affine is None)
+            if self._info is not None and (reader.info.shape, reader.info.dtype) != (self._info.shape, self._info.dtype):
+                raise ImageFileError(f"{self._name()} is another file than when its header was read: make the image anew")
+            self._reader, self._info = reader, reader.info
         return self._reader
 
     # Geometry
@@ -227,7 +234,7 @@ class Image:
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """Channels and voxels `(C, I, J, K)`."""
-        c, i, j, k = self._open().info.shape if self._data is None else self._data.shape
+        c, i, j, k = self._header().shape if self._data is None else self._data.shape
         return c, i, j, k
 
     @property
@@ -243,7 +250,7 @@ class Image:
     @property
     def dtype(self) -> torch.dtype:
         """Type of the data, or the type that they will be read as."""
-        return self._open().info.dtype if self._data is None else self._data.dtype
+        return self._header().dtype if self._data is None else self._data.dtype
 
     @property
     def memory(self) -> int:
@@ -258,7 +265,7 @@ class Image:
             ImageError: if the file's affine holds NaN or infinity, or is singular.
         """
         if self._affine is None:
-            self._affine = as_affine(self._open().info.affine, f"the affine of {self._name()}")
+            self._affine = as_affine(self._header().affine, f"the affine of {self._name()}")
         return self._affine
 
     @affine.setter
@@ -286,7 +293,7 @@ class Image:
     def codes(self) -> SpaceCodes:
         """What NIfTI records of the space beside the affine."""
         if self._codes is None:
-            self._codes = SpaceCodes() if self.path is None else self._open().info.codes
+            self._codes = SpaceCodes() if self.path is None else self._header().codes
         return self._codes
 
     # Entries
@@ -336,7 +343,7 @@ class Image:
             self.metadata[key] = value
 
     def _cut(self, key: Any) -> Self:
-        slices = _as_slices(key, self.shape)
+        slices = as_slices(key, self.shape)
         channels, *spatial = slices
         step = tuple(part.step for part in spatial)
         box = Box(tuple(part.start for part in spatial), tuple(part.stop for part in spatial))
@@ -366,12 +373,12 @@ class Image:
         """Make a shallow copy that keeps everything but the data and the affine; for a batch to keep."""
         new = copy.copy(self)
         new._codes = self.codes
-        new._data = new._reader = new._affine = None
+        new._data = new._reader = new._info = new._affine = new._custom_reader = None
         new._is_derived = True
         return new
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_reader": None}
+        return self.__dict__ | {"_reader": None}  # another process opens the file anew
 
     def __copy__(self) -> Self:
         new = object.__new__(type(self))
@@ -380,17 +387,19 @@ class Image:
         return new
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        new = copy.copy(self)
-        new.metadata = copy.deepcopy(self.metadata, memo)
-        new._affine = None if self._affine is None else self._affine.copy()
+        new = object.__new__(type(self))
+        memo[id(self)] = new
+        shared = {"_data", "_reader", "_custom_reader"}
+        for name, value in self.__dict__.items():
+            new.__dict__[name] = value if name in shared else copy.deepcopy(value, memo)
         new._data = None if self._data is None else self._data.clone()
         return new
 
     def save(self, path: PathLike) -> None:
-        """Write the image: NIfTI, MGH, NRRD, MetaImage or TIFF, by the ending of the name.
+        """Write the image: NIfTI, MGH, NRRD or MetaImage, by the ending of the name.
 
-        The affine, form codes and units are kept. A crash, a full disk or an error leaves the old file or the new one; a process
-        that is killed may leave a hidden file beside it whose name holds `unfinished`, which can be deleted.
+        The affine is kept, and in NIfTI the form codes and units too. A crash, a full disk or an error leaves the old file
+        or the new one; a process that is killed may leave a hidden file beside it, with `unfinished` in its name.
 
         Raises:
             SaveError: if it could not be written.
@@ -399,8 +408,15 @@ class Image:
         save_volume(Path(path).expanduser(), self.data, self.affine, self.codes)
 
     def numpy(self) -> np.ndarray:
-        """The data as an array `(C, I, J, K)`, which shares their memory."""
-        return self.data.numpy()
+        """The data as an array `(C, I, J, K)`, which shares their memory.
+
+        Raises:
+            ImageError: if NumPy lacks their type, as it lacks bfloat16.
+        """
+        try:
+            return self.data.numpy()
+        except TypeError as error:
+            raise ImageError(f"NumPy has no type for data of {self.dtype}: convert them, with image.data.float()") from error
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.array(self.numpy(), dtype=dtype, copy=copy)
@@ -437,25 +453,6 @@ class LabelMap(Image):
     fixed_type = LABEL
 
 
-def as_tensor(data: Any) -> Tensor:
-    """Make a tensor of a type that PyTorch can calculate with; arrays of such a type are not copied."""
-    if not isinstance(data, Tensor | np.ndarray):
-        raise ImageError(f"the data of an image are of type {type(data).__name__}: give a tensor or a NumPy array")
-    narrow = {"torch.uint16", "torch.uint32", "torch.uint64"}
-    if isinstance(data, Tensor) and str(data.dtype) in narrow:
-        data = data.numpy()
-    if isinstance(data, np.ndarray):
-        dtype = torch_dtype(data.dtype, "the array")
-        widest_unsigned(data, "the array")
-        data = np.asarray(data, dtype=torch.empty(0, dtype=dtype).numpy().dtype)
-        if any(stride < 0 for stride in data.strides) or not data.flags.writeable:
-            data = data.copy()
-        return torch.from_numpy(data)
-    if data.is_complex():
-        raise ImageError(f"the data of an image are {data.dtype}: save real and imaginary parts as two channels")
-    return data.detach()
-
-
 def _as_path(path: Any, verify: bool) -> Path | list[Path]:
     if isinstance(path, Sequence) and not isinstance(path, str):
         if not path:
@@ -473,18 +470,25 @@ def _one_path(path: Any, verify: bool) -> Path:
         result = Path(path).expanduser()
     except RuntimeError as error:
         raise ImageNotFoundError(f"there is no file {path}: {error}") from error
-    if verify and not result.exists():
+    if verify and not _exists(result):
         raise ImageNotFoundError(f"there is no file {result}" + ("" if result.is_absolute() else f" in {Path.cwd()}"))
     return result
 
 
-def _as_slices(key: Any, shape: tuple[int, ...]) -> list[slice]:
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False  # a name that is too long, or that no file can have
+
+
+def as_slices(key: Any, shape: tuple[int, ...]) -> list[slice]:
     """Make one slice per axis, with start, stop and step, of whatever may stand between brackets."""
     items = list(key) if isinstance(key, tuple) else [key]
-    if items.count(Ellipsis) > 1:
+    places = [place for place, item in enumerate(items) if item is Ellipsis]
+    if len(places) > 1:
         raise SizeError("an image was sliced with more than one '...'")
-    if Ellipsis in items:
-        place = items.index(Ellipsis)
+    for place in places:
         items[place : place + 1] = [slice(None)] * (len(shape) - len(items) + 1)
     if len(items) > len(shape):
         raise SizeError(f"an image of shape {shape} was sliced along {len(items)} axes: there are {len(shape)}, (C, I, J, K)")
@@ -505,7 +509,10 @@ def _as_slice(item: Any, size: int, axis: int) -> slice:
         return slice(index, index + 1, 1)
     if item.step is not None:
         as_sizes(item.step, 1, f"the step along {name}")
-    start, stop, step = item.indices(size)
+    try:
+        start, stop, step = item.indices(size)
+    except TypeError as error:
+        raise SizeError(f"{name} was sliced with {item}: use whole numbers") from error
     if stop <= start:
         raise SizeError(f"{name} was sliced from {item.start} to {item.stop}, which holds none of its {size} voxels")
     return slice(start, stop, step)

@@ -11,16 +11,22 @@ from torch import Tensor
 from ..core.boxes import Box
 from ..errors import ImageFileError, SpaceError
 from .formats import VolumeInfo, VolumeReader
-from .formats.base import torch_dtype
-from .space import SPACE_TOLERANCE, corner_displacement, spacing_of
+from .formats.base import as_tensor
+from .space import SPACE_TOLERANCE, Affine, as_affine, corner_displacement, spacing_of
 
 __all__ = ["CustomFile", "StackedFiles"]
 
 
 class StackedFiles:
-    """Several files of one shape and place, whose channels are put one behind the other."""
+    """Several files of one shape and place, whose channels are put one behind the other.
 
-    def __init__(self, readers: Sequence[VolumeReader], names: Sequence[str]) -> None:
+    Args:
+        readers: the files.
+        names: what to call them in a message.
+        check_place: check that their affines agree; not where another one takes their place.
+    """
+
+    def __init__(self, readers: Sequence[VolumeReader], names: Sequence[str], check_place: bool) -> None:
         self.readers = list(readers)
         first = self.readers[0].info
         for reader, name in zip(self.readers, names, strict=True):
@@ -30,7 +36,7 @@ class StackedFiles:
                     f"{name} has {info.shape[1:]} voxels, but {names[0]} has {first.shape[1:]}: files of one image must agree"
                 )
             distance = corner_displacement(info.affine, first.affine, info.shape[1:])
-            if not distance <= SPACE_TOLERANCE * min(spacing_of(first.affine)):
+            if check_place and not distance <= SPACE_TOLERANCE * min(spacing_of(first.affine)):
                 raise SpaceError(f"{name} lies up to {distance:.3g} mm away from {names[0]}: files of one image must agree")
         self.sliceable = all(reader.sliceable for reader in self.readers)
         dtype = first.dtype
@@ -52,30 +58,36 @@ class StackedFiles:
 
 
 class CustomFile:
-    """A file of a format that a user's function reads."""
+    """A file of a format that a user's function reads: it is called once for the header and the first look at the data."""
 
     sliceable = False
 
     def __init__(self, path: Path, function: Callable[[Path], tuple[Any, Any]]) -> None:
         self.path, self.function = path, function
-        array, affine = self._call()
-        i, j, k = array.shape[1:]
-        self.info = VolumeInfo((array.shape[0], i, j, k), torch_dtype(array.dtype, str(path)), affine)
+        data, affine = self._call()
+        self._first: Tensor | None = data
+        c, i, j, k = data.shape
+        self.info = VolumeInfo((c, i, j, k), data.dtype, affine)
 
     def read(self, box: Box) -> Tensor:
         """Read a box `(C, I, J, K)` into a new tensor; see `VolumeReader`."""
-        array = self._call()[0][box.slices]
-        return torch.from_numpy(np.array(array, dtype=torch.empty(0, dtype=self.info.dtype).numpy().dtype))
+        data, self._first = self._first, None
+        if data is None:
+            data, _ = self._call()
+        return data[box.slices].clone(memory_format=torch.contiguous_format)
 
-    def _call(self) -> tuple[np.ndarray, np.ndarray]:
-        data, affine = self.function(self.path)
-        array = np.asarray(data)
-        if not 2 <= array.ndim <= 4:
+    def _call(self) -> tuple[Tensor, Affine]:
+        result = self.function(self.path)
+        if not isinstance(result, tuple | list) or len(result) != 2:
+            raise ImageFileError(f"{self.path}: the reader must return data and affine, but it returned {type(result).__name__}")
+        data, affine = (
+            as_tensor(result[0]),
+            np.eye(4) if result[1] is None else as_affine(result[1], f"the affine of {self.path}"),
+        )
+        if not 2 <= data.ndim <= 4 or 0 in data.shape:
             raise ImageFileError(
-                f"{self.path}: the reader returned data of shape {array.shape}: it must be 2-D, 3-D or (C, I, J, K)"
+                f"{self.path}: the reader returned data of shape {tuple(data.shape)}: it must be 2-D, 3-D or (C, I, J, K)"
             )
-        if array.ndim == 2:
-            array = array[None, ..., None]
-        elif array.ndim == 3:
-            array = array[None]
-        return array, np.eye(4) if affine is None else np.asarray(affine, dtype=np.float64)
+        if data.ndim == 2:
+            data = data[None, ..., None]
+        return data[None] if data.ndim == 3 else data, affine

@@ -9,7 +9,7 @@ import torch
 from ..core.locations import PatchLocation
 from ..errors import NoSuchKeyError, SpaceError, SubjectError
 from .constants import INDEX_INI, INTENSITY, LOCATION, PATCH_LOCATION
-from .image import Image
+from .image import Image, as_slices
 from .space import SPACE_TOLERANCE, corner_displacement
 
 __all__ = ["Subject"]
@@ -95,15 +95,22 @@ class Subject(dict[str, Any]):
     def __getitem__(self, key: Any) -> Any:
         """Give an entry by its name, or the part of all images that slices `(C, I, J, K)` cut out."""
         if isinstance(key, str):
-            return super().__getitem__(key)
+            # Of a patch these are its location, also where the subject has metadata of such a name.
+            derived = location_entry(key, self.get(PATCH_LOCATION))
+            return super().__getitem__(key) if derived is None else derived
         self._check_shapes()
-        return Subject({name: value[key] if isinstance(value, Image) else value for name, value in self.items()})
+        entries = {name: value[key] if isinstance(value, Image) else value for name, value in self.items()}
+        location = entries.pop(PATCH_LOCATION, None)
+        if location is not None:
+            spatial = as_slices(key, self.get_first_image().shape)[1:]
+            if all(part.step == 1 for part in spatial):  # otherwise it is no patch any more
+                index = tuple(first + part.start for first, part in zip(location.index, spatial, strict=True))
+                size = tuple(part.stop - part.start for part in spatial)
+                entries[PATCH_LOCATION] = PatchLocation(index, size, location.subject_index)
+        return Subject(entries)
 
     def __missing__(self, key: str) -> Any:
-        derived = location_entry(key, self.get(PATCH_LOCATION))
-        if derived is None:
-            raise NoSuchKeyError(f"the subject has no entry {key!r}, only {', '.join(map(repr, self))}")
-        return derived
+        raise NoSuchKeyError(f"the subject has no entry {key!r}, only {', '.join(map(repr, self))}")
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -200,6 +207,15 @@ class Subject(dict[str, Any]):
     def __copy__(self) -> Self:
         new = type(self).__new__(type(self))
         new.update(self)
+        return new
+
+    def copy(self) -> Self:
+        """Make a shallow copy."""
+        return self.__copy__()
+
+    def __or__(self, other: Any) -> Self:  # type: ignore[override]
+        new = self.__copy__()
+        new.update(other)
         return new
 
     def __repr__(self) -> str:

@@ -23,7 +23,7 @@ from .saving import atomic_write, save_volume
 
 __all__ = ["SpaceCodes", "VolumeInfo", "VolumeReader", "atomic_write", "open_volume", "save_volume", "stem_of"]
 
-BY_NIBABEL = (".nii", ".nii.gz", ".nii.bz2", ".nii.zst", ".hdr", ".img", ".img.gz", ".mgh", ".mgz")
+BY_NIBABEL = (".nii", ".nii.gz", ".nii.bz2", ".hdr", ".img", ".img.gz", ".mgh", ".mgz")
 
 
 def open_volume(path: Path) -> VolumeReader:

@@ -1,17 +1,21 @@
 """What a format offers: what the header says, and the voxels of a box."""
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ...core.boxes import Box
-from ...errors import UnsupportedImageError
+from ...errors import ImageError, UnsupportedImageError
 from ..space import Affine
 
-__all__ = ["SpaceCodes", "VolumeInfo", "VolumeReader", "torch_dtype", "widest_unsigned"]
+__all__ = ["MILLIMETRES", "SpaceCodes", "VolumeInfo", "VolumeReader", "as_tensor", "torch_dtype", "widest_unsigned"]
+
+
+# NIfTI's units of length other than the millimetre.
+MILLIMETRES = {"meter": 1000.0, "micron": 0.001}
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +26,8 @@ class SpaceCodes:
     """What the world of the quaternion is: 1 the scanner, 2 another image, 3 Talairach, 4 MNI."""
     sform: int = 1
     """The same of the matrix."""
+    qform_world: tuple[tuple[float, ...], ...] = ((1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1))
+    """Matrix from the world of the affine to that of the quaternion, in mm: not the identity where the two forms differ."""
     space_unit: str = "mm"
     time_unit: str = "unknown"
     time_step: float = 1.0
@@ -96,3 +102,22 @@ def widest_unsigned(array: np.ndarray, what: str) -> None:
     """Refuse numbers of uint64 that int64 cannot hold."""
     if array.dtype.kind == "u" and array.dtype.itemsize == 8 and array.size and array.max() > np.iinfo(np.int64).max:
         raise UnsupportedImageError(f"{what} holds {array.max()}, which is more than int64 can hold: save it as float64")
+
+
+def as_tensor(data: Any) -> Tensor:
+    """Make a tensor of a type that PyTorch can calculate with; arrays of such a type are not copied."""
+    if not isinstance(data, Tensor | np.ndarray):
+        raise ImageError(f"the data of an image are of type {type(data).__name__}: give a tensor or a NumPy array")
+    narrow = {"torch.uint16", "torch.uint32", "torch.uint64"}
+    if isinstance(data, Tensor) and str(data.dtype) in narrow:
+        data = data.numpy()
+    if isinstance(data, np.ndarray):
+        dtype = torch_dtype(data.dtype, "the array")
+        widest_unsigned(data, "the array")
+        data = np.asarray(data, dtype=torch.empty(0, dtype=dtype).numpy().dtype)
+        if any(stride < 0 for stride in data.strides) or not data.flags.writeable:
+            data = data.copy()
+        return torch.from_numpy(data)
+    if data.is_complex():
+        raise ImageError(f"the data of an image are {data.dtype}: save real and imaginary parts as two channels")
+    return data.detach()

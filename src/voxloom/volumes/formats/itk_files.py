@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ...core.boxes import Box
-from ...errors import CorruptImageError, SeriesError, UnsupportedImageError
+from ...errors import CorruptImageError, SeriesError, UnsupportedImageError, VoxloomError
 from ..space import Affine, lps_to_ras
 from .base import VolumeInfo, torch_dtype, widest_unsigned
+from .integrity import check_payload
 
 __all__ = ["ItkFile", "open_series"]
 
@@ -31,11 +32,12 @@ class ItkFile:
         files: one path, or those of a series.
         name: what to call it in a message.
         affine: RAS+ affine, where the headers of single files do not tell it.
+        dtype: type to read the voxels as, where the files of a series differ; by default that of the first file.
     """
 
     sliceable = False
 
-    def __init__(self, files: Sequence[Path], name: str, affine: Affine | None = None) -> None:
+    def __init__(self, files: Sequence[Path], name: str, affine: Affine | None = None, dtype: torch.dtype | None = None) -> None:
         self.files = list(files)
         self.name = name
         header = read_header(self.files[0])
@@ -50,14 +52,21 @@ class ItkFile:
         i, j, k = map(int, spatial)
         if affine is None:
             affine = lps_to_ras(header.GetDirection(), header.GetSpacing(), header.GetOrigin())
-        self.info = VolumeInfo((int(volumes * components), i, j, k), _dtype_of(header, name), affine)
+        self.pixel_type = SimpleITK.sitkUnknown if dtype is None else SimpleITK.sitkFloat64
+        self.info = VolumeInfo((int(volumes * components), i, j, k), dtype or _dtype_of(header, name), affine)
 
     def read(self, box: Box) -> Tensor:
         """Read a box `(C, I, J, K)` into a new tensor; see `VolumeReader`."""
         names = [str(file) for file in self.files]
         try:
-            image = SimpleITK.ReadImage(names[0] if len(names) == 1 else names)
+            if len(names) == 1:
+                check_payload(self.files[0])
+                image = SimpleITK.ReadImage(names[0], imageIO=_reader_of(self.files[0]))
+            else:
+                image = SimpleITK.ReadImage(names, self.pixel_type)
         except RuntimeError as error:
+            if isinstance(error, VoxloomError):
+                raise
             raise CorruptImageError(f"{self.name} cannot be read: {_reason(error)}. Copy or download it again") from error
         array = SimpleITK.GetArrayViewFromImage(image)
         widest_unsigned(array, self.name)
@@ -65,7 +74,7 @@ class ItkFile:
         if image.GetNumberOfComponentsPerPixel() > 1:
             array = np.moveaxis(array, -1, 0)
         channels = array.reshape(shape[0], shape[3], shape[2], shape[1]).transpose(0, 3, 2, 1)
-        # Copied one plane of channels at a time: the copy is contiguous, and ITK's own memory is freed with `image`.
+        # ITK's own memory is freed with `image`.
         out = torch.empty(box.shape, dtype=self.info.dtype)
         np.copyto(out.numpy(), channels[box.slices], casting="unsafe")
         return out
@@ -75,11 +84,17 @@ def read_header(path: Path) -> Any:
     """Read what a file says of its image, without its voxels."""
     reader = SimpleITK.ImageFileReader()
     reader.SetFileName(str(path))
+    reader.SetImageIO(_reader_of(path))
     try:
         reader.ReadImageInformation()
     except RuntimeError as error:
         raise CorruptImageError(f"{path} is not an image that can be read: {_reason(error)}") from error
     return reader
+
+
+def _reader_of(path: Path) -> str:
+    """Name the part of ITK that reads a file: it finds MetaImage by its ending alone, and that only in small letters."""
+    return "MetaImageIO" if path.suffix.lower() in (".mha", ".mhd") else ""
 
 
 def open_series(folder: Path) -> ItkFile:
@@ -98,9 +113,30 @@ def open_series(folder: Path) -> ItkFile:
         listed = "; ".join(f"{name}, {len(paths)} files{_described(paths[0])}" for name, paths in files.items())
         raise SeriesError(f"{folder} holds {len(series)} DICOM series: put each into a folder of its own. They are {listed}")
     paths = files[series[0]]
+    _check_none_left_out(folder, paths)
     if len(paths) == 1:
         return ItkFile(paths, str(folder))
     return _checked_series(paths, folder)
+
+
+def _check_none_left_out(folder: Path, paths: list[Path]) -> None:
+    """Refuse damaged slices, which GDCM leaves out without a word: at the ends of a series nobody would miss them."""
+    kind = _storage_class(paths[0])
+    listed = {path.resolve() for path in paths}
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.resolve() not in listed and kind is not None and _storage_class(path) == kind:
+            raise SeriesError(f"{path} is a slice that cannot be read: it is damaged or truncated. Copy or download it again")
+
+
+def _storage_class(path: Path) -> bytes | None:
+    """Say what kind of object a DICOM file holds, such as a CT slice, or None where it is no DICOM file."""
+    with path.open("rb") as file:
+        start = file.read(1024)
+    place = start.find(b"\x02\x00\x02\x00UI")
+    if start[128:132] != b"DICM" or place < 0:
+        return None
+    length = int.from_bytes(start[place + 6 : place + 8], "little")
+    return start[place + 8 : place + 8 + length].rstrip(b"\0 ")
 
 
 def _checked_series(paths: list[Path], folder: Path) -> ItkFile:
@@ -109,13 +145,16 @@ def _checked_series(paths: list[Path], folder: Path) -> ItkFile:
         missing = [tag for tag in (POSITION, ORIENTATION) if not header.HasMetaDataKey(tag)]
         if missing:
             raise SeriesError(f"{path} has no DICOM tag {missing[0]}, so that the place of its slice is unknown")
-        if header.GetSize()[:2] != headers[0].GetSize()[:2] or header.GetPixelID() != headers[0].GetPixelID():
+        if (header.GetSize(), header.GetNumberOfComponents()) != (headers[0].GetSize(), headers[0].GetNumberOfComponents()):
             raise SeriesError(
-                f"{path} has {header.GetSize()[:2]} pixels of type {header.GetPixelID()}, but {paths[0].name} has"
-                f" {headers[0].GetSize()[:2]} of {headers[0].GetPixelID()}: a series must be of one kind"
+                f"{path} has {header.GetSize()} pixels of {header.GetNumberOfComponents()} components, but {paths[0].name} has"
+                f" {headers[0].GetSize()} of {headers[0].GetNumberOfComponents()}: a series must be of one kind"
             )
-    positions = np.array([_numbers(header, POSITION) for header in headers])
-    orientations = np.array([_numbers(header, ORIENTATION) for header in headers])
+        if header.GetSize()[2:] not in ((), (1,)):
+            raise SeriesError(f"{path} holds {header.GetSize()[2]} slices, and is one of several: open such files one by one")
+    types = {_dtype_of(header, str(path)) for path, header in zip(paths, headers, strict=True)}
+    positions = np.array([_numbers(path, header, POSITION, 3) for path, header in zip(paths, headers, strict=True)])
+    orientations = np.array([_numbers(path, header, ORIENTATION, 6) for path, header in zip(paths, headers, strict=True)])
     if np.abs(orientations - orientations[0]).max() > 1e-3:
         raise SeriesError(f"{folder}: the slices are not parallel, so that they are no volume: split the series")
     normal = np.cross(orientations[0, :3], orientations[0, 3:])
@@ -147,11 +186,20 @@ def _checked_series(paths: list[Path], folder: Path) -> ItkFile:
     step = (positions[-1] - positions[0]) / (len(positions) - 1)
     spacing = headers[0].GetSpacing()[:2]
     columns = np.stack([orientations[0, :3] * spacing[0], orientations[0, 3:] * spacing[1], step], axis=1)
-    return ItkFile(paths, str(folder), lps_to_ras(columns, (1.0, 1.0, 1.0), positions[0]))
+    affine = lps_to_ras(columns, (1.0, 1.0, 1.0), positions[0])
+    # Slices that are scaled on their own, as in PET, may have types of their own, too.
+    return ItkFile(paths, str(folder), affine, None if len(types) == 1 else torch.float64)
 
 
-def _numbers(header: Any, tag: str) -> list[float]:
-    return [float(number) for number in header.GetMetaData(tag).split("\\")]
+def _numbers(path: Path, header: Any, tag: str, count: int) -> list[float]:
+    value = header.GetMetaData(tag)
+    try:
+        numbers = [float(number) for number in value.split("\\")]
+    except ValueError:
+        numbers = []
+    if len(numbers) != count:
+        raise SeriesError(f"{path}: the DICOM tag {tag} is {value!r}, where {count} numbers should say where the slice lies")
+    return numbers
 
 
 def _described(path: Path) -> str:

@@ -1,7 +1,6 @@
 """NIfTI, Analyze and MGH through nibabel's headers: mapped where the file is not compressed, streamed where it is."""
 
 import contextlib
-import functools
 import threading
 import warnings
 import zlib
@@ -12,27 +11,27 @@ from typing import IO, Any, cast
 import nibabel as nib
 import numpy as np
 import torch
-from isal import igzip
+from isal import igzip, igzip_lib
 from nibabel.fileslice import fileslice
 from nibabel.openers import Opener
 from torch import Tensor
 
 from ...core import memory
 from ...core.boxes import Box
-from ...errors import CorruptImageError, UnsupportedImageError, VoxloomError
+from ...errors import CorruptImageError, ImageFileError, ImageNotFoundError, UnsupportedImageError, VoxloomError
 from ..space import SPACE_TOLERANCE, Affine, corner_displacement, spacing_of
-from .base import SpaceCodes, VolumeInfo, torch_dtype, widest_unsigned
+from .base import MILLIMETRES, SpaceCodes, VolumeInfo, torch_dtype, widest_unsigned
 
 __all__ = ["NibabelFile"]
 
-COMPRESSED = (".gz", ".mgz", ".bz2", ".zst")
+COMPRESSED = (".gz", ".mgz", ".bz2")
 # Planes that are turned from the file's order (first axis fastest) into a tensor's at a time: as fast as it gets.
 PLANES = 16
 # The most that gzip can have shrunk anything.
 GREATEST_GZIP_RATIO = 1032
-READ_ERRORS = (OSError, EOFError, ValueError, zlib.error, igzip.BadGzipFile)
+READ_ERRORS: tuple[Any, ...] = (OSError, EOFError, ValueError, zlib.error, igzip.BadGzipFile, igzip_lib.IsalError)
 # What nibabel raises when the header itself is damaged.
-HEADER_ERRORS = (
+HEADER_ERRORS: tuple[Any, ...] = (
     *READ_ERRORS,
     nib.filebasedimages.ImageFileError,
     nib.spatialimages.HeaderDataError,
@@ -57,18 +56,19 @@ class NibabelFile:
         self.file = file
         self.image_class = image_class
         self._lock = threading.Lock()
-        self._file_number: int | None = None
         self.name = str(file) if isinstance(file, Path) else str(getattr(file, "name", "the file object"))
         try:
             self._read_header()
+            self._check_size()
         except VoxloomError:
             raise
         except HEADER_ERRORS as error:
-            raise CorruptImageError(f"{self.name} is not an image that can be read: {error}") from error
-        self._check_size()
+            raise _explained(error, self.name, "is not an image that can be read") from error
+        self._state = self._state_of_file()
 
     def read(self, box: Box) -> Tensor:
         """Read a box `(C, I, J, K)` into a new tensor; see `VolumeReader`."""
+        self._check_unchanged()
         out = memory.empty(box.shape, self.info.dtype)
         wanted = self._wanted(box)
         parts = out.split_with_sizes([len(samples) for samples in wanted.values()])
@@ -78,10 +78,10 @@ class NibabelFile:
             for volume, first, planes in self._planes(list(wanted), k, (i, j)):
                 values = self._values(self._samples(planes)[wanted[volume]])
                 targets[volume].narrow(3, first - k.start, values.shape[3]).copy_(values)
-        except UnsupportedImageError:
+        except VoxloomError:
             raise
         except READ_ERRORS as error:
-            raise CorruptImageError(f"{self.name} cannot be read to its end: {error}. Copy or download it again") from error
+            raise _explained(error, self.name, "cannot be read to its end") from error
         return out
 
     def _wanted(self, box: Box) -> dict[int, list[int]]:
@@ -109,7 +109,8 @@ class NibabelFile:
         starts = range(k.start, k.stop, PLANES)
         blocks = [(volume, start, min(start + PLANES, k.stop)) for volume in volumes for start in starts]
         if self.sliceable:
-            yield from ((volume, start, self._cut((*ij, slice(start, stop), volume))) for volume, start, stop in blocks)
+            stored = self._mapped()
+            yield from ((volume, start, self._cut(stored, (*ij, slice(start, stop), volume))) for volume, start, stop in blocks)
             return
         assert self.data_path is not None
         rows, columns, depth, count = self.file_shape
@@ -124,19 +125,35 @@ class NibabelFile:
                 while stream.read(2**20):
                     pass  # The checksum stands at the end of the stream, and is compared when that is reached.
 
-    def _cut(self, slicer: tuple[slice | int, ...]) -> np.ndarray:
-        if self._mapped is not None:
-            self._check_size()  # to touch a mapped page that was cut off since would end the process
-            return np.asarray(self._mapped[slicer])
-        with self._lock:
-            return np.asarray(fileslice(self.file, slicer, self.file_shape, self.raw_dtype, self.offset, order="F"))
-
-    @functools.cached_property
     def _mapped(self) -> np.ndarray | None:
-        """The voxels in the file, of which the system reads those that are used; None for file objects."""
+        """The voxels in the file, of which the system reads those that are used; None for file objects.
+
+        It is mapped for each box anew, because a mapping keeps the file open.
+        """
         if self.data_path is None:
             return None
         return np.memmap(self.data_path, self.raw_dtype, "r", self.offset, self.file_shape, order="F")
+
+    def _cut(self, mapped: np.ndarray | None, slicer: tuple[slice | int, ...]) -> np.ndarray:
+        if mapped is not None:
+            return np.asarray(mapped[slicer])
+        with self._lock:
+            return np.asarray(fileslice(self.file, slicer, self.file_shape, self.raw_dtype, self.offset, order="F"))
+
+    def _state_of_file(self) -> tuple[int, ...]:
+        if self.data_path is None:
+            return ()
+        status = self.data_path.stat()
+        return status.st_ino, status.st_size, status.st_mtime_ns
+
+    def _check_unchanged(self) -> None:
+        """Refuse to read voxels of one file by the header of another; and one that shrank would end the process if mapped."""
+        try:
+            state = self._state_of_file()
+        except OSError as error:
+            raise _explained(error, self.name, "cannot be read") from error
+        if state != self._state:
+            raise ImageFileError(f"{self.name} has been changed since its header was read: make the image anew")
 
     def _read_header(self) -> None:
         image = self._load()
@@ -150,22 +167,19 @@ class NibabelFile:
         self.data_path = Path(image.file_map["image"].filename or self.file) if isinstance(self.file, Path) else None
         self.sliceable = self.data_path is None or self.data_path.suffix.lower() not in COMPRESSED
         i, j, k, volumes = self.file_shape
-        self.info = VolumeInfo(
-            shape=(volumes * self.samples, i, j, k),
-            dtype=self._tensor_dtype(),
-            affine=_affine_of(image, self.name),
-            codes=_codes_of(image),
-        )
+        affine, qform_world = _affine_of(image, self.name)
+        shape = (volumes * self.samples, i, j, k)
+        self.info = VolumeInfo(shape, self._tensor_dtype(), affine, _codes_of(image, qform_world))
 
     def _load(self) -> Any:
         if not isinstance(self.file, Path):
             self.file.seek(0)
             return _from_stream(self.file, self.image_class)
-        if self.file.suffix.lower() in (".mgh", ".mgz"):
-            # nib.load would leave the file open until it is collected as garbage.
-            with _open_plain_or_compressed(self.file) as stream:
-                return _from_stream(stream, nib.MGHImage)
-        return nib.load(self.file)
+        if self.file.suffix.lower() in (".hdr", ".img") or self.file.name.lower().endswith(".img.gz"):
+            return nib.load(self.file)
+        # nib.load goes by the ending alone, and leaves MGH files open until they are collected as garbage.
+        with _open_plain_or_compressed(self.file) as stream:
+            return _from_stream(stream, _class_of(self.file, stream))
 
     def _spatial_and_channels(self, shape: tuple[int, ...]) -> tuple[int, int, int, int]:
         """Give `(I, J, K, volumes)`: volumes are the fourth axis, or the fifth where the fourth is 1 (vectors)."""
@@ -189,18 +203,11 @@ class NibabelFile:
         return torch.float64 if self.stored_dtype.kind in "iu" and self.stored_dtype.itemsize > 2 else torch.float32
 
     def _check_size(self) -> None:
-        """Compare what the header promises with the size of the file, before memory is asked for.
-
-        A file of this name that has taken the place of the one that is mapped does not matter.
-        """
-        if self.data_path is None or self.data_path.suffix.lower() in (".bz2", ".zst"):
+        """Compare what the header promises with the size of the file, before memory is asked for."""
+        if self.data_path is None or self.data_path.suffix.lower() == ".bz2":
             return
-        status = self.data_path.stat()
-        if self._file_number not in (None, status.st_ino):
-            return
-        self._file_number = status.st_ino
         claimed = self.offset + int(np.prod(self.file_shape, dtype=object)) * self.raw_dtype.itemsize
-        size = status.st_size
+        size = self.data_path.stat().st_size
         most = size if self.sliceable else size * GREATEST_GZIP_RATIO
         if self.offset < 0 or claimed > most:
             raise CorruptImageError(
@@ -234,28 +241,62 @@ def _numpy_dtype(dtype: torch.dtype) -> np.dtype:
     return torch.empty(0, dtype=dtype).numpy().dtype
 
 
-def _affine_of(image: Any, name: str) -> Affine:
-    """Take the sform where there is one, and warn if the qform says otherwise; otherwise what nibabel takes."""
-    with contextlib.suppress(AttributeError, nib.spatialimages.HeaderDataError):
+def _class_of(path: Path, stream: Any) -> Any:
+    """Say which of nibabel's classes reads a file of a single part: NIfTI-1 and 2 begin with the size of their header."""
+    if path.suffix.lower() in (".mgh", ".mgz"):
+        return nib.MGHImage
+    start = stream.read(4)
+    stream.seek(0)
+    is_second = 540 in (int.from_bytes(start, "little"), int.from_bytes(start, "big"))
+    return nib.Nifti2Image if is_second else nib.Nifti1Image
+
+
+def _explained(error: Exception, name: str, what: str) -> ImageFileError:
+    """Tell a file that the system would not read from one that is damaged."""
+    if isinstance(error, FileNotFoundError):
+        return ImageNotFoundError(f"{name} {what}: there is no file {error.filename or name}")
+    if isinstance(error, OSError) and error.errno is not None:
+        return ImageFileError(f"{name} {what}: {error.strerror}")
+    return CorruptImageError(f"{name} {what}: {error}. It is damaged or truncated: copy or download it again")
+
+
+def _affine_of(image: Any, name: str) -> tuple[Affine, tuple[tuple[float, ...], ...]]:
+    """Give the affine in mm, and the matrix from its world to that of the qform.
+
+    The sform counts where there is one, with a warning if the qform says otherwise; then what nibabel takes.
+    """
+    scale = np.diag([*[MILLIMETRES.get(_units_of(image)[0], 1.0)] * 3, 1.0])
+    affine = scale @ np.asarray(image.affine, dtype=np.float64)
+    world = np.eye(4)
+    with contextlib.suppress(AttributeError, nib.spatialimages.HeaderDataError, np.linalg.LinAlgError):
         sform, sform_code = image.get_sform(coded=True)
         qform, qform_code = image.get_qform(coded=True)
         if sform_code and qform_code and np.isfinite(sform).all() and np.isfinite(qform).all():
-            shape = (*image.shape, 1, 1)[:3]
-            distance = corner_displacement(sform, qform, shape)
-            if distance > SPACE_TOLERANCE * min(spacing_of(sform)):
+            qform = scale @ qform
+            distance = corner_displacement(affine, qform, (*image.shape, 1, 1)[:3])
+            if distance > SPACE_TOLERANCE * min(spacing_of(affine)):
+                world = qform @ np.linalg.inv(affine)
                 warnings.warn(
                     f"{name}: sform and qform disagree by up to {distance:.3g} mm; the sform is used",
                     RuntimeWarning,
-                    stacklevel=6,
+                    stacklevel=7,
                 )
-    return np.asarray(image.affine, dtype=np.float64)
+    return affine, tuple(map(tuple, world.tolist()))
 
 
-def _codes_of(image: Any) -> SpaceCodes:
+def _units_of(image: Any) -> tuple[str, str]:
+    try:
+        space, time = image.header.get_xyzt_units()
+    except (AttributeError, KeyError):
+        return "unknown", "unknown"  # not NIfTI, or a code that means nothing
+    return space, time
+
+
+def _codes_of(image: Any, qform_world: tuple[tuple[float, ...], ...]) -> SpaceCodes:
     header = image.header
     if not isinstance(header, nib.Nifti1Header):
         return SpaceCodes()
-    space_unit, time_unit = header.get_xyzt_units()
+    space_unit, time_unit = _units_of(image)
     zooms = header.get_zooms()
     time_step = float(zooms[3]) if len(zooms) > 3 else 1.0
-    return SpaceCodes(int(header["qform_code"]), int(header["sform_code"]), space_unit, time_unit, time_step)
+    return SpaceCodes(int(header["qform_code"]), int(header["sform_code"]), qform_world, space_unit, time_unit, time_step)

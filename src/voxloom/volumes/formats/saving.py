@@ -13,9 +13,9 @@ import torch
 from isal import igzip
 from torch import Tensor
 
-from ...errors import SaveError, UnsupportedImageError
+from ...errors import SaveError, UnsupportedImageError, VoxloomError
 from ..space import Affine
-from .base import SpaceCodes
+from .base import MILLIMETRES, SpaceCodes
 
 __all__ = ["atomic_write", "save_volume"]
 
@@ -24,39 +24,40 @@ LARGEST_NIFTI1_SIZE = 32767
 GZIP_LEVEL = 1
 
 
-def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
+def atomic_write(path: Path, write: Callable[[Path], None], ending: str) -> None:
     """Let `write` make a new file beside the target, bring it to the disk, and only then put it in the target's place.
 
     Args:
-        path: the target; it keeps its old content unless everything goes well.
-        write: writes to the path that it is given, which ends as the target does.
+        path: the target; it keeps its old content unless everything goes well. A link goes on pointing where it points.
+        write: writes to the path that it is given.
+        ending: how the name of that path ends, for writers that go by it.
 
     Raises:
         SaveError: if anything could not be written. The unfinished file is removed.
     """
-    if path.is_dir():
-        raise SaveError(f"{path} is a folder: give the name of a file in it")
-    if not path.parent.is_dir():
-        raise SaveError(f"{path} cannot be written: there is no folder {path.parent}; make it first")
-    target = path.resolve()  # a link goes on pointing at the file that is replaced
-    if target.exists() and not os.access(target, os.W_OK):
-        raise SaveError(f"{path} is write-protected: save under another name, or make it writable")
-    suffix = "".join(target.suffixes[-2:]) if target.suffix == ".gz" else target.suffix
-    unfinished = target.parent / f".{target.name.removesuffix(suffix)}.{secrets.token_hex(4)}.unfinished{suffix}"
     try:
-        write(unfinished)
-        with unfinished.open("rb+") as file:
-            os.fsync(file.fileno())
-        if target.exists():
-            unfinished.chmod(target.stat().st_mode & 0o777)
-        unfinished.replace(target)
-    except UnsupportedImageError:
+        if path.is_dir():
+            raise SaveError(f"{path} is a folder: give the name of a file in it")
+        if not path.parent.is_dir():
+            raise SaveError(f"{path} cannot be written: there is no folder {path.parent}; make it first")
+        target = path.resolve()
+        if target.exists() and not os.access(target, os.W_OK):
+            raise SaveError(f"{path} is write-protected: save under another name, or make it writable")
+        unfinished = target.parent / f".{path.name[:40]}.{secrets.token_hex(4)}.unfinished{ending}"
+        try:
+            write(unfinished)
+            with unfinished.open("rb+") as file:
+                os.fsync(file.fileno())
+            if target.exists():
+                unfinished.chmod(target.stat().st_mode & 0o777)
+            unfinished.replace(target)
+        finally:
+            unfinished.unlink(missing_ok=True)
+    except VoxloomError:
         raise
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error).strip().rpartition("\n")[2]
         raise SaveError(f"{path} could not be written, and was left as it was: {reason}") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def save_volume(path: Path, data: Tensor, affine: Affine, codes: SpaceCodes) -> None:
@@ -66,19 +67,14 @@ def save_volume(path: Path, data: Tensor, affine: Affine, codes: SpaceCodes) -> 
         UnsupportedImageError: if there is no such format, or it cannot hold the volume.
         SaveError: if it could not be written.
     """
-    name = path.name.lower()
-    array = _storable(data)
-    if name.endswith((".nii", ".nii.gz")):
-        atomic_write(path, lambda target: _write_nifti(target, array, affine, codes))
-    elif name.endswith((".mgh", ".mgz")):
-        atomic_write(path, lambda target: _write_mgh(target, array, affine))
-    elif name.endswith((".nrrd", ".mha", ".tif", ".tiff")):
-        atomic_write(path, lambda target: _write_itk(target, array, affine))
-    else:
+    ending = next((ending for ending in WRITERS if path.name.lower().endswith(ending)), None)
+    if ending is None:
         raise UnsupportedImageError(
-            f"{path} cannot be written: its name must end in .nii, .nii.gz, .nrrd, .mha, .mgh, .mgz, .tif or .tiff. Formats of"
-            " two files (.mhd, .hdr and .img) are not written, because two files cannot be replaced at once"
+            f"{path} cannot be written: its name must end in {', '.join(WRITERS)}. Formats of two files (.mhd, .hdr and .img) are"
+            " not written, because two files cannot be replaced at once; nor are those that cannot hold an affine"
         )
+    array = _storable(data)
+    atomic_write(path, lambda target: WRITERS[ending](target, array, affine, codes), ending)
 
 
 def _storable(data: Tensor) -> np.ndarray:
@@ -89,7 +85,7 @@ def _storable(data: Tensor) -> np.ndarray:
     data = data.detach().cpu()
     if data.dtype == torch.bool:
         data = data.to(torch.uint8)
-    elif data.dtype in (torch.float16, torch.bfloat16):
+    elif data.is_floating_point() and data.dtype not in (torch.float32, torch.float64):
         data = data.to(torch.float32)
     elif data.dtype == torch.int64 and data.numel():
         low, high = (int(value) for value in data.aminmax())
@@ -100,26 +96,35 @@ def _storable(data: Tensor) -> np.ndarray:
 
 
 def _write_nifti(path: Path, array: np.ndarray, affine: Affine, codes: SpaceCodes) -> None:
+    image = _nifti_of(array, affine, codes)
+    with path.open("wb") as file:
+        image.to_stream(file)
+
+
+def _write_compressed_nifti(path: Path, array: np.ndarray, affine: Affine, codes: SpaceCodes) -> None:
+    image = _nifti_of(array, affine, codes)
+    with igzip.open(path, "wb", compresslevel=GZIP_LEVEL) as file:
+        image.to_stream(file)
+
+
+def _nifti_of(array: np.ndarray, affine: Affine, codes: SpaceCodes) -> Any:
+    """Make an image of nibabel's, with both forms in the unit that the original had."""
     volume = _channels_last(array)
-    is_large = max(volume.shape) > LARGEST_NIFTI1_SIZE
-    image_class: Any = nib.Nifti2Image if is_large else nib.Nifti1Image
-    image = image_class(volume, affine, dtype=volume.dtype)
-    # At least one form must be valid, or the affine would not be written at all.
-    sform = codes.sform or (0 if codes.qform and _is_rigid(affine) else 1)
-    image.set_sform(affine, sform)
-    image.set_qform(affine, codes.qform, strip_shears=True)
+    image_class: Any = nib.Nifti2Image if max(volume.shape) > LARGEST_NIFTI1_SIZE else nib.Nifti1Image
+    to_unit = np.diag([*[1 / MILLIMETRES.get(codes.space_unit, 1.0)] * 3, 1.0])
+    sform, qform = to_unit @ affine, to_unit @ np.array(codes.qform_world) @ affine
+    image = image_class(volume, sform, dtype=volume.dtype)
+    # A quaternion cannot say every matrix; and without a form that is valid the affine would not be written at all.
+    qform_code = codes.qform if _is_rigid(qform) else 0
+    image.set_qform(qform, qform_code, strip_shears=True)
+    image.set_sform(sform, codes.sform or int(not qform_code))
     image.header.set_xyzt_units(codes.space_unit, codes.time_unit)
     if volume.ndim == 4:
         image.header["pixdim"][4] = codes.time_step
-    if path.name.lower().endswith(".gz"):
-        with igzip.open(path, "wb", compresslevel=GZIP_LEVEL) as file:
-            image.to_stream(file)
-    else:
-        with path.open("wb") as file:
-            image.to_stream(file)
+    return image
 
 
-def _write_mgh(path: Path, array: np.ndarray, affine: Affine) -> None:
+def _write_mgh(path: Path, array: np.ndarray, affine: Affine, codes: SpaceCodes) -> None:
     storable = ("uint8", "int16", "int32", "float32")
     if array.dtype.name not in storable:
         raise UnsupportedImageError(
@@ -129,7 +134,7 @@ def _write_mgh(path: Path, array: np.ndarray, affine: Affine) -> None:
     nib.MGHImage(_channels_last(array), affine).to_filename(path)
 
 
-def _write_itk(path: Path, array: np.ndarray, affine: Affine) -> None:
+def _write_itk(path: Path, array: np.ndarray, affine: Affine, codes: SpaceCodes) -> None:
     is_vector = len(array) > 1
     planes = np.ascontiguousarray(array.transpose(3, 2, 1, 0) if is_vector else array[0].transpose(2, 1, 0))
     image = SimpleITK.GetImageFromArray(planes, isVector=is_vector)
@@ -138,7 +143,18 @@ def _write_itk(path: Path, array: np.ndarray, affine: Affine) -> None:
     image.SetSpacing(spacing.tolist())
     image.SetOrigin(lps[:3, 3].tolist())
     image.SetDirection((lps[:3, :3] / spacing).ravel().tolist())
-    SimpleITK.WriteImage(image, str(path), useCompression=not path.name.lower().endswith((".tif", ".tiff")))
+    SimpleITK.WriteImage(image, str(path), useCompression=True)
+
+
+Writer = Callable[[Path, np.ndarray, Affine, SpaceCodes], None]
+WRITERS: dict[str, Writer] = {
+    ".nii": _write_nifti,
+    ".nii.gz": _write_compressed_nifti,
+    ".nrrd": _write_itk,
+    ".mha": _write_itk,
+    ".mgh": _write_mgh,
+    ".mgz": _write_mgh,
+}
 
 
 def _channels_last(array: np.ndarray) -> np.ndarray:
