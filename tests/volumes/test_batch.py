@@ -1,5 +1,6 @@
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -172,3 +173,50 @@ def test_a_batch_without_batching_and_a_collate_function_of_ones_own():
     sampler = vx.GridSampler(subjects(1)[0], 2)
     counts = list(vx.SubjectsLoader(sampler, batch_size=5, collate_fn=lambda items: [item.t1.shape for item in items]))
     assert counts[0] == [(1, 2, 2, 2)] * 5
+
+
+def test_metadata_have_one_home():
+    batch = vx.SubjectsBatch.from_subjects(subjects(2))
+    batch["age"] = torch.tensor([7, 8])
+    batch.site = ["a", "b"]
+    batch.pop("name")
+    assert batch.site == batch.metadata["site"] == ["a", "b"]
+    first = batch.unbatch()[0]
+    assert (first.age, first.site) == (7, "a")
+    assert "name" not in first
+    with pytest.raises(TypeError):
+        batch.metadata["more"] = [1, 2]  # a copy of the batch's entries, which says so
+    with pytest.raises(AttributeError, match="'images' is an attribute that every batch has"):
+        batch.images = 3
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([np.float32(1.5), np.float32(2.5)], torch.tensor([1.5, 2.5])),
+        ([np.array([1, 2]), np.array([3, 4])], torch.tensor([[1, 2], [3, 4]])),
+        ([2**70, 1], [2**70, 1]),
+        ([None, 1], [None, 1]),
+        ([torch.zeros(2), torch.zeros(3)], None),
+    ],
+)
+def test_metadata_are_collated_where_they_can_be(values, expected):
+    items = subjects(2)
+    for item, value in zip(items, values, strict=True):
+        item["extra"] = value
+    batch = vx.SubjectsBatch.from_subjects(items)
+    if isinstance(expected, torch.Tensor):
+        assert torch.equal(batch["extra"], expected)
+    elif expected is not None:
+        assert batch["extra"] == expected
+    assert batch.metadata["extra"] is not None
+    assert isinstance(batch.metadata["extra"], list)
+
+
+def test_copies_of_subjects_are_subjects():
+    subject = subjects(1)[0]
+    assert type(subject.copy()) is vx.Subject
+    both = subject | {"more": 1}
+    assert type(both) is vx.Subject
+    assert both.more == 1
+    assert "more" not in subject

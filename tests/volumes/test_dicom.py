@@ -128,18 +128,57 @@ def test_a_tilted_gantry_is_refused_with_its_angle(tmp_path):
 
 def test_slices_that_are_not_parallel_are_refused(tmp_path):
     write_series(tmp_path, values=volume()[:4])
-    files = sorted(tmp_path.iterdir())
-    data = pydicom.dcmread(files[1])
-    data.ImageOrientationPatient = [1, 0, 0, 0, 0.8, 0.6]
-    data.save_as(files[1])
-    with pytest.raises(SeriesError):
+    write_series(tmp_path, values=volume()[:1], positions=[(10, -20, 40)], orientation=(1, 0, 0, 0, 0.8, 0.6), prefix="z")
+    with pytest.raises(SeriesError, match=r"not parallel|holds 2 DICOM series"):
         _ = vx.ScalarImage(tmp_path).shape
 
 
 def test_slices_of_another_size_are_refused(tmp_path):
     write_series(tmp_path, values=volume()[:4])
-    write_series(tmp_path, values=volume()[:1, :4], positions=[(10, -20, 60)], prefix="z")
-    with pytest.raises(SeriesError, match="a series must be of one kind|DICOM series"):
+    write_series(tmp_path, values=volume()[:1, :4], positions=[(10, -20, 40)], prefix="z")
+    with pytest.raises(SeriesError, match=r"a series must be of one kind|holds 2 DICOM series"):
+        _ = vx.ScalarImage(tmp_path).shape
+
+
+@pytest.mark.parametrize("which", [0, 3, -1])
+def test_a_damaged_slice_is_named_also_at_the_ends(tmp_path, which):
+    write_series(tmp_path)
+    by_place = sorted(tmp_path.iterdir(), key=lambda path: pydicom.dcmread(path).ImagePositionPatient[2])
+    damaged = by_place[which]
+    damaged.write_bytes(damaged.read_bytes()[:-20])
+    with pytest.raises(SeriesError, match=f"{damaged.name} is a slice that cannot be read"):
+        _ = vx.ScalarImage(tmp_path).shape
+
+
+def test_other_files_in_the_folder_do_not_matter(tmp_path):
+    write_series(tmp_path)
+    (tmp_path / "notes.txt").write_text("hello")
+    (tmp_path / "empty").write_bytes(b"")
+    (tmp_path / "folder").mkdir()
+    report = pydicom.dcmread(next(tmp_path.glob("*.dcm")))
+    report.file_meta.MediaStorageSOPClassUID = report.SOPClassUID = "1.2.840.10008.5.1.4.1.1.88.11"
+    del report.PixelData
+    report.save_as(tmp_path / "report.dcm")
+    assert vx.ScalarImage(tmp_path).shape == (1, COLUMNS, ROWS, SLICES)
+
+
+def test_slices_that_are_scaled_on_their_own_keep_their_values(tmp_path):
+    slopes = [1.5, 2.0, 1.75, 1.0]
+    for number, slope in enumerate(slopes):
+        write_series(
+            tmp_path,
+            values=volume()[number : number + 1],
+            positions=[(0, 0, STEP * number)],
+            prefix=f"p{number}",
+            RescaleSlope=slope,
+        )
+    expected = volume()[:4].astype(float) * np.array(slopes)[:, None, None]
+    np.testing.assert_allclose(vx.ScalarImage(tmp_path).numpy()[0], expected.transpose(2, 1, 0))
+
+
+def test_a_position_that_is_none_is_refused(tmp_path):
+    write_series(tmp_path, values=volume()[:3], ImagePositionPatient=None)
+    with pytest.raises(SeriesError, match=r"0020\|0032"):
         _ = vx.ScalarImage(tmp_path).shape
 
 

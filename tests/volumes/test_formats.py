@@ -121,8 +121,6 @@ def test_numbers_that_int64_cannot_hold_are_refused(tmp_path):
 @pytest.mark.parametrize("components", [1, 3])
 @pytest.mark.parametrize("dtype", ["uint8", "int16", "uint16", "float32"])
 def test_what_simpleitk_writes_comes_back_in_its_place(tmp_path, ending, components, dtype):
-    if ending == ".tif" and dtype == "int16":
-        dtype = "uint16"  # ITK writes no signed integers to TIFF
     array = values((6, 5, 4, components) if components > 1 else (6, 5, 4), dtype)  # K, J, I, C
     written = SimpleITK.GetImageFromArray(array, isVector=components > 1)
     if ending != ".tif":
@@ -245,3 +243,35 @@ def test_stems():
 
     names = {"t1.nii.gz": "t1", "a.b.nii": "a.b", "x.mgz": "x", "y.nrrd": "y", "z": "z", "T1.NII.GZ": "T1"}
     assert {name: stem_of(Path(name)) for name in names} == names
+
+
+def test_parts_that_are_missing_and_codes_that_mean_nothing(tmp_path):
+    path = nifti(values((3, 4, 5)), tmp_path / "x.img")
+    (tmp_path / "x.img").unlink()
+    with pytest.raises(FileNotFoundError, match=r"x\.hdr"):
+        _ = vx.ScalarImage(tmp_path / "x.hdr").shape
+    path = nifti(values((3, 4, 5)), tmp_path / "y.nii")
+    content = bytearray(path.read_bytes())
+    content[123] = 7  # where NIfTI-1 keeps its units
+    path.write_bytes(content)
+    assert vx.ScalarImage(path).shape == (1, 3, 4, 5)
+
+
+def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    path = nifti(values((3, 4, 5)), tmp_path / "x.nii")
+    image = vx.ScalarImage(path)
+    _ = image.shape
+
+    def refuse(*arguments, **named):
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(np, "memmap", refuse)
+    with pytest.raises(ImageFileError, match="Too many open files") as caught:
+        image.load()
+    assert not isinstance(caught.value, CorruptImageError)
+
+
+def test_nifti_2_is_read(tmp_path):
+    array = values((3, 4, 5))
+    nib.save(nib.Nifti2Image(array, AFFINE), tmp_path / "x.nii.gz")
+    np.testing.assert_array_equal(vx.ScalarImage(tmp_path / "x.nii.gz").numpy()[0], array)

@@ -92,7 +92,19 @@ def test_slicing_in_short_and_with_an_ellipsis(image):
 
 
 @pytest.mark.parametrize(
-    "key", [slice(3, 3), slice(5, 2), (0, 0, 0, 0, 0), (..., ...), "x", 1.5, slice(None, None, -1), slice(0, 4, 0)]
+    "key",
+    [
+        slice(3, 3),
+        slice(5, 2),
+        (0, 0, 0, 0, 0),
+        (..., ...),
+        "x",
+        1.5,
+        slice(1.5, 3),
+        (np.array([1, 2]), ...),
+        slice(None, None, -1),
+        slice(0, 4, 0),
+    ],
 )
 def test_slices_that_cut_nothing_or_backwards_are_refused(image, key):
     with pytest.raises((SizeError, NoSuchKeyError)):
@@ -297,3 +309,64 @@ def test_an_image_that_was_loaded_within_inference_mode_can_be_trained_with(tmp_
     weight = torch.ones((), requires_grad=True)
     (image.data * weight).sum().backward()
     assert weight.grad > 0
+
+
+def test_data_that_were_set_are_not_lost_to_unloading(tmp_path):
+    vx.ScalarImage(torch.ones(1, 2, 2, 2)).save(tmp_path / "x.nii")
+    image = vx.ScalarImage(tmp_path / "x.nii")
+    image.set_data(image.data * 5)
+    with pytest.raises(ImageError, match="made, set or cut in memory"):
+        image.unload()
+    vx.Subject(x=image).unload()
+    assert image.data.max() == 5
+
+
+def test_a_subclass_with_attributes_of_its_own_is_copied_whole():
+    class Special(vx.ScalarImage):
+        def __init__(self):
+            super().__init__(torch.zeros(1, 2, 2, 2))
+            self.extra = [1]
+
+    image = Special()
+    again = copy.deepcopy(image)
+    again.extra.append(2)
+    assert image.extra == [1]
+    assert type(again) is Special
+
+
+def test_a_reader_of_ones_own_is_called_once_and_stays_out_of_batches(tmp_path):
+    calls = []
+
+    def read(path):
+        calls.append(path)
+        return np.arange(8, dtype=np.uint16).reshape(1, 2, 2, 2), None
+
+    (tmp_path / "x.own").write_text("")
+    image = vx.ScalarImage(tmp_path / "x.own", reader=read)
+    assert image.shape == (1, 2, 2, 2)
+    assert image.data.dtype == torch.int32
+    assert len(calls) == 1
+    loader = vx.SubjectsLoader(vx.GridSampler(vx.Subject(x=image), 2), num_workers=1)
+    assert next(iter(loader)).x.data.sum() == 28
+    for bad in (lambda path: 3, lambda path: (np.zeros((0, 2, 2, 2)), None), lambda path: (np.zeros((1, 2, 2, 2)), np.eye(3))):
+        with pytest.raises(vx.errors.VoxloomError):
+            _ = vx.ScalarImage(tmp_path / "x.own", reader=bad).shape
+
+
+def test_an_affine_that_is_given_overrides_those_of_several_files(tmp_path):
+    for number in range(2):
+        vx.ScalarImage(torch.zeros(1, 3, 3, 3), affine=np.diag([1 + number, 1, 1, 1])).save(tmp_path / f"{number}.nii")
+    paths = [tmp_path / "0.nii", tmp_path / "1.nii"]
+    with pytest.raises(vx.errors.SpaceError, match="lies up to"):
+        _ = vx.ScalarImage(paths).shape
+    assert vx.ScalarImage(paths, affine=np.eye(4)).shape == (2, 3, 3, 3)
+
+
+def test_numpy_has_no_bfloat16():
+    with pytest.raises(ImageError, match=r"image\.data\.float\(\)"):
+        vx.ScalarImage(torch.zeros(1, 2, 2, 2, dtype=torch.bfloat16)).numpy()
+
+
+def test_names_that_no_file_can_have():
+    with pytest.raises(ImageNotFoundError):
+        vx.ScalarImage("x" * 5000)
