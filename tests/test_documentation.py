@@ -48,3 +48,9 @@ def test_links_in_documents_lead_somewhere():
     for document in ROOT.glob("*.md"):
         for target in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
             assert target.startswith("http") or (ROOT / target).exists(), f"{document.name} links to {target}"
+
+
+def test_documents_hold_no_placeholders():
+    for document in ROOT.glob("*.md"):
+        for line in document.read_text().splitlines():
+            assert not re.fullmatch(r"[A-Z_]{4,}", line.strip()), f"{document.name}: {line}"

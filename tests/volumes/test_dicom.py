@@ -165,13 +165,8 @@ def test_other_files_in_the_folder_do_not_matter(tmp_path):
 def test_slices_that_are_scaled_on_their_own_keep_their_values(tmp_path):
     slopes = [1.5, 2.0, 1.75, 1.0]
     for number, slope in enumerate(slopes):
-        write_series(
-            tmp_path,
-            values=volume()[number : number + 1],
-            positions=[(0, 0, STEP * number)],
-            prefix=f"p{number}",
-            RescaleSlope=slope,
-        )
+        plane, place = volume()[number : number + 1], [(0, 0, STEP * number)]
+        write_series(tmp_path, values=plane, positions=place, prefix=f"p{number}", RescaleSlope=slope)
     expected = volume()[:4].astype(float) * np.array(slopes)[:, None, None]
     np.testing.assert_allclose(vx.ScalarImage(tmp_path).numpy()[0], expected.transpose(2, 1, 0))
 

@@ -91,21 +91,11 @@ def test_slicing_in_short_and_with_an_ellipsis(image):
     assert image[0]["scan_id"] == "abc"
 
 
-@pytest.mark.parametrize(
-    "key",
-    [
-        slice(3, 3),
-        slice(5, 2),
-        (0, 0, 0, 0, 0),
-        (..., ...),
-        "x",
-        1.5,
-        slice(1.5, 3),
-        (np.array([1, 2]), ...),
-        slice(None, None, -1),
-        slice(0, 4, 0),
-    ],
-)
+NO_SLICES = [slice(3, 3), slice(5, 2), slice(None, None, -1), slice(0, 4, 0), slice(1.5, 3)]
+NO_SLICES += [(0, 0, 0, 0, 0), (..., ...), "x", 1.5, (np.array([1, 2]), ...)]
+
+
+@pytest.mark.parametrize("key", NO_SLICES)
 def test_slices_that_cut_nothing_or_backwards_are_refused(image, key):
     with pytest.raises((SizeError, NoSuchKeyError)):
         image[:, key] if isinstance(key, slice) else image[key]
