@@ -1,7 +1,6 @@
 """Images: a volume, where it lies in the world, and what it means. Files are read when they are needed."""
 
 import copy
-import operator
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,15 +13,15 @@ import torch
 from torch import Tensor
 
 from ..core.boxes import Box
-from ..core.sizes import as_sizes
-from ..errors import ImageError, ImageFileError, ImageNotFoundError, NoSuchKeyError, SizeError, SubjectError, VoxloomError
+from ..errors import ImageError, ImageFileError, ImageNotFoundError, NoSuchKeyError, SubjectError, VoxloomError
 from .constants import AFFINE, DATA, INTENSITY, LABEL, PATH, STEM, TYPE
 from .formats import SpaceCodes, VolumeInfo, VolumeReader, open_volume, save_volume, stem_of
 from .formats.base import as_tensor
+from .slices import as_slices
 from .sources import CustomFile, StackedFiles
 from .space import Affine, as_affine, shifted, spacing_of
 
-__all__ = ["Image", "LabelMap", "ScalarImage", "as_slices"]
+__all__ = ["Image", "LabelMap", "ScalarImage"]
 
 PathLike = str | os.PathLike[str]
 CustomReader = Callable[[Path], tuple[Any, Any]]
@@ -480,39 +479,3 @@ def _exists(path: Path) -> bool:
         return path.exists()
     except (OSError, ValueError):
         return False  # a name that is too long, or that no file can have
-
-
-def as_slices(key: Any, shape: tuple[int, ...]) -> list[slice]:
-    """Make one slice per axis, with start, stop and step, of whatever may stand between brackets."""
-    items = list(key) if isinstance(key, tuple) else [key]
-    places = [place for place, item in enumerate(items) if item is Ellipsis]
-    if len(places) > 1:
-        raise SizeError("an image was sliced with more than one '...'")
-    for place in places:
-        items[place : place + 1] = [slice(None)] * (len(shape) - len(items) + 1)
-    if len(items) > len(shape):
-        raise SizeError(f"an image of shape {shape} was sliced along {len(items)} axes: there are {len(shape)}, (C, I, J, K)")
-    items += [slice(None)] * (len(shape) - len(items))
-    return [_as_slice(item, size, axis) for axis, (item, size) in enumerate(zip(items, shape, strict=True))]
-
-
-def _as_slice(item: Any, size: int, axis: int) -> slice:
-    name = f"axis {'CIJK'[axis]} of an image"
-    if not isinstance(item, slice):
-        try:
-            index = operator.index(item)
-        except TypeError as error:
-            raise SizeError(f"{name} was sliced with {item!r}: use numbers and slices") from error
-        if not -size <= index < size:
-            raise IndexError(f"{name} was sliced with {index}, but it has {size} voxels")
-        index %= size
-        return slice(index, index + 1, 1)
-    if item.step is not None:
-        as_sizes(item.step, 1, f"the step along {name}")
-    try:
-        start, stop, step = item.indices(size)
-    except TypeError as error:
-        raise SizeError(f"{name} was sliced with {item}: use whole numbers") from error
-    if stop <= start:
-        raise SizeError(f"{name} was sliced from {item.start} to {item.stop}, which holds none of its {size} voxels")
-    return slice(start, stop, step)

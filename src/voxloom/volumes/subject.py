@@ -9,7 +9,8 @@ import torch
 from ..core.locations import PatchLocation
 from ..errors import NoSuchKeyError, SpaceError, SubjectError
 from .constants import INDEX_INI, INTENSITY, LOCATION, PATCH_LOCATION
-from .image import Image, as_slices
+from .image import Image
+from .slices import as_slices
 from .space import SPACE_TOLERANCE, corner_displacement
 
 __all__ = ["Subject"]
