@@ -6,6 +6,8 @@ from .core.grids import PatchGrid
 from .core.locations import PatchLocation
 from .inference import GridAggregator, PatchAggregator
 from .sampling.grid import GridSampler
+from .sampling.random import PatchSampler, UniformSampler
+from .sampling.weighted import LabelSampler, MixedSampler, WeightedSampler
 from .volumes.batch import ImagesBatch, SubjectsBatch
 from .volumes.constants import (
     AFFINE,
@@ -39,14 +41,19 @@ __all__ = [
     "Image",
     "ImagesBatch",
     "LabelMap",
+    "LabelSampler",
+    "MixedSampler",
     "PatchAggregator",
     "PatchGrid",
     "PatchLocation",
+    "PatchSampler",
     "ScalarImage",
     "Subject",
     "SubjectsBatch",
     "SubjectsDataset",
     "SubjectsLoader",
+    "UniformSampler",
+    "WeightedSampler",
     "__version__",
     "data",
     "datasets",

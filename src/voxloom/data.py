@@ -3,6 +3,8 @@
 from .core.locations import PatchLocation
 from .inference import GridAggregator, PatchAggregator
 from .sampling.grid import GridSampler
+from .sampling.random import PatchSampler, UniformSampler
+from .sampling.weighted import LabelSampler, MixedSampler, WeightedSampler
 from .volumes.batch import ImagesBatch, SubjectsBatch
 from .volumes.image import Image, LabelMap, ScalarImage
 from .volumes.loading import SubjectsDataset, SubjectsLoader
@@ -14,11 +16,16 @@ __all__ = [
     "Image",
     "ImagesBatch",
     "LabelMap",
+    "LabelSampler",
+    "MixedSampler",
     "PatchAggregator",
     "PatchLocation",
+    "PatchSampler",
     "ScalarImage",
     "Subject",
     "SubjectsBatch",
     "SubjectsDataset",
     "SubjectsLoader",
+    "UniformSampler",
+    "WeightedSampler",
 ]

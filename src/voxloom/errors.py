@@ -9,6 +9,7 @@
     ├── IncompleteError       RuntimeError                an output was asked for before all of it was there
     ├── SubjectError          ValueError, TypeError       a subject or batch that is not put together properly
     │   └── SpaceError        RuntimeError                images of one subject that do not lie on one another
+    ├── SamplingError         ValueError, RuntimeError    a map from which no patch can be drawn
     ├── NoSuchKeyError        KeyError                    a name that a subject, image, batch or aggregator lacks
     ├── ImageError            ValueError                  data or an affine that no image can have
     ├── ImageFileError        RuntimeError, OSError       a file that is not what it should be
@@ -34,6 +35,7 @@ __all__ = [
     "ModeError",
     "NoSuchKeyError",
     "OutputError",
+    "SamplingError",
     "SaveError",
     "ScaleError",
     "SeriesError",
@@ -79,6 +81,10 @@ class IncompleteError(VoxloomError, RuntimeError):
 
 class SubjectError(VoxloomError, ValueError, TypeError):
     """A subject, a data set of subjects or a batch is not put together properly."""
+
+
+class SamplingError(VoxloomError, ValueError, RuntimeError):
+    """No patch can be drawn from a map of probabilities or labels."""
 
 
 class SpaceError(SubjectError, RuntimeError):

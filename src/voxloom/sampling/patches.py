@@ -25,6 +25,7 @@ class PatchCutter:
     """
 
     def __init__(self, subject: Subject, domain: Box, padding_mode: str | float | int | None) -> None:
+        self.domain = domain
         self.subject = copy.copy(subject)  # entries that are added or replaced later belong to no patch
         for image in subject.images.values():
             image.prepare()

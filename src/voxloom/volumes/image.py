@@ -3,7 +3,7 @@
 import copy
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -94,6 +94,9 @@ class Image:
         self._reader: VolumeReader | None = None
         self._data: Tensor | None = None
         self._is_derived = False
+        self._derived: dict[Hashable, Any] = {}
+        self._derived_for: tuple[int, int] | None = None
+        self._times_set = 0
         self._is_from_file = False
         if tensor is not None:
             self.set_data(tensor)
@@ -151,6 +154,7 @@ class Image:
             raise ImageError(f"an image was given data of shape {tuple(data.shape)}, which has no voxels")
         self._warn_of_nans(data)
         self._data, self._is_from_file = data, False
+        self._times_set += 1
 
     @property
     def is_loaded(self) -> bool:
@@ -203,6 +207,21 @@ class Image:
         if self._data is not None:
             return self._data[(slice(None), *box.slices)]
         return self._open().read(Box((0, *box.start), (self.num_channels, *box.stop)))
+
+    def derived(self, key: Hashable, compute: Callable[[], Any]) -> Any:
+        """Give what follows from the data, computed once and kept with the image until its data change.
+
+        Args:
+            key: names what it is.
+            compute: makes it.
+        """
+        version = None if self._data is None or self._data.is_inference() else self._data._version
+        stamp = (self._times_set, version or 0)
+        if self._derived_for != stamp:
+            self._derived, self._derived_for = {}, stamp
+        if key not in self._derived:
+            self._derived[key] = compute()
+        return self._derived[key]
 
     def _can_be_sliced(self) -> bool:
         return self._data is not None or self._open().sliceable
@@ -374,6 +393,7 @@ class Image:
         new._codes = self.codes
         new._data = new._reader = new._info = new._affine = new._custom_reader = None
         new._is_derived = True
+        new._derived = {}
         return new
 
     def __getstate__(self) -> dict[str, Any]:
@@ -383,6 +403,7 @@ class Image:
         new = object.__new__(type(self))
         new.__dict__.update(self.__dict__)
         new.metadata = dict(self.metadata)
+        new._derived = {}
         return new
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -391,6 +412,7 @@ class Image:
         shared = {"_data", "_reader", "_custom_reader"}
         for name, value in self.__dict__.items():
             new.__dict__[name] = value if name in shared else copy.deepcopy(value, memo)
+        new._derived = {}
         new._data = None if self._data is None else self._data.clone()
         return new
 

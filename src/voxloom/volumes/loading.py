@@ -2,9 +2,9 @@
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..core.sizes import type_names
 from ..errors import SizeError, SubjectError
@@ -78,8 +78,53 @@ class SubjectsDataset(Dataset[Subject]):
         return (self[index] for index in range(len(self)))
 
 
+@runtime_checkable
+class Drawable(Protocol):
+    """A sampler of random patches, whose draws can be made in any order."""
+
+    num_patches: int | None
+    seed: int
+
+    def begin_epoch(self) -> int:
+        """Number a new pass."""
+        ...
+
+    def numbers(self, epoch: int) -> Iterator[int]:
+        """Give the numbers of the draws of an epoch, from where it was left."""
+        ...
+
+    def indexed(self) -> Dataset[Subject]:
+        """Give the draws as a map-style data set."""
+        ...
+
+    def seek(self, epoch: int, draw: int) -> None:
+        """Let the next pass be this epoch, and begin at this draw."""
+        ...
+
+    def __len__(self) -> int: ...
+
+
+class _DrawOrder(Sampler[tuple[int, int]]):
+    """The draws of one epoch after the other, as indices: so they are the same for every number of workers."""
+
+    def __init__(self, source: Drawable) -> None:
+        self.source = source
+        self.epoch = 0
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        self.epoch = self.source.begin_epoch()
+        if len(self.source):
+            yield from ((self.epoch, number) for number in self.source.numbers(self.epoch))
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+
 class SubjectsLoader(DataLoader[Any]):
     """PyTorch's `DataLoader`, with batches of the type `SubjectsBatch`.
+
+    The batches of a sampler with a number of patches, and their order, are the same for every number of workers, and
+    `state_dict` says how many have been delivered.
 
     Args:
         dataset: a `SubjectsDataset`, a sampler, or any other data set of subjects.
@@ -96,7 +141,46 @@ class SubjectsLoader(DataLoader[Any]):
 
     def __init__(self, dataset: Dataset[Any], batch_size: int | None = 1, **kwargs: Any) -> None:
         kwargs.setdefault("collate_fn", collate_subjects if batch_size is not None or "batch_sampler" in kwargs else None)
+        self._source: Drawable | None = None
+        if isinstance(dataset, Drawable) and dataset.num_patches is not None:
+            if kwargs.get("shuffle") or kwargs.get("sampler") or kwargs.get("batch_sampler"):
+                raise SubjectError("the patches of a sampler are in random order already: leave out shuffle and sampler")
+            self._source = dataset
+            kwargs["sampler"] = _DrawOrder(dataset)
+            dataset = dataset.indexed()
+        self._delivered = (0, 0)
         super().__init__(dataset, batch_size=batch_size, **kwargs)
 
     def __iter__(self) -> Iterator[SubjectsBatch]:  # type: ignore[override]
-        return super().__iter__()
+        return super().__iter__() if self._source is None else self._counted(super().__iter__())
+
+    def _counted(self, batches: Iterator[SubjectsBatch]) -> Iterator[SubjectsBatch]:
+        assert isinstance(self.sampler, _DrawOrder)
+        resumed = self._delivered
+        for number, batch in enumerate(batches, start=1):
+            epoch = self.sampler.epoch
+            self._delivered = (epoch, number + (resumed[1] if resumed[0] == epoch else 0))
+            yield batch
+        self._delivered = (self.sampler.epoch + 1, 0)
+
+    def state_dict(self) -> dict[str, int]:
+        """Say how many batches of which epoch of a sampler have been delivered; what workers have prepared does not count.
+
+        Raises:
+            SubjectError: if the data set is no sampler with a number of patches.
+        """
+        source = self._resumable()
+        epoch, batches = self._delivered
+        return {"seed": source.seed, "epoch": epoch, "batches": batches}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue with the batch that follows those that `state_dict` counted."""
+        source = self._resumable()
+        source.seed = state["seed"]
+        source.seek(state["epoch"], state["batches"] * (self.batch_size or 1))
+        self._delivered = (state["epoch"], state["batches"])
+
+    def _resumable(self) -> Drawable:
+        if self._source is None:
+            raise SubjectError("only a loader of a sampler with num_patches can be resumed")
+        return self._source

@@ -1,0 +1,270 @@
+"""Random patches: what all samplers of them share, and the uniform one."""
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+
+from ..core.boxes import Box
+from ..core.draws import draw_generator
+from ..core.grids import PatchGrid
+from ..core.locations import PatchLocation
+from ..core.padding import check_padding_mode
+from ..core.sizes import Ints, as_int, as_sizes
+from ..errors import LocationError, SizeError, SubjectError
+from ..volumes.subject import Subject
+from .epochs import EpochCounter
+from .patches import PatchCutter, PatchSequence
+
+__all__ = ["PatchSampler", "UniformSampler", "shift_unbound"]
+
+Draw = tuple[int, int]
+"""Epoch and number of a draw."""
+
+
+class PatchSampler(IterableDataset[Subject]):
+    """Base of all samplers of random patches, to be extended with one method, `locate`.
+
+    Draw *n* of an epoch is a pure function of the seed, the epoch and *n*: it does not depend on workers, ranks, or other
+    draws, and leaves the random states of Python, NumPy and PyTorch alone. Every new pass is a new epoch.
+
+    Args:
+        subject: the subject that patches are drawn from: the sampler is then an `IterableDataset`, whose draws a loader's
+            workers share. Or, in its place, the patch size: the sampler is then called with a subject.
+        patch_size: voxels of a patch `(I, J, K)`, or one number for all axes.
+        num_patches: patches in an epoch, 0 for none, None for no end.
+        seed: of the draws; by default `torch.initial_seed()` as it is now, so that `torch.manual_seed` reproduces a run.
+        padding_mode: what to pad an axis with that is shorter than a patch; None makes that an error. See `GridSampler`.
+        fill: what `"constant"` pads with.
+        check_space: check that all images of the subject lie on one another.
+        share_ranks: under `torch.distributed`, let each rank make its share of the draws instead of all.
+
+    Raises:
+        SizeError, ModeError, SpaceError: see `GridSampler`; `num_patches` must not be negative.
+
+    Example:
+        >>> import torch, voxloom as vx
+        >>> class CornerSampler(vx.PatchSampler):
+        ...     def locate(self, subject, rng):
+        ...         return [int(rng.integers(2)) * (size - 4) for size in subject.spatial_shape]
+        >>> subject = vx.Subject(t1=vx.ScalarImage(torch.rand(1, 8, 8, 8)))
+        >>> [patch.t1.spatial_shape for patch in CornerSampler(subject, 4, num_patches=2)]
+        [(4, 4, 4), (4, 4, 4)]
+    """
+
+    def __init__(
+        self,
+        subject: Any = None,
+        patch_size: Any = None,
+        num_patches: int | None = None,
+        *,
+        seed: int | None = None,
+        padding_mode: str | float | None = None,
+        fill: float = 0,
+        check_space: bool = True,
+        share_ranks: bool = False,
+    ) -> None:
+        subject, (patch_size, num_patches) = shift_unbound(type(self).__name__, subject, patch_size, num_patches)
+        if patch_size is None:
+            raise SizeError(f"the patch size is missing: {type(self).__name__}(subject, patch_size)")
+        self.patch_size = as_sizes(patch_size, 3, "patch_size")
+        self.num_patches = None if num_patches is None else as_int(num_patches, "num_patches", 0)
+        self.seed = torch.initial_seed() if seed is None else as_int(seed, "seed", -(2**63))
+        self.padding_mode = padding_mode
+        self.check_space = check_space
+        self.share_ranks = share_ranks
+        self._mode = None if padding_mode is None else check_padding_mode(padding_mode, fill)
+        self._epochs = EpochCounter()
+        self._position: Draw = (0, 0)
+        self.subject: Subject | None = subject
+        self._cutter = None if subject is None else self._bind(subject)
+
+    @abstractmethod
+    def locate(self, subject: Subject, rng: np.random.Generator) -> Sequence[int]:
+        """Say where a patch begins.
+
+        Args:
+            subject: the subject that the patch is cut from.
+            rng: random numbers of this draw alone; no others should be used.
+
+        Returns:
+            Index of the first voxel `(I, J, K)`, in the frame of the volume. The patch must lie in `self.domain(subject)`.
+        """
+        raise NotImplementedError
+
+    def prepare(self, subject: Subject) -> bool:
+        """Do what need be done once for a subject, before workers start, and say whether it has any patches."""
+        return True
+
+    def domain(self, subject: Subject) -> Box:
+        """Voxels from which patches may be cut: the volume, and more of an axis that is shorter than a patch and padded.
+
+        Raises:
+            SizeError: if the volume is smaller than a patch, and not padded.
+        """
+        return PatchGrid.cover(subject.spatial_shape, self.patch_size, padded=self._mode is not None).box
+
+    def _bind(self, subject: Subject) -> PatchCutter:
+        if self.check_space:
+            subject.check_space()
+        return PatchCutter(subject, self.domain(subject), self._mode)
+
+    def _draw(self, cutter: PatchCutter, draw: Draw) -> PatchLocation:
+        """Find the location of a draw."""
+        epoch, number = draw
+        index = self.locate(cutter.subject, draw_generator(self.seed, epoch, number))
+        location = PatchLocation(tuple(int(value) for value in index), self.patch_size)
+        if location.box not in cutter.domain:
+            raise LocationError(
+                f"{type(self).__name__}.locate returned {location.index}, where a patch of {self.patch_size} would not lie in"
+                f" the voxels {cutter.domain.start} to {cutter.domain.stop}"
+            )
+        return location
+
+    # A data set that is bound to a subject
+
+    def _parts(self) -> PatchCutter:
+        if self._cutter is None:
+            raise SubjectError(
+                f"the sampler has no subject: make {type(self).__name__}(subject, patch_size), or call it with one"
+            )
+        return self._cutter
+
+    def _rank(self) -> tuple[int, int]:
+        is_shared = self.share_ranks and torch.distributed.is_available() and torch.distributed.is_initialized()
+        return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if is_shared else (0, 1)
+
+    def numbers(self, epoch: int, worker: int = 0, workers: int = 1) -> Iterator[int]:
+        """Give the numbers of the draws that a worker of this rank makes in an epoch, from where it was left."""
+        rank, ranks = self._rank()
+        first = self._position[1] if self._position[0] == epoch else 0
+        share = first + worker
+        while self.num_patches is None or share * ranks + rank < self.num_patches:
+            yield share * ranks + rank
+            share += workers
+
+    def __len__(self) -> int:
+        if self.num_patches is None:
+            raise TypeError("the sampler has no end, and so no length: give num_patches")
+        rank, ranks = self._rank()
+        return len(range(rank, self.num_patches, ranks)) if self._cutter is None or self.prepare(self._parts().subject) else 0
+
+    def __iter__(self) -> Iterator[Subject]:
+        cutter = self._parts()
+        worker = get_worker_info()
+        epoch = self._epochs.begin()
+        if not self.prepare(cutter.subject):
+            return
+        first = self._position[1] if self._position[0] == epoch else 0
+        shares = self.numbers(epoch, *((0, 1) if worker is None else (worker.id, worker.num_workers)))
+        for done, number in enumerate(shares, start=first + 1):
+            self._position = (epoch, done)
+            yield cutter.cut(self._draw(cutter, (epoch, number)))
+        self._position = (epoch + 1, 0)
+
+    def __call__(self, subject: Subject | None = None, num_patches: int | None = None) -> Iterator[Subject]:
+        """Give patches of a subject, or of the sampler's own, one by one: a new epoch each time.
+
+        Args:
+            subject: the subject.
+            num_patches: how many; by default as many as the sampler was made with, and if that said nothing, without end.
+        """
+        cutter = self._parts() if subject is None else self._bind(subject)
+        limit = self.num_patches if num_patches is None else as_int(num_patches, "num_patches", 0)
+        return self._patches(cutter, limit)
+
+    def _patches(self, cutter: PatchCutter, limit: int | None) -> Iterator[Subject]:
+        if not self.prepare(cutter.subject):
+            return
+        epoch, number = self._epochs.begin(), 0
+        while limit is None or number < limit:
+            yield cutter.cut(self._draw(cutter, (epoch, number)))
+            number += 1
+
+    def state_dict(self) -> dict[str, int]:
+        """Say where a pass in this process has come to: with it, `load_state_dict` continues with the very next draw."""
+        epoch, draw = self._position
+        return {"seed": self.seed, "epoch": epoch, "draw": draw}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue where `state_dict` was taken."""
+        self.seed = state["seed"]
+        self.seek(state["epoch"], state["draw"])
+
+    def seek(self, epoch: int, draw: int) -> None:
+        """Let the next pass be this epoch, and begin at this draw of the rank's share."""
+        self._epochs.upcoming = epoch
+        self._position = (epoch, draw)
+
+    # What a loader makes of it
+
+    def begin_epoch(self) -> int:
+        """Number a new pass."""
+        return self._epochs.begin()
+
+    def indexed(self) -> "IndexedDraws":
+        """Give the draws as a map-style data set, whose indices are pairs of epoch and number."""
+        return IndexedDraws(self, self._parts())
+
+    def __repr__(self) -> str:
+        number = "endless" if self.num_patches is None else str(self.num_patches)
+        return f"{type(self).__name__}({number} patches of {self.patch_size})"
+
+
+class IndexedDraws(Dataset[Subject]):
+    """The draws of a sampler, any of which can be made at any time."""
+
+    def __init__(self, sampler: PatchSampler, cutter: PatchCutter) -> None:
+        self.sampler = sampler
+        self.cutter = cutter
+        sampler.prepare(cutter.subject)
+
+    def __getitem__(self, draw: Draw) -> Subject:
+        return self.cutter.cut(self.sampler._draw(self.cutter, draw))
+
+    def __getitems__(self, draws: Sequence[Draw]) -> PatchSequence:
+        return PatchSequence(self.cutter, [self.sampler._draw(self.cutter, draw) for draw in draws])
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+
+class UniformSampler(PatchSampler):
+    """Draw patches from anywhere, each place with the same probability. See `PatchSampler` for the arguments.
+
+    Example:
+        >>> import torch, voxloom as vx
+        >>> subject = vx.Subject(t1=vx.ScalarImage(torch.rand(1, 8, 8, 8)))
+        >>> [patch.t1.shape for patch in vx.UniformSampler(4)(subject, num_patches=2)]
+        [(1, 4, 4, 4), (1, 4, 4, 4)]
+        >>> len(vx.UniformSampler(subject, patch_size=4, num_patches=200))
+        200
+    """
+
+    def locate(self, subject: Subject, rng: np.random.Generator) -> Ints:
+        """Draw the start on each axis."""
+        domain = self.domain(subject)
+        return tuple(
+            int(rng.integers(first, last - size, endpoint=True))
+            for first, last, size in zip(domain.start, domain.stop, self.patch_size, strict=True)
+        )
+
+
+def shift_unbound(name: str, subject: Any, *rest: Any) -> tuple[Subject | None, tuple[Any, ...]]:
+    """Tell a sampler's two forms apart: where the first argument is no subject, the ones given by position are one further on.
+
+    Those end at the first that was left out; what was given by name stays where it is.
+    """
+    if subject is None or isinstance(subject, Subject):
+        return subject, rest
+    if all(value is not None for value in rest):
+        raise SubjectError(
+            f"{name} was given {subject!r} in the place of the subject, and one argument too many: without a subject the patch"
+            " size comes first"
+        )
+    gap = next(number for number, value in enumerate(rest) if value is None)
+    return None, (subject, *rest[:gap], *rest[gap + 1 :])
