@@ -39,11 +39,11 @@ $(VENV)/plot.installed: $(VENV)/python.made pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/test.installed: $(VENV)/python.made pyproject.toml constraints.txt
-	$(PIP) --editable ".[plot,test]"
+	$(PIP) --editable ".[plot,datasets,test]"
 	@touch $@
 
 $(VENV)/lint.installed: $(VENV)/python.made pyproject.toml constraints.txt
-	$(PIP) --editable ".[plot,test,lint]"
+	$(PIP) --editable ".[plot,datasets,test,lint]"
 	@touch $@
 
 $(VENV)/bench.installed: $(VENV)/python.made pyproject.toml constraints.txt

@@ -18,6 +18,7 @@
     │   ├── UnsupportedImageError an image that voxloom has no way to hold or to write
     │   ├── SeriesError           a DICOM folder that is not one regular series
     │   └── SaveError             a target that could not be written; what was there before is untouched
+    ├── DownloadError         OSError                     a data set that could not be had, or is not what it was
     └── MissingDependencyError ImportError                an extra that is not installed
 
 Each carries one message, so that it crosses processes with its type: pickling keeps it, and so does a data loader's worker.
@@ -26,6 +27,7 @@ The second column names the built-in types that it also is, so that code written
 
 __all__ = [
     "CorruptImageError",
+    "DownloadError",
     "ImageError",
     "ImageFileError",
     "ImageNotFoundError",
@@ -121,6 +123,10 @@ class SeriesError(ImageFileError):
 
 class SaveError(ImageFileError):
     """A target could not be written; what was there before is untouched."""
+
+
+class DownloadError(VoxloomError, OSError):
+    """A data set cannot be downloaded, or is not what it was when it was first downloaded."""
 
 
 class MissingDependencyError(VoxloomError, ImportError):
