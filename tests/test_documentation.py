@@ -36,7 +36,7 @@ def test_examples_in_the_readme(tmp_path, monkeypatch):
     phantom.t1.save("brain.nii.gz")
     namespace = {}
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for block in blocks:
         exec(block, namespace)
     assert vx.ScalarImage("output.nii.gz").shape == (2, 96, 80, 72)

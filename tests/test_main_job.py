@@ -55,3 +55,25 @@ def test_blending_also_weighs_voxels_near_the_borders_of_patches(scan, whole, mo
     # Not zero, and not everywhere: away from the overlaps nothing is blended.
     assert 1e-3 < difference.max() < 1
     assert (difference < 1e-5).float().mean() > 0.5
+
+
+def test_patches_of_grey_matter_have_grey_matter_at_their_centres(scan, mni_grey_matter_path):
+    image = vx.ScalarImage(mni_grey_matter_path)
+    probability = image.data.float() / image.data.max()
+    subject = vx.Subject(
+        t1=scan.t1,
+        probability=vx.Image(probability, type=vx.SAMPLING_MAP, affine=image.affine),
+        mask=vx.LabelMap((probability > 0.5).to(torch.uint8), affine=image.affine),
+    )
+
+    def at_centres(sampler):
+        indices = [sampler._draw(sampler._parts(), (0, number)).index for number in range(2000)]
+        return torch.stack([probability[(0, *(first + 16 for first in index))] for index in indices])
+
+    assert at_centres(vx.LabelSampler(subject, 32, "mask", seed=0)).min() > 0.5
+    drawn = at_centres(vx.WeightedSampler(subject, 32, "probability", seed=0))
+    # Where a voxel is drawn in proportion to its probability p, the mean of p is the mean of p² over that of p.
+    expected = float((probability**2).sum() / probability.sum())
+    assert drawn.min() > 0
+    assert abs(float(drawn.mean()) - expected) < 0.03
+    assert float(at_centres(vx.UniformSampler(subject, 32, seed=0)).mean()) < 0.3

@@ -3,6 +3,8 @@
 Colin27, which has to be downloaded, is replaced by a template that travels inside nilearn, under the same names.
 """
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -60,6 +62,74 @@ def test_patch_based_inference():
     result = aggregator.get_output()
 
     torch.testing.assert_close(result, subject.t1.data)
+
+
+def test_training_with_random_samplers(colin):
+    from voxloom.loader import SubjectsLoader
+
+    subject = tio.Subject(t1=colin.t1, seg=colin.brain, sampling_weights=tio.Image(colin.t1.data.float(), type=tio.SAMPLING_MAP))
+    subject["sampling_weights"].affine = colin.t1.affine
+
+    sampler = tio.UniformSampler(subject, patch_size=64, num_patches=200)
+    loader = SubjectsLoader(sampler, batch_size=8)
+    assert len(loader) == 25
+
+    batch = next(iter(loader))
+    assert batch.t1.data.shape == batch.seg.data.shape == (8, 1, 64, 64, 64)
+
+    sampler = tio.WeightedSampler(
+        subject,
+        patch_size=64,
+        probability_map="sampling_weights",
+        num_patches=200,
+    )
+    for patch in itertools.islice(sampler, 20):
+        centre = tuple(first + 32 for first in patch.patch_location.index)
+        assert subject.t1.data[(0, *centre)] > 0
+
+    sampler = tio.LabelSampler(
+        subject,
+        patch_size=64,
+        label_name="seg",
+        label_probabilities={0: 0.5, 1: 0.5},
+        num_patches=200,
+    )
+    labels = [int(subject.seg.data[(0, *(first + 32 for first in patch.patch_location.index))]) for patch in sampler]
+    assert 70 < sum(labels) < 130
+
+
+@pytest.mark.usefixtures("brain_path")
+def test_weighted_sampler_called_with_a_subject(capsys):
+    tio.ScalarImage("brain.nii.gz").save("t1_mri.nii.gz")
+    tio.ScalarImage("brain.nii.gz").save("sampling.nii.gz")
+
+    subject = tio.Subject(
+        t1=tio.ScalarImage("t1_mri.nii.gz"),
+        sampling_map=tio.Image("sampling.nii.gz", type=tio.SAMPLING_MAP),
+    )
+    patch_size = 64
+    sampler = tio.data.WeightedSampler(patch_size, "sampling_map")
+    for patch in itertools.islice(sampler(subject), 3):
+        print(patch["index_ini"])
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_label_sampler_called_with_a_subject(colin, capsys):
+    subject = colin
+    probabilities = {0: 0.5, 1: 0.5}
+    sampler = tio.data.LabelSampler(
+        patch_size=64,
+        label_name="brain",
+        label_probabilities=probabilities,
+    )
+    generator = sampler(subject)
+    for patch in itertools.islice(generator, 3):
+        print(patch.shape)
+
+    generator = sampler(subject, num_patches=10)
+    for patch in generator:
+        print(patch.shape)
+    assert capsys.readouterr().out.splitlines() == ["(1, 64, 64, 64)"] * 13
 
 
 def test_downsampled_outputs():
