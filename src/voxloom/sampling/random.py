@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypedDict, Unpack, overload
 
 import numpy as np
 import torch
@@ -20,10 +20,21 @@ from ..volumes.subject import Subject
 from .epochs import EpochCounter
 from .patches import PatchCutter, PatchSequence
 
-__all__ = ["PatchSampler", "UniformSampler", "shift_unbound"]
+__all__ = ["PatchSampler", "Sizes", "UniformSampler", "shift_unbound"]
 
+Sizes = int | Sequence[int]
 Draw = tuple[int, int]
 """Epoch and number of a draw."""
+
+
+class Options(TypedDict, total=False):
+    """What all random samplers may be given by name; see `PatchSampler`."""
+
+    seed: int | None
+    padding_mode: str | float | None
+    fill: float
+    check_space: bool
+    share_ranks: bool
 
 
 class PatchSampler(IterableDataset[Subject]):
@@ -56,6 +67,14 @@ class PatchSampler(IterableDataset[Subject]):
         [(4, 4, 4), (4, 4, 4)]
     """
 
+    @overload
+    def __init__(self, subject: Subject, patch_size: Sizes, num_patches: int | None = None, **more: Unpack[Options]) -> None: ...
+    @overload
+    def __init__(
+        self, subject: Sizes, patch_size: int | None = None, num_patches: int | None = None, **more: Unpack[Options]
+    ) -> None: ...
+    @overload
+    def __init__(self, *, patch_size: Sizes, num_patches: int | None = None, **more: Unpack[Options]) -> None: ...
     def __init__(
         self,
         subject: Any = None,

@@ -3,7 +3,7 @@
 import copy
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from ..errors import ModeError, SamplingError, SizeError, SubjectError
 from ..volumes.constants import LABEL
 from ..volumes.image import Image
 from ..volumes.subject import Subject
-from .random import PatchSampler, shift_unbound
+from .random import PatchSampler, Sizes, shift_unbound
 
 __all__ = ["LabelSampler", "MixedSampler", "WeightedSampler"]
 
@@ -26,6 +26,7 @@ CHUNK_VOXELS = 2**21
 BORDERS = ("exclude", "clamp")
 ON_EMPTY = ("error", "uniform", "skip")
 Classes = dict[int, RowSums]
+Mixture = Sequence[tuple[float, PatchSampler]]
 
 
 class _CentredSampler(PatchSampler):
@@ -162,6 +163,16 @@ class WeightedSampler(_CentredSampler):
         [[2, 3, 1]]
     """
 
+    @overload
+    def __init__(
+        self, subject: Subject, patch_size: Sizes, probability_map: str, num_patches: int | None = None, **more: Any
+    ) -> None: ...
+    @overload
+    def __init__(self, subject: Sizes, patch_size: str, **more: Any) -> None: ...
+    @overload
+    def __init__(self, subject: Sizes, *, probability_map: str, **more: Any) -> None: ...
+    @overload
+    def __init__(self, *, patch_size: Sizes, probability_map: str, **more: Any) -> None: ...
     def __init__(
         self,
         subject: Any = None,
@@ -232,6 +243,24 @@ class LabelSampler(_CentredSampler):
         (2, 3, 1)
     """
 
+    @overload
+    def __init__(
+        self,
+        subject: Subject,
+        patch_size: Sizes,
+        label_name: str | None = None,
+        label_probabilities: Mapping[int, float] | None = None,
+        num_patches: int | None = None,
+        **more: Any,
+    ) -> None: ...
+    @overload
+    def __init__(
+        self, subject: Sizes, patch_size: str | None = None, label_name: Mapping[int, float] | None = None, **more: Any
+    ) -> None: ...
+    @overload
+    def __init__(self, subject: Sizes, *, label_name: str, **more: Any) -> None: ...
+    @overload
+    def __init__(self, *, patch_size: Sizes, **more: Any) -> None: ...
     def __init__(
         self,
         subject: Any = None,
@@ -319,6 +348,12 @@ class MixedSampler(PatchSampler):
         6
     """
 
+    @overload
+    def __init__(self, subject: Subject, samplers: Mixture, num_patches: int | None = None, **more: Any) -> None: ...
+    @overload
+    def __init__(self, subject: Mixture, **more: Any) -> None: ...
+    @overload
+    def __init__(self, *, samplers: Mixture, **more: Any) -> None: ...
     def __init__(self, subject: Any = None, samplers: Any = None, num_patches: Any = None, **more: Any) -> None:
         subject, (samplers, num_patches) = shift_unbound("MixedSampler", subject, samplers, num_patches)
         pairs = list(samplers or [])
