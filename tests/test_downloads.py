@@ -144,6 +144,23 @@ def test_the_first_download_is_compared_with_those_that_follow(server, tmp_path)
     assert entries(tmp_path) == ["hashes.json"]
 
 
+def test_a_damaged_record_and_a_damaged_image_are_named(server, tmp_path, monkeypatch):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "hashes.json").write_text("{")
+    server.answers[:] = [(200, archive_1998())]
+    with pytest.raises(DownloadError, match="hashes.json is damaged"):
+        vx.datasets.Colin27()
+    (tmp_path / "cache" / "hashes.json").unlink()
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as content:
+        for name in downloads.SOURCES["colin27-1998"].files:
+            content.writestr(name, b"no image")
+    server.answers[:] = [(200, buffer.getvalue())]
+    with pytest.raises(DownloadError, match=r"colin27-1998\.zip holds a file that cannot be read"):
+        vx.datasets.Colin27()
+    assert entries(tmp_path) == []
+
+
 def test_twice_at_once(server, tmp_path):
     server.answers[:] = [(200, archive_1998())]
     results = []

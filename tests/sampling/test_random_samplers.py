@@ -419,3 +419,89 @@ def test_other_mistakes():
         vx.SubjectsLoader(vx.UniformSampler(subject, 3, num_patches=3), shuffle=True)
     with pytest.raises(SubjectError, match="can be resumed"):
         vx.SubjectsLoader(vx.GridSampler(subject, 3)).state_dict()
+
+
+def test_labels_that_the_type_cannot_hold_are_nowhere():
+    labels = torch.zeros(1, 7, 6, 5, dtype=torch.uint8)
+    labels[0, 1, 1, 1], labels[0, 2, 2, 2], labels[0, 3, 3, 3] = 1, 44, 255
+    subject = subject_of(seg=vx.LabelMap(labels))
+    for absent in (-1, 300, 2**40):
+        assert set(locations(vx.LabelSampler(subject, 1, "seg", {absent: 1, 1: 1}, num_patches=30))) == {(1, 1, 1)}
+    everything = {(1, 1, 1), (2, 2, 2), (3, 3, 3)}
+    assert set(locations(vx.LabelSampler(subject, 1, ignore_label=-1, num_patches=60))) == everything
+    floats = subject_of(seg=vx.LabelMap(labels.float().where(labels != 44, torch.tensor(2.0**24))))
+    with pytest.raises(SamplingError, match="nowhere"):
+        vx.LabelSampler(floats, 1, "seg", {2**24 + 1: 1})
+
+
+def test_an_ignored_channel_is_no_foreground():
+    channels = torch.zeros(3, 7, 6, 5, dtype=torch.uint8)
+    channels[1, 2, 2, 1], channels[2] = 1, 1
+    subject = subject_of(seg=vx.LabelMap(channels))
+    assert set(locations(vx.LabelSampler(subject, 1, ignore_label=2, num_patches=20))) == {(2, 2, 1)}
+
+
+def test_a_loader_knows_where_its_sampler_has_been():
+    def make():
+        return vx.UniformSampler(subject_of(), 3, num_patches=8, seed=5)
+
+    used = make()
+    expected = [locations(used) for _ in range(3)]
+    resumed = make()
+    resumed.load_state_dict({"seed": 5, "epoch": 1, "draw": 4})
+    loader = vx.SubjectsLoader(resumed, batch_size=2)
+    assert loader.state_dict() == {"seed": 5, "epoch": 1, "draw": 4}
+    first = next(iter(loader))
+    assert [location.index for location in first.patch_location] == expected[1][4:6]
+    again = vx.SubjectsLoader(make(), batch_size=1)  # of another size
+    again.load_state_dict(loader.state_dict())
+    assert [batch.patch_location[0].index for batch in again] == expected[1][6:]
+
+
+@pytest.mark.parametrize("make", [DataLoader, vx.SubjectsLoader])
+def test_workers_that_stay_follow_a_state_that_is_loaded(make):
+    expected = [locations(sampler) for sampler in [vx.UniformSampler(subject_of(), 3, num_patches=8, seed=9)] for _ in range(2)]
+    sampler = vx.UniformSampler(subject_of(), 3, num_patches=8, seed=5)
+    loader = make(sampler, batch_size=2, num_workers=2, persistent_workers=True)
+    list(loader)
+    (loader if make is vx.SubjectsLoader else sampler).load_state_dict({"seed": 9, "epoch": 1, "draw": 4})
+    assert sorted(location.index for batch in loader for location in batch.patch_location) == sorted(expected[1][4:])
+
+
+def test_epochs_differ_also_where_the_seed_of_torch_is_set_before_each():
+    loader = DataLoader(vx.UniformSampler(subject_of(), 3, num_patches=8, seed=5), batch_size=2, num_workers=2)
+    epochs = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        epochs.append(sorted(location.index for batch in loader for location in batch.patch_location))
+    alone = vx.UniformSampler(subject_of(), 3, num_patches=8, seed=5)
+    assert epochs == [sorted(locations(alone)), sorted(locations(alone))]
+
+
+def test_none_may_be_given_by_position():
+    labels = torch.zeros(1, 7, 6, 5, dtype=torch.uint8)
+    labels[0, 1, 1, 1] = 1
+    subject = subject_of(seg=vx.LabelMap(labels))
+    assert next(vx.LabelSampler(1, None, {1: 1})(subject)).patch_location.index == (1, 1, 1)
+    assert len(list(vx.LabelSampler(1, "seg", None, 2)(subject))) == 2
+
+
+def test_a_change_that_pytorch_does_not_notice_is_an_error_and_no_wrong_draw():
+    labels = torch.zeros(1, 7, 6, 5, dtype=torch.uint8)
+    labels[0, 1, 1, 1] = 1
+    subject = subject_of(seg=vx.LabelMap(labels))
+    sampler = vx.LabelSampler(subject, 1)
+    labels.numpy()[:] = 0
+    with pytest.raises(SamplingError, match="has been changed since it was gone through"):
+        next(iter(sampler))
+
+
+@pytest.mark.parametrize("label", [[1], "a", 1.5, True])
+def test_ignored_labels_that_are_none(label):
+    with pytest.raises(SizeError, match="ignore_label"):
+        vx.LabelSampler(3, ignore_label=label)
+
+
+def test_mixtures_of_mixtures_are_padded_alike():
+    inner = vx.MixedSampler([(1, vx.UniformSampler(9))])
+    assert len(list(vx.MixedSampler(subject_of(), [(1, inner)], padding_mode=0, num_patches=2))) == 2

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from ..errors import SamplingError
 from .sizes import Ints
 
 __all__ = ["RowSums"]
@@ -46,7 +47,13 @@ class RowSums:
         target = generator.random() * self.total if self._kind.kind == "f" else int(generator.integers(int(self.total)))
         k, target = _pick(self._planes, target)
         j, target = _pick(np.cumsum(self.rows[:, k], dtype=self._kind), target)
-        i, _ = _pick(np.cumsum(read_row(j, k), dtype=self._kind), target)
+        row = np.cumsum(read_row(j, k), dtype=self._kind)
+        if not np.isclose(row[-1], self.rows[j, k], rtol=1e-6, atol=0):
+            raise SamplingError(
+                "the map has been changed since it was gone through, in a way that PyTorch does not notice (through NumPy, say):"
+                " give it to the image again with set_data"
+            )
+        i, _ = _pick(row, target)
         return i, j, k
 
 

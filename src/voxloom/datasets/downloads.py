@@ -6,12 +6,13 @@ import os
 import shutil
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..errors import DownloadError, MissingDependencyError
+from ..errors import DownloadError, ImageFileError, MissingDependencyError
 from ..volumes.formats import atomic_write
 
 __all__ = ["SOURCES", "Source", "cached_archive"]
@@ -78,6 +79,8 @@ def cached_archive(name: str, finish: Callable[[Path], None]) -> Path:
     except OSError as error:
         if isinstance(error, DownloadError):
             raise
+        if isinstance(error, ImageFileError):
+            raise DownloadError(f"{source.url} holds a file that cannot be read: {error}") from error
         raise DownloadError(f"{name} cannot be put into {cache}: {error}; set VOXLOOM_CACHE to another folder") from error
     return folder
 
@@ -116,7 +119,9 @@ def _unpack(archive: Path, source: Source, folder: Path) -> None:
                     raise DownloadError(f"{source.url} holds no {name}, only {', '.join(sorted(members))}")
                 with content.open(members[name]) as packed, (folder / name).open("wb") as target:
                     shutil.copyfileobj(packed, target)
-    except (zipfile.BadZipFile, EOFError) as error:
+    except (zipfile.BadZipFile, EOFError, zlib.error, NotImplementedError, RuntimeError) as error:
+        if isinstance(error, DownloadError):
+            raise
         raise DownloadError(f"{source.url} is no archive that can be unpacked: {error}") from error
 
 
@@ -130,7 +135,10 @@ def _put(unpacked: Path, folder: Path) -> None:
 
 def _recorded(cache: Path) -> dict[str, str]:
     path = cache / "hashes.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    try:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise DownloadError(f"{path} is damaged ({error}): remove it") from error
 
 
 def _record(cache: Path, url: str, digest: str) -> None:

@@ -20,7 +20,10 @@ from ..volumes.subject import Subject
 from .epochs import EpochCounter
 from .patches import PatchCutter, PatchSequence
 
-__all__ = ["PatchSampler", "Sizes", "UniformSampler", "shift_unbound"]
+__all__ = ["LEFT_OUT", "PatchSampler", "Sizes", "UniformSampler", "shift_unbound"]
+
+LEFT_OUT: Any = object()
+"""Stands for an argument that was not given; None is a value that some may be given."""
 
 Sizes = int | Sequence[int]
 Draw = tuple[int, int]
@@ -78,8 +81,8 @@ class PatchSampler(IterableDataset[Subject]):
     def __init__(
         self,
         subject: Any = None,
-        patch_size: Any = None,
-        num_patches: int | None = None,
+        patch_size: Any = LEFT_OUT,
+        num_patches: Any = LEFT_OUT,
         *,
         seed: int | None = None,
         padding_mode: str | float | None = None,
@@ -92,15 +95,23 @@ class PatchSampler(IterableDataset[Subject]):
             raise SizeError(f"the patch size is missing: {type(self).__name__}(subject, patch_size)")
         self.patch_size = as_sizes(patch_size, 3, "patch_size")
         self.num_patches = None if num_patches is None else as_int(num_patches, "num_patches", 0)
-        self.seed = torch.initial_seed() if seed is None else as_int(seed, "seed", -(2**63))
         self.padding_mode = padding_mode
         self.check_space = check_space
         self.share_ranks = share_ranks
         self._mode = None if padding_mode is None else check_padding_mode(padding_mode, fill)
-        self._epochs = EpochCounter()
+        self._epochs = EpochCounter(torch.initial_seed() if seed is None else as_int(seed, "seed", -(2**63)))
         self._position: Draw = (0, 0)
         self.subject: Subject | None = subject
         self._cutter = None if subject is None else self._bind(subject)
+
+    @property
+    def seed(self) -> int:
+        """What all draws follow from; workers see it change."""
+        return self._epochs.seed
+
+    @seed.setter
+    def seed(self, seed: int) -> None:
+        self._epochs.seed = as_int(seed, "seed", -(2**63))
 
     @abstractmethod
     def locate(self, subject: Subject, rng: np.random.Generator) -> Sequence[int]:
@@ -132,10 +143,10 @@ class PatchSampler(IterableDataset[Subject]):
             subject.check_space()
         return PatchCutter(subject, self.domain(subject), self._mode)
 
-    def _draw(self, cutter: PatchCutter, draw: Draw) -> PatchLocation:
+    def _draw(self, cutter: PatchCutter, draw: Draw, seed: int | None = None) -> PatchLocation:
         """Find the location of a draw."""
         epoch, number = draw
-        index = self.locate(cutter.subject, draw_generator(self.seed, epoch, number))
+        index = self.locate(cutter.subject, draw_generator(self.seed if seed is None else seed, epoch, number))
         location = PatchLocation(tuple(int(value) for value in index), self.patch_size)
         if location.box not in cutter.domain:
             raise LocationError(
@@ -157,11 +168,15 @@ class PatchSampler(IterableDataset[Subject]):
         is_shared = self.share_ranks and torch.distributed.is_available() and torch.distributed.is_initialized()
         return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if is_shared else (0, 1)
 
+    def first(self, epoch: int) -> int:
+        """Say at which draw of the rank's share an epoch begins: not at 0 where it is resumed."""
+        started, draw = self._epochs.start
+        return draw if started == epoch else 0
+
     def numbers(self, epoch: int, worker: int = 0, workers: int = 1) -> Iterator[int]:
         """Give the numbers of the draws that a worker of this rank makes in an epoch, from where it was left."""
         rank, ranks = self._rank()
-        first = self._position[1] if self._position[0] == epoch else 0
-        share = first + worker
+        share = self.first(epoch) + worker
         while self.num_patches is None or share * ranks + rank < self.num_patches:
             yield share * ranks + rank
             share += workers
@@ -178,7 +193,7 @@ class PatchSampler(IterableDataset[Subject]):
         epoch = self._epochs.begin()
         if not self.prepare(cutter.subject):
             return
-        first = self._position[1] if self._position[0] == epoch else 0
+        first = self.first(epoch)
         shares = self.numbers(epoch, *((0, 1) if worker is None else (worker.id, worker.num_workers)))
         for done, number in enumerate(shares, start=first + 1):
             self._position = (epoch, done)
@@ -200,6 +215,7 @@ class PatchSampler(IterableDataset[Subject]):
         if not self.prepare(cutter.subject):
             return
         epoch, number = self._epochs.begin(), 0
+        self._position = (epoch + 1, 0)
         while limit is None or number < limit:
             yield cutter.cut(self._draw(cutter, (epoch, number)))
             number += 1
@@ -216,7 +232,7 @@ class PatchSampler(IterableDataset[Subject]):
 
     def seek(self, epoch: int, draw: int) -> None:
         """Let the next pass be this epoch, and begin at this draw of the rank's share."""
-        self._epochs.upcoming = epoch
+        self._epochs.seek(epoch, draw)
         self._position = (epoch, draw)
 
     # What a loader makes of it
@@ -225,8 +241,14 @@ class PatchSampler(IterableDataset[Subject]):
         """Number a new pass."""
         return self._epochs.begin()
 
+    @property
+    def upcoming(self) -> Draw:
+        """Epoch and first draw of the next pass."""
+        epoch = self._epochs.upcoming
+        return epoch, self.first(epoch)
+
     def indexed(self) -> "IndexedDraws":
-        """Give the draws as a map-style data set, whose indices are pairs of epoch and number."""
+        """Give the draws as a map-style data set, whose indices are seed, epoch and number."""
         return IndexedDraws(self, self._parts())
 
     def __repr__(self) -> str:
@@ -242,11 +264,15 @@ class IndexedDraws(Dataset[Subject]):
         self.cutter = cutter
         sampler.prepare(cutter.subject)
 
-    def __getitem__(self, draw: Draw) -> Subject:
-        return self.cutter.cut(self.sampler._draw(self.cutter, draw))
+    def __getitem__(self, index: tuple[int, int, int]) -> Subject:
+        return self.cutter.cut(self._locate(index))
 
-    def __getitems__(self, draws: Sequence[Draw]) -> PatchSequence:
-        return PatchSequence(self.cutter, [self.sampler._draw(self.cutter, draw) for draw in draws])
+    def __getitems__(self, indices: Sequence[tuple[int, int, int]]) -> PatchSequence:
+        return PatchSequence(self.cutter, [self._locate(index) for index in indices])
+
+    def _locate(self, index: tuple[int, int, int]) -> PatchLocation:
+        seed, epoch, number = index
+        return self.sampler._draw(self.cutter, (epoch, number), seed)
 
     def __len__(self) -> int:
         return len(self.sampler)
@@ -278,12 +304,12 @@ def shift_unbound(name: str, subject: Any, *rest: Any) -> tuple[Subject | None, 
 
     Those end at the first that was left out; what was given by name stays where it is.
     """
-    if subject is None or isinstance(subject, Subject):
-        return subject, rest
-    if all(value is not None for value in rest):
-        raise SubjectError(
-            f"{name} was given {subject!r} in the place of the subject, and one argument too many: without a subject the patch"
-            " size comes first"
-        )
-    gap = next(number for number, value in enumerate(rest) if value is None)
-    return None, (subject, *rest[:gap], *rest[gap + 1 :])
+    if subject is not None and not isinstance(subject, Subject):
+        if all(value is not LEFT_OUT for value in rest):
+            raise SubjectError(
+                f"{name} was given {subject!r} in the place of the subject, and one argument too many: without a subject the"
+                " patch size comes first"
+            )
+        gap = next(number for number, value in enumerate(rest) if value is LEFT_OUT)
+        subject, rest = None, (subject, *rest[:gap], *rest[gap + 1 :])
+    return subject, tuple(None if value is LEFT_OUT else value for value in rest)

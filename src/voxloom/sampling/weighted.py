@@ -1,6 +1,8 @@
 """Random patches whose centres follow a map: of probabilities, or of labels."""
 
 import copy
+import math
+import operator
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, overload
@@ -12,12 +14,13 @@ from torch import Tensor
 from ..core.boxes import Box
 from ..core.centres import centre_box, start_of
 from ..core.rows import RowSums
-from ..core.sizes import Ints
+from ..core.sizes import Ints, as_int
+from ..core.values import can_hold
 from ..errors import ModeError, SamplingError, SizeError, SubjectError
 from ..volumes.constants import LABEL
 from ..volumes.image import Image
 from ..volumes.subject import Subject
-from .random import PatchSampler, Sizes, shift_unbound
+from .random import LEFT_OUT, PatchSampler, Sizes, shift_unbound
 
 __all__ = ["LabelSampler", "MixedSampler", "WeightedSampler"]
 
@@ -176,9 +179,9 @@ class WeightedSampler(_CentredSampler):
     def __init__(
         self,
         subject: Any = None,
-        patch_size: Any = None,
-        probability_map: Any = None,
-        num_patches: Any = None,
+        patch_size: Any = LEFT_OUT,
+        probability_map: Any = LEFT_OUT,
+        num_patches: Any = LEFT_OUT,
         *,
         border: str = "exclude",
         on_empty: str = "error",
@@ -264,10 +267,10 @@ class LabelSampler(_CentredSampler):
     def __init__(
         self,
         subject: Any = None,
-        patch_size: Any = None,
-        label_name: Any = None,
-        label_probabilities: Any = None,
-        num_patches: Any = None,
+        patch_size: Any = LEFT_OUT,
+        label_name: Any = LEFT_OUT,
+        label_probabilities: Any = LEFT_OUT,
+        num_patches: Any = LEFT_OUT,
         *,
         ignore_label: int | None = None,
         border: str = "exclude",
@@ -277,7 +280,7 @@ class LabelSampler(_CentredSampler):
         subject, rest = shift_unbound("LabelSampler", subject, patch_size, label_name, label_probabilities, num_patches)
         patch_size, self.label_name, label_probabilities, num_patches = rest
         self.label_probabilities = None if label_probabilities is None else _as_probabilities(label_probabilities)
-        self.ignore_label = ignore_label
+        self.ignore_label = None if ignore_label is None else as_int(ignore_label, "ignore_label", -(2**62))
         super().__init__(subject, **_sized(patch_size), num_patches=num_patches, border=border, on_empty=on_empty, **more)
 
     def _map_name(self, subject: Subject) -> str:
@@ -315,16 +318,21 @@ class LabelSampler(_CentredSampler):
         return {label: given[label] for label, rows in sums.items() if rows.total > 0}
 
     def _weights(self, values: Tensor, number: int) -> Tensor:
+        if len(values) > 1 and self.label_probabilities is None:
+            return (values[[channel for channel in range(1, len(values)) if channel != self.ignore_label]] > 0).any(dim=0)
         if len(values) > 1:
-            return (values[1:] > 0).any(dim=0) if self.label_probabilities is None else values[number] > 0
+            return values[number] > 0
         labels = values[0].round() if values.is_floating_point() else values[0]
         if self.label_probabilities is not None:
-            return labels == number
+            return _equals(labels, number)
         foreground = labels > 0
-        return foreground if self.ignore_label is None else foreground & (labels != self.ignore_label)
+        return foreground if self.ignore_label is None else foreground & ~_equals(labels, self.ignore_label)
 
     def _wanted(self) -> str:
-        return "foreground" if self.label_probabilities is None else f"any of the labels {', '.join(map(str, self._drawn()))}"
+        if self.label_probabilities is None:
+            return "foreground"
+        labels = ", ".join(map(str, self._drawn()))
+        return f"any of the labels {labels}" if labels else "a label of which the probability is not 0"
 
 
 class MixedSampler(PatchSampler):
@@ -335,7 +343,7 @@ class MixedSampler(PatchSampler):
     Args:
         subject: see `PatchSampler`; or, in its place, the samplers.
         samplers: pairs of how often a sampler is used, in any unit, and the sampler, made without a subject. All must have the
-            same patch size.
+            same patch size. How the mixture is padded counts for all of them.
         num_patches: see `PatchSampler`.
         **more: see `PatchSampler`.
 
@@ -354,7 +362,7 @@ class MixedSampler(PatchSampler):
     def __init__(self, subject: Mixture, **more: Any) -> None: ...
     @overload
     def __init__(self, *, samplers: Mixture, **more: Any) -> None: ...
-    def __init__(self, subject: Any = None, samplers: Any = None, num_patches: Any = None, **more: Any) -> None:
+    def __init__(self, subject: Any = None, samplers: Any = LEFT_OUT, num_patches: Any = LEFT_OUT, **more: Any) -> None:
         subject, (samplers, num_patches) = shift_unbound("MixedSampler", subject, samplers, num_patches)
         pairs = list(samplers or [])
         are_pairs = all(isinstance(pair, Sequence) and len(pair) == 2 for pair in pairs)
@@ -363,7 +371,7 @@ class MixedSampler(PatchSampler):
         sizes = {sampler.patch_size for _, sampler in pairs}
         if len(sizes) > 1:
             raise SizeError(f"the samplers of a mixture must have one patch size, but they have {sorted(sizes)}")
-        shares = _as_probabilities(dict(enumerate(share for share, _ in pairs)))
+        shares = _as_probabilities(dict(enumerate(share for share, _ in pairs)), "the mixture")
         self.samplers = [(shares[number], sampler) for number, (_, sampler) in enumerate(pairs) if shares[number] > 0]
         if not self.samplers:
             raise SamplingError("all samplers of the mixture have probability 0")
@@ -376,6 +384,8 @@ class MixedSampler(PatchSampler):
         """Copy a sampler, so that it draws from what the mixture cuts from."""
         alike = copy.copy(sampler)
         alike._mode = self._mode
+        if isinstance(alike, MixedSampler):
+            alike.samplers = [(share, self._padded_alike(inner)) for share, inner in alike.samplers]
         return alike
 
     def prepare(self, subject: Subject) -> bool:
@@ -403,16 +413,31 @@ def _sized(patch_size: Any) -> Mapping[str, Any]:
     return {"patch_size": patch_size}
 
 
-def _as_probabilities(given: Any) -> dict[int, float]:
+def _equals(labels: Tensor, number: int) -> Tensor:
+    """Say where a label is; PyTorch would compare with what is left of a number that the type of the labels cannot hold."""
+    is_exact = can_hold(labels.dtype, number) and torch.tensor(number, dtype=labels.dtype).item() == number
+    return labels == number if is_exact else torch.zeros_like(labels, dtype=torch.bool)
+
+
+def _as_probabilities(given: Any, name: str = "label_probabilities") -> dict[int, float]:
     if not isinstance(given, Mapping) or not given:
-        raise SamplingError(f"label_probabilities is {given!r}: it must be a dict of labels and their probabilities")
+        raise SamplingError(f"{name} is {given!r}: it must be a dict of labels and their probabilities")
     result = {}
     for label, share in given.items():
-        if isinstance(label, bool) or not hasattr(label, "__index__"):
-            raise SamplingError(f"label_probabilities names the label {label!r}: labels must be whole numbers")
-        if isinstance(share, bool) or not isinstance(share, int | float | np.number) or not np.isfinite(share) or share < 0:
-            raise SamplingError(f"the probability of {label!r} is {share!r}: it must be a finite number of at least 0")
-        result[int(label)] = float(share)
+        is_whole = not isinstance(label, bool) and not (isinstance(label, Tensor) and label.dtype in (torch.bool, torch.float32))
+        try:
+            number = operator.index(label) if is_whole else None
+        except (TypeError, ValueError):
+            number = None
+        if number is None:
+            raise SamplingError(f"{name} names the label {label!r}: labels must be whole numbers")
+        try:
+            value = float("nan") if isinstance(share, bool | str | complex) else float(share)
+        except (TypeError, ValueError, OverflowError):
+            value = float("nan")
+        if not math.isfinite(value) or value < 0:
+            raise SamplingError(f"the probability of {label!r} in {name} is {share!r}: it must be a finite number of at least 0")
+        result[number] = value
     return result
 
 

@@ -101,20 +101,29 @@ class Drawable(Protocol):
         """Let the next pass be this epoch, and begin at this draw."""
         ...
 
+    def first(self, epoch: int) -> int:
+        """Say at which draw an epoch begins."""
+        ...
+
+    @property
+    def upcoming(self) -> tuple[int, int]:
+        """Epoch and first draw of the next pass."""
+        ...
+
     def __len__(self) -> int: ...
 
 
-class _DrawOrder(Sampler[tuple[int, int]]):
+class _DrawOrder(Sampler[tuple[int, int, int]]):
     """The draws of one epoch after the other, as indices: so they are the same for every number of workers."""
 
     def __init__(self, source: Drawable) -> None:
         self.source = source
         self.epoch = 0
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        self.epoch = self.source.begin_epoch()
+    def __iter__(self) -> Iterator[tuple[int, int, int]]:
+        self.epoch, seed = self.source.begin_epoch(), self.source.seed
         if len(self.source):
-            yield from ((self.epoch, number) for number in self.source.numbers(self.epoch))
+            yield from ((seed, self.epoch, number) for number in self.source.numbers(self.epoch))
 
     def __len__(self) -> int:
         return len(self.source)
@@ -148,7 +157,7 @@ class SubjectsLoader(DataLoader[Any]):
             self._source = dataset
             kwargs["sampler"] = _DrawOrder(dataset)
             dataset = dataset.indexed()
-        self._delivered = (0, 0)
+        self._delivered: tuple[int, int] | None = None
         super().__init__(dataset, batch_size=batch_size, **kwargs)
 
     def __iter__(self) -> Iterator[SubjectsBatch]:  # type: ignore[override]
@@ -156,29 +165,29 @@ class SubjectsLoader(DataLoader[Any]):
 
     def _counted(self, batches: Iterator[SubjectsBatch]) -> Iterator[SubjectsBatch]:
         assert isinstance(self.sampler, _DrawOrder)
-        resumed = self._delivered
+        assert self._source is not None
         for number, batch in enumerate(batches, start=1):
             epoch = self.sampler.epoch
-            self._delivered = (epoch, number + (resumed[1] if resumed[0] == epoch else 0))
+            self._delivered = (epoch, self._source.first(epoch) + number * (self.batch_size or 1))
             yield batch
         self._delivered = (self.sampler.epoch + 1, 0)
 
     def state_dict(self) -> dict[str, int]:
-        """Say how many batches of which epoch of a sampler have been delivered; what workers have prepared does not count.
+        """Say how many draws of which epoch of a sampler have been delivered; what workers have prepared does not count.
 
         Raises:
             SubjectError: if the data set is no sampler with a number of patches.
         """
         source = self._resumable()
-        epoch, batches = self._delivered
-        return {"seed": source.seed, "epoch": epoch, "batches": batches}
+        epoch, draw = source.upcoming if self._delivered is None else self._delivered
+        return {"seed": source.seed, "epoch": epoch, "draw": draw}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue with the batch that follows those that `state_dict` counted."""
         source = self._resumable()
         source.seed = state["seed"]
-        source.seek(state["epoch"], state["batches"] * (self.batch_size or 1))
-        self._delivered = (state["epoch"], state["batches"])
+        source.seek(state["epoch"], state["draw"])
+        self._delivered = (state["epoch"], state["draw"])
 
     def _resumable(self) -> Drawable:
         if self._source is None:
