@@ -8,7 +8,9 @@ of copying it.
 """
 
 import argparse
+import functools
 import gc
+import importlib
 import multiprocessing
 import os
 import platform
@@ -34,32 +36,16 @@ def volumes(size):
     return torch.rand(1, size, size, size, generator=generator), labels
 
 
-def prepare_voxloom(image, labels, patch, kind):
-    import voxloom as vx
+def prepare_called(library, image, labels, patch, kind):
+    """For voxloom and TorchIO, whose samplers are made and called alike."""
+    library = importlib.import_module(library)
 
     def first():
-        subject = vx.Subject(t1=vx.ScalarImage(image), seg=vx.LabelMap(labels))
+        subject = library.Subject(t1=library.ScalarImage(tensor=image), seg=library.LabelMap(tensor=labels))
         sampler = {
-            "label": lambda: vx.LabelSampler(patch, "seg", {0: 1, 1: 1, 2: 1}),
-            "weighted": lambda: vx.WeightedSampler(patch, "seg"),
-            "uniform": lambda: vx.UniformSampler(patch),
-        }[kind]()
-        patches = sampler(subject)
-        next(patches)
-        return lambda: next(patches)
-
-    return first
-
-
-def prepare_torchio(image, labels, patch, kind):
-    import torchio as tio
-
-    def first():
-        subject = tio.Subject(t1=tio.ScalarImage(tensor=image), seg=tio.LabelMap(tensor=labels))
-        sampler = {
-            "label": lambda: tio.LabelSampler(patch, "seg", {0: 1, 1: 1, 2: 1}),
-            "weighted": lambda: tio.WeightedSampler(patch, "seg"),
-            "uniform": lambda: tio.UniformSampler(patch),
+            "label": lambda: library.LabelSampler(patch, "seg", {0: 1, 1: 1, 2: 1}),
+            "weighted": lambda: library.WeightedSampler(patch, "seg"),
+            "uniform": lambda: library.UniformSampler(patch),
         }[kind]()
         patches = sampler(subject)
         next(patches)
@@ -85,7 +71,11 @@ def prepare_monai(image, labels, patch, kind):
     return first
 
 
-SYSTEMS = {"voxloom": prepare_voxloom, "TorchIO": prepare_torchio, "MONAI": prepare_monai}
+SYSTEMS = {
+    "voxloom": functools.partial(prepare_called, "voxloom"),
+    "TorchIO": functools.partial(prepare_called, "torchio"),
+    "MONAI": prepare_monai,
+}
 
 
 def time_of_copying(image, labels, patch):

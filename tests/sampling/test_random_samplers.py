@@ -90,6 +90,16 @@ def test_label_draws_pick_the_class_first_and_then_any_of_its_voxels(patch, dtyp
     assert_distributed(centres(sampler), expected)
 
 
+def test_class_shares_keep_to_their_binomial_bounds():
+    labels = torch.zeros(1, 7, 6, 5, dtype=torch.uint8)
+    labels[0, 1, 1, 1], labels[0, 3:6, 2:5, 1:4] = 1, 2  # 1 voxel against 27
+    sampler = vx.LabelSampler(subject_of(seg=vx.LabelMap(labels)), 1, "seg", {1: 3, 2: 1}, seed=4)
+    counts = centres(sampler)
+    for label, share in ((1, 0.75), (2, 0.25)):
+        drawn = int(counts[labels[0].numpy() == label].sum())
+        assert stats.binomtest(drawn, DRAWS, share).pvalue > LEAST_PROBABILITY
+
+
 def test_without_probabilities_all_foreground_is_alike():
     labels = torch.randint(0, 4, (1, 7, 6, 5), generator=torch.Generator().manual_seed(3))
     subject = subject_of(seg=vx.LabelMap(labels))

@@ -43,7 +43,7 @@ CORTEX = 0.16  # thickness of grey matter, as a part of the brain's radius
 class HeadPhantom(Subject):
     """A head of ellipsoids with a folded cortex, ventricles, a lesion, uneven brightness and noise.
 
-    It is made in memory and is the same for the same arguments, plane by plane, on every machine. Whatever its size, it shows
+    It is made in memory, plane by plane, and is the same every time for the same arguments. Whatever its size, it shows
     the same head: more voxels are smaller voxels.
 
     Args:

@@ -1,7 +1,6 @@
 """Images: a volume, where it lies in the world, and what it means. Files are read when they are needed."""
 
 import copy
-import os
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,17 +12,17 @@ import torch
 from torch import Tensor
 
 from ..core.boxes import Box
-from ..errors import ImageError, ImageFileError, ImageNotFoundError, NoSuchKeyError, SubjectError, VoxloomError
+from ..errors import ImageError, ImageFileError, NoSuchKeyError, SubjectError, VoxloomError
 from .constants import AFFINE, DATA, INTENSITY, LABEL, PATH, STEM, TYPE
 from .formats import SpaceCodes, VolumeInfo, VolumeReader, open_volume, save_volume, stem_of
 from .formats.base import as_tensor
+from .paths import PathLike, as_path
 from .slices import as_slices
 from .sources import CustomFile, StackedFiles
 from .space import Affine, as_affine, shifted, spacing_of
 
 __all__ = ["Image", "LabelMap", "ScalarImage"]
 
-PathLike = str | os.PathLike[str]
 CustomReader = Callable[[Path], tuple[Any, Any]]
 RESERVED = (DATA, AFFINE, TYPE, PATH, STEM)
 TYPES = ("intensity", "label", "sampling_map")
@@ -86,7 +85,7 @@ class Image:
         self.type = self._check_type(type)
         self.check_nans = check_nans
         self.metadata: dict[str, Any] = dict(metadata)
-        self.path = None if path is None else _as_path(path, verify_path)
+        self.path = None if path is None else as_path(path, verify_path)
         self._custom_reader = reader
         self._affine = None if affine is None else as_affine(affine)
         self._codes: SpaceCodes | None = None
@@ -472,32 +471,3 @@ class LabelMap(Image):
     """An image whose values are labels, or whose channels are classes. See `Image`."""
 
     fixed_type = LABEL
-
-
-def _as_path(path: Any, verify: bool) -> Path | list[Path]:
-    if isinstance(path, Sequence) and not isinstance(path, str):
-        if not path:
-            raise SubjectError("an image was given an empty list of paths")
-        return [_one_path(item, verify) for item in path]
-    return _one_path(path, verify)
-
-
-def _one_path(path: Any, verify: bool) -> Path:
-    if not isinstance(path, str | os.PathLike):
-        raise SubjectError(f"the path of an image is {path!r}, of type {type(path).__name__}: give a path, a tensor or an array")
-    if not os.fspath(path):
-        raise SubjectError("the path of an image is empty: give a path, a tensor or an array")
-    try:
-        result = Path(path).expanduser()
-    except RuntimeError as error:
-        raise ImageNotFoundError(f"there is no file {path}: {error}") from error
-    if verify and not _exists(result):
-        raise ImageNotFoundError(f"there is no file {result}" + ("" if result.is_absolute() else f" in {Path.cwd()}"))
-    return result
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except (OSError, ValueError):
-        return False  # a name that is too long, or that no file can have
