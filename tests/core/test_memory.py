@@ -1,5 +1,6 @@
 import gc
 import multiprocessing
+import threading
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ LARGE = (memory.LARGE_BYTES // 4 + 1000,)
 @pytest.fixture(autouse=True)
 def nothing_kept():
     gc.collect()
-    memory._freed._blocks.clear()
+    memory._freed.clear()
 
 
 def test_freed_memory_is_used_again_only_when_no_view_of_it_is_left():
@@ -25,7 +26,7 @@ def test_freed_memory_is_used_again_only_when_no_view_of_it_is_left():
     assert (view == 7).all()
     del view
     gc.collect()
-    (kept,) = memory._freed._blocks
+    ((kept,),) = memory._freed._blocks.values()
     third = memory.empty(LARGE, torch.float32)
     assert third.data_ptr() == kept.ctypes.data
     assert memory._freed.num_bytes == 0
@@ -38,6 +39,22 @@ def test_a_forked_process_starts_anew():
     with memory._freed._lock:
         worker = multiprocessing.get_context("fork").Process(target=memory.empty, args=(LARGE, torch.float32))
         worker.start()
+    worker.join(30)
+    assert worker.exitcode == 0
+
+
+def free_and_leave(tensors):
+    tensors.clear()
+    gc.collect()
+
+
+def test_what_was_there_before_a_fork_can_be_freed_after_it():
+    tensors = [memory.empty(LARGE, torch.float32)]
+    with memory._freed._lock:
+        worker = multiprocessing.get_context("fork").Process(target=free_and_leave, args=(tensors,))
+        thread = threading.Thread(target=worker.start)
+        thread.start()
+        thread.join()
     worker.join(30)
     assert worker.exitcode == 0
 

@@ -5,6 +5,7 @@ they are freed. For the hundreds of megabytes of a batch that takes longer than 
 inference loop needs the same few sizes over and over, so memory that was freed is kept and used again.
 """
 
+import contextlib
 import math
 import os
 import threading
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["empty"]
+__all__ = ["FreedMemory", "empty"]
 
 # Smaller blocks the C library keeps and hands out again by itself.
 LARGE_BYTES = 32 * 2**20
@@ -23,54 +24,74 @@ LARGE_BYTES = 32 * 2**20
 KEPT_BYTES = 128 * 2**20
 
 
-def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Make a tensor on the CPU whose values are not set; like `torch.empty`."""
-    num_bytes = math.prod(shape) * dtype.itemsize
-    if num_bytes < LARGE_BYTES:
-        return torch.empty(tuple(shape), dtype=dtype)
-    block = _freed.take(num_bytes)
-    if block is None:
-        block = np.empty(num_bytes, dtype=np.uint8)
-    # The tensor and all its views hold the lease: when it dies, nobody can see the block any more.
-    lease = block.view()
-    weakref.finalize(lease, _freed.keep, block).atexit = False
-    return torch.from_numpy(lease).view(dtype).view(tuple(shape))
+class FreedMemory:
+    """Memory that is used again when nobody can see it any more. Any thread may use it, also from within the garbage collector.
 
+    Args:
+        kept_bytes: what is kept at most.
+    """
 
-class _FreedBlocks:
-    """Memory that nobody uses at present. Any thread may call it, also from within the garbage collector."""
-
-    def __init__(self) -> None:
-        self._blocks: list[np.ndarray] = []
+    def __init__(self, kept_bytes: int) -> None:
+        self.kept_bytes = kept_bytes
+        self._blocks: dict[int, list[np.ndarray]] = {}
         self._lock = threading.RLock()
+        _all.add(self)
 
-    def keep(self, block: np.ndarray) -> None:
-        if block.nbytes > KEPT_BYTES:
-            return  # a whole volume must not drive out the batches
-        with self._lock:
-            self._blocks.append(block)
-            while self.num_bytes > KEPT_BYTES:
-                del self._blocks[0]
-
-    def take(self, num_bytes: int) -> np.ndarray | None:
-        with self._lock:
-            # The garbage collector may call `keep` at any point, so that no index stays true.
-            found = next((block for block in tuple(self._blocks) if block.nbytes == num_bytes), None)
-            self._blocks = [block for block in self._blocks if block is not found]
-        return found
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Make a tensor on the CPU whose values are not set."""
+        num_bytes = math.prod(shape) * dtype.itemsize
+        block = self._take(num_bytes)
+        if block is None:
+            block = np.empty(num_bytes, dtype=np.uint8)
+        # The tensor and all its views hold the lease: when it dies, nobody can see the block any more.
+        lease = block.view()
+        weakref.finalize(lease, self._keep, block).atexit = False
+        return torch.from_numpy(lease).view(dtype).view(tuple(shape))
 
     @property
     def num_bytes(self) -> int:
-        return sum(block.nbytes for block in self._blocks)
+        """What is kept at present."""
+        return sum(size * len(blocks) for size, blocks in tuple(self._blocks.items()))
+
+    def clear(self) -> None:
+        """Give back what is kept."""
+        with self._lock:
+            self._blocks = {}
+
+    def _keep(self, block: np.ndarray) -> None:
+        if block.nbytes > self.kept_bytes:
+            return  # a whole volume must not drive out the batches
+        with self._lock:
+            self._blocks.setdefault(block.nbytes, []).append(block)
+            while self.num_bytes > self.kept_bytes:
+                oldest = next(iter(self._blocks))
+                del self._blocks[oldest][:1]
+                if not self._blocks[oldest]:
+                    del self._blocks[oldest]
+
+    def _take(self, num_bytes: int) -> np.ndarray | None:
+        # The garbage collector may call `_keep` at any point, so that nothing that was looked up stays true.
+        with self._lock, contextlib.suppress(KeyError, IndexError):
+            return self._blocks[num_bytes].pop()
+        return None
 
 
-_freed = _FreedBlocks()
+_all: weakref.WeakSet[FreedMemory] = weakref.WeakSet()
+_freed = FreedMemory(KEPT_BYTES)
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Make a tensor on the CPU whose values are not set; like `torch.empty`."""
+    if math.prod(shape) * dtype.itemsize < LARGE_BYTES:
+        return torch.empty(tuple(shape), dtype=dtype)
+    return _freed.empty(shape, dtype)
 
 
 def _start_anew() -> None:
-    """In a forked process: the lock may have been held by a thread that is not there any more."""
-    global _freed
-    _freed = _FreedBlocks()
+    """In a forked process: locks may have been held by a thread that is not there any more."""
+    for freed in tuple(_all):
+        freed._lock = threading.RLock()
+        freed._blocks = {}
 
 
 if hasattr(os, "register_at_fork"):
