@@ -102,6 +102,7 @@ def test_public_names():
         "PatchGrid",
         "PatchLocation",
         "PatchSampler",
+        "Queue",
         "ScalarImage",
         "Subject",
         "SubjectsBatch",

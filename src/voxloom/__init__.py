@@ -8,6 +8,7 @@ from .inference import GridAggregator, PatchAggregator
 from .sampling.grid import GridSampler
 from .sampling.random import PatchSampler, UniformSampler
 from .sampling.weighted import LabelSampler, MixedSampler, WeightedSampler
+from .training import Queue
 from .volumes.batch import ImagesBatch, SubjectsBatch
 from .volumes.constants import (
     AFFINE,
@@ -47,6 +48,7 @@ __all__ = [
     "PatchGrid",
     "PatchLocation",
     "PatchSampler",
+    "Queue",
     "ScalarImage",
     "Subject",
     "SubjectsBatch",

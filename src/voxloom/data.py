@@ -5,6 +5,7 @@ from .inference import GridAggregator, PatchAggregator
 from .sampling.grid import GridSampler
 from .sampling.random import PatchSampler, UniformSampler
 from .sampling.weighted import LabelSampler, MixedSampler, WeightedSampler
+from .training import Queue
 from .volumes.batch import ImagesBatch, SubjectsBatch
 from .volumes.image import Image, LabelMap, ScalarImage
 from .volumes.loading import SubjectsDataset, SubjectsLoader
@@ -21,6 +22,7 @@ __all__ = [
     "PatchAggregator",
     "PatchLocation",
     "PatchSampler",
+    "Queue",
     "ScalarImage",
     "Subject",
     "SubjectsBatch",

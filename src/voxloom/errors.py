@@ -10,6 +10,8 @@
     ├── SubjectError          ValueError, TypeError       a subject or batch that is not put together properly
     │   └── SpaceError        RuntimeError                images of one subject that do not lie on one another
     ├── SamplingError         ValueError, RuntimeError    a map from which no patch can be drawn
+    ├── QueueError            ValueError, RuntimeError    a queue that is put together or used in a way that cannot work
+    ├── WorkerError           RuntimeError                a worker process that died
     ├── NoSuchKeyError        KeyError                    a name that a subject, image, batch or aggregator lacks
     ├── ImageError            ValueError                  data or an affine that no image can have
     ├── ImageFileError        RuntimeError, OSError       a file that is not what it should be
@@ -37,6 +39,7 @@ __all__ = [
     "ModeError",
     "NoSuchKeyError",
     "OutputError",
+    "QueueError",
     "SamplingError",
     "SaveError",
     "ScaleError",
@@ -46,6 +49,7 @@ __all__ = [
     "SubjectError",
     "UnsupportedImageError",
     "VoxloomError",
+    "WorkerError",
 ]
 
 
@@ -87,6 +91,14 @@ class SubjectError(VoxloomError, ValueError, TypeError):
 
 class SamplingError(VoxloomError, ValueError, RuntimeError):
     """No patch can be drawn from a map of probabilities or labels."""
+
+
+class QueueError(VoxloomError, ValueError, RuntimeError):
+    """A queue is put together or used in a way that cannot work."""
+
+
+class WorkerError(VoxloomError, RuntimeError):
+    """A worker process died."""
 
 
 class SpaceError(SubjectError, RuntimeError):

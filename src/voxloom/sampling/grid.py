@@ -10,7 +10,7 @@ from ..core.padding import check_padding_mode
 from ..core.sizes import as_overlap, as_sizes
 from ..errors import SizeError, SubjectError
 from ..volumes.subject import Subject
-from .patches import PatchCutter, PatchSequence
+from .patches import NumberedPatches, PatchCutter, PatchSequence
 
 __all__ = ["GridSampler"]
 
@@ -109,11 +109,20 @@ class GridSampler(Dataset[Subject]):
         self.subject: Subject | None = subject
         self._bound: tuple[PatchGrid, PatchCutter] | None = None if subject is None else self._bind(subject)
 
+    def grid_of(self, subject: Subject) -> PatchGrid:
+        """Plan the grid of a subject, of which only the headers are read."""
+        return PatchGrid.cover(subject.spatial_shape, self.patch_size, self.patch_overlap, padded=self._mode is not None)
+
     def _bind(self, subject: Subject) -> tuple[PatchGrid, PatchCutter]:
         if self.check_space:
             subject.check_space()
-        grid = PatchGrid.cover(subject.spatial_shape, self.patch_size, self.patch_overlap, padded=self._mode is not None)
+        grid = self.grid_of(subject)
         return grid, PatchCutter(subject, grid.box, self._mode)
+
+    def numbered(self, subject: Subject, seed: int, epoch: int, subject_index: int) -> NumberedPatches:
+        """Give the patches of a subject by their numbers, again from the first after the last; the same in every epoch."""
+        grid, cutter = self._bind(subject)
+        return NumberedPatches(cutter, subject_index, lambda number: grid[number % len(grid)])
 
     def _parts(self) -> tuple[PatchGrid, PatchCutter]:
         if self._bound is None:

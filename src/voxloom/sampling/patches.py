@@ -1,18 +1,28 @@
 """Cutting patches out of a subject."""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from typing import overload
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol, overload, runtime_checkable
+
+import torch
+from torch import Tensor
 
 from ..core import memory
 from ..core.boxes import Box
+from ..core.grids import PatchGrid
 from ..core.locations import PatchLocation
+from ..core.sizes import Ints
 from ..volumes.batch import ImagesBatch, SubjectsBatch, batch_memory
 from ..volumes.constants import PATCH_LOCATION
 from ..volumes.subject import Subject
 from .padded import PaddedImage
 
-__all__ = ["PatchCutter", "PatchSequence"]
+__all__ = ["MakeEmpty", "NumberedPatches", "PatchCutter", "PatchSequence", "PatchSource"]
+
+MakeEmpty = Callable[[Sequence[int], torch.dtype], Tensor]
+"""Makes a tensor whose values are not set."""
 
 
 class PatchCutter:
@@ -33,11 +43,16 @@ class PatchCutter:
             name: PaddedImage(image, domain, padding_mode, name) for name, image in subject.images.items()
         }
 
-    def cut(self, location: PatchLocation) -> Subject:
+    def num_bytes(self, size: Ints) -> list[int]:
+        """Bytes that a patch takes, for each image."""
+        images = [padded.image for padded in self._padded.values()]
+        return [image.num_channels * math.prod(size) * image.dtype.itemsize for image in images]
+
+    def cut(self, location: PatchLocation, empty: MakeEmpty = memory.empty) -> Subject:
         """Cut out one patch, which owns its memory."""
         entries = dict(self.subject)
         for name, padded in self._padded.items():
-            data = memory.empty((padded.image.num_channels, *location.size), padded.image.dtype)
+            data = empty((padded.image.num_channels, *location.size), padded.image.dtype)
             padded.read_into(data, location.box)
             entries[name] = padded.image.part(data, location.index)
         return Subject(entries | {PATCH_LOCATION: location})
@@ -81,3 +96,33 @@ class PatchSequence(Sequence[Subject]):
     def to_batch(self) -> SubjectsBatch:
         """Make a batch of all patches."""
         return self.cutter.cut_batch(self.locations)
+
+
+@dataclass(frozen=True)
+class NumberedPatches:
+    """The patches of one subject, each of which has a number and can be made at any time."""
+
+    cutter: PatchCutter
+    subject_index: int
+    """Index of the subject in its data set."""
+    locate: Callable[[int], PatchLocation]
+    """Says where the patch of a number lies."""
+
+    def cut(self, number: int, empty: MakeEmpty = memory.empty) -> Subject:
+        """Cut out one patch, which knows which subject it is from."""
+        return self.cutter.cut(replace(self.locate(number), subject_index=self.subject_index), empty)
+
+
+@runtime_checkable
+class PatchSource(Protocol):
+    """A sampler, as a queue of patches of many subjects uses it."""
+
+    patch_size: Ints
+
+    def grid_of(self, subject: Subject) -> PatchGrid | None:
+        """Give the grid that all patches of a subject are from, as its headers say; None where they may lie anywhere."""
+        ...
+
+    def numbered(self, subject: Subject, seed: int, epoch: int, subject_index: int) -> NumberedPatches | None:
+        """Give the patches of a subject by their numbers, in one epoch; None if it has none."""
+        ...

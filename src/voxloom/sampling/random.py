@@ -18,7 +18,7 @@ from ..core.sizes import Ints, as_int, as_sizes
 from ..errors import LocationError, SizeError, SubjectError
 from ..volumes.subject import Subject
 from .epochs import EpochCounter
-from .patches import PatchCutter, PatchSequence
+from .patches import NumberedPatches, PatchCutter, PatchSequence
 
 __all__ = ["LEFT_OUT", "PatchSampler", "Sizes", "UniformSampler", "shift_unbound"]
 
@@ -99,6 +99,7 @@ class PatchSampler(IterableDataset[Subject]):
         self.check_space = check_space
         self.share_ranks = share_ranks
         self._mode = None if padding_mode is None else check_padding_mode(padding_mode, fill)
+        self.seed_was_given = seed is not None
         self._epochs = EpochCounter(torch.initial_seed() if seed is None else as_int(seed, "seed", -(2**63)))
         self._position: Draw = (0, 0)
         self.subject: Subject | None = subject
@@ -143,10 +144,11 @@ class PatchSampler(IterableDataset[Subject]):
             subject.check_space()
         return PatchCutter(subject, self.domain(subject), self._mode)
 
-    def _draw(self, cutter: PatchCutter, draw: Draw, seed: int | None = None) -> PatchLocation:
+    def _draw(self, cutter: PatchCutter, draw: Draw, seed: int | None = None, subject_index: int = 0) -> PatchLocation:
         """Find the location of a draw."""
         epoch, number = draw
-        index = self.locate(cutter.subject, draw_generator(self.seed if seed is None else seed, epoch, number))
+        rng = draw_generator(self.seed if seed is None else seed, epoch, number, subject_index)
+        index = self.locate(cutter.subject, rng)
         location = PatchLocation(tuple(int(value) for value in index), self.patch_size)
         if location.box not in cutter.domain:
             raise LocationError(
@@ -234,6 +236,18 @@ class PatchSampler(IterableDataset[Subject]):
         """Let the next pass be this epoch, and begin at this draw of the rank's share."""
         self._epochs.seek(epoch, draw)
         self._position = (epoch, draw)
+
+    # What a queue makes of it
+
+    def grid_of(self, subject: Subject) -> None:
+        """Say that patches may lie anywhere."""
+
+    def numbered(self, subject: Subject, seed: int, epoch: int, subject_index: int) -> NumberedPatches | None:
+        """Give the draws from a subject by their numbers, in one epoch; None if nothing can be drawn from it."""
+        cutter = self._bind(subject)
+        if not self.prepare(cutter.subject):
+            return None
+        return NumberedPatches(cutter, subject_index, lambda number: self._draw(cutter, (epoch, number), seed, subject_index))
 
     # What a loader makes of it
 

@@ -1,0 +1,253 @@
+"""What a worker does: load a subject, transform it, and cut patches out of it."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ..core import memory
+from ..core.draws import Purpose, seed_words
+from ..core.grids import PatchGrid
+from ..errors import SamplingError, SubjectError, VoxloomError
+from ..sampling.patches import MakeEmpty, NumberedPatches, PatchSource
+from ..volumes.subject import Subject
+from .seeding import reseed, seeded
+
+__all__ = ["MadePatch", "PatchMaker", "PatchTask", "SkippedSubject", "name_of"]
+
+Transform = Callable[[Subject], Subject]
+_Key = tuple[int, int, int]
+# Draws that stand in for those of a subject that was skipped have numbers beyond all others.
+STAND_IN = 2**32
+
+
+@dataclass(frozen=True, slots=True)
+class PatchTask:
+    """Patches that are to be made of one subject."""
+
+    run: int
+    """Which run of the queue they are for: a new one begins where it is resumed."""
+    seed: int
+    epoch: int
+    subject: int
+    """Index in the data set."""
+    numbers: tuple[int, ...]
+    """Numbers of the draws."""
+    tickets: tuple[int, ...]
+    """Place of each patch in the row of all that are made in this run."""
+    stand_ins: tuple[int, ...]
+    """Subjects to draw from instead, one after the other, if this one cannot be read."""
+    skipped_from: int | None
+    """The draw from which on the subject was skipped before the queue was resumed."""
+
+
+class SkippedSubject(NamedTuple):
+    """A subject that patches of others stand in for."""
+
+    epoch: int
+    subject: int
+    first: int
+    """The first of its draws that was replaced."""
+    reason: str
+
+
+class MadePatch(NamedTuple):
+    """A patch, or the news that a subject is skipped."""
+
+    ticket: int
+    patch: Subject
+    skipped: SkippedSubject | None
+
+
+class PatchMaker:
+    """Makes the patches of tasks, with one subject in memory at a time.
+
+    Args:
+        dataset: gives a subject for an index.
+        sampler: says where its patches lie.
+        transform: applied to each subject, seeded by subject and epoch.
+        patch_transform: applied to each patch, seeded by its draw.
+        grids: for each subject the grid that its patches were counted by; None where they may lie anywhere.
+        skip_errors: let patches of other subjects stand in for one that raises an error.
+        wanted: run and epoch: two numbers, shared with the process that sets them. What is for another run, or an epoch
+            before, is not made any more.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        sampler: PatchSource,
+        transform: Transform | None,
+        patch_transform: Transform | None,
+        grids: list[PatchGrid] | None,
+        skip_errors: bool,
+        wanted: Tensor,
+    ) -> None:
+        self.dataset = dataset
+        self.sampler = sampler
+        self.transform = transform
+        self.patch_transform = patch_transform
+        self.grids = grids
+        self.skip_errors = skip_errors
+        self.wanted = wanted
+        self._open: tuple[_Key, NumberedPatches | None] | None = None
+        self._unreadable: dict[_Key, Exception] = {}
+        self._skipped: SkippedSubject | None = None
+
+    def is_wanted(self, task: PatchTask) -> bool:
+        """Say whether somebody waits for the patches of a task."""
+        run, epoch = self.wanted.tolist()
+        return task.run == run and task.epoch >= epoch
+
+    def make(self, task: PatchTask, empty: MakeEmpty = memory.empty) -> Iterator[MadePatch]:
+        """Make patches one by one, until all are there or nobody wants them any more.
+
+        Raises:
+            Exception: whatever loading or a transform raised; it names the subject.
+        """
+        if task.skipped_from is not None and self._skipped_of(task) is None:
+            self._skipped = SkippedSubject(
+                task.epoch, task.subject, task.skipped_from, "it was skipped before the queue was resumed"
+            )
+        for number, ticket in zip(task.numbers, task.tickets, strict=True):
+            if not self.is_wanted(task):
+                return
+            skipped = self._skipped_of(task)
+            patch = None
+            if skipped is None or number < skipped.first:
+                try:
+                    patch = self._cut(task, task.subject, number, empty)
+                except _AbandonedError:
+                    return
+                except Exception as error:
+                    if not self.is_wanted(task):
+                        return
+                    if not task.stand_ins or not self._may_skip(error):
+                        raise
+                    reason = f"{type(error).__name__}: {error}"
+                    skipped = self._skipped = SkippedSubject(task.epoch, task.subject, number, reason)
+            if patch is None:
+                try:
+                    patch = self._stand_in(task, number, empty)
+                except _AbandonedError:
+                    return
+            yield MadePatch(ticket, patch, skipped)
+
+    def _may_skip(self, error: Exception) -> bool:
+        return self.skip_errors or isinstance(error, _NothingToDrawError)
+
+    def _skipped_of(self, task: PatchTask) -> SkippedSubject | None:
+        last = self._skipped
+        return last if last is not None and (last.epoch, last.subject) == (task.epoch, task.subject) else None
+
+    def _stand_in(self, task: PatchTask, number: int, empty: MakeEmpty) -> Subject:
+        """Make a further draw of the next subject that can be read."""
+        errors = []
+        for distance, subject in enumerate(task.stand_ins, start=1):
+            try:
+                return self._cut(task, subject, distance * STAND_IN + number, empty)
+            except _AbandonedError:
+                raise
+            except Exception as error:
+                if not self._may_skip(error):
+                    raise
+                errors.append(error)
+        raise SubjectError(
+            f"{self._name(task.subject)} was skipped, and so were all {len(errors)} that could stand in for it, the last because"
+            f" of {type(errors[-1]).__name__}: {errors[-1]}"
+        ) from errors[-1]
+
+    def _cut(self, task: PatchTask, subject: int, number: int, empty: MakeEmpty) -> Subject:
+        with self._named(subject, task.epoch):
+            patches = self._patches_of(task, subject)
+            if self.patch_transform is None:
+                return patches.cut(number, empty)
+            words = seed_words(task.seed, task.epoch, number, subject, Purpose.PATCH_TRANSFORM)
+            with seeded(words):
+                reseed(self.patch_transform, words[3])
+                return _as_subject(self.patch_transform(patches.cut(number)), "patch_transform")
+
+    def _patches_of(self, task: PatchTask, subject: int) -> NumberedPatches:
+        """Open a subject, unless it is open already; the one that was open before is released first."""
+        key = (task.seed, task.epoch, subject)
+        if self._open is None or self._open[0] != key:
+            self._open = None
+            self._open = (key, self._load_once(key, task, subject))
+        patches = self._open[1]
+        if patches is None:
+            raise _NothingToDrawError("there is nothing to draw from it")
+        return patches
+
+    def _load_once(self, key: _Key, task: PatchTask, index: int) -> NumberedPatches | None:
+        """Load a subject; one that could not be read is not tried again in this epoch."""
+        if any(epoch != task.epoch for _, epoch, _ in self._unreadable):
+            self._unreadable.clear()
+        if key in self._unreadable:
+            raise self._unreadable[key]
+        try:
+            return self._load(task, index)
+        except _AbandonedError:
+            raise
+        except Exception as error:
+            if self.skip_errors:
+                self._unreadable[key] = error.with_traceback(None)
+            raise
+
+    def _load(self, task: PatchTask, index: int) -> NumberedPatches | None:
+        words = seed_words(task.seed, task.epoch, 0, index, Purpose.SUBJECT_TRANSFORM)
+        with seeded(words):
+            for number, transform in enumerate((getattr(self.dataset, "transform", None), self.transform)):
+                reseed(transform, words[3] + number)
+            subject = _as_subject(self.dataset[index], "the data set")
+            if not self.is_wanted(task):
+                raise _AbandonedError
+            if self.transform is not None:
+                subject = _as_subject(self.transform(subject), "transform")
+            if self.grids is not None and self.sampler.grid_of(subject) != self.grids[index]:
+                raise SubjectError(
+                    f"a transform changed its shape to {subject.spatial_shape}, but its grid was counted for"
+                    f" {self.grids[index].spatial_shape}, which its files say: change shapes before the queue is made, or use a"
+                    " random sampler"
+                )
+            return self.sampler.numbered(subject, task.seed, task.epoch, index)
+
+    def _name(self, subject: int) -> str:
+        return name_of(self.dataset, subject)
+
+    @contextlib.contextmanager
+    def _named(self, subject: int, epoch: int) -> Iterator[None]:
+        """Let an error say which subject it was."""
+        try:
+            yield
+        except Exception as error:
+            where = f"{self._name(subject)}, in epoch {epoch}"
+            if isinstance(error, VoxloomError):
+                raise type(error)(f"{where}: {error}") from error
+            error.add_note(f"This was {where}")
+            raise
+
+
+class _AbandonedError(Exception):
+    """Nobody wants the patches of a task any more."""
+
+
+class _NothingToDrawError(SamplingError):
+    """A sampler that was told to skip subjects without foreground has met one."""
+
+
+def _as_subject(thing: Any, origin: str) -> Subject:
+    if not isinstance(thing, Subject):
+        raise SubjectError(f"{origin} gave something of type {type(thing).__name__}, not a subject")
+    return thing
+
+
+def name_of(dataset: Any, index: int) -> str:
+    """Name a subject of a data set, with the files that it is made of."""
+    files = ""
+    if hasattr(dataset, "dry_iter"):
+        images = dataset.dry_iter()[index].images
+        paths = [f"{name}: {image.path}" for name, image in images.items() if image.path is not None]
+        files = f" ({', '.join(paths)})" if paths else ""
+    return f"subject {index}{files}"

@@ -1,0 +1,222 @@
+"""Which subjects an epoch has, and how many patches of each."""
+
+import copy
+from collections.abc import Sequence, Sized
+from functools import cached_property
+from typing import Any
+
+from ..core.grids import PatchGrid
+from ..core.schedules import EpochSchedule
+from ..core.sizes import as_int
+from ..errors import QueueError, SizeError, SubjectError
+from ..sampling.grid import GridSampler
+from ..sampling.patches import PatchSource
+from ..volumes.subject import Subject
+
+__all__ = ["NUM_SAMPLES", "Planner", "check_same_keys"]
+
+NUM_SAMPLES = "num_samples"
+"""Entry of a subject that says how many patches of it are wanted."""
+
+
+class Planner:
+    """Makes the schedule of each epoch.
+
+    Args:
+        dataset: the subjects.
+        sampler: cuts the patches.
+        samples_per_volume: patches of each subject that does not say how many.
+        subject_sampler: gives the indices of an epoch's subjects; None takes all.
+        max_length: patches that may be held.
+        shuffle_subjects: load subjects in random order.
+        shuffle_patches: let patches leave in random order.
+        rank: which of the ranks this is.
+        world_size: number of ranks.
+        drop_last: cut all ranks to the shortest.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        sampler: PatchSource,
+        samples_per_volume: int,
+        subject_sampler: Any,
+        max_length: int,
+        shuffle_subjects: bool,
+        shuffle_patches: bool,
+        rank: int,
+        world_size: int,
+        drop_last: bool,
+    ) -> None:
+        self.seed = 0
+        self.subject_sampler = subject_sampler
+        self._dataset = dataset
+        self._sampler = sampler
+        self._samples_per_volume = samples_per_volume
+        self._max_length = max_length
+        self._shuffle_subjects = shuffle_subjects
+        self._shuffle_patches = shuffle_patches
+        self._rank = rank
+        self._world_size = world_size
+        self._drop_last = drop_last
+        self._drawn: tuple[int, list[int]] | None = None
+        self._epoch_step = 1
+        self._last_epoch: int | None = None
+
+    # Subjects
+
+    @property
+    def dry_subjects(self) -> Sequence[Subject] | None:
+        """The subjects, neither loaded nor transformed; None where the data set does not give them."""
+        return self._dataset.dry_iter() if hasattr(self._dataset, "dry_iter") else None
+
+    @cached_property
+    def grids(self) -> list[PatchGrid] | None:
+        """The grid of each subject, as its headers say; None for a sampler whose patches may lie anywhere."""
+        subjects = self.dry_subjects
+        if subjects is None:
+            if isinstance(self._sampler, GridSampler):
+                raise QueueError(
+                    f"{type(self._dataset).__name__} does not say what its subjects are before it loads them, so that their grids"
+                    " cannot be counted: use a SubjectsDataset"
+                )
+            return None
+        grids = [self._sampler.grid_of(subject) for subject in subjects]
+        return None if any(grid is None for grid in grids) else [grid for grid in grids if grid is not None]
+
+    @cached_property
+    def counts(self) -> list[int]:
+        """Patches of each subject."""
+        if self.grids is not None:
+            return [len(grid) for grid in self.grids]
+        subjects = self.dry_subjects
+        if subjects is None:
+            return [self._samples_per_volume] * len(self._dataset)
+        counts = [
+            as_int(subject.get(NUM_SAMPLES, self._samples_per_volume), f"num_samples of subject {index}", 0)
+            for index, subject in enumerate(subjects)
+        ]
+        if not any(counts):
+            raise SizeError("num_samples is 0 in all subjects: there are no patches")
+        return counts
+
+    @property
+    def num_subjects(self) -> int:
+        """Subjects of an epoch."""
+        sampler = self.subject_sampler
+        if sampler is None:
+            return len(set(self.schedule(0).subjects)) if self._world_size > 1 else len(self._dataset)
+        if not isinstance(sampler, Sized):
+            raise SubjectError(
+                f"the subject_sampler, of type {type(sampler).__name__}, has no __len__ method: it must say how many subjects an"
+                " epoch has"
+            )
+        return len(sampler)
+
+    # Schedules
+
+    def schedule(self, epoch: int) -> EpochSchedule:
+        """Make the schedule of an epoch that is about to begin, or of any where there is no subject_sampler."""
+        if self.subject_sampler is None:
+            return EpochSchedule.plan(
+                self.seed,
+                epoch,
+                self.counts,
+                self._max_length,
+                shuffle_subjects=self._shuffle_subjects,
+                shuffle_patches=self._shuffle_patches,
+                rank=self._rank,
+                world_size=self._world_size,
+                drop_last=self._drop_last,
+            )
+        return self._in_order(epoch, self._draw_order(epoch), self.subject_sampler)
+
+    def foresee(self, epoch: int) -> EpochSchedule | None:
+        """Make the schedule of an epoch before its time; None if the subject_sampler cannot say what will come."""
+        if self.subject_sampler is None:
+            return self.schedule(epoch)
+        if not hasattr(self.subject_sampler, "set_epoch"):
+            return None
+        twin = copy.copy(self.subject_sampler)
+        twin.set_epoch(twin.epoch + self._epoch_step)
+        return self._in_order(epoch, list(twin), twin)
+
+    def begin(self, epoch: int) -> EpochSchedule:
+        """Make the schedule of an epoch that begins now."""
+        own = getattr(self.subject_sampler, "epoch", None)
+        if own is not None:
+            # Where nobody calls `set_epoch`, the next epoch will be as this one.
+            self._epoch_step = 1 if self._last_epoch is None else own - self._last_epoch
+            self._last_epoch = own
+        schedule = self.schedule(epoch)
+        self._drawn = None
+        return schedule
+
+    def _draw_order(self, epoch: int) -> list[int]:
+        """Ask the subject_sampler once for each epoch, unless it draws the same each time."""
+        if hasattr(self.subject_sampler, "set_epoch"):
+            return list(self.subject_sampler)
+        if self._drawn is None or self._drawn[0] != epoch:
+            self._drawn = (epoch, list(self.subject_sampler))
+        return self._drawn[1]
+
+    def _in_order(self, epoch: int, order: list[int], sampler: Any) -> EpochSchedule:
+        if not order:
+            raise SubjectError("the subject_sampler gave no subjects for this epoch")
+        for index in order:
+            if not -len(self.counts) <= index < len(self.counts):
+                raise SubjectError(f"the subject_sampler gave index {index}, but there are {len(self.counts)} subjects")
+        indices = [index % len(self.counts) for index in map(int, order)]
+        return EpochSchedule.in_order(
+            self.seed,
+            epoch,
+            self.counts,
+            indices,
+            self._max_length,
+            shuffle_patches=self._shuffle_patches,
+            length=self._common_length(sampler),
+        )
+
+    def _common_length(self, sampler: Any) -> int | None:
+        """Patches of each rank that shares a `DistributedSampler`, or one like it; None where there is nothing to share."""
+        is_shared = hasattr(sampler, "num_replicas") and hasattr(sampler, "rank")
+        if not is_shared or len(set(self.counts)) == 1:
+            return None
+        lengths = []
+        for rank in range(sampler.num_replicas):
+            twin = copy.copy(sampler)
+            twin.rank = rank
+            lengths.append(sum(self.counts[index] for index in twin))
+        return min(lengths) if self._drop_last else max(lengths)
+
+    # Checks
+
+    def check_keys(self) -> None:
+        """Check that all subjects have the same entries, as far as that can be seen before they are loaded.
+
+        Raises:
+            SubjectError: names two that differ.
+        """
+        subjects = self.dry_subjects or []
+        for index, subject in enumerate(subjects):
+            check_same_keys(subjects[0], 0, subject, index)
+
+    @cached_property
+    def all_have_num_samples(self) -> bool:
+        """Whether the entry can be kept in patches, so that they still stack."""
+        return all(NUM_SAMPLES in subject for subject in self.dry_subjects or [])
+
+
+def check_same_keys(one: Subject, first: int, other: Subject, second: int) -> None:
+    """Check that patches of two subjects could be in one batch.
+
+    Raises:
+        SubjectError: names both, and their entries.
+    """
+    differing = (one.keys() ^ other.keys()) - {NUM_SAMPLES}
+    if differing:
+        listed = ", ".join(map(repr, sorted(differing)))
+        raise SubjectError(
+            f"subjects {first} and {second} do not have the same entries: {listed} is in one of them only (subject {first}:"
+            f" {', '.join(one)}; subject {second}: {', '.join(other)}). Patches of both could not be in one batch"
+        )

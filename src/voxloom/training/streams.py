@@ -1,0 +1,424 @@
+"""Where patches are made: in this process, or by workers that are ahead of it."""
+
+import contextlib
+import functools
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from multiprocessing import connection
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from ..core.memory import FreedMemory
+from ..errors import WorkerError
+from ..volumes.subject import Subject
+from .feeding import TaskFeed
+from .making import MadePatch, PatchMaker, PatchTask, SkippedSubject, name_of
+from .messages import Message, Packer, unpack
+
+__all__ = ["TASKS_AHEAD", "LocalStream", "PatchStream", "WorkerStream"]
+
+# Tasks that each worker has, so that it loads a subject while its last patches wait to be fetched.
+TASKS_AHEAD = 2
+# How long this process waits for a patch before it makes sure that the workers live, in seconds.
+LIVENESS_SECONDS = 1.0
+
+
+class PatchStream(Protocol):
+    """Makes the patches of a feed, and holds those that have not left yet."""
+
+    idle_seconds: float
+    """How long patches were waited for."""
+    longest_wait: float
+    """The longest of these times, in seconds."""
+    skipped: dict[tuple[int, int], SkippedSubject]
+    """Subjects that patches of others stood in for, by epoch and index."""
+
+    @property
+    def held(self) -> int:
+        """Patches that are held."""
+        ...
+
+    def run(self, feed: TaskFeed, left: int) -> None:
+        """Begin with the tasks of a feed, and forget all that is held.
+
+        Args:
+            feed: the tasks.
+            left: how many patches have left before.
+        """
+        ...
+
+    def go_to(self, epoch: int, ticket: int) -> None:
+        """Begin an epoch, whose first patch has this ticket, and forget what is held of those before it."""
+        ...
+
+    def take(self, ticket: int) -> Subject:
+        """Give a patch, once it is there."""
+        ...
+
+    def close(self) -> None:
+        """End all that runs."""
+        ...
+
+
+class LocalStream:
+    """Makes patches in the process that asks for them, in the order of loading, and none before it is needed."""
+
+    def __init__(self, maker: PatchMaker, memory: FreedMemory, max_length: int, feed: TaskFeed, left: int) -> None:
+        self.idle_seconds = 0.0
+        self.longest_wait = 0.0
+        self.skipped: dict[tuple[int, int], SkippedSubject] = {}
+        self._maker = maker
+        self._memory = memory
+        self._max_length = max_length
+        self.run(feed, left)
+
+    @property
+    def held(self) -> int:
+        """Patches that are held."""
+        return len(self._held)
+
+    def run(self, feed: TaskFeed, left: int) -> None:
+        """See `PatchStream`."""
+        self._held: dict[int, Subject] = {}
+        self._floor = 0
+        self._maker.wanted[0] = feed.run
+        self._maker.wanted[1] = 0
+        self._made = self._make_all(feed)
+
+    def _make_all(self, feed: TaskFeed) -> Iterator[MadePatch]:
+        while (task := feed.next_task(0)) is not None:
+            yield from self._maker.make(task, self._memory.empty)
+
+    def go_to(self, epoch: int, ticket: int) -> None:
+        """See `PatchStream`."""
+        self._maker.wanted[1] = epoch
+        self._floor = ticket
+        self._held = {number: patch for number, patch in self._held.items() if number >= ticket}
+
+    def take(self, ticket: int) -> Subject:
+        """See `PatchStream`."""
+        began = time.perf_counter()
+        while ticket not in self._held:
+            made = next(self._made)
+            if made.skipped is not None:
+                self.skipped[made.skipped.epoch, made.skipped.subject] = made.skipped
+            if made.ticket >= self._floor:
+                self._held[made.ticket] = made.patch
+                _keep_enough(self._memory, made.patch, self._max_length)
+        waited = time.perf_counter() - began
+        self.idle_seconds += waited
+        self.longest_wait = max(self.longest_wait, waited)
+        return self._held.pop(ticket)
+
+    def close(self) -> None:
+        """See `PatchStream`."""
+        self._held = {}
+        self._made = iter(())
+
+
+class _Messages(Dataset[Message | None]):
+    """What a worker runs: a task goes in, a message comes out."""
+
+    def __init__(self, maker: PatchMaker) -> None:
+        self._maker = maker
+        # The receiver has copied a message before it asks for the one after the next `TASKS_AHEAD`.
+        self._packer = Packer(TASKS_AHEAD + 1)
+
+    def __getitem__(self, task: PatchTask | None) -> Message | None:
+        if task is None:
+            return None
+        empty = self._packer.begin(len(task.numbers))
+        return self._packer.pack(task.run, list(self._maker.make(task, empty)))
+
+
+def _as_it_is(message: Any) -> Any:
+    return message
+
+
+class _Worker:
+    """One process, and what is known of it."""
+
+    def __init__(self, messages: _Messages, next_task: Callable[[], PatchTask | None], context: str | None) -> None:
+        self.tasks: deque[PatchTask] = deque()
+        """What it is to do, the next one first."""
+        self.pending: deque[tuple[int, int, Callable[[], Subject]]] = deque()
+        """Run, ticket and maker of those patches of its last message that there was no room for yet."""
+        self.is_resting = False
+        """Whether there was no task for it; it then has nothing to send."""
+        loader = DataLoader(
+            messages,
+            batch_size=None,
+            sampler=_Tasks(next_task, self.tasks),
+            num_workers=1,
+            prefetch_factor=TASKS_AHEAD,
+            collate_fn=_as_it_is,
+            multiprocessing_context=context,
+            generator=torch.Generator(),  # the user's is left alone
+        )
+        self._blocks: deque[Tensor] = deque(maxlen=TASKS_AHEAD + 1)
+        self._iterator: Any = iter(loader)
+
+    @property
+    def process(self) -> Any:
+        """The process."""
+        return self._iterator._workers[0]
+
+    @property
+    def reader(self) -> Any:
+        """What can be waited for until a message is there."""
+        return self._iterator._worker_result_queue._reader
+
+    def fetch(self) -> Message | None:
+        """Fetch the next message; raises what the worker raised."""
+        message: Message | None = next(self._iterator)
+        if message is None:
+            self.is_resting = not self.tasks
+        else:
+            self.tasks.popleft()
+            self._blocks.append(message.block)  # mapped once, though it is sent again and again
+        return message
+
+    def close(self) -> None:
+        """Let PyTorch end the process, which it does when nobody refers to the iterator any more."""
+        self._iterator = None
+
+
+class _Tasks(Sampler[PatchTask | None]):
+    """The endless row of tasks of one worker; None where there is nothing to do."""
+
+    def __init__(self, next_task: Callable[[], PatchTask | None], given: deque[PatchTask]) -> None:
+        self._next_task = next_task
+        self._given = given
+
+    def __iter__(self) -> Iterator[PatchTask | None]:
+        while True:
+            task = self._next_task()
+            if task is not None:
+                self._given.append(task)
+            yield task
+
+
+class WorkerStream:
+    """Lets worker processes make patches, ahead of their being needed.
+
+    Each worker is a data loader of PyTorch's with one process, because the patches of a subject must all be made by the worker
+    that has loaded it. A thread fetches their messages as they come, and copies the patches into memory of this process, as
+    long as that holds no more than `max_length` of them. Otherwise messages stay where they are, and workers that have made
+    their tasks wait.
+
+    A patch is taken in if its ticket is less than `max_length` ahead of the number that have left. That leaves room for those
+    before it, whoever makes them, so that workers need not keep step; and each worker makes its patches in ascending order,
+    so that none that is needed waits behind one that there is no room for.
+
+    Args:
+        maker: what the workers run.
+        memory: where patches are held.
+        max_length: patches that are held at most.
+        feed: the first tasks.
+        left: how many patches have left before.
+        num_workers: number of processes.
+        context: start method of the workers; None takes the usual one.
+    """
+
+    def __init__(
+        self,
+        maker: PatchMaker,
+        memory: FreedMemory,
+        max_length: int,
+        feed: TaskFeed,
+        left: int,
+        num_workers: int,
+        context: str | None,
+    ) -> None:
+        self.idle_seconds = 0.0
+        self.longest_wait = 0.0
+        self.skipped: dict[tuple[int, int], SkippedSubject] = {}
+        self._maker = maker
+        self._memory = memory
+        self._max_length = max_length
+        self._error: BaseException | None = None
+        self._is_closed = False
+        self._process = os.getpid()
+        # What follows belongs to both threads, and is changed only by one that holds the lock.
+        self._changed = threading.Condition()
+        self._changes = 0
+        self._is_asleep = False
+        self._woken, self._waker = multiprocessing.Pipe(duplex=False)
+        self._set_out(feed, left)
+        messages = _Messages(maker)
+        self._workers: list[_Worker] = []
+        for number in range(num_workers):
+            self._workers.append(_Worker(messages, functools.partial(self._next_task, number), context))
+        self._thread = threading.Thread(target=self._receive, name="voxloom queue", daemon=True)
+        self._thread.start()
+
+    def _next_task(self, worker: int) -> PatchTask | None:
+        return self._feed.next_task(worker)
+
+    # What the thread that trains does
+
+    @property
+    def held(self) -> int:
+        """Patches that are held."""
+        return len(self._held)
+
+    def run(self, feed: TaskFeed, left: int) -> None:
+        """See `PatchStream`."""
+        with self._change():
+            self._set_out(feed, left)
+
+    def _set_out(self, feed: TaskFeed, left: int) -> None:
+        self._feed = feed
+        self._has_set_out = True
+        self._held: dict[int, Subject] = {}
+        self._floor, self._left = 0, left
+        self._maker.wanted[0] = feed.run
+        self._maker.wanted[1] = 0
+
+    def go_to(self, epoch: int, ticket: int) -> None:
+        """See `PatchStream`."""
+        with self._change():
+            self._has_set_out = True
+            self._maker.wanted[1] = epoch
+            self._floor = ticket
+            self._left = max(self._left, ticket)
+            self._held = {number: patch for number, patch in self._held.items() if number >= ticket}
+
+    def take(self, ticket: int) -> Subject:
+        """See `PatchStream`."""
+        began = time.perf_counter()
+        try:
+            with self._change():
+                while ticket not in self._held or self._error is not None:
+                    self._check()
+                    self._changed.wait(LIVENESS_SECONDS)
+                patch = self._held.pop(ticket)
+                self._left += 1
+        except RuntimeError:
+            # PyTorch raises one here when a worker dies, which says less than we know.
+            self._check()
+            raise
+        waited = time.perf_counter() - began
+        self.idle_seconds += waited
+        self.longest_wait = max(self.longest_wait, waited)
+        return patch
+
+    def _check(self) -> None:
+        """Raise the error that the thread has met, or that a worker has died."""
+        if self._error is not None:
+            raise self._error
+        for worker in self._workers:
+            if not worker.process.is_alive():
+                self._error = self._death_of(worker)
+                raise self._error
+
+    @contextlib.contextmanager
+    def _change(self) -> Iterator[None]:
+        """Change what belongs to both threads, and let the other one look at it."""
+        with self._changed:
+            yield
+            self._changes += 1
+            is_asleep, self._is_asleep = self._is_asleep, False
+        if is_asleep:
+            self._waker.send_bytes(b"!")
+
+    def close(self) -> None:
+        """See `PatchStream`."""
+        if self._is_closed or os.getpid() != self._process:
+            return  # in a forked process the workers belong to another
+        with self._change():
+            self._is_closed = True
+            self._held = {}
+            self._maker.wanted[0] = -1
+        self._thread.join(LIVENESS_SECONDS)
+        for worker in self._workers:
+            worker.close()
+
+    # What the thread that receives does
+
+    def _receive(self) -> None:
+        try:
+            while not self._is_closed:
+                with self._changed:
+                    changes = self._changes
+                    has_set_out, self._has_set_out = self._has_set_out, False
+                for worker in self._workers:
+                    worker.is_resting &= not has_set_out
+                    self._admit(worker)
+                for worker in self._wait(changes):
+                    message = worker.fetch()
+                    if message is not None:
+                        contents = unpack(message, self._memory.empty)
+                        worker.pending.extend((message.run, ticket, make) for ticket, make in contents)
+                        self.skipped |= {(subject.epoch, subject.subject): subject for subject in message.skipped}
+        except BaseException as error:  # noqa: BLE001 - it is raised again where patches are taken
+            with self._changed:
+                self._error = error
+                self._changed.notify_all()
+
+    def _admit(self, worker: _Worker) -> None:
+        """Copy those patches of a worker that there is room for."""
+        while worker.pending:
+            run, ticket, make = worker.pending[0]
+            with self._changed:
+                is_wanted = run == self._feed.run and ticket >= self._floor
+                has_room = ticket < self._left + self._max_length
+            if is_wanted and not has_room:
+                return
+            worker.pending.popleft()
+            if is_wanted:
+                patch = make()
+                _keep_enough(self._memory, patch, self._max_length)
+                with self._changed:
+                    if run == self._feed.run and ticket >= self._floor:
+                        self._held[ticket] = patch
+                        self._changed.notify_all()
+
+    def _wait(self, changes: int) -> list[_Worker]:
+        """Wait until something has changed or a message is there; give the workers that have sent one."""
+        awake = {worker.reader: worker for worker in self._workers if not worker.pending and not worker.is_resting}
+        ends = {worker.process.sentinel: worker for worker in self._workers}
+        with self._changed:
+            if changes != self._changes:
+                return []
+            self._is_asleep = True
+        ready = connection.wait([*awake, *ends, self._woken])
+        with self._changed:
+            self._is_asleep = False
+        if self._woken in ready:
+            self._woken.recv_bytes()
+        ended = [worker for end, worker in ends.items() if end in ready]
+        if ended and not self._is_closed:
+            raise self._death_of(ended[0])
+        return [worker for reader, worker in awake.items() if reader in ready]
+
+    def _death_of(self, worker: _Worker) -> WorkerError:
+        code = worker.process.exitcode
+        how = f"was killed by {_signal_name(-code)}" if code is not None and code < 0 else f"ended with exit code {code}"
+        task = next(iter(worker.tasks), None)
+        at = "" if task is None else f" while it was making patches of {name_of(self._maker.dataset, task.subject)}"
+        return WorkerError(
+            f"the queue's worker process {worker.process.pid} {how}{at}. A kill often means that memory ran out: use fewer"
+            " workers, or images that are smaller or not compressed"
+        )
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _keep_enough(memory: FreedMemory, patch: Subject, max_length: int) -> None:
+    """Let the memory of as many patches as may be held be used again."""
+    size = sum(image.memory for image in patch.images.values())
+    memory.kept_bytes = max(memory.kept_bytes, size * max_length)
