@@ -60,8 +60,8 @@ class Planner:
         self._world_size = world_size
         self._drop_last = drop_last
         self._drawn: tuple[int, list[int]] | None = None
-        self._epoch_step = 1
-        self._last_epoch: int | None = None
+        self._begun: tuple[int, int] | None = None
+        self._step = 1
 
     # Subjects
 
@@ -138,16 +138,18 @@ class Planner:
         if not hasattr(self.subject_sampler, "set_epoch"):
             return None
         twin = copy.copy(self.subject_sampler)
-        twin.set_epoch(twin.epoch + self._epoch_step)
+        begun, of_sampler = self._begun or (0, twin.epoch)
+        twin.set_epoch(of_sampler + self._step * (epoch - begun))
         return self._in_order(epoch, list(twin), twin)
 
     def begin(self, epoch: int) -> EpochSchedule:
         """Make the schedule of an epoch that begins now."""
-        own = getattr(self.subject_sampler, "epoch", None)
-        if own is not None:
-            # Where nobody calls `set_epoch`, the next epoch will be as this one.
-            self._epoch_step = 1 if self._last_epoch is None else own - self._last_epoch
-            self._last_epoch = own
+        if hasattr(self.subject_sampler, "set_epoch"):
+            own = self.subject_sampler.epoch
+            if self._begun is not None and self._begun[0] != epoch:
+                # Where nobody calls `set_epoch`, the next epoch will be as this one.
+                self._step = (own - self._begun[1]) // (epoch - self._begun[0])
+            self._begun = (epoch, own)
         schedule = self.schedule(epoch)
         self._drawn = None
         return schedule

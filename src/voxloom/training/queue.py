@@ -19,7 +19,7 @@ from ..core.sizes import as_int
 from ..errors import QueueError, SizeError, SubjectError, VoxloomError
 from ..sampling.patches import PatchSource
 from ..sampling.random import PatchSampler
-from ..volumes.loading import SubjectsDataset, Transform
+from ..volumes.loading import SubjectsDataset, Transform, one_reader
 from ..volumes.subject import Subject
 from .feeding import TaskFeed
 from .making import PatchMaker, PatchTask, name_of
@@ -93,6 +93,8 @@ class Queue(IterableDataset[Subject]):
         >>> [tuple(batch.t1.data.shape) for batch in loader]
         [(4, 1, 16, 16, 16), (4, 1, 16, 16, 16), (4, 1, 16, 16, 16)]
     """
+
+    needs_one_reader = True
 
     # What runs; a copy in another process has none of it.
     _stream: PatchStream | None
@@ -257,10 +259,7 @@ class Queue(IterableDataset[Subject]):
     def __iter__(self) -> Iterator[Subject]:
         worker = get_worker_info()
         if worker is not None:
-            raise QueueError(
-                "a queue cannot be read by the workers of a loader, because each would give all of its patches: use the loader"
-                f" with num_workers=0, and let the queue have the workers: Queue(..., num_workers={worker.num_workers})"
-            )
+            raise QueueError(one_reader(worker.num_workers))
         return self._pass()
 
     def _pass(self) -> Iterator[Subject]:

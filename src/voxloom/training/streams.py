@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from multiprocessing import connection
@@ -29,6 +30,8 @@ __all__ = ["TASKS_AHEAD", "LocalStream", "PatchStream", "WorkerStream"]
 TASKS_AHEAD = 2
 # How long this process waits for a patch before it makes sure that the workers live, in seconds.
 LIVENESS_SECONDS = 1.0
+# How long closing waits for the workers, in seconds: PyTorch gives them five to end by themselves.
+CLOSING_SECONDS = 30.0
 
 
 class PatchStream(Protocol):
@@ -187,8 +190,26 @@ class _Worker:
         return message
 
     def close(self) -> None:
-        """Let PyTorch end the process, which it does when nobody refers to the iterator any more."""
-        self._iterator = None
+        """End the process, also where a traceback still refers to the iterator, which would otherwise end it some time."""
+        self._iterator._shutdown_workers()
+
+    def keep_iterator(self) -> None:
+        """In a forked process: never let go of the iterator, because it would end a process that is its parent's."""
+        _of_parents.append(self._iterator)
+
+
+_of_parents: list[Any] = []
+_streams: weakref.WeakSet["WorkerStream"] = weakref.WeakSet()
+
+
+def _keep_iterators() -> None:
+    for stream in tuple(_streams):
+        for worker in stream.workers:
+            worker.keep_iterator()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_keep_iterators)
 
 
 class _Tasks(Sampler[PatchTask | None]):
@@ -254,9 +275,10 @@ class WorkerStream:
         self._woken, self._waker = multiprocessing.Pipe(duplex=False)
         self._set_out(feed, left)
         messages = _Messages(maker)
-        self._workers: list[_Worker] = []
+        self.workers: list[_Worker] = []
+        _streams.add(self)
         for number in range(num_workers):
-            self._workers.append(_Worker(messages, functools.partial(self._next_task, number), context))
+            self.workers.append(_Worker(messages, functools.partial(self._next_task, number), context))
         self._thread = threading.Thread(target=self._receive, name="voxloom queue", daemon=True)
         self._thread.start()
 
@@ -315,7 +337,7 @@ class WorkerStream:
         """Raise the error that the thread has met, or that a worker has died."""
         if self._error is not None:
             raise self._error
-        for worker in self._workers:
+        for worker in self.workers:
             if not worker.process.is_alive():
                 self._error = self._death_of(worker)
                 raise self._error
@@ -338,9 +360,8 @@ class WorkerStream:
             self._is_closed = True
             self._held = {}
             self._maker.wanted[0] = -1
-        self._thread.join(LIVENESS_SECONDS)
-        for worker in self._workers:
-            worker.close()
+        if threading.current_thread() is not self._thread:  # which may be where the garbage collector runs
+            self._thread.join(CLOSING_SECONDS)
 
     # What the thread that receives does
 
@@ -350,7 +371,7 @@ class WorkerStream:
                 with self._changed:
                     changes = self._changes
                     has_set_out, self._has_set_out = self._has_set_out, False
-                for worker in self._workers:
+                for worker in self.workers:
                     worker.is_resting &= not has_set_out
                     self._admit(worker)
                 for worker in self._wait(changes):
@@ -360,9 +381,15 @@ class WorkerStream:
                         worker.pending.extend((message.run, ticket, make) for ticket, make in contents)
                         self.skipped |= {(subject.epoch, subject.subject): subject for subject in message.skipped}
         except BaseException as error:  # noqa: BLE001 - it is raised again where patches are taken
+            dead = [worker for worker in self.workers if not worker.process.is_alive()]
             with self._changed:
-                self._error = error
+                # PyTorch notices a death too, but says less of it.
+                self._error = self._death_of(dead[0]) if dead else error.with_traceback(None)
                 self._changed.notify_all()
+        finally:
+            self._maker.wanted[0] = -1
+            for worker in self.workers:
+                worker.close()
 
     def _admit(self, worker: _Worker) -> None:
         """Copy those patches of a worker that there is room for."""
@@ -384,8 +411,8 @@ class WorkerStream:
 
     def _wait(self, changes: int) -> list[_Worker]:
         """Wait until something has changed or a message is there; give the workers that have sent one."""
-        awake = {worker.reader: worker for worker in self._workers if not worker.pending and not worker.is_resting}
-        ends = {worker.process.sentinel: worker for worker in self._workers}
+        awake = {worker.reader: worker for worker in self.workers if not worker.pending and not worker.is_resting}
+        ends = {worker.process.sentinel: worker for worker in self.workers}
         with self._changed:
             if changes != self._changes:
                 return []
@@ -401,6 +428,7 @@ class WorkerStream:
         return [worker for reader, worker in awake.items() if reader in ready]
 
     def _death_of(self, worker: _Worker) -> WorkerError:
+        worker.process.join(LIVENESS_SECONDS)  # it may have closed its pipes, but not ended yet
         code = worker.process.exitcode
         how = f"was killed by {_signal_name(-code)}" if code is not None and code < 0 else f"ended with exit code {code}"
         task = next(iter(worker.tasks), None)

@@ -1,13 +1,13 @@
 """A data set of subjects, and a loader whose batches are `SubjectsBatch`."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..core.sizes import type_names
-from ..errors import SizeError, SubjectError
+from ..errors import QueueError, SizeError, SubjectError
 from .batch import SubjectsBatch, collate_subjects
 from .subject import Subject
 
@@ -113,6 +113,30 @@ class Drawable(Protocol):
     def __len__(self) -> int: ...
 
 
+@runtime_checkable
+class Resumable(Protocol):
+    """A data set that knows by itself how far it has been read, and so can be read by one process only, as a queue is."""
+
+    needs_one_reader: bool
+    """True."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Say how far."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from there."""
+        ...
+
+
+def one_reader(num_workers: int) -> str:
+    """Say why a queue is not read by a loader's workers, and what to do."""
+    return (
+        "a queue cannot be read by the workers of a loader, because each would give all of its patches: use the loader with"
+        f" num_workers=0, and let the queue have the workers: Queue(..., num_workers={num_workers})"
+    )
+
+
 class _DrawOrder(Sampler[tuple[int, int, int]]):
     """The draws of one epoch after the other, as indices: so they are the same for every number of workers."""
 
@@ -157,6 +181,8 @@ class SubjectsLoader(DataLoader[Any]):
             self._source = dataset
             kwargs["sampler"] = _DrawOrder(dataset)
             dataset = dataset.indexed()
+        if isinstance(dataset, Resumable) and kwargs.get("num_workers"):
+            raise QueueError(one_reader(kwargs["num_workers"]))
         self._delivered: tuple[int, int] | None = None
         super().__init__(dataset, batch_size=batch_size, **kwargs)
 
@@ -172,24 +198,27 @@ class SubjectsLoader(DataLoader[Any]):
             yield batch
         self._delivered = (self.sampler.epoch + 1, 0)
 
-    def state_dict(self) -> dict[str, int]:
-        """Say how many draws of which epoch of a sampler have been delivered; what workers have prepared does not count.
+    def state_dict(self) -> dict[str, Any]:
+        """Say which patches of a queue, or how many draws of a sampler, have been delivered; what is prepared does not count.
 
         Raises:
-            SubjectError: if the data set is no sampler with a number of patches.
+            SubjectError: if the data set is neither a queue nor a sampler with a number of patches.
         """
-        source = self._resumable()
-        epoch, draw = source.upcoming if self._delivered is None else self._delivered
-        return {"seed": source.seed, "epoch": epoch, "draw": draw}
+        if self._source is None:
+            return self._resumable().state_dict()
+        epoch, draw = self._source.upcoming if self._delivered is None else self._delivered
+        return {"seed": self._source.seed, "epoch": epoch, "draw": draw}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue with the batch that follows those that `state_dict` counted."""
-        source = self._resumable()
-        source.seed = state["seed"]
-        source.seek(state["epoch"], state["draw"])
+        if self._source is None:
+            self._resumable().load_state_dict(state)
+            return
+        self._source.seed = state["seed"]
+        self._source.seek(state["epoch"], state["draw"])
         self._delivered = (state["epoch"], state["draw"])
 
-    def _resumable(self) -> Drawable:
-        if self._source is None:
-            raise SubjectError("only a loader of a sampler with num_patches can be resumed")
-        return self._source
+    def _resumable(self) -> Resumable:
+        if not isinstance(self.dataset, Resumable):
+            raise SubjectError("only a loader of a queue, or of a sampler with num_patches, can be resumed")
+        return self.dataset

@@ -1,0 +1,228 @@
+"""Feeding a training loop side by side: voxloom's queue, TorchIO's, and MONAI's loader.
+
+Pairs of an image and a label map lie on disk as .nii.gz. Two epochs are trained, each step of which takes the same time and none
+of the processor's, as on a GPU. Each system lives in a process of its own; rounds alternate between them. Measured are the time
+from making the queue to the first batch, the time to the first batch of the second epoch, the longest wait afterwards, and all
+waiting of an epoch; and, in a process that has done nothing before, the memory of that process beyond what it had, and of its
+workers in all: proportional set sizes, in which what processes share is counted once.
+
+    python benchmarks/training.py [--subjects 16] [--size 160] [--patch 64] [--samples 16] [--step 0.1] [--workers 2] [--rounds 5]
+"""
+
+import argparse
+import gc
+import importlib
+import multiprocessing
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+
+BATCH = 16
+POLL_SECONDS = 0.02
+
+
+def write_pairs(folder, subjects, size):
+    """Smooth noise with a bright ball in it, which compresses as scans do, and the label of the ball."""
+    import voxloom as vx
+
+    pairs = []
+    for number in range(subjects):
+        rng = np.random.default_rng(number)
+        axes = np.meshgrid(*[np.arange(size) - size * (0.3 + 0.4 * rng.random()) for _ in range(3)], indexing="ij", sparse=True)
+        ball = sum(axis**2 for axis in axes) < (size / 5) ** 2
+        image = (300 + 400 * ball + 40 * rng.standard_normal(ball.shape)).astype(np.int16)
+        pair = folder / f"{number:03}_t1.nii.gz", folder / f"{number:03}_seg.nii.gz"
+        vx.ScalarImage(torch.from_numpy(image)[None]).save(pair[0])
+        vx.LabelMap(torch.from_numpy(ball.astype(np.uint8))[None]).save(pair[1])
+        pairs.append(pair)
+    return pairs
+
+
+def make_queue(library, pairs, settings):
+    """For voxloom and TorchIO, whose queues are made alike."""
+    library = importlib.import_module(library)
+    subjects = [library.Subject(t1=library.ScalarImage(image), seg=library.LabelMap(label)) for image, label in pairs]
+    sampler = library.LabelSampler(settings.patch, "seg", {0: 1, 1: 1})
+    queue = library.Queue(
+        library.SubjectsDataset(subjects), settings.max_length, settings.samples, sampler, num_workers=settings.workers
+    )
+    return library.SubjectsLoader(queue, batch_size=BATCH)
+
+
+def make_monai(pairs, settings):
+    from monai.data import DataLoader, Dataset
+    from monai.transforms import Compose, EnsureChannelFirstd, LoadImaged, RandCropByPosNegLabeld
+
+    keys = ["t1", "seg"]
+    transform = Compose(
+        [
+            LoadImaged(keys),
+            EnsureChannelFirstd(keys),
+            RandCropByPosNegLabeld(keys, "seg", (settings.patch,) * 3, pos=1, neg=1, num_samples=settings.samples),
+        ]
+    )
+    dataset = Dataset([{"t1": str(image), "seg": str(label)} for image, label in pairs], transform)
+    # All patches of a batch are from the same subject: MONAI does not mix.
+    return DataLoader(dataset, batch_size=max(1, BATCH // settings.samples), shuffle=True, num_workers=settings.workers)
+
+
+SYSTEMS = {
+    "voxloom": lambda pairs, settings: make_queue("voxloom", pairs, settings),
+    "TorchIO": lambda pairs, settings: make_queue("torchio", pairs, settings),
+    "MONAI": make_monai,
+}
+
+
+def read(batch):
+    """Look at all of a batch, as copying it to a GPU does; give the number of patches."""
+    tensors = [batch[name]["data"] if isinstance(batch[name], dict) else batch[name] for name in ("t1", "seg")]
+    for tensor in tensors:
+        tensor.max()
+    return len(tensors[0])
+
+
+def train(make, pairs, settings):
+    """Two epochs: the waits of each."""
+    began = time.perf_counter()
+    loader = make(pairs, settings)
+    epochs = []
+    for _ in range(2):
+        waits, patches = [], 0
+        for batch in loader:
+            waits.append(time.perf_counter() - began)
+            patches += read(batch)
+            time.sleep(settings.step)
+            began = time.perf_counter()
+        assert patches == settings.subjects * settings.samples, patches
+        epochs.append(waits)
+        began = time.perf_counter()
+    (first, *rest), (second, *more) = epochs
+    return {"first": first, "second": second, "worst": max(rest + more), "idle": (sum(rest) + second + sum(more)) / 2}
+
+
+def serve(name, pairs, settings, connection):
+    warnings.simplefilter("ignore")
+    multiprocessing.set_start_method("fork", force=True)  # as usual on Linux; it was inherited from the process above
+    small = argparse.Namespace(**vars(settings) | {"subjects": 2, "step": 0})
+    train(SYSTEMS[name], pairs[:2], small)
+    gc.collect()
+    connection.send("ready")
+    while connection.recv():
+        gc.collect()
+        connection.send(train(SYSTEMS[name], pairs, settings))
+
+
+def proportional_bytes(pid):
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    except (OSError, StopIteration):
+        return 0
+
+
+def children_of(pid):
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def watch(pid, stop, peaks):
+    """Keep the peak of a process, and that of the sum of its workers."""
+    while not stop.is_set():
+        peaks["main"] = max(peaks["main"], proportional_bytes(pid))
+        peaks["workers"] = max(peaks["workers"], sum(proportional_bytes(child) for child in children_of(pid)))
+        stop.wait(POLL_SECONDS)
+
+
+def start(name, pairs, settings):
+    context = multiprocessing.get_context("spawn")
+    pipe, theirs = context.Pipe()
+    process = context.Process(target=serve, args=(name, pairs, settings, theirs))
+    process.start()
+    assert pipe.recv() == "ready"
+    return process, pipe
+
+
+def measure_times(pairs, settings):
+    started = {name: start(name, pairs, settings) for name in SYSTEMS}
+    results = {name: [] for name in SYSTEMS}
+    for number in range(settings.rounds):
+        for name in SYSTEMS if number % 2 else reversed(SYSTEMS):
+            pipe = started[name][1]
+            pipe.send(True)
+            results[name].append(pipe.recv())
+    for process, pipe in started.values():
+        pipe.send(False)
+        process.join()
+    return {name: {key: statistics.median(row[key] for row in rows) for key in rows[0]} for name, rows in results.items()}
+
+
+def measure_memory(name, pairs, settings):
+    """In a process that has done nothing else yet."""
+    process, pipe = start(name, pairs, settings)
+    rest, stop = proportional_bytes(process.pid), threading.Event()
+    peaks = {"main": rest, "workers": 0}
+    watcher = threading.Thread(target=watch, args=(process.pid, stop, peaks))
+    watcher.start()
+    pipe.send(True)
+    pipe.recv()
+    stop.set()
+    watcher.join()
+    pipe.send(False)
+    process.join()
+    return {"main": (peaks["main"] - rest) / 1e6, "workers": peaks["workers"] / 1e6}
+
+
+def least_wait(pairs, settings):
+    """How long it takes to load as many subjects as the first batch needs, shared by the workers."""
+    import voxloom as vx
+
+    queue = make_queue("voxloom", pairs, argparse.Namespace(**vars(settings) | {"workers": 0})).dataset
+    patches = [patch.patch_location.subject_index for _, patch in zip(range(BATCH), queue, strict=False)]
+    began = time.perf_counter()
+    for image, label in pairs[:4]:
+        vx.Subject(t1=vx.ScalarImage(image), seg=vx.LabelMap(label)).load()
+    seconds = (time.perf_counter() - began) / 4
+    return len(set(patches)), seconds
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--subjects", type=int, default=16, help="pairs of an image and a label map")
+    parser.add_argument("--size", type=int, default=160, help="voxels of a volume on each axis")
+    parser.add_argument("--patch", type=int, default=64, help="voxels of a patch on each axis")
+    parser.add_argument("--samples", type=int, default=16, help="patches of each volume")
+    parser.add_argument("--max-length", type=int, default=64, help="patches that a queue holds")
+    parser.add_argument("--step", type=float, default=0.1, help="seconds of a training step")
+    parser.add_argument("--workers", type=int, default=2, help="processes")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds")
+    settings = parser.parse_args()
+    print(f"\n{platform.machine()}, {os.cpu_count()} cores, PyTorch {torch.__version__}, {settings.workers} workers")
+    print(
+        f"{settings.subjects} pairs of {settings.size}³ (.nii.gz, int16 and uint8), {settings.samples} patches of"
+        f" {settings.patch}³ each, {settings.max_length} held, batches of {BATCH}, steps of {settings.step} s\n"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        pairs = write_pairs(Path(folder), settings.subjects, settings.size)
+        needed, seconds = least_wait(pairs, settings)
+        print(f"Loading a pair takes {seconds:.3f} s; the first batch has patches of {needed} subjects\n")
+        print("| | first batch, s | of 2nd epoch, s | longest wait, s | idle per epoch, s | main, MB | workers, MB |")
+        print("|---|---|---|---|---|---|---|")
+        for name, row in measure_times(pairs, settings).items():
+            row |= measure_memory(name, pairs, settings)
+            times = " | ".join(f"{row[key]:.3f}" for key in ("first", "second", "worst", "idle"))
+            print(f"| {name} | {times} | {row['main']:.0f} | {row['workers']:.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

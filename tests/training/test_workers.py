@@ -1,0 +1,575 @@
+"""Queues with processes of their own, on files: the same patches for any number of them, and an error for every fault."""
+
+import contextlib
+import gc
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+import voxloom as vx
+from voxloom.errors import CorruptImageError, ImageFileError, QueueError, SubjectError, WorkerError
+
+PATCH = 8
+SHAPES = [(20, 17, 23), (16, 24, 19), (25, 16, 18), (21, 21, 21), (18, 22, 16), (23, 19, 20), (17, 18, 26), (24, 16, 16)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scans")
+    for number, shape in enumerate(SHAPES):
+        rng = np.random.default_rng(number)
+        affine = np.diag([1, 2, 3, 1])
+        image = torch.from_numpy(rng.integers(-1000, 1000, (1, *shape)).astype(np.int16))
+        vx.ScalarImage(image, affine=affine).save(folder / f"{number}_t1.nii.gz")
+        vx.LabelMap((image > 500).to(torch.uint8), affine=affine).save(folder / f"{number}_seg.nii.gz")
+    return folder
+
+
+def subjects_in(folder):
+    return [
+        vx.Subject(
+            t1=vx.ScalarImage(folder / f"{number}_t1.nii.gz"), seg=vx.LabelMap(folder / f"{number}_seg.nii.gz"), name=f"s{number}"
+        )
+        for number in range(len(SHAPES))
+    ]
+
+
+def make_queue(folder, num_workers=2, max_length=12, samples=7, **more):
+    dataset = vx.SubjectsDataset(subjects_in(folder), transform=more.pop("own_transform", None))
+    sampler = more.pop("sampler", vx.LabelSampler(PATCH, "seg"))
+    return vx.Queue(dataset, max_length, samples, sampler, num_workers=num_workers, seed=11, **more)
+
+
+def bits(patch):
+    location = patch.patch_location
+    data = patch.t1.data
+    return location.subject_index, location.index, patch["name"], data.dtype, data.numpy().tobytes(), patch.seg.data.sum().item()
+
+
+def of_torch(subject):
+    sums = torch.rand(300_000).sum()
+    return vx.Subject(dict(subject) | {"t1": subject.t1.new_like(subject.t1.data.float() * sums)})
+
+
+def of_numpy_and_python(subject):
+    return vx.Subject(
+        dict(subject) | {"t1": subject.t1.new_like(subject.t1.data * np.float32(np.random.rand() + random.random()))}
+    )
+
+
+def of_a_patch(patch):
+    value = torch.randn(1) + np.float32(np.random.randn() + random.gauss(0, 1))
+    if random.random() < 0.5:
+        patch.t1.set_data(patch.t1.data.flip(1))
+    patch.t1.set_data(patch.t1.data + value)
+    return patch
+
+
+TRANSFORMS = {"own_transform": of_torch, "transform": of_numpy_and_python, "patch_transform": of_a_patch}
+
+
+@pytest.fixture(scope="module")
+def expected(folder):
+    queue = make_queue(folder, num_workers=0, **TRANSFORMS)
+    return [[bits(patch) for patch in queue] for _ in range(3)]
+
+
+def processes_of(queue):
+    return [worker.process for worker in queue._stream.workers]
+
+
+def children():
+    return {int(child) for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()}
+
+
+# The same for any number of workers
+
+
+@pytest.mark.parametrize(("num_workers", "context"), [(1, None), (2, None), (4, None), (2, "spawn"), (2, "forkserver")])
+def test_the_same_patches_bit_for_bit_for_every_number_of_workers(folder, expected, num_workers, context):
+    queue = make_queue(folder, num_workers, multiprocessing_context=context, **TRANSFORMS)
+    assert [[bits(patch) for patch in queue] for _ in range(3)] == expected
+    queue.close()
+
+
+@pytest.mark.parametrize("max_length", [1, 2, 5, 100])
+@pytest.mark.parametrize("samples", [1, 9])
+def test_the_same_for_every_length(folder, max_length, samples):
+    alone, shared = (make_queue(folder, number, max_length, samples) for number in (0, 3))
+    for _ in range(2):
+        assert [bits(patch) for patch in alone] == [bits(patch) for patch in shared]
+
+
+def test_a_grid_in_workers(folder):
+    alone, shared = (make_queue(folder, number, sampler=vx.GridSampler(patch_size=PATCH, patch_overlap=4)) for number in (0, 2))
+    assert len(alone) == len(shared) > 200
+    assert [bits(patch) for patch in alone] == [bits(patch) for patch in shared]
+
+
+def test_messages_of_every_size(folder, monkeypatch):
+    alone = [bits(patch) for patch in make_queue(folder, 0)]
+    for num_bytes in (1, 5000, 10**9):
+        monkeypatch.setattr("voxloom.training.queue.MESSAGE_BYTES", num_bytes)
+        queue = make_queue(folder)
+        assert queue._patches_per_message == {1: 1, 5000: 3, 10**9: 12}[num_bytes]
+        assert [bits(patch) for patch in queue] == alone
+
+
+def test_transforms_that_change_type_and_size(folder):
+    """Nobody knows beforehand how large the patches will be."""
+
+    def grow(subject):
+        channels = 1 + subject.t1.data.shape[1] % 3
+        t1 = subject.t1.new_like(subject.t1.data.double().repeat(channels, 1, 1, 1))
+        return vx.Subject(dict(subject) | {"t1": t1, "more": vx.ScalarImage(t1.data[:1].half(), affine=t1.affine)})
+
+    alone, shared = ([bits(patch) for patch in make_queue(folder, number, transform=grow)] for number in (0, 2))
+    assert alone == shared
+    assert alone[0][3] == torch.float64
+
+
+def test_what_is_said_of_patches_arrives_too(folder):
+    def describe(subject):
+        subject["clinic"] = torch.arange(4)
+        subject.t1["protocol"] = "mprage"
+        return subject
+
+    for patch in make_queue(folder, transform=describe):
+        location = patch.patch_location
+        assert torch.equal(patch["clinic"], torch.arange(4))
+        assert patch.t1["protocol"] == "mprage"
+        assert patch.t1.path == subjects_in(folder)[location.subject_index].t1.path
+        assert np.array_equal(
+            patch.t1.affine,
+            [[1, 0, 0, location.index[0]], [0, 2, 0, 2 * location.index[1]], [0, 0, 3, 3 * location.index[2]], [0, 0, 0, 1]],
+        )
+
+
+def test_resumed_with_other_workers(folder, expected):
+    queue = make_queue(folder, 2, **TRANSFORMS)
+    for number, _ in enumerate(queue):
+        if number == 29:
+            break
+    state = queue.state_dict()
+    for num_workers in (0, 1, 3):
+        resumed = make_queue(folder, num_workers, **TRANSFORMS)
+        resumed.load_state_dict(state)
+        assert [bits(patch) for patch in resumed] == expected[0][30:]
+        assert [bits(patch) for patch in resumed] == expected[1]
+
+
+def test_a_queue_is_rewound_while_its_workers_run(folder, expected):
+    queue = make_queue(folder, 2, **TRANSFORMS)
+    patches = iter(queue)
+    states = []
+    for _ in range(20):
+        next(patches)
+        states.append(queue.state_dict())
+    for number in (15, 3, 3):
+        queue.load_state_dict(states[number])
+        assert [bits(patch) for patch in queue] == expected[0][number + 1 :]
+    with pytest.raises(QueueError, match="another one has begun"):
+        next(patches)
+
+
+def test_a_started_queue_can_be_pickled(folder, expected):
+    queue = make_queue(folder, 2, **TRANSFORMS)
+    next(iter(queue))
+    copy = pickle.loads(pickle.dumps(queue))
+    assert [bits(patch) for patch in copy] == [bits(patch) for patch in queue] == expected[1]
+
+
+# Ahead, but not too far
+
+
+def test_no_more_patches_are_held_than_was_said(folder):
+    queue = make_queue(folder, 3, max_length=5, samples=9)
+    for number, _ in enumerate(queue):
+        if number % 5 == 0:
+            time.sleep(0.02)
+        assert queue.num_patches <= 5
+
+
+def wait_until(condition, seconds=20):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_workers_begin_before_they_are_asked(folder):
+    queue = make_queue(folder, 2, max_length=5)
+    wait_until(lambda: queue.num_patches == 5)
+    idle = make_queue(folder, 2, start_background=False)
+    assert idle._stream is None
+    assert idle.num_patches == 0
+
+
+def test_the_next_epoch_is_loaded_while_one_comes_to_its_end(folder, tmp_path):
+    def note(subject):
+        (tmp_path / f"{time.monotonic_ns()}_{os.getpid()}_{subject['name']}").touch()
+        return subject
+
+    queue = make_queue(folder, 2, max_length=10, transform=note)
+    patches = iter(queue)
+    for _ in range(len(queue)):
+        next(patches)
+    wait_until(lambda: len(list(tmp_path.iterdir())) > len(SHAPES))
+    wait_until(lambda: queue.num_patches == 10)
+    assert list(patches) == []
+    assert queue.num_patches == 10
+
+
+def test_leaving_an_epoch_does_not_wait_for_it(folder, tmp_path):
+    """Each subject takes a while; after the first patch the rest of the epoch is not loaded any more."""
+
+    def slow(subject):
+        time.sleep(0.1)
+        (tmp_path / f"{time.monotonic_ns()}").touch()
+        return subject
+
+    queue = make_queue(folder, 2, max_length=4, samples=8, transform=slow)
+    for _ in range(3):
+        next(iter(queue))
+    loaded = len(list(tmp_path.iterdir()))
+    assert loaded < 2 * len(SHAPES)  # of 24 in three epochs
+    assert queue.state_dict()["epoch"] == 2
+
+
+class Alternating:
+    """A sampler of subjects that nobody can foresee."""
+
+    def __init__(self):
+        self.passes = 0
+
+    def __iter__(self):
+        self.passes += 1
+        return iter([self.passes % 8, 0, 3])
+
+    def __len__(self):
+        return 3
+
+
+def test_an_order_that_cannot_be_foreseen(folder):
+    queue = make_queue(folder, 2, subject_sampler=Alternating(), shuffle_subjects=False)
+    for epoch in range(4):
+        subjects = {patch.patch_location.subject_index for patch in queue}
+        assert subjects == {(epoch + 1) % 8, 0, 3}
+
+
+def test_a_distributed_sampler_is_foreseen(folder):
+    sampler = torch.utils.data.DistributedSampler(SHAPES, num_replicas=2, rank=0, seed=3)
+    alone = make_queue(folder, 0, subject_sampler=sampler, shuffle_subjects=False)
+    shared = make_queue(folder, 2, subject_sampler=sampler, shuffle_subjects=False)
+    runs = []
+    for epoch in (0, 1, 2, 5, 5):
+        sampler.set_epoch(epoch)
+        assert [bits(patch) for patch in alone] == [bits(patch) for patch in shared]
+        runs.append(shared._run)
+    # Only the jumps were not foreseen.
+    assert runs == [1, 1, 1, 2, 3]
+
+
+# Faults
+
+
+def damage(folder, target, number, how):
+    for file in folder.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    path = target / f"{number}_t1.nii.gz"
+    if how == "missing":
+        return path
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    return path
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("how", ["missing", "truncated"])
+def test_a_file_that_cannot_be_read(folder, tmp_path, num_workers, how):
+    path = damage(folder, tmp_path, 5, how)
+    queue = make_queue(tmp_path, num_workers, start_background=False)
+    if how == "missing":
+        path.unlink()
+    with pytest.raises(ImageFileError, match="subject 5") as caught:
+        list(queue)
+    text = str(caught.value)
+    assert str(path) in text
+    if num_workers:
+        assert "Traceback" in text
+        assert "in worker" in text or "DataLoader worker process" in text
+        assert isinstance(caught.value, CorruptImageError) == (how == "truncated")
+    # The queue can be used again, once the file is there.
+    path.write_bytes((folder / path.name).read_bytes())
+    assert len(list(queue)) == len(queue)
+
+
+def test_an_error_comes_at_once(folder):
+    """Although there are patches that could be taken first."""
+
+    def fail(subject):
+        if subject["name"] == "s7":
+            raise ValueError("no such luck")
+        return subject
+
+    queue = make_queue(folder, 2, max_length=1000, transform=fail, shuffle_subjects=False, shuffle_patches=False)
+    wait_until(lambda: queue._stream._error is not None)
+    assert queue.num_patches > 0
+    with pytest.raises(ValueError, match=r"(?s)no such luck.*This was subject 7 \(t1: .*7_t1.nii.gz"):
+        next(iter(queue))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 3])
+def test_subjects_that_cannot_be_read_are_skipped(folder, tmp_path, num_workers):
+    damage(folder, tmp_path, 5, "truncated")
+    queue = make_queue(tmp_path, num_workers, on_error="skip", **TRANSFORMS)
+    whole = make_queue(folder, 0, **TRANSFORMS)
+    reference = make_queue(tmp_path, 0, on_error="skip", **TRANSFORMS)
+    for _ in range(2):
+        with pytest.warns(RuntimeWarning, match=r"1 of 8 subjects were skipped.*subject 5 .*5_t1.nii.gz"):
+            patches = [bits(patch) for patch in queue]
+        with pytest.warns(RuntimeWarning):
+            assert patches == [bits(patch) for patch in reference]
+        assert len(patches) == len(queue) == 8 * 7
+        assert list(queue.skipped) == [5]
+        assert "CorruptImageError" in queue.skipped[5]
+        subjects = [patch[0] for patch in patches]
+        assert 5 not in subjects
+        # Those of the others are as without the fault, and one of them has made seven more, all different.
+        wholes = [bits(patch) for patch in whole]
+        others = [patch for patch in wholes if patch[0] != 5]
+        assert set(others) < set(patches)
+        assert len(set(patches)) == 56
+        assert sorted(subjects.count(subject) for subject in set(subjects)) == [7] * 6 + [14]
+
+
+def test_two_neighbours_are_skipped(folder, tmp_path):
+    def fail(subject):
+        if subject["name"] in ("s2", "s3", "s7"):
+            raise ValueError(subject["name"])
+        return subject
+
+    settings = {"on_error": "skip", "transform": fail, "shuffle_subjects": False}
+    with pytest.warns(RuntimeWarning, match="3 of 8 subjects"):
+        patches = [bits(patch) for patch in make_queue(folder, 0, **settings)]
+    with pytest.warns(RuntimeWarning):
+        assert patches == [bits(patch) for patch in make_queue(folder, 2, **settings)]
+    assert len(set(patches)) == 56
+    subjects = [patch[0] for patch in patches]
+    assert [subjects.count(number) for number in range(8)] == [14, 7, 0, 0, 21, 7, 7, 0]
+
+
+@pytest.mark.filterwarnings("ignore:.*were skipped")
+def test_a_run_with_skipped_subjects_is_resumed_as_it_was(folder):
+    def fail(subject):
+        if subject["name"] == "s2":
+            raise ValueError("not readable")
+        return subject
+
+    queue = make_queue(folder, 2, on_error="skip", transform=fail)
+    everything, states = [], []
+    for patch in queue:
+        everything.append(bits(patch))
+        states.append(queue.state_dict())
+    assert states[-1]["position"] == 0
+    assert any(state.get("skipped") == [(2, 0)] for state in states)
+    for number in (3, 20, 40, 54):
+        # Without the fault, too: what was skipped stays skipped for the rest of the epoch.
+        for transform in (fail, None) if states[number]["skipped"] else (fail,):
+            resumed = make_queue(folder, 1, on_error="skip", transform=transform)
+            resumed.load_state_dict(states[number])
+            assert resumed.state_dict() == states[number]
+            assert [bits(patch) for patch in resumed] == everything[number + 1 :]
+
+
+def test_nothing_can_be_read(folder):
+    def fail(subject):
+        raise ValueError("never")
+
+    for num_workers in (0, 2):
+        queue = make_queue(folder, num_workers, on_error="skip", transform=fail)
+        with pytest.raises(SubjectError, match=r"was skipped, and so were all 7 that could stand in for it.*ValueError: never"):
+            list(queue)
+
+
+def test_an_error_of_a_patch_transform(folder):
+    def fail(patch):
+        if patch.patch_location.subject_index == 4 and patch.patch_location.index[0] % 2:
+            raise ZeroDivisionError("odd")
+        return patch
+
+    for num_workers in (0, 2):
+        with pytest.raises(ZeroDivisionError, match="odd"):
+            list(make_queue(folder, num_workers, patch_transform=fail))
+    with pytest.warns(RuntimeWarning, match="1 of 8"):
+        alone = [bits(patch) for patch in make_queue(folder, 0, patch_transform=fail, on_error="skip")]
+    with pytest.warns(RuntimeWarning, match="1 of 8"):
+        assert alone == [bits(patch) for patch in make_queue(folder, 2, patch_transform=fail, on_error="skip")]
+    assert len(alone) == 56
+
+
+def test_subjects_without_foreground_are_left_to_the_sampler(folder):
+    def clear(subject):
+        if subject["name"] == "s6":
+            subject.seg.set_data(torch.zeros_like(subject.seg.data))
+        return subject
+
+    with pytest.raises(vx.errors.SamplingError, match=r"(?s)subject 6 .*nothing can be drawn"):
+        list(make_queue(folder, 2, transform=clear))
+    queue = make_queue(folder, 2, transform=clear, sampler=vx.LabelSampler(PATCH, "seg", on_empty="skip"))
+    with pytest.warns(RuntimeWarning, match="subject 6 .*nothing to draw"):
+        subjects = [bits(patch)[0] for patch in queue]
+    assert len(subjects) == 56
+    assert 6 not in subjects
+
+
+def test_a_worker_that_is_killed(folder):
+    def slow(subject):
+        time.sleep(0.3)
+        return subject
+
+    queue = make_queue(folder, 2, max_length=4, transform=slow)
+    patches = iter(queue)
+    next(patches)
+    processes, began = processes_of(queue), time.monotonic()
+    with pytest.raises(RuntimeError, match="SIGKILL|killed by signal"):  # noqa: PT012 - it may come at any point
+        os.kill(processes[1].pid, signal.SIGKILL)
+        while True:
+            next(patches)
+    assert time.monotonic() - began < 10
+    wait_until(lambda: not any(process.is_alive() for process in processes))
+    # What had been reached is known, and new workers go on from there.
+    state = queue.state_dict()
+    resumed = make_queue(folder, 0, max_length=4)
+    resumed.load_state_dict(state)
+    queue.load_state_dict(state)
+    assert [bits(patch) for patch in queue] == [bits(patch) for patch in resumed]
+
+
+def test_a_killed_worker_is_named_with_its_subject(folder):
+    def stop(subject):
+        time.sleep(60)
+        return subject
+
+    queue = make_queue(folder, 1, transform=stop, shuffle_subjects=False)
+    process = processes_of(queue)[0]
+    results = []
+
+    def read():
+        try:
+            next(iter(queue))
+        except WorkerError as error:
+            results.append(str(error))
+
+    # In another thread, because PyTorch may raise an error of its own in the main thread when a worker dies.
+    thread = threading.Thread(target=read)
+    with contextlib.suppress(RuntimeError):
+        thread.start()
+        os.kill(process.pid, signal.SIGKILL)
+        thread.join(10)
+    thread.join(10)
+    assert f"worker process {process.pid} was killed by SIGKILL while it was making patches of subject 0 (t1: " in results[0]
+
+
+def test_loaders_with_workers_are_refused(folder):
+    message = r"num_workers=0.*Queue\(\.\.\., num_workers=2\)"
+    for num_workers in (0, 2):
+        queue = make_queue(folder, num_workers)
+        with pytest.raises(QueueError, match=message):
+            vx.SubjectsLoader(queue, batch_size=4, num_workers=2)
+        batches = iter(DataLoader(queue, batch_size=4, num_workers=2))
+        with pytest.raises(QueueError, match=message):
+            next(batches)
+        batches._shutdown_workers()  # or PyTorch takes ten seconds for it, whenever it is collected
+        # The queue has not been touched by that.
+        assert len(list(queue)) == 56
+
+
+def test_a_closed_queue_leaves_no_process_and_can_be_used_again(folder):
+    before = children()
+    queue = make_queue(folder, 2)
+    first = [bits(patch) for patch in queue]
+    assert len(children() - before) >= 2
+    queue.close()
+    wait_until(lambda: children() <= before)
+    assert len([bits(patch) for patch in queue]) == len(first)
+    del queue
+    gc.collect()
+    wait_until(lambda: children() <= before)
+
+
+SCRIPT = """
+    import sys, time
+    import torch
+    import voxloom as vx
+
+    def slow(subject):
+        time.sleep(float(sys.argv[2]))
+        return subject
+
+    if __name__ == "__main__":
+        image = torch.rand(1, 16, 16, 16)
+        subjects = [vx.Subject(t1=vx.ScalarImage(image)) for _ in range(50)]
+        queue = vx.Queue(vx.SubjectsDataset(subjects), 10, 4, vx.UniformSampler(8), num_workers=2, transform=slow)
+        pids = [str(worker.process.pid) for worker in queue._stream.workers]
+        for number, patch in enumerate(queue):
+            if number == 0:
+                print(*pids, flush=True)
+            if sys.argv[1] == "end":
+                break
+            time.sleep(0.01)
+"""
+
+
+def is_alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("pause", [0.01, 1.5])
+@pytest.mark.parametrize("how", ["end", "SIGINT", "SIGTERM", "SIGKILL"])
+def test_no_process_is_left_behind(tmp_path, how, pause):
+    script = tmp_path / "train.py"
+    script.write_text(textwrap.dedent(SCRIPT))
+    command = [sys.executable, "-W", "error", str(script), how, str(pause)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        pids = process.stdout.readline().split()
+        assert len(pids) == 2
+        if how != "end":
+            process.send_signal(signal.Signals[how])
+        stderr = process.communicate(timeout=30)[1]
+        assert process.returncode == {"end": 0, "SIGINT": -2, "SIGTERM": -15, "SIGKILL": -9}[how], stderr
+    wait_until(lambda: not any(is_alive(pid) for pid in pids), seconds=15)
+    if how == "end":
+        assert stderr == ""
+    if how == "SIGINT":
+        assert "KeyboardInterrupt" in stderr
+
+
+def test_many_patches_do_not_use_up_the_open_files(folder):
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 60, hard))
+    try:
+        queue = make_queue(folder, 2, max_length=500, samples=60)
+        patches = list(queue)  # all are kept
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(patches) == 480
+    assert len(os.listdir("/proc/self/fd")) < opened + 60
