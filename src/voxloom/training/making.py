@@ -101,6 +101,10 @@ class PatchMaker:
         run, epoch = self.wanted.tolist()
         return task.run == run and task.epoch >= epoch
 
+    def release(self) -> None:
+        """Let go of the subject in memory."""
+        self._open = None
+
     def make(self, task: PatchTask, empty: MakeEmpty = memory.empty) -> Iterator[MadePatch]:
         """Make patches one by one, until all are there or nobody wants them any more.
 

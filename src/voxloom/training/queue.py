@@ -100,7 +100,6 @@ class Queue(IterableDataset[Subject]):
     _stream: PatchStream | None
     _feed: TaskFeed | None
     _schedule: EpochSchedule | None
-    _end: Callable[[], Any] | None
     _memory: FreedMemory
 
     def __init__(
@@ -287,7 +286,7 @@ class Queue(IterableDataset[Subject]):
             raise
         except BaseException:
             if self._schedule is schedule:
-                self._stop()
+                self._stop(wait=False)
             raise
         finally:
             if self._schedule is schedule:
@@ -298,6 +297,8 @@ class Queue(IterableDataset[Subject]):
 
     def _begin(self, schedule: EpochSchedule, position: int) -> tuple[PatchStream, int]:
         """Let an epoch be made, from a position on; give the ticket of its first patch."""
+        if self._stream is not None and self._stream.is_over:
+            self._stop()
         if self._stream is not None and self._feed is not None:
             is_next = position == 0 or self._feed.start == (schedule.epoch, position)
             ticket = self._feed.begin(schedule) if is_next else None
@@ -322,7 +323,8 @@ class Queue(IterableDataset[Subject]):
             stream = WorkerStream(self._maker(_shared(wanted)), *parts, self.num_workers, self._context)
         else:
             stream = LocalStream(self._maker(wanted), *parts)
-        self._stream, self._end = stream, weakref.finalize(self, stream.close)
+        weakref.finalize(self, stream.close)  # closing it twice does no harm
+        self._stream = stream
         return stream
 
     def _maker(self, wanted: Tensor) -> PatchMaker:
@@ -359,17 +361,18 @@ class Queue(IterableDataset[Subject]):
         """End the workers. A new pass starts new ones, and is the next epoch."""
         self._stop()
 
-    def _stop(self) -> None:
-        end = self.__dict__.get("_end")
-        self._stream = self._feed = self._schedule = self._end = None
+    def _stop(self, wait: bool = True) -> None:
+        """End what runs. After an error nobody waits for that."""
+        stream: PatchStream | None = self.__dict__.get("_stream")
+        self._stream = self._feed = self._schedule = None
         self._run = 0
         self._memory = FreedMemory(0)
-        if end is not None:
-            end()
+        if stream is not None:
+            stream.close(wait)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what runs: a copy in another process begins on its own, with the epoch that comes next here."""
-        running = dict.fromkeys(("_stream", "_feed", "_schedule", "_end", "_memory"))
+        running = dict.fromkeys(("_stream", "_feed", "_schedule", "_memory"))
         return self.__dict__ | running
 
     def __setstate__(self, state: dict[str, Any]) -> None:

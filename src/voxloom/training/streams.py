@@ -49,6 +49,11 @@ class PatchStream(Protocol):
         """Patches that are held."""
         ...
 
+    @property
+    def is_over(self) -> bool:
+        """Whether it has ended, because its workers were interrupted, so that another one is needed."""
+        ...
+
     def run(self, feed: TaskFeed, left: int) -> None:
         """Begin with the tasks of a feed, and forget all that is held.
 
@@ -66,8 +71,8 @@ class PatchStream(Protocol):
         """Give a patch, once it is there."""
         ...
 
-    def close(self) -> None:
-        """End all that runs."""
+    def close(self, wait: bool = True) -> None:
+        """End all that runs, and wait until it has ended."""
         ...
 
 
@@ -103,6 +108,7 @@ class LocalStream:
     def go_to(self, epoch: int, ticket: int) -> None:
         """See `PatchStream`."""
         self._maker.wanted[1] = epoch
+        self._maker.release()
         self._floor = ticket
         self._held = {number: patch for number, patch in self._held.items() if number >= ticket}
 
@@ -121,8 +127,11 @@ class LocalStream:
         self.longest_wait = max(self.longest_wait, waited)
         return self._held.pop(ticket)
 
-    def close(self) -> None:
+    is_over = False
+
+    def close(self, wait: bool = True) -> None:
         """See `PatchStream`."""
+        self._maker.release()
         self._held = {}
         self._made = iter(())
 
@@ -192,6 +201,7 @@ class _Worker:
     def close(self) -> None:
         """End the process, also where a traceback still refers to the iterator, which would otherwise end it some time."""
         self._iterator._shutdown_workers()
+        self._blocks.clear()
 
     def keep_iterator(self) -> None:
         """In a forked process: never let go of the iterator, because it would end a process that is its parent's."""
@@ -271,7 +281,7 @@ class WorkerStream:
         # What follows belongs to both threads, and is changed only by one that holds the lock.
         self._changed = threading.Condition()
         self._changes = 0
-        self._is_asleep = False
+        self._is_asleep = self._needs_room = False
         self._woken, self._waker = multiprocessing.Pipe(duplex=False)
         self._set_out(feed, left)
         messages = _Messages(maker)
@@ -318,7 +328,7 @@ class WorkerStream:
         """See `PatchStream`."""
         began = time.perf_counter()
         try:
-            with self._change():
+            with self._change(only_room=True):
                 while ticket not in self._held or self._error is not None:
                     self._check()
                     self._changed.wait(LIVENESS_SECONDS)
@@ -343,16 +353,23 @@ class WorkerStream:
                 raise self._error
 
     @contextlib.contextmanager
-    def _change(self) -> Iterator[None]:
-        """Change what belongs to both threads, and let the other one look at it."""
+    def _change(self, only_room: bool = False) -> Iterator[None]:
+        """Change what belongs to both threads, and let the other one look at it; if there is more room only if it needs that."""
         with self._changed:
             yield
+            if only_room and not self._needs_room:
+                return
             self._changes += 1
             is_asleep, self._is_asleep = self._is_asleep, False
         if is_asleep:
             self._waker.send_bytes(b"!")
 
-    def close(self) -> None:
+    @property
+    def is_over(self) -> bool:
+        """See `PatchStream`."""
+        return any(_was_interrupted(worker.process.exitcode) for worker in self.workers)
+
+    def close(self, wait: bool = True) -> None:
         """See `PatchStream`."""
         if self._is_closed or os.getpid() != self._process:
             return  # in a forked process the workers belong to another
@@ -360,7 +377,8 @@ class WorkerStream:
             self._is_closed = True
             self._held = {}
             self._maker.wanted[0] = -1
-        if threading.current_thread() is not self._thread:  # which may be where the garbage collector runs
+        # The garbage collector may have called this from within the thread.
+        if wait and threading.current_thread() is not self._thread:
             self._thread.join(CLOSING_SECONDS)
 
     # What the thread that receives does
@@ -369,7 +387,7 @@ class WorkerStream:
         try:
             while not self._is_closed:
                 with self._changed:
-                    changes = self._changes
+                    changes, self._needs_room = self._changes, False
                     has_set_out, self._has_set_out = self._has_set_out, False
                 for worker in self.workers:
                     worker.is_resting &= not has_set_out
@@ -398,6 +416,7 @@ class WorkerStream:
             with self._changed:
                 is_wanted = run == self._feed.run and ticket >= self._floor
                 has_room = ticket < self._left + self._max_length
+                self._needs_room |= is_wanted and not has_room
             if is_wanted and not has_room:
                 return
             worker.pending.popleft()
@@ -430,6 +449,8 @@ class WorkerStream:
     def _death_of(self, worker: _Worker) -> WorkerError:
         worker.process.join(LIVENESS_SECONDS)  # it may have closed its pipes, but not ended yet
         code = worker.process.exitcode
+        if _was_interrupted(code):
+            return WorkerError(f"the queue's worker process {worker.process.pid} was interrupted: begin a new pass, or resume it")
         how = f"was killed by {_signal_name(-code)}" if code is not None and code < 0 else f"ended with exit code {code}"
         task = next(iter(worker.tasks), None)
         at = "" if task is None else f" while it was making patches of {name_of(self._maker.dataset, task.subject)}"
@@ -437,6 +458,11 @@ class WorkerStream:
             f"the queue's worker process {worker.process.pid} {how}{at}. A kill often means that memory ran out: use fewer"
             " workers, or images that are smaller or not compressed"
         )
+
+
+def _was_interrupted(code: int | None) -> bool:
+    """Say whether a process ended because of Ctrl-C, which PyTorch's workers end without an error for."""
+    return code in (0, -signal.SIGINT)
 
 
 def _signal_name(number: int) -> str:
