@@ -36,12 +36,13 @@ def test_examples_in_the_readme(tmp_path, monkeypatch):
     phantom.t1.save("brain.nii.gz")
     namespace = {}
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     for block in blocks:
         exec(block, namespace)
     assert vx.ScalarImage("output.nii.gz").shape == (2, 96, 80, 72)
     assert namespace["embedding"].shape == (1, 12, 10, 9)
     assert int(namespace["partial"].sum()) == 32**3
+    assert namespace["checkpoint"] == {"seed": 42, "epoch": 2, "position": 0}
 
 
 def test_links_in_documents_lead_somewhere():

@@ -132,6 +132,37 @@ def test_label_sampler_called_with_a_subject(colin, capsys):
     assert capsys.readouterr().out.splitlines() == ["(1, 64, 64, 64)"] * 13
 
 
+@pytest.mark.parametrize("num_workers", [0, 4])
+def test_queue(colin, num_workers):
+    from torch.utils.data import DataLoader
+
+    patch_size = 96
+    queue_length = 300
+    samples_per_volume = 10
+    sampler = tio.data.UniformSampler(patch_size)
+    subject = colin
+    subjects_dataset = tio.SubjectsDataset(10 * [subject])
+    patches_queue = tio.Queue(
+        subjects_dataset,
+        queue_length,
+        samples_per_volume,
+        sampler,
+        num_workers=num_workers,
+    )
+    patches_loader = DataLoader(patches_queue, batch_size=16)
+    num_epochs = 2
+    model = torch.nn.Identity()
+    patches = 0
+    for _epoch_index in range(num_epochs):
+        for patches_batch in patches_loader:
+            inputs = patches_batch["t1"][tio.DATA]  # key 't1' is in subject
+            targets = patches_batch["brain"][tio.DATA]  # key 'brain' is in subject
+            logits = model(inputs)  # model being an instance of torch.nn.Module
+            assert torch.equal(logits > 60, targets.bool())
+            patches += len(logits)
+    assert patches == 200
+
+
 def test_downsampled_outputs():
     aggregator = tio.PatchAggregator(
         spatial_shape=(256, 256, 176),
