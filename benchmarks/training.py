@@ -3,8 +3,8 @@
 Pairs of an image and a label map lie on disk as .nii.gz. Two epochs are trained, each step of which takes the same time and none
 of the processor's, as on a GPU. Each system lives in a process of its own; rounds alternate between them. Measured are the time
 from making the queue to the first batch, the time to the first batch of the second epoch, the longest wait afterwards, and all
-waiting of an epoch; and, in a process that has done nothing before, the memory of that process beyond what it had, and of its
-workers in all: proportional set sizes, in which what processes share is counted once.
+waiting of an epoch; and, in a process that has done little before, the peak of its memory beyond what it had, and of what its
+workers have in all beside what they got from it.
 
     python benchmarks/training.py [--subjects 16] [--size 160] [--patch 64] [--samples 16] [--step 0.1] [--workers 2] [--rounds 5]
 """
@@ -86,7 +86,7 @@ def read(batch):
     """Look at all of a batch, as copying it to a GPU does; give the number of patches."""
     tensors = [batch[name]["data"] if isinstance(batch[name], dict) else batch[name] for name in ("t1", "seg")]
     for tensor in tensors:
-        tensor.max()
+        torch.as_tensor(tensor).numpy().max()  # by one thread
     return len(tensors[0])
 
 
@@ -121,12 +121,22 @@ def serve(name, pairs, settings, connection):
         connection.send(train(SYSTEMS[name], pairs, settings))
 
 
-def proportional_bytes(pid):
+def kilobytes(path, *names):
+    """Add up some of the numbers that Linux gives of a process; 0 once it has ended."""
     try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
-    except (OSError, StopIteration):
+        values = dict(line.split(":") for line in Path(path).read_text().splitlines() if line.count(":") == 1)
+        return sum(int(values[name].split()[0]) for name in names)
+    except (OSError, KeyError):
         return 0
+
+
+def bytes_of_main(pid):
+    return 1024 * kilobytes(f"/proc/{pid}/status", "RssAnon", "RssShmem")
+
+
+def bytes_of_worker(pid):
+    """What it has written itself, and its part of what is shared."""
+    return 1024 * kilobytes(f"/proc/{pid}/smaps_rollup", "Private_Dirty", "Pss_Shmem")
 
 
 def children_of(pid):
@@ -139,8 +149,8 @@ def children_of(pid):
 def watch(pid, stop, peaks):
     """Keep the peak of a process, and that of the sum of its workers."""
     while not stop.is_set():
-        peaks["main"] = max(peaks["main"], proportional_bytes(pid))
-        peaks["workers"] = max(peaks["workers"], sum(proportional_bytes(child) for child in children_of(pid)))
+        peaks["main"] = max(peaks["main"], bytes_of_main(pid))
+        peaks["workers"] = max(peaks["workers"], sum(bytes_of_worker(child) for child in children_of(pid)))
         stop.wait(POLL_SECONDS)
 
 
@@ -170,7 +180,7 @@ def measure_times(pairs, settings):
 def measure_memory(name, pairs, settings):
     """In a process that has done nothing else yet."""
     process, pipe = start(name, pairs, settings)
-    rest, stop = proportional_bytes(process.pid), threading.Event()
+    rest, stop = bytes_of_main(process.pid), threading.Event()
     peaks = {"main": rest, "workers": 0}
     watcher = threading.Thread(target=watch, args=(process.pid, stop, peaks))
     watcher.start()

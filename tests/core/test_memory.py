@@ -81,3 +81,18 @@ def test_large_and_small_tensors_have_the_shape_and_type_that_were_asked_for():
         assert tensor.shape == shape
         assert tensor.dtype == torch.int16
         assert tensor.is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool, torch.int64, torch.uint16])
+@pytest.mark.parametrize("turn", [lambda tensor: tensor, lambda tensor: tensor.transpose(0, 1)])
+def test_copies_are_equal_whatever_the_type_and_order(dtype, turn):
+    source = turn(torch.arange(12).reshape(3, 4).to(dtype))
+    for target in (torch.zeros(source.shape, dtype=dtype), torch.zeros(source.shape[::-1], dtype=dtype).transpose(0, 1)):
+        memory.copy_alone(target, source)
+        assert torch.equal(target, source)
+
+
+def test_what_needs_a_gradient_can_be_copied():
+    source, target = torch.ones(3, requires_grad=True), torch.zeros(3)
+    memory.copy_alone(target, source)
+    assert torch.equal(target.detach(), torch.ones(3))

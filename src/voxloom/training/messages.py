@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..core import memory
 from ..sampling.patches import MakeEmpty
 from ..volumes.batch import batch_memory
 from ..volumes.image import Image
@@ -139,8 +140,8 @@ def _filled(value: Any, block: Tensor, empty: MakeEmpty) -> Any:
     if not isinstance(value, _Part):
         return value
     target = empty(value.shape, value.dtype)
-    # With NumPy, because PyTorch would start threads for it that disturb a training step.
-    target.view(-1).view(torch.uint8).numpy()[:] = block[value.offset : value.offset + target.nbytes].numpy()
+    source = block[value.offset : value.offset + target.nbytes].view(value.dtype).view(value.shape)
+    memory.copy_alone(target, source)
     return value.template.part(target, (0, 0, 0))
 
 

@@ -31,7 +31,7 @@ __all__ = ["Queue"]
 logger = logging.getLogger("voxloom.queue")
 
 # Bytes of patches that travel in one message, or one patch if that is larger.
-MESSAGE_BYTES = 4 * 2**20
+MESSAGE_BYTES = 2 * 2**20
 # Subjects whose headers are read to find out how large a patch is, before that is given up.
 MOST_HEADERS = 8
 ON_ERROR = ("raise", "skip")

@@ -54,7 +54,7 @@ class ImagesBatch(dict[str, Any]):
                     )
         data = batch_memory((len(images), *first.shape), first.dtype)
         for target, image in zip(data, images, strict=True):
-            target.copy_(image.data)
+            memory.copy_alone(target, image.data)
         return cls(data, images)
 
     @property
