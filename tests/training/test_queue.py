@@ -5,6 +5,8 @@ import logging
 import pickle
 import random
 import re
+import subprocess
+import sys
 import weakref
 
 import numpy as np
@@ -650,16 +652,28 @@ def test_a_transform_that_gives_no_subject(name):
 
 
 def test_what_a_queue_shows(caplog):
-    queue = make_queue(verbose=True)
-    assert repr(queue).startswith("Queue(20 patches of 4 subjects; holds 0 of 6; epoch 0, patch 0; 0 workers; 0.0 s idle")
+    queue = make_queue(verbose=True, max_length=1)
+    assert repr(queue) == "Queue(20 patches of 4 subjects; 0 workers; epoch 0, patch 0; 0 of 1 held; 0.0 s idle)"
     with caplog.at_level(logging.INFO, logger="voxloom.queue"):
         for number, _ in enumerate(queue):
-            if number == 4:
-                assert "epoch 0, patch 5" in repr(queue)
-    text = caplog.text
-    assert "epoch 0 begins at patch 0 of 20" in text
-    assert "epoch 0 ends" in text
+            if number == 5:
+                assert "epoch 0, patch 6 of 20, 1 subjects done; 0 of 1 held" in repr(queue)
+    assert "epoch 0 begins at patch 0 of 20, with 0 held" in caplog.text
+    assert "epoch 0, patch 10 of 20, 2 subjects done" in caplog.text
+    assert "epoch 0, patch 20 of 20, 4 subjects done" in caplog.text
+    assert "epoch 0 ends" in caplog.text
     assert queue.idle_seconds > 0
+
+
+def test_a_verbose_queue_is_heard_where_no_logging_is_set_up():
+    code = """
+import torch, voxloom as vx
+subject = vx.Subject(t1=vx.ScalarImage(torch.rand(1, 8, 8, 8)))
+list(vx.Queue([subject], 4, 2, vx.UniformSampler(4), verbose=True))
+"""
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "epoch 0 begins at patch 0 of 2" in shown.stderr
+    assert shown.stdout == ""
 
 
 def test_nothing_is_logged_unless_asked_for(caplog):

@@ -34,6 +34,8 @@ logger = logging.getLogger("voxloom.queue")
 MESSAGE_BYTES = 2 * 2**20
 # Subjects whose headers are read to find out how large a patch is, before that is given up.
 MOST_HEADERS = 8
+# How often a verbose queue says how far it is.
+LOGS_PER_EPOCH = 10
 ON_ERROR = ("raise", "skip")
 
 
@@ -271,7 +273,7 @@ class Queue(IterableDataset[Subject]):
         stream, ticket = self._begin(schedule, position)
         self._schedule, self._fingerprint = schedule, schedule.fingerprint
         self._epoch, self._upcoming = epoch, (epoch + 1, 0)
-        self._log("epoch %d begins at patch %d of %d", epoch, position, len(schedule))
+        self._log("epoch %d begins at patch %d of %d, with %d held", epoch, position, len(schedule), stream.held)
         waited, first = stream.idle_seconds, None
         try:
             for number in schedule.leaving(position):
@@ -281,6 +283,8 @@ class Queue(IterableDataset[Subject]):
                 first = self._checked(patch, first)
                 position += 1
                 self._reached = (epoch, position) if position < len(schedule) else (epoch + 1, 0)
+                if self.verbose and position % math.ceil(len(schedule) / LOGS_PER_EPOCH) == 0:
+                    self._log("%s", self._progress())
                 yield patch
         except GeneratorExit:
             raise
@@ -458,15 +462,24 @@ class Queue(IterableDataset[Subject]):
         own = (self.transform, self.patch_transform, getattr(self.subjects_dataset, "transform", None))
         return any(transform is not None for transform in own)
 
+    def _progress(self) -> str:
+        """Say how far the pass is, how full the queue is, and how long patches were waited for."""
+        epoch, position = self._reached
+        if self._schedule is None:
+            done = f"epoch {epoch}, patch {position}"
+        else:
+            if epoch > self._schedule.epoch:
+                epoch, position = self._schedule.epoch, len(self._schedule)
+            subjects = self._schedule.remaining(position).places.start
+            done = f"epoch {epoch}, patch {position} of {len(self._schedule)}, {subjects} subjects done"
+        return f"{done}; {self.num_patches} of {self.max_length} held; {self.idle_seconds:.1f} s idle"
+
     def __repr__(self) -> str:
         try:
             length = f"{len(self)} patches of {self.num_subjects} subjects"
         except VoxloomError as error:
             length = f"no epoch: {error}"
-        return (
-            f"{type(self).__name__}({length}; holds {self.num_patches} of {self.max_length}; epoch {self._reached[0]}, patch"
-            f" {self._reached[1]}; {self.num_workers} workers; {self.idle_seconds:.1f} s idle)"
-        )
+        return f"{type(self).__name__}({length}; {self.num_workers} workers; {self._progress()})"
 
     def _log(self, text: str, *values: Any) -> None:
         if self.verbose:
