@@ -201,7 +201,7 @@ class Planner:
         """
         subjects = self.dry_subjects or []
         for index, subject in enumerate(subjects):
-            check_same_keys(subjects[0], 0, subject, index)
+            check_same_keys(tuple(subjects[0]), 0, tuple(subject), index)
 
     @cached_property
     def all_have_num_samples(self) -> bool:
@@ -209,13 +209,13 @@ class Planner:
         return all(NUM_SAMPLES in subject for subject in self.dry_subjects or [])
 
 
-def check_same_keys(one: Subject, first: int, other: Subject, second: int) -> None:
-    """Check that patches of two subjects could be in one batch.
+def check_same_keys(one: Sequence[str], first: int, other: Sequence[str], second: int) -> None:
+    """Check by the entries of two subjects that patches of both could be in one batch.
 
     Raises:
         SubjectError: names both, and their entries.
     """
-    differing = (one.keys() ^ other.keys()) - {NUM_SAMPLES}
+    differing = () if one == other else (set(one) ^ set(other)) - {NUM_SAMPLES}
     if differing:
         listed = ", ".join(map(repr, sorted(differing)))
         raise SubjectError(

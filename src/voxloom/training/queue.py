@@ -22,7 +22,7 @@ from ..sampling.random import PatchSampler
 from ..volumes.loading import SubjectsDataset, Transform, one_reader
 from ..volumes.subject import Subject
 from .feeding import TaskFeed
-from .making import PatchMaker, PatchTask, name_of
+from .making import PatchMaker, PatchTask, SkippedSubject, name_of
 from .planning import NUM_SAMPLES, Planner, check_same_keys
 from .streams import TASKS_AHEAD, LocalStream, PatchStream, WorkerStream
 
@@ -37,6 +37,8 @@ MOST_HEADERS = 8
 # How often a verbose queue says how far it is.
 LOGS_PER_EPOCH = 10
 ON_ERROR = ("raise", "skip")
+Entries = tuple[tuple[str, ...], int]
+"""Names of a patch's entries, and the index of its subject."""
 
 
 class Queue(IterableDataset[Subject]):
@@ -103,6 +105,7 @@ class Queue(IterableDataset[Subject]):
     _feed: TaskFeed | None
     _schedule: EpochSchedule | None
     _memory: FreedMemory
+    _end: weakref.finalize | None
 
     def __init__(
         self,
@@ -182,8 +185,8 @@ class Queue(IterableDataset[Subject]):
         """Epoch of the present pass, or of the last one."""
         self._fingerprint = 0
         """What tells its schedule from others."""
-        self._skipped_before: dict[int, int] = {}
-        """Subjects of it that were skipped before it was resumed, and from which draw on."""
+        self._skipped: dict[tuple[int, int], SkippedSubject] = {}
+        """Subjects that were skipped, by epoch and index."""
         self._stop()
         if start_background and self.num_workers:
             self._set_out(self._planner.schedule(0), 0)
@@ -249,8 +252,10 @@ class Queue(IterableDataset[Subject]):
     @property
     def skipped(self) -> dict[int, str]:
         """Subjects that were skipped in the present epoch, or the last one, by their index, and why."""
-        known = () if self._stream is None else tuple(self._stream.skipped.values())
-        return {skip.subject: skip.reason for skip in known if skip.epoch == self._epoch}
+        return {skip.subject: skip.reason for skip in self._skipped_in(self._epoch)}
+
+    def _skipped_in(self, epoch: int) -> list[SkippedSubject]:
+        return [skip for skip in tuple(self._skipped.values()) if skip.epoch == epoch]
 
     # Passes
 
@@ -268,13 +273,14 @@ class Queue(IterableDataset[Subject]):
         schedule = self._planner.begin(epoch)
         if position:
             self._check_resumed(schedule)
-        else:
-            self._skipped_before = {}
+        for key in [key for key in tuple(self._skipped) if key[0] < epoch]:
+            del self._skipped[key]
         stream, ticket = self._begin(schedule, position)
         self._schedule, self._fingerprint = schedule, schedule.fingerprint
         self._epoch, self._upcoming = epoch, (epoch + 1, 0)
         self._log("epoch %d begins at patch %d of %d, with %d held", epoch, position, len(schedule), stream.held)
-        waited, first = stream.idle_seconds, None
+        waited = stream.idle_seconds
+        first: Entries = ((), 0)
         try:
             for number in schedule.leaving(position):
                 if self._schedule is not schedule:
@@ -314,21 +320,20 @@ class Queue(IterableDataset[Subject]):
     def _set_out(self, schedule: EpochSchedule, position: int) -> PatchStream:
         """Begin a new run; whatever else is being made is dropped."""
         self._run += 1
-        skipped = self._skipped_before if position else {}
+        skipped = {skip.subject: skip.first for skip in self._skipped_in(schedule.epoch)}
         most = self._patches_per_message
         self._feed = TaskFeed(self._run, schedule, position, skipped, self._planner.foresee, most)
         if self._stream is not None:
             self._stream.run(self._feed, position)
             return self._stream
         wanted = torch.zeros(2, dtype=torch.int64)
-        parts = (self._memory, self.max_length, self._feed, position)
+        parts = (self._memory, self.max_length, self._skipped, self._feed, position)
         stream: PatchStream
         if self.num_workers:
             stream = WorkerStream(self._maker(_shared(wanted)), *parts, self.num_workers, self._context)
         else:
             stream = LocalStream(self._maker(wanted), *parts)
-        weakref.finalize(self, stream.close)  # closing it twice does no harm
-        self._stream = stream
+        self._stream, self._end = stream, weakref.finalize(self, stream.close)
         return stream
 
     def _maker(self, wanted: Tensor) -> PatchMaker:
@@ -342,14 +347,14 @@ class Queue(IterableDataset[Subject]):
         assert self._stream is not None
         self._stream.go_to(epoch + 1, self._feed.abandon(epoch))
 
-    def _checked(self, patch: Subject, first: Subject | None) -> Subject:
-        """Make sure that a patch can be in one batch with the first of the pass, and give that."""
+    def _checked(self, patch: Subject, first: Entries) -> Entries:
+        """Make sure that a patch can be in one batch with the first of the pass, and give the entries of that."""
         if not self._planner.all_have_num_samples:
             patch.pop(NUM_SAMPLES, None)
-        if first is None:
-            return patch
-        check_same_keys(first, first.patch_location.subject_index, patch, patch.patch_location.subject_index)
-        return first
+        own = (tuple(patch), patch.patch_location.subject_index)
+        if first[0]:
+            check_same_keys(*first, *own)
+        return first if first[0] else own
 
     def _report_skipped(self) -> None:
         if self.skipped:
@@ -367,16 +372,17 @@ class Queue(IterableDataset[Subject]):
 
     def _stop(self, wait: bool = True) -> None:
         """End what runs. After an error nobody waits for that."""
-        stream: PatchStream | None = self.__dict__.get("_stream")
-        self._stream = self._feed = self._schedule = None
+        stream, end = self.__dict__.get("_stream"), self.__dict__.get("_end")
+        self._stream = self._feed = self._schedule = self._end = None
         self._run = 0
         self._memory = FreedMemory(0)
-        if stream is not None:
+        if stream is not None and end is not None:
+            end.detach()
             stream.close(wait)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what runs: a copy in another process begins on its own, with the epoch that comes next here."""
-        running = dict.fromkeys(("_stream", "_feed", "_schedule", "_memory"))
+        running = dict.fromkeys(("_stream", "_feed", "_schedule", "_memory", "_end"))
         return self.__dict__ | running
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -393,9 +399,8 @@ class Queue(IterableDataset[Subject]):
         epoch, position = self._reached
         state: dict[str, Any] = {"seed": self._planner.seed, "epoch": epoch, "position": position}
         if position:
-            known = () if self._stream is None else tuple(self._stream.skipped.values())
-            skipped = self._skipped_before | {skip.subject: skip.first for skip in known if skip.epoch == epoch}
-            state |= {"schedule": self._fingerprint, "skipped": sorted(skipped.items())}
+            skipped = sorted((skip.subject, skip.first) for skip in self._skipped_in(epoch))
+            state |= {"schedule": self._fingerprint, "skipped": skipped}
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -408,13 +413,17 @@ class Queue(IterableDataset[Subject]):
                 shuffling or rank. Where there is a `subject_sampler`, that is found when the pass begins.
         """
         try:
-            seed, epoch, position = (int(state[name]) for name in ("seed", "epoch", "position"))
+            seed = as_int(state["seed"], "seed", -(2**63))
+            epoch, position = (as_int(state[name], name, 0) for name in ("epoch", "position"))
             fingerprint = int(state["schedule"]) if position else 0
             skipped = {int(subject): int(first) for subject, first in state.get("skipped", ())}
         except (KeyError, TypeError, ValueError) as error:
             raise QueueError(f"{state!r} is no state of a queue: it must be what state_dict returned") from error
         self._planner.seed = seed
-        self._fingerprint, self._skipped_before = fingerprint, skipped
+        self._fingerprint = fingerprint
+        self._skipped.clear()
+        for subject, first in skipped.items():
+            self._skipped[epoch, subject] = SkippedSubject(epoch, subject, first, "it had been skipped when the state was taken")
         self._upcoming = self._reached = (epoch, position)
         self._epoch, self._schedule = epoch, None
         if self.subject_sampler is None:
@@ -425,7 +434,7 @@ class Queue(IterableDataset[Subject]):
                 self._set_out(schedule, position)
 
     def _check_resumed(self, schedule: EpochSchedule) -> None:
-        if schedule.fingerprint != self._fingerprint:
+        if schedule.fingerprint != self._fingerprint or self._upcoming[1] >= len(schedule):
             hint = "the subjects, their order or numbers of patches, max_length, shuffle_patches, rank or world_size differ"
             if self.subject_sampler is not None:
                 hint += "; a DistributedSampler needs the set_epoch that it had"

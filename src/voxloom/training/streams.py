@@ -34,6 +34,9 @@ LIVENESS_SECONDS = 1.0
 CLOSING_SECONDS = 30.0
 
 
+Skipped = dict[tuple[int, int], SkippedSubject]
+
+
 class PatchStream(Protocol):
     """Makes the patches of a feed, and holds those that have not left yet."""
 
@@ -41,8 +44,6 @@ class PatchStream(Protocol):
     """How long patches were waited for."""
     longest_wait: float
     """The longest of these times, in seconds."""
-    skipped: dict[tuple[int, int], SkippedSubject]
-    """Subjects that patches of others stood in for, by epoch and index."""
 
     @property
     def held(self) -> int:
@@ -79,10 +80,12 @@ class PatchStream(Protocol):
 class LocalStream:
     """Makes patches in the process that asks for them, in the order of loading, and none before it is needed."""
 
-    def __init__(self, maker: PatchMaker, memory: FreedMemory, max_length: int, feed: TaskFeed, left: int) -> None:
+    def __init__(
+        self, maker: PatchMaker, memory: FreedMemory, max_length: int, skipped: Skipped, feed: TaskFeed, left: int
+    ) -> None:
         self.idle_seconds = 0.0
         self.longest_wait = 0.0
-        self.skipped: dict[tuple[int, int], SkippedSubject] = {}
+        self._skipped = skipped
         self._maker = maker
         self._memory = memory
         self._max_length = max_length
@@ -118,7 +121,7 @@ class LocalStream:
         while ticket not in self._held:
             made = next(self._made)
             if made.skipped is not None:
-                self.skipped[made.skipped.epoch, made.skipped.subject] = made.skipped
+                self._skipped[made.skipped.epoch, made.skipped.subject] = made.skipped
             if made.ticket >= self._floor:
                 self._held[made.ticket] = made.patch
                 _keep_enough(self._memory, made.patch, self._max_length)
@@ -253,6 +256,7 @@ class WorkerStream:
         maker: what the workers run.
         memory: where patches are held.
         max_length: patches that are held at most.
+        skipped: where it is written down which subjects were skipped, by epoch and index.
         feed: the first tasks.
         left: how many patches have left before.
         num_workers: number of processes.
@@ -264,6 +268,7 @@ class WorkerStream:
         maker: PatchMaker,
         memory: FreedMemory,
         max_length: int,
+        skipped: Skipped,
         feed: TaskFeed,
         left: int,
         num_workers: int,
@@ -271,7 +276,7 @@ class WorkerStream:
     ) -> None:
         self.idle_seconds = 0.0
         self.longest_wait = 0.0
-        self.skipped: dict[tuple[int, int], SkippedSubject] = {}
+        self._skipped = skipped
         self._maker = maker
         self._memory = memory
         self._max_length = max_length
@@ -397,7 +402,9 @@ class WorkerStream:
                     if message is not None:
                         contents = unpack(message, self._memory.empty)
                         worker.pending.extend((message.run, ticket, make) for ticket, make in contents)
-                        self.skipped |= {(subject.epoch, subject.subject): subject for subject in message.skipped}
+                        with self._changed:
+                            if message.run == self._feed.run:
+                                self._skipped.update({(skip.epoch, skip.subject): skip for skip in message.skipped})
         except BaseException as error:  # noqa: BLE001 - it is raised again where patches are taken
             dead = [worker for worker in self.workers if not worker.process.is_alive()]
             with self._changed:
