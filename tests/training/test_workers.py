@@ -541,23 +541,26 @@ def is_alive(pid):
 
 
 @pytest.mark.parametrize("pause", [0.01, 1.5])
-@pytest.mark.parametrize("how", ["end", "SIGINT", "SIGTERM", "SIGKILL"])
+@pytest.mark.parametrize("how", ["end", "SIGINT", "Ctrl-C", "SIGTERM", "SIGKILL"])
 def test_no_process_is_left_behind(tmp_path, how, pause):
     script = tmp_path / "train.py"
     script.write_text(textwrap.dedent(SCRIPT))
     command = [sys.executable, "-W", "error", str(script), how, str(pause)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, start_new_session=True, **pipes) as process:
         pids = process.stdout.readline().split()
         assert len(pids) == 2
-        if how != "end":
+        if how == "Ctrl-C":  # a terminal tells the workers, too
+            os.killpg(process.pid, signal.SIGINT)
+        elif how != "end":
             process.send_signal(signal.Signals[how])
         stderr = process.communicate(timeout=30)[1]
-        assert process.returncode == {"end": 0, "SIGINT": -2, "SIGTERM": -15, "SIGKILL": -9}[how], stderr
+        assert process.returncode == {"end": 0, "SIGTERM": -15, "SIGKILL": -9}.get(how, -2), stderr
     wait_until(lambda: not any(is_alive(pid) for pid in pids), seconds=15)
     if how == "end":
         assert stderr == ""
-    if how == "SIGINT":
-        assert "KeyboardInterrupt" in stderr
+    if how in ("SIGINT", "Ctrl-C"):
+        assert stderr.count("KeyboardInterrupt") == stderr.count("Traceback") == 1
 
 
 def test_many_patches_do_not_use_up_the_open_files(folder):
