@@ -510,6 +510,14 @@ def test_a_closed_queue_leaves_no_process_and_can_be_used_again(folder):
     wait_until(lambda: children() <= before)
 
 
+@pytest.mark.filterwarnings("ignore:Got pickle error")
+def test_a_transform_that_cannot_be_sent_to_a_process(folder):
+    before = children()
+    with pytest.raises((AttributeError, pickle.PicklingError, TypeError), match="pickle"):
+        make_queue(folder, 2, multiprocessing_context="spawn", transform=lambda subject: subject)
+    wait_until(lambda: children() <= before)
+
+
 SCRIPT = """
     import sys, time
     import torch

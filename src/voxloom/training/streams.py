@@ -292,8 +292,12 @@ class WorkerStream:
         messages = _Messages(maker)
         self.workers: list[_Worker] = []
         _streams.add(self)
-        for number in range(num_workers):
-            self.workers.append(_Worker(messages, functools.partial(self._next_task, number), context))
+        try:
+            for number in range(num_workers):
+                self.workers.append(_Worker(messages, functools.partial(self._next_task, number), context))
+        except BaseException:
+            self._close_workers()
+            raise
         self._thread = threading.Thread(target=self._receive, name="voxloom queue", daemon=True)
         self._thread.start()
 
@@ -412,9 +416,7 @@ class WorkerStream:
                 self._error = self._death_of(dead[0]) if dead else error.with_traceback(None)
                 self._changed.notify_all()
         finally:
-            self._maker.wanted[0] = -1
-            for worker in self.workers:
-                worker.close()
+            self._close_workers()
 
     def _admit(self, worker: _Worker) -> None:
         """Copy those patches of a worker that there is room for."""
@@ -452,6 +454,11 @@ class WorkerStream:
         if ended and not self._is_closed:
             raise self._death_of(ended[0])
         return [worker for reader, worker in awake.items() if reader in ready]
+
+    def _close_workers(self) -> None:
+        self._maker.wanted[0] = -1
+        for worker in self.workers:
+            worker.close()
 
     def _death_of(self, worker: _Worker) -> WorkerError:
         worker.process.join(LIVENESS_SECONDS)  # it may have closed its pipes, but not ended yet
