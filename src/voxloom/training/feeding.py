@@ -55,6 +55,8 @@ class TaskFeed:
         self.run = run
         self.start = (schedule.epoch, position)
         """Epoch and position that the run begins at."""
+        self._first_epoch = schedule.epoch
+        """The first one that has not begun yet."""
         self._foresee = foresee
         self._most = most
         self._lock = threading.Lock()
@@ -74,9 +76,13 @@ class TaskFeed:
         """Go to an epoch, and forget those before it.
 
         Returns:
-            Ticket of its first patch; None if this run cannot go on to it, because it has begun another one in its place.
+            Ticket of its first patch; None if this run cannot go on to it, because it has come further, or has begun another one
+            in its place.
         """
         with self._lock:
+            if schedule.epoch < self._first_epoch:
+                return None
+            self._first_epoch = schedule.epoch + 1
             self._drop_before(schedule.epoch)
             if schedule.epoch == self._latest.schedule.epoch + 1:
                 self._latest = self._add(schedule, self._latest.stop_ticket)

@@ -426,6 +426,7 @@ class Queue(IterableDataset[Subject]):
             self._skipped[epoch, subject] = SkippedSubject(epoch, subject, first, "it had been skipped when the state was taken")
         self._upcoming = self._reached = (epoch, position)
         self._epoch, self._schedule = epoch, None
+        self._feed = None  # whatever is being made is of no use
         if self.subject_sampler is None:
             schedule = self._planner.schedule(epoch)
             if position:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..core.memory import FreedMemory
-from ..errors import WorkerError
+from ..errors import VoxloomError, WorkerError
 from ..volumes.subject import Subject
 from .feeding import TaskFeed
 from .making import MadePatch, PatchMaker, PatchTask, SkippedSubject, name_of
@@ -30,6 +30,8 @@ __all__ = ["TASKS_AHEAD", "LocalStream", "PatchStream", "WorkerStream"]
 TASKS_AHEAD = 2
 # How long this process waits for a patch before it makes sure that the workers live, in seconds.
 LIVENESS_SECONDS = 1.0
+# How long a process that breaks off may take to end.
+ENDING_SECONDS = 0.5
 # How long closing waits for the workers, in seconds: PyTorch gives them five to end by themselves.
 CLOSING_SECONDS = 30.0
 
@@ -317,12 +319,13 @@ class WorkerStream:
             self._set_out(feed, left)
 
     def _set_out(self, feed: TaskFeed, left: int) -> None:
-        self._feed = feed
-        self._has_set_out = True
+        # First what workers look at: a task of the new run that they met before would be dropped.
+        self._maker.wanted[1] = 0
+        self._maker.wanted[0] = feed.run
         self._held: dict[int, Subject] = {}
         self._floor, self._left = 0, left
-        self._maker.wanted[0] = feed.run
-        self._maker.wanted[1] = 0
+        self._feed = feed
+        self._has_set_out = True
 
     def go_to(self, epoch: int, ticket: int) -> None:
         """See `PatchStream`."""
@@ -410,10 +413,9 @@ class WorkerStream:
                             if message.run == self._feed.run:
                                 self._skipped.update({(skip.epoch, skip.subject): skip for skip in message.skipped})
         except BaseException as error:  # noqa: BLE001 - it is raised again where patches are taken
-            dead = [worker for worker in self.workers if not worker.process.is_alive()]
+            death = self._death_behind(error)
             with self._changed:
-                # PyTorch notices a death too, but says less of it.
-                self._error = self._death_of(dead[0]) if dead else error.with_traceback(None)
+                self._error = error.with_traceback(None) if death is None else death
                 self._changed.notify_all()
         finally:
             self._close_workers()
@@ -454,6 +456,16 @@ class WorkerStream:
         if ended and not self._is_closed:
             raise self._death_of(ended[0])
         return [worker for reader, worker in awake.items() if reader in ready]
+
+    def _death_behind(self, error: BaseException) -> WorkerError | None:
+        """Say which worker has died, if that is why an error was met: PyTorch notices it too, but says less of it."""
+        if isinstance(error, WorkerError):
+            return error
+        is_own = isinstance(error, VoxloomError) or not isinstance(error, OSError | EOFError | RuntimeError)
+        ends = {worker.process.sentinel: worker for worker in self.workers}
+        # What it was sending breaks off a moment before it has ended.
+        dead = connection.wait(list(ends), timeout=0 if is_own else ENDING_SECONDS)
+        return self._death_of(ends[dead[0]]) if dead else None  # type: ignore[index]
 
     def _close_workers(self) -> None:
         self._maker.wanted[0] = -1
