@@ -1,6 +1,9 @@
 """Queues with processes of their own, on files: the same patches for any number of them, and an error for every fault."""
 
+import contextlib
+import functools
 import gc
+import multiprocessing
 import os
 import pickle
 import random
@@ -323,10 +326,12 @@ def test_an_error_comes_at_once(folder):
         return subject
 
     queue = make_queue(folder, 2, max_length=1000, transform=fail, shuffle_subjects=False, shuffle_patches=False)
+    patches = iter(queue)
+    next(patches)
     wait_until(lambda: queue._stream._error is not None)
     assert queue.num_patches > 0
     with pytest.raises(ValueError, match=r"(?s)no such luck.*This was subject 7 \(t1: .*7_t1.nii.gz"):
-        next(iter(queue))
+        next(patches)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 3])
@@ -653,3 +658,97 @@ def test_closing_and_beginning_again_uses_up_nothing(folder):
         failing.close()
         del failing
     wait_until(lambda: opened() <= before + 2)
+
+
+def fails_once(flag, subject):
+    if subject["name"] == "s1" and flag.exists():
+        raise ValueError("a hiccup")
+    return subject
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.filterwarnings("ignore:.*were skipped")
+def test_what_failed_in_another_pass_is_tried_again(folder, tmp_path, num_workers):
+    flag = tmp_path / "flag"
+    whole = [bits(patch) for patch in make_queue(folder, 0)]
+    for on_error in ("raise", "skip"):
+        flag.touch()
+        queue = make_queue(folder, num_workers, on_error=on_error, transform=functools.partial(fails_once, flag))
+        beginning = queue.state_dict()
+        with contextlib.suppress(ValueError):
+            list(queue)
+        flag.unlink()
+        queue.load_state_dict(beginning)
+        assert [bits(patch) for patch in queue] == whole
+        assert queue.skipped == {}
+
+
+def test_an_error_of_a_type_that_other_processes_do_not_know(folder):
+    def fail(subject):
+        class OwnError(Exception):
+            pass
+
+        raise OwnError("deep down")
+
+    with pytest.raises(RuntimeError, match=r"(?s)OwnError: deep down.*This was subject \d \(t1: "):
+        list(make_queue(folder, 2, transform=fail))
+
+
+def test_entries_that_cannot_leave_a_worker(folder):
+    def add(subject):
+        subject["function"] = lambda: 3
+        return subject
+
+    assert len(list(make_queue(folder, 0, transform=add))) == 56
+    with pytest.raises(SubjectError, match=r"patches of subject \d \(t1: .*cannot be pickled.*num_workers=0"):
+        list(make_queue(folder, 2, transform=add))
+
+
+def test_tensors_that_need_a_gradient(folder):
+    def scale(subject):
+        return vx.Subject(dict(subject) | {"t1": subject.t1.new_like(subject.t1.data * torch.ones(1, requires_grad=True))})
+
+    alone, shared = ([patch.t1.data.detach() for patch in make_queue(folder, number, transform=scale)] for number in (0, 2))
+    assert all(torch.equal(one, other) for one, other in zip(alone, shared, strict=True))
+
+
+def test_a_forked_process_leaves_the_queue_of_its_parent_alone(folder):
+    queue = make_queue(folder, 2)
+    everything = [bits(patch) for patch in make_queue(folder, 0)]
+    patches = iter(queue)
+    begun = [bits(next(patches)) for _ in range(5)]
+    for use in (list, len, repr, vx.Queue.close, lambda copy: copy.load_state_dict({"seed": 11, "epoch": 0, "position": 0})):
+        child = multiprocessing.get_context("fork").Process(target=use, args=(queue,))
+        child.start()
+        child.join(30)
+        assert child.exitcode == 0
+    assert begun + [bits(patch) for patch in patches] == everything
+
+
+def test_a_subject_that_stands_in_is_loaded_once(folder):
+    loaded = []
+
+    def clear(subject):
+        loaded.append(subject["name"])
+        if subject["name"] in ("s1", "s2", "s3"):
+            subject.seg.set_data(torch.zeros_like(subject.seg.data))
+        return subject
+
+    sampler = vx.LabelSampler(PATCH, "seg", on_empty="skip")
+    queue = make_queue(folder, 0, sampler=sampler, transform=clear, shuffle_subjects=False, max_length=100)
+    with pytest.warns(RuntimeWarning, match="3 of 8"):
+        assert len(list(queue)) == 56
+    assert len(loaded) <= 8 + 3
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_epoch_without_patches(num_workers):
+    data = torch.rand(1, 8, 8, 8)
+    subjects = [vx.Subject(t1=vx.ScalarImage(data), num_samples=number) for number in (0, 4, 0, 4)]
+    sampler = torch.utils.data.DistributedSampler(subjects, num_replicas=2, rank=0, shuffle=False)
+    with pytest.raises(SubjectError, match="no subjects with patches"):
+        len(
+            vx.Queue(
+                subjects, 4, 2, vx.UniformSampler(4), num_workers, subject_sampler=sampler, shuffle_subjects=False, drop_last=True
+            )
+        )

@@ -18,7 +18,7 @@ from .seeding import reseed, seeded
 __all__ = ["MadePatch", "PatchMaker", "PatchTask", "SkippedSubject", "name_of"]
 
 Transform = Callable[[Subject], Subject]
-_Key = tuple[int, int, int]
+_Key = tuple[int, int, int]  # run, epoch and subject
 # Draws that stand in for those of a subject that was skipped have numbers beyond all others.
 STAND_IN = 2**32
 
@@ -92,9 +92,9 @@ class PatchMaker:
         self.grids = grids
         self.skip_errors = skip_errors
         self.wanted = wanted
-        self._open: tuple[_Key, NumberedPatches | None] | None = None
+        self._open: tuple[_Key, NumberedPatches] | None = None
         self._unreadable: dict[_Key, Exception] = {}
-        self._skipped: SkippedSubject | None = None
+        self._skipped: tuple[_Key, SkippedSubject] | None = None
 
     def is_wanted(self, task: PatchTask) -> bool:
         """Say whether somebody waits for the patches of a task."""
@@ -112,9 +112,7 @@ class PatchMaker:
             Exception: whatever loading or a transform raised; it names the subject.
         """
         if task.skipped_from is not None and self._skipped_of(task) is None:
-            self._skipped = SkippedSubject(
-                task.epoch, task.subject, task.skipped_from, "it was skipped before the queue was resumed"
-            )
+            self._skip(task, task.skipped_from, "it had been skipped when the state was taken")
         for number, ticket in zip(task.numbers, task.tickets, strict=True):
             if not self.is_wanted(task):
                 return
@@ -130,8 +128,7 @@ class PatchMaker:
                         return
                     if not task.stand_ins or not self._may_skip(error):
                         raise
-                    reason = f"{type(error).__name__}: {error}"
-                    skipped = self._skipped = SkippedSubject(task.epoch, task.subject, number, reason)
+                    skipped = self._skip(task, number, f"{type(error).__name__}: {error}")
             if patch is None:
                 try:
                     patch = self._stand_in(task, number, empty)
@@ -140,11 +137,16 @@ class PatchMaker:
             yield MadePatch(ticket, patch, skipped)
 
     def _may_skip(self, error: Exception) -> bool:
-        return self.skip_errors or isinstance(error, _NothingToDrawError)
+        is_allowed = self.skip_errors or isinstance(error, _NothingToDrawError)
+        return is_allowed and not isinstance(error, _AbandonedError)
+
+    def _skip(self, task: PatchTask, first: int, reason: str) -> SkippedSubject:
+        skipped = SkippedSubject(task.epoch, task.subject, first, reason)
+        self._skipped = (_key(task, task.subject), skipped)
+        return skipped
 
     def _skipped_of(self, task: PatchTask) -> SkippedSubject | None:
-        last = self._skipped
-        return last if last is not None and (last.epoch, last.subject) == (task.epoch, task.subject) else None
+        return self._skipped[1] if self._skipped is not None and self._skipped[0] == _key(task, task.subject) else None
 
     def _stand_in(self, task: PatchTask, number: int, empty: MakeEmpty) -> Subject:
         """Make a further draw of the next subject that can be read."""
@@ -175,29 +177,26 @@ class PatchMaker:
 
     def _patches_of(self, task: PatchTask, subject: int) -> NumberedPatches:
         """Open a subject, unless it is open already; the one that was open before is released first."""
-        key = (task.seed, task.epoch, subject)
+        key = _key(task, subject)
+        if key in self._unreadable:
+            raise self._unreadable[key]
         if self._open is None or self._open[0] != key:
             self._open = None
             self._open = (key, self._load_once(key, task, subject))
-        patches = self._open[1]
-        if patches is None:
-            raise _NothingToDrawError("there is nothing to draw from it")
-        return patches
+        return self._open[1]
 
-    def _load_once(self, key: _Key, task: PatchTask, index: int) -> NumberedPatches | None:
-        """Load a subject; one that could not be read is not tried again in this epoch."""
-        if any(epoch != task.epoch for _, epoch, _ in self._unreadable):
-            self._unreadable.clear()
-        if key in self._unreadable:
-            raise self._unreadable[key]
+    def _load_once(self, key: _Key, task: PatchTask, index: int) -> NumberedPatches:
+        """Load a subject; one that may be skipped is not tried again in this epoch."""
+        self._unreadable = {known: error for known, error in self._unreadable.items() if known[:2] == key[:2]}
         try:
-            return self._load(task, index)
-        except _AbandonedError:
-            raise
+            patches = self._load(task, index)
+            if patches is None:
+                raise _NothingToDrawError("there is nothing to draw from it")
         except Exception as error:
-            if self.skip_errors:
+            if self._may_skip(error):
                 self._unreadable[key] = error.with_traceback(None)
             raise
+        return patches
 
     def _load(self, task: PatchTask, index: int) -> NumberedPatches | None:
         words = seed_words(task.seed, task.epoch, 0, index, Purpose.SUBJECT_TRANSFORM)
@@ -239,6 +238,10 @@ class _AbandonedError(Exception):
 
 class _NothingToDrawError(SamplingError):
     """A sampler that was told to skip subjects without foreground has met one."""
+
+
+def _key(task: PatchTask, subject: int) -> _Key:
+    return task.run, task.epoch, subject
 
 
 def _as_subject(thing: Any, origin: str) -> Subject:

@@ -13,7 +13,7 @@ from ..sampling.grid import GridSampler
 from ..sampling.patches import PatchSource
 from ..volumes.subject import Subject
 
-__all__ = ["NUM_SAMPLES", "Planner", "check_same_keys"]
+__all__ = ["NUM_SAMPLES", "Planner", "check_same_keys", "headers_of"]
 
 NUM_SAMPLES = "num_samples"
 """Entry of a subject that says how many patches of it are wanted."""
@@ -81,7 +81,7 @@ class Planner:
                     " cannot be counted: use a SubjectsDataset"
                 )
             return None
-        grids = [self._sampler.grid_of(subject) for subject in subjects]
+        grids = [self._sampler.grid_of(headers_of(subject)) for subject in subjects]
         return None if any(grid is None for grid in grids) else [grid for grid in grids if grid is not None]
 
     @cached_property
@@ -129,7 +129,10 @@ class Planner:
                 world_size=self._world_size,
                 drop_last=self._drop_last,
             )
-        return self._in_order(epoch, self._draw_order(epoch), self.subject_sampler)
+        schedule = self._in_order(epoch, self._draw_order(epoch), self.subject_sampler)
+        if len(schedule) == 0:
+            raise SubjectError("the subject_sampler gave no subjects with patches for this epoch, or for one of the ranks")
+        return schedule
 
     def foresee(self, epoch: int) -> EpochSchedule | None:
         """Make the schedule of an epoch before its time; None if the subject_sampler cannot say what will come."""
@@ -140,7 +143,8 @@ class Planner:
         twin = copy.copy(self.subject_sampler)
         begun, of_sampler = self._begun or (0, twin.epoch)
         twin.set_epoch(of_sampler + self._step * (epoch - begun))
-        return self._in_order(epoch, list(twin), twin)
+        schedule = self._in_order(epoch, list(twin), twin)
+        return schedule if len(schedule) else None
 
     def begin(self, epoch: int) -> EpochSchedule:
         """Make the schedule of an epoch that begins now."""
@@ -207,6 +211,11 @@ class Planner:
     def all_have_num_samples(self) -> bool:
         """Whether the entry can be kept in patches, so that they still stack."""
         return all(NUM_SAMPLES in subject for subject in self.dry_subjects or [])
+
+
+def headers_of(subject: Subject) -> Subject:
+    """Copy a subject, so that what is read to know its headers is not kept with it."""
+    return Subject(dict(subject) | {name: copy.copy(image) for name, image in subject.images.items()})
 
 
 def check_same_keys(one: Sequence[str], first: int, other: Sequence[str], second: int) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import math
+import os
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ from ..volumes.loading import SubjectsDataset, Transform, one_reader
 from ..volumes.subject import Subject
 from .feeding import TaskFeed
 from .making import PatchMaker, PatchTask, SkippedSubject, name_of
-from .planning import NUM_SAMPLES, Planner, check_same_keys
+from .planning import NUM_SAMPLES, Planner, check_same_keys, headers_of
 from .streams import TASKS_AHEAD, LocalStream, PatchStream, WorkerStream
 
 __all__ = ["Queue"]
@@ -188,6 +189,7 @@ class Queue(IterableDataset[Subject]):
         self._skipped: dict[tuple[int, int], SkippedSubject] = {}
         """Subjects that were skipped, by epoch and index."""
         self._stop()
+        _queues.add(self)
         if start_background and self.num_workers:
             self._set_out(self._planner.schedule(0), 0)
 
@@ -380,6 +382,13 @@ class Queue(IterableDataset[Subject]):
             end.detach()
             stream.close(wait)
 
+    def forget_stream(self) -> None:
+        """In a forked process: leave what runs to the process that it belongs to."""
+        if self._end is not None:
+            self._end.detach()
+        self._stream = None
+        self._stop()
+
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what runs: a copy in another process begins on its own, with the epoch that comes next here."""
         running = dict.fromkeys(("_stream", "_feed", "_schedule", "_memory", "_end"))
@@ -388,6 +397,7 @@ class Queue(IterableDataset[Subject]):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._stop()
+        _queues.add(self)
 
     # Resuming
 
@@ -455,7 +465,7 @@ class Queue(IterableDataset[Subject]):
         return 1
 
     def _bytes_by_headers(self, subject: Subject) -> int:
-        values = sum(image.num_channels * image.dtype.itemsize for image in subject.images.values())
+        values = sum(image.num_channels * image.dtype.itemsize for image in headers_of(subject).images.values())
         return values * math.prod(self.sampler.patch_size)
 
     def _bytes_of_a_patch(self) -> int:
@@ -498,6 +508,18 @@ class Queue(IterableDataset[Subject]):
             if logger.getEffectiveLevel() > logging.INFO:
                 logger.setLevel(logging.INFO)
             logger.info(text, *values)
+
+
+_queues: weakref.WeakSet[Queue] = weakref.WeakSet()
+
+
+def _forget_streams() -> None:
+    for queue in tuple(_queues):
+        queue.forget_stream()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_streams)
 
 
 def _one_of(**given: Any) -> Any:

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 import time
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..core.memory import FreedMemory
-from ..errors import VoxloomError, WorkerError
+from ..errors import SubjectError, VoxloomError, WorkerError
 from ..volumes.subject import Subject
 from .feeding import TaskFeed
 from .making import MadePatch, PatchMaker, PatchTask, SkippedSubject, name_of
@@ -30,6 +31,8 @@ __all__ = ["TASKS_AHEAD", "LocalStream", "PatchStream", "WorkerStream"]
 TASKS_AHEAD = 2
 # How long this process waits for a patch before it makes sure that the workers live, in seconds.
 LIVENESS_SECONDS = 1.0
+# What a worker has in hand when it has nothing to do.
+NOTHING = -1
 # How long a process that breaks off may take to end.
 ENDING_SECONDS = 0.5
 # How long closing waits for the workers, in seconds: PyTorch gives them five to end by themselves.
@@ -54,7 +57,7 @@ class PatchStream(Protocol):
 
     @property
     def is_over(self) -> bool:
-        """Whether it has ended, because its workers were interrupted, so that another one is needed."""
+        """Whether it has ended, after an error or an interrupt in another pass, so that another one is needed."""
         ...
 
     def run(self, feed: TaskFeed, left: int) -> None:
@@ -144,16 +147,45 @@ class LocalStream:
 class _Messages(Dataset[Message | None]):
     """What a worker runs: a task goes in, a message comes out."""
 
-    def __init__(self, maker: PatchMaker) -> None:
+    def __init__(self, maker: PatchMaker, doing: Tensor) -> None:
         self._maker = maker
+        self._doing = doing
         # The receiver has copied a message before it asks for the one after the next `TASKS_AHEAD`.
         self._packer = Packer(TASKS_AHEAD + 1)
 
     def __getitem__(self, task: PatchTask | None) -> Message | None:
         if task is None:
             return None
-        empty = self._packer.begin(len(task.numbers))
-        return self._packer.pack(task.run, list(self._maker.make(task, empty)))
+        self._doing[0] = task.subject
+        try:
+            empty = self._packer.begin(len(task.numbers))
+            return self._pack(task, list(self._maker.make(task, empty)))
+        except Exception as error:
+            if _can_travel(error):
+                raise
+            # It would be lost on the way, and the queue would wait for ever.
+            text = f"{type(error).__qualname__}: {error}"
+            raise RuntimeError("\n".join([text, *getattr(error, "__notes__", ())])) from error
+        finally:
+            self._doing[0] = NOTHING
+
+    def _pack(self, task: PatchTask, made: list[MadePatch]) -> Message:
+        try:
+            return self._packer.pack(task.run, made)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise SubjectError(
+                f"patches of {name_of(self._maker.dataset, task.subject)} cannot leave the worker, because one of their entries"
+                f" cannot be pickled ({error}): remove it with a transform, or use num_workers=0"
+            ) from error
+
+
+def _can_travel(error: Exception) -> bool:
+    """Say whether an error can be sent to another process: by the name of its type."""
+    try:
+        pickle.dumps(type(error))
+    except (pickle.PicklingError, AttributeError, TypeError):
+        return False
+    return True
 
 
 def _as_it_is(message: Any) -> Any:
@@ -291,11 +323,13 @@ class WorkerStream:
         self._is_asleep = self._needs_room = False
         self._woken, self._waker = multiprocessing.Pipe(duplex=False)
         self._set_out(feed, left)
-        messages = _Messages(maker)
+        self._doing = torch.full((num_workers,), NOTHING)
+        self._doing.share_memory_()  # type: ignore[no-untyped-call]
         self.workers: list[_Worker] = []
         _streams.add(self)
         try:
             for number in range(num_workers):
+                messages = _Messages(maker, self._doing[number : number + 1])
                 self.workers.append(_Worker(messages, functools.partial(self._next_task, number), context))
         except BaseException:
             self._close_workers()
@@ -379,7 +413,8 @@ class WorkerStream:
     @property
     def is_over(self) -> bool:
         """See `PatchStream`."""
-        return any(_was_interrupted(worker.process.exitcode) for worker in self.workers)
+        is_failed = self._error is not None and not isinstance(self._error, WorkerError)
+        return is_failed or any(_was_interrupted(worker.process.exitcode) for worker in self.workers)
 
     def close(self, wait: bool = True) -> None:
         """See `PatchStream`."""
@@ -465,7 +500,7 @@ class WorkerStream:
         ends = {worker.process.sentinel: worker for worker in self.workers}
         # What it was sending breaks off a moment before it has ended.
         dead = connection.wait(list(ends), timeout=0 if is_own else ENDING_SECONDS)
-        return self._death_of(ends[dead[0]]) if dead else None  # type: ignore[index]
+        return self._death_of(ends[dead[0]]) if dead else None
 
     def _close_workers(self) -> None:
         self._maker.wanted[0] = -1
@@ -476,10 +511,10 @@ class WorkerStream:
         worker.process.join(LIVENESS_SECONDS)  # it may have closed its pipes, but not ended yet
         code = worker.process.exitcode
         if _was_interrupted(code):
-            return WorkerError(f"the queue's worker process {worker.process.pid} was interrupted: begin a new pass, or resume it")
+            return WorkerError(f"the queue's worker process {worker.process.pid} ended early, as after Ctrl-C or sys.exit")
         how = f"was killed by {_signal_name(-code)}" if code is not None and code < 0 else f"ended with exit code {code}"
-        task = next(iter(worker.tasks), None)
-        at = "" if task is None else f" while it was making patches of {name_of(self._maker.dataset, task.subject)}"
+        doing = int(self._doing[self.workers.index(worker)])
+        at = "" if doing == NOTHING else f" while it was making patches of {name_of(self._maker.dataset, doing)}"
         return WorkerError(
             f"the queue's worker process {worker.process.pid} {how}{at}. A kill often means that memory ran out: use fewer"
             " workers, or images that are smaller or not compressed"
