@@ -680,3 +680,48 @@ def test_nothing_is_logged_unless_asked_for(caplog):
     with caplog.at_level(logging.DEBUG):
         list(make_queue())
     assert not caplog.records
+
+
+def test_a_refused_state_changes_nothing():
+    queue, other = make_queue(), make_queue(max_length=7)
+    next(iter(queue))
+    before = other.state_dict()
+    with pytest.raises(QueueError, match="cannot be resumed"):
+        other.load_state_dict(queue.state_dict() | {"seed": 5, "position": 1, "schedule": 1})
+    assert other.state_dict() == before
+    assert [bits(patch) for patch in other] == [bits(patch) for patch in make_queue(max_length=7)]
+
+
+def test_a_part_of_a_data_set():
+    dataset = vx.SubjectsDataset([make_subject(number, num_samples=number + 1) for number in range(4)])
+    queue = vx.Queue(torch.utils.data.Subset(dataset, [3, 1]), 6, 5, vx.UniformSampler(PATCH), seed=0)
+    assert len(queue) == 6
+    assert sorted(place(patch)[0] for patch in queue) == [0, 0, 0, 0, 1, 1]
+    grid = vx.GridSampler(patch_size=PATCH)
+    assert len(vx.Queue(torch.utils.data.Subset(dataset, [0]), 6, 5, grid)) == len(grid.grid_of(dataset[0]))
+
+
+def test_a_loader_counts_batches_that_were_delivered():
+    """An error in the middle of a batch loses the patches that were taken for it."""
+    is_broken = [True]
+
+    def fail(subject):
+        if is_broken[0] and subject["rank"] == 3:
+            raise ValueError("a hiccup")
+        return subject
+
+    def make():
+        subjects = [make_subject(number, rank=number) for number in range(5)]
+        return vx.SubjectsLoader(
+            make_queue(subjects=subjects, transform=fail, shuffle_subjects=False, max_length=1), batch_size=4
+        )
+
+    loader, delivered = make(), []
+    with pytest.raises(ValueError, match="a hiccup"):
+        delivered.extend(batch.t1.data for batch in loader)
+    is_broken[0] = False
+    resumed = make()
+    resumed.load_state_dict(loader.state_dict())
+    delivered.extend(batch.t1.data for batch in resumed)
+    expected = [batch.t1.data for batch in make()]
+    assert all(torch.equal(one, other) for one, other in zip(delivered, expected, strict=True))

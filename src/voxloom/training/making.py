@@ -1,11 +1,12 @@
 """What a worker does: load a subject, transform it, and cut patches out of it."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor
+from torch.utils.data import Subset
 
 from ..core import memory
 from ..core.draws import Purpose, seed_words
@@ -15,7 +16,7 @@ from ..sampling.patches import MakeEmpty, NumberedPatches, PatchSource
 from ..volumes.subject import Subject
 from .seeding import reseed, seeded
 
-__all__ = ["MadePatch", "PatchMaker", "PatchTask", "SkippedSubject", "name_of"]
+__all__ = ["MadePatch", "PatchMaker", "PatchTask", "SkippedSubject", "dry_subjects_of", "name_of", "transform_of"]
 
 Transform = Callable[[Subject], Subject]
 _Key = tuple[int, int, int]  # run, epoch and subject
@@ -201,7 +202,7 @@ class PatchMaker:
     def _load(self, task: PatchTask, index: int) -> NumberedPatches | None:
         words = seed_words(task.seed, task.epoch, 0, index, Purpose.SUBJECT_TRANSFORM)
         with seeded(words):
-            for number, transform in enumerate((getattr(self.dataset, "transform", None), self.transform)):
+            for number, transform in enumerate((transform_of(self.dataset), self.transform)):
                 reseed(transform, words[3] + number)
             subject = _as_subject(self.dataset[index], "the data set")
             if not self.is_wanted(task):
@@ -250,11 +251,22 @@ def _as_subject(thing: Any, origin: str) -> Subject:
     return thing
 
 
+def dry_subjects_of(dataset: Any) -> Sequence[Subject] | None:
+    """Give the subjects of a data set, or of a part of one, neither loaded nor transformed; None if it does not have them."""
+    if isinstance(dataset, Subset):
+        whole = dry_subjects_of(dataset.dataset)
+        return None if whole is None else [whole[index] for index in dataset.indices]
+    return dataset.dry_iter() if hasattr(dataset, "dry_iter") else None
+
+
+def transform_of(dataset: Any) -> Any:
+    """Give the transform of a data set, or of the one that it is a part of."""
+    return transform_of(dataset.dataset) if isinstance(dataset, Subset) else getattr(dataset, "transform", None)
+
+
 def name_of(dataset: Any, index: int) -> str:
     """Name a subject of a data set, with the files that it is made of."""
-    files = ""
-    if hasattr(dataset, "dry_iter"):
-        images = dataset.dry_iter()[index].images
-        paths = [f"{name}: {image.path}" for name, image in images.items() if image.path is not None]
-        files = f" ({', '.join(paths)})" if paths else ""
-    return f"subject {index}{files}"
+    subjects = dry_subjects_of(dataset)
+    images = {} if subjects is None else subjects[index].images
+    paths = [f"{name}: {image.path}" for name, image in images.items() if image.path is not None]
+    return f"subject {index}" + (f" ({', '.join(paths)})" if paths else "")

@@ -12,6 +12,7 @@ from ..errors import QueueError, SizeError, SubjectError
 from ..sampling.grid import GridSampler
 from ..sampling.patches import PatchSource
 from ..volumes.subject import Subject
+from .making import dry_subjects_of
 
 __all__ = ["NUM_SAMPLES", "Planner", "check_same_keys", "headers_of"]
 
@@ -65,10 +66,10 @@ class Planner:
 
     # Subjects
 
-    @property
+    @cached_property
     def dry_subjects(self) -> Sequence[Subject] | None:
         """The subjects, neither loaded nor transformed; None where the data set does not give them."""
-        return self._dataset.dry_iter() if hasattr(self._dataset, "dry_iter") else None
+        return dry_subjects_of(self._dataset)
 
     @cached_property
     def grids(self) -> list[PatchGrid] | None:

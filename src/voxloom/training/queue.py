@@ -23,7 +23,7 @@ from ..sampling.random import PatchSampler
 from ..volumes.loading import SubjectsDataset, Transform, one_reader
 from ..volumes.subject import Subject
 from .feeding import TaskFeed
-from .making import PatchMaker, PatchTask, SkippedSubject, name_of
+from .making import PatchMaker, PatchTask, SkippedSubject, name_of, transform_of
 from .planning import NUM_SAMPLES, Planner, check_same_keys, headers_of
 from .streams import TASKS_AHEAD, LocalStream, PatchStream, WorkerStream
 
@@ -273,8 +273,8 @@ class Queue(IterableDataset[Subject]):
     def _pass(self) -> Iterator[Subject]:
         epoch, position = self._upcoming
         schedule = self._planner.begin(epoch)
-        if position:
-            self._check_resumed(schedule)
+        if position and not _is_of(schedule, self._fingerprint, position):
+            raise self._other_order(epoch, position)
         for key in [key for key in tuple(self._skipped) if key[0] < epoch]:
             del self._skipped[key]
         stream, ticket = self._begin(schedule, position)
@@ -429,7 +429,11 @@ class Queue(IterableDataset[Subject]):
             skipped = {int(subject): int(first) for subject, first in state.get("skipped", ())}
         except (KeyError, TypeError, ValueError) as error:
             raise QueueError(f"{state!r} is no state of a queue: it must be what state_dict returned") from error
-        self._planner.seed = seed
+        seed_before, self._planner.seed = self._planner.seed, seed
+        schedule = self._planner.schedule(epoch) if self.subject_sampler is None else None
+        if position and schedule is not None and not _is_of(schedule, fingerprint, position):
+            self._planner.seed = seed_before
+            raise self._other_order(epoch, position)
         self._fingerprint = fingerprint
         self._skipped.clear()
         for subject, first in skipped.items():
@@ -437,22 +441,17 @@ class Queue(IterableDataset[Subject]):
         self._upcoming = self._reached = (epoch, position)
         self._epoch, self._schedule = epoch, None
         self._feed = None  # whatever is being made is of no use
-        if self.subject_sampler is None:
-            schedule = self._planner.schedule(epoch)
-            if position:
-                self._check_resumed(schedule)
-            if self._stream is not None:
-                self._set_out(schedule, position)
+        if self._stream is not None and schedule is not None:
+            self._set_out(schedule, position)
 
-    def _check_resumed(self, schedule: EpochSchedule) -> None:
-        if schedule.fingerprint != self._fingerprint or self._upcoming[1] >= len(schedule):
-            hint = "the subjects, their order or numbers of patches, max_length, shuffle_patches, rank or world_size differ"
-            if self.subject_sampler is not None:
-                hint += "; a DistributedSampler needs the set_epoch that it had"
-            raise QueueError(
-                f"epoch {schedule.epoch} cannot be resumed at patch {self._upcoming[1]}, because it has another order than when"
-                f" the state was taken: {hint}"
-            )
+    def _other_order(self, epoch: int, position: int) -> QueueError:
+        hint = "the subjects, their order or numbers of patches, max_length, shuffle_patches, rank or world_size differ"
+        if self.subject_sampler is not None:
+            hint += "; a DistributedSampler needs the set_epoch that it had"
+        return QueueError(
+            f"epoch {epoch} cannot be resumed at patch {position}, because it has another order than when the state was"
+            f" taken: {hint}"
+        )
 
     # Sizes, and what is shown
 
@@ -479,7 +478,7 @@ class Queue(IterableDataset[Subject]):
 
     @property
     def _has_transforms(self) -> bool:
-        own = (self.transform, self.patch_transform, getattr(self.subjects_dataset, "transform", None))
+        own = (self.transform, self.patch_transform, transform_of(self.subjects_dataset))
         return any(transform is not None for transform in own)
 
     def _progress(self) -> str:
@@ -520,6 +519,11 @@ def _forget_streams() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_streams)
+
+
+def _is_of(schedule: EpochSchedule, fingerprint: int, position: int) -> bool:
+    """Say whether a state was taken of a schedule."""
+    return schedule.fingerprint == fingerprint and position < len(schedule)
 
 
 def _one_of(**given: Any) -> Any:

@@ -440,7 +440,7 @@ class WorkerStream:
                     worker.is_resting &= not has_set_out
                     self._admit(worker)
                 for worker in self._wait(changes):
-                    message = worker.fetch()
+                    message = self._fetch(worker)
                     if message is not None:
                         contents = unpack(message, self._memory.empty)
                         worker.pending.extend((message.run, ticket, make) for ticket, make in contents)
@@ -454,6 +454,16 @@ class WorkerStream:
                 self._changed.notify_all()
         finally:
             self._close_workers()
+
+    def _fetch(self, worker: _Worker) -> Message | None:
+        """Fetch a message; an error that was met for an epoch that has been left since is of no interest."""
+        try:
+            return worker.fetch()
+        except Exception:
+            task = worker.tasks.popleft() if worker.tasks else None
+            if task is None or self._maker.is_wanted(task) or not worker.process.is_alive():
+                raise
+            return None
 
     def _admit(self, worker: _Worker) -> None:
         """Copy those patches of a worker that there is room for."""

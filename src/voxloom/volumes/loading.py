@@ -184,10 +184,19 @@ class SubjectsLoader(DataLoader[Any]):
         if isinstance(dataset, Resumable) and kwargs.get("num_workers"):
             raise QueueError(one_reader(kwargs["num_workers"]))
         self._delivered: tuple[int, int] | None = None
+        self._state: dict[str, Any] | None = None
         super().__init__(dataset, batch_size=batch_size, **kwargs)
 
     def __iter__(self) -> Iterator[SubjectsBatch]:  # type: ignore[override]
+        if isinstance(self.dataset, Resumable):
+            return self._followed(super().__iter__(), self.dataset)
         return super().__iter__() if self._source is None else self._counted(super().__iter__())
+
+    def _followed(self, batches: Iterator[SubjectsBatch], dataset: Resumable) -> Iterator[SubjectsBatch]:
+        """Note after each batch how far the data set has been read: an error may come in the middle of the next."""
+        for batch in batches:
+            self._state = dataset.state_dict()
+            yield batch
 
     def _counted(self, batches: Iterator[SubjectsBatch]) -> Iterator[SubjectsBatch]:
         assert isinstance(self.sampler, _DrawOrder)
@@ -205,7 +214,7 @@ class SubjectsLoader(DataLoader[Any]):
             SubjectError: if the data set is neither a queue nor a sampler with a number of patches.
         """
         if self._source is None:
-            return self._resumable().state_dict()
+            return self._resumable().state_dict() if self._state is None else self._state
         epoch, draw = self._source.upcoming if self._delivered is None else self._delivered
         return {"seed": self._source.seed, "epoch": epoch, "draw": draw}
 
@@ -213,6 +222,7 @@ class SubjectsLoader(DataLoader[Any]):
         """Continue with the batch that follows those that `state_dict` counted."""
         if self._source is None:
             self._resumable().load_state_dict(state)
+            self._state = None
             return
         self._source.seed = state["seed"]
         self._source.seek(state["epoch"], state["draw"])
