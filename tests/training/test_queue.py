@@ -725,3 +725,18 @@ def test_a_loader_counts_batches_that_were_delivered():
     delivered.extend(batch.t1.data for batch in resumed)
     expected = [batch.t1.data for batch in make()]
     assert all(torch.equal(one, other) for one, other in zip(delivered, expected, strict=True))
+
+
+def test_a_patch_transform_may_make_a_new_subject():
+    patches = list(make_queue(patch_transform=lambda patch: vx.Subject(t1=patch.t1)))
+    assert sorted(place(patch) for patch in patches) == sorted(expected_draws(0, 0, [5] * 4))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_random_sampler_of_subjects_is_asked_when_a_pass_begins(num_workers):
+    torch.manual_seed(3)
+    expected = list(torch.utils.data.RandomSampler(range(4)))
+    torch.manual_seed(3)
+    sampler = torch.utils.data.RandomSampler(range(4))
+    queue = make_queue(subject_sampler=sampler, shuffle_subjects=False, shuffle_patches=False, num_workers=num_workers, samples=1)
+    assert [place(patch)[0] for patch in queue] == expected

@@ -322,6 +322,7 @@ def test_an_error_comes_at_once(folder):
 
     def fail(subject):
         if subject["name"] == "s7":
+            time.sleep(1)
             raise ValueError("no such luck")
         return subject
 

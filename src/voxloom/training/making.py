@@ -13,6 +13,7 @@ from ..core.draws import Purpose, seed_words
 from ..core.grids import PatchGrid
 from ..errors import SamplingError, SubjectError, VoxloomError
 from ..sampling.patches import MakeEmpty, NumberedPatches, PatchSource
+from ..volumes.constants import PATCH_LOCATION
 from ..volumes.subject import Subject
 from .seeding import reseed, seeded
 
@@ -174,7 +175,11 @@ class PatchMaker:
             words = seed_words(task.seed, task.epoch, number, subject, Purpose.PATCH_TRANSFORM)
             with seeded(words):
                 reseed(self.patch_transform, words[3])
-                return _as_subject(self.patch_transform(patches.cut(number)), "patch_transform")
+                patch = patches.cut(number)
+                location = patch.patch_location
+                patch = _as_subject(self.patch_transform(patch), "patch_transform")
+                patch.setdefault(PATCH_LOCATION, location)  # it may have made a new subject of the images alone
+                return patch
 
     def _patches_of(self, task: PatchTask, subject: int) -> NumberedPatches:
         """Open a subject, unless it is open already; the one that was open before is released first."""

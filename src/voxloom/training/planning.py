@@ -116,6 +116,11 @@ class Planner:
 
     # Schedules
 
+    @property
+    def has_epochs(self) -> bool:
+        """Whether the subject_sampler gives an order that follows from an epoch, as PyTorch's `DistributedSampler` does."""
+        return hasattr(self.subject_sampler, "set_epoch") and hasattr(self.subject_sampler, "epoch")
+
     def schedule(self, epoch: int) -> EpochSchedule:
         """Make the schedule of an epoch that is about to begin, or of any where there is no subject_sampler."""
         if self.subject_sampler is None:
@@ -139,7 +144,7 @@ class Planner:
         """Make the schedule of an epoch before its time; None if the subject_sampler cannot say what will come."""
         if self.subject_sampler is None:
             return self.schedule(epoch)
-        if not hasattr(self.subject_sampler, "set_epoch"):
+        if not self.has_epochs:
             return None
         twin = copy.copy(self.subject_sampler)
         begun, of_sampler = self._begun or (0, twin.epoch)
@@ -149,7 +154,7 @@ class Planner:
 
     def begin(self, epoch: int) -> EpochSchedule:
         """Make the schedule of an epoch that begins now."""
-        if hasattr(self.subject_sampler, "set_epoch"):
+        if self.has_epochs:
             own = self.subject_sampler.epoch
             if self._begun is not None and self._begun[0] != epoch:
                 # Where nobody calls `set_epoch`, the next epoch will be as this one.
@@ -161,7 +166,7 @@ class Planner:
 
     def _draw_order(self, epoch: int) -> list[int]:
         """Ask the subject_sampler once for each epoch, unless it draws the same each time."""
-        if hasattr(self.subject_sampler, "set_epoch"):
+        if self.has_epochs:
             return list(self.subject_sampler)
         if self._drawn is None or self._drawn[0] != epoch:
             self._drawn = (epoch, list(self.subject_sampler))

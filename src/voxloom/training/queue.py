@@ -190,7 +190,8 @@ class Queue(IterableDataset[Subject]):
         """Subjects that were skipped, by epoch and index."""
         self._stop()
         _queues.add(self)
-        if start_background and self.num_workers:
+        # A subject_sampler that draws from the user's random numbers is asked when a pass begins, and not before.
+        if start_background and self.num_workers and (subject_sampler is None or self._planner.has_epochs):
             self._set_out(self._planner.schedule(0), 0)
 
     # What users of both generations of TorchIO ask for
