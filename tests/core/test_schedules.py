@@ -138,6 +138,8 @@ def test_further_draws_go_to_all_subjects_alike():
     assert schedule.draws == (5, 3)
     assert draws_of(schedule) == [(1, 0), (1, 1), (1, 2), (1, 3), (1, 4), (0, 0), (0, 1), (0, 2)]
     assert EpochSchedule.in_order(0, 0, [2, 3], [1, 0], 4, length=2).draws == (2,)
+    assert EpochSchedule.in_order(0, 0, [0, 4], [0, 1], 4, length=6).subjects == (1,)
+    assert len(EpochSchedule.in_order(0, 0, [0, 4], [0], 4, length=6)) == 0
 
 
 def test_a_subject_that_is_named_twice_makes_other_draws_the_second_time():

@@ -146,9 +146,10 @@ class EpochSchedule:
             shuffle_patches: let patches leave in random order.
             length: patches in the epoch: further draws of all subjects are added, or the last ones left out.
         """
+        order = [subject for subject in order if counts[subject]]  # no further draws of one of which none are wanted
         draws = np.asarray([counts[subject] for subject in order], dtype=np.int64)
         more = 0 if length is None else length - int(draws.sum())
-        if more > 0:
+        if more > 0 and order:
             each, rest = divmod(more, len(draws))
             draws += each + (np.arange(len(draws)) < rest)
         elif more < 0:

@@ -489,7 +489,7 @@ class WorkerStream:
         awake = {worker.reader: worker for worker in self.workers if not worker.pending and not worker.is_resting}
         ends = {worker.process.sentinel: worker for worker in self.workers}
         with self._changed:
-            if changes != self._changes:
+            if changes != self._changes or self._is_closed:
                 return []
             self._is_asleep = True
         ready = connection.wait([*awake, *ends, self._woken])
