@@ -241,6 +241,32 @@ def test_memory_is_true_for_every_type(dtype, size):
 # Transforms and random states
 
 
+def test_memory_is_that_of_the_largest_type(tmp_path):
+    types = (torch.uint8, torch.float64, torch.int16)
+    subjects = [vx.Subject(t1=vx.ScalarImage(torch.ones(1, 16, 16, 16, dtype=dtype))) for dtype in types]
+    queue = make_queue(subjects=subjects, sampler=vx.UniformSampler(PATCH))
+    assert queue.max_memory == 6 * PATCH**3 * 8
+    missing = vx.Subject(t1=vx.ScalarImage(tmp_path / "missing.nii", verify_path=False))
+    for transform in (None, noisy_if_possible):
+        queue = make_queue(
+            subjects=[missing, subjects[2]], sampler=vx.UniformSampler(PATCH), on_error="skip", transform=transform
+        )
+        assert queue.max_memory == 6 * PATCH**3 * 2
+        with pytest.raises(vx.errors.ImageFileError, match=r"missing\.nii"):
+            _ = make_queue(subjects=[missing, subjects[2]], sampler=vx.UniformSampler(PATCH), transform=transform).max_memory
+
+
+def test_a_reader_of_ones_own_keeps_nothing_once_the_grid_is_known():
+    subjects = [vx.Subject(t1=vx.ScalarImage(__file__, reader=lambda path: (torch.ones(1, 9, 9, 9), np.eye(4)))) for _ in "ab"]
+    queue = make_queue(subjects=subjects, sampler=vx.GridSampler(patch_size=3))
+    assert len(queue) == 54
+    assert not any(subject.t1.is_loaded for subject in subjects)
+
+
+def noisy_if_possible(subject):
+    return subject
+
+
 def noisy(subject):
     """Uses all three kinds of randomness, and a sum, whose last bits depend on the number of threads."""
     t1 = subject.t1.data + torch.rand(1) + np.random.rand() + random.random()

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -388,7 +389,7 @@ def test_a_run_with_skipped_subjects_is_resumed_as_it_was(folder):
         everything.append(bits(patch))
         states.append(queue.state_dict())
     assert states[-1]["position"] == 0
-    assert any(state.get("skipped") == [(2, 0)] for state in states)
+    assert {skip[1:] for state in states for skip in state.get("skipped", ())} == {(2, 0)}
     for number in (3, 20, 40, 54):
         # Without the fault, too: what was skipped stays skipped for the rest of the epoch.
         for transform in (fail, None) if states[number]["skipped"] else (fail,):
@@ -396,6 +397,36 @@ def test_a_run_with_skipped_subjects_is_resumed_as_it_was(folder):
             resumed.load_state_dict(states[number])
             assert resumed.state_dict() == states[number]
             assert [bits(patch) for patch in resumed] == everything[number + 1 :]
+
+
+def fails_now_and_then(patch):
+    if random.random() < 0.25:
+        raise ValueError("now and then")
+    return of_a_patch(patch)
+
+
+@pytest.mark.filterwarnings("ignore:.*were skipped")
+def test_a_subject_that_is_named_twice_is_skipped_by_place(folder):
+    settings = {
+        "subject_sampler": [4, 1, 4, 6, 1, 4, 0, 2, 3, 5],
+        "shuffle_subjects": False,
+        "on_error": "skip",
+        "max_length": 40,
+    }
+    settings |= {"patch_transform": fails_now_and_then, "samples": 4}
+    everything, states = [], []
+    queue = make_queue(folder, 0, **settings)
+    for patch in queue:
+        everything.append(bits(patch))
+        states.append(queue.state_dict())
+    places = {(place, subject) for place, subject, _ in states[-2]["skipped"]}
+    assert len(places) > len({subject for _, subject in places})
+    for num_workers in (1, 2, 3):
+        assert [bits(patch) for patch in make_queue(folder, num_workers, **settings)] == everything
+    for number in (0, 9, 17):
+        resumed = make_queue(folder, 2, **settings)
+        resumed.load_state_dict(states[number])
+        assert [bits(patch) for patch in resumed] == everything[number + 1 :]
 
 
 def test_nothing_can_be_read(folder):
@@ -753,3 +784,105 @@ def test_an_epoch_without_patches(num_workers):
                 subjects, 4, 2, vx.UniformSampler(4), num_workers, subject_sampler=sampler, shuffle_subjects=False, drop_last=True
             )
         )
+
+
+def fails_when_seen_before(folder, subject):
+    seen = folder / f"seen {subject['name']}"
+    if subject["name"] == "s3" and seen.exists():
+        raise ValueError("seen before")
+    seen.touch()
+    return subject
+
+
+@pytest.mark.parametrize("position", [0, 20])
+def test_an_error_in_an_epoch_that_is_loaded_ahead_waits_for_it(folder, tmp_path, position):
+    whole = [bits(patch) for patch in make_queue(folder, 0, max_length=200)]
+    earlier = make_queue(folder, 0, max_length=200)
+    for _ in zip(range(position), earlier, strict=False):
+        pass
+    transform = functools.partial(fails_when_seen_before, tmp_path)
+    queue = make_queue(folder, 2, max_length=200, transform=transform, start_background=False)
+    queue.load_state_dict(earlier.state_dict())
+    patches = iter(queue)
+    begun = [bits(next(patches))]
+    wait_until(lambda: queue._stream._errors_ahead)
+    assert begun + [bits(patch) for patch in patches] == whole[position:]
+    with pytest.raises(ValueError, match="seen before"):
+        list(queue)
+
+
+def adds_to_metadata(patch):
+    patch["history"].append(random.random())
+    patch.t1.metadata["history"].append(len(patch["history"]))
+    patch["sums"] += 1
+    return patch
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_metadata_that_is_changed_in_place_belongs_to_one_patch(folder, num_workers):
+    subjects = subjects_in(folder)
+    for subject in subjects:
+        subject["history"], subject["sums"] = [], torch.zeros(2)
+        subject.t1.metadata["history"] = []
+    sampler = vx.UniformSampler(PATCH)
+    queue = vx.Queue(subjects, 8, 5, sampler, num_workers, seed=3, patch_transform=adds_to_metadata)
+    for patch in queue:
+        assert len(patch["history"]) == 1
+        assert patch.t1.metadata["history"] == [1]
+        assert patch["sums"].tolist() == [1, 1]
+        patch["history"].append("of the training loop")
+    assert all(subject["history"] == subject.t1.metadata["history"] == [] for subject in subjects)
+
+
+class Volume:
+    """Something that is only in memory as long as somebody refers to it."""
+
+
+@pytest.mark.parametrize("on_error", ["skip", "raise"])
+def test_an_error_keeps_nothing_in_memory(folder, on_error):
+    volumes = []
+
+    def fail(subject):
+        if subject["name"] not in ("s2", "s5"):
+            return subject
+        volume = Volume()
+        volumes.append(weakref.ref(volume))
+        try:
+            raise KeyError("the cause")
+        except KeyError as error:
+            raise ValueError("the error") from error
+
+    gc.collect()
+    gc.disable()  # what is only found by the garbage collector is kept for too long
+    try:
+        queue = make_queue(folder, 0, on_error=on_error, transform=fail, shuffle_subjects=False)
+        patches = iter(queue)
+        with contextlib.suppress(ValueError):
+            for _ in range(40):
+                next(patches)
+        assert volumes
+        assert all(volume() is None for volume in volumes)
+    finally:
+        gc.enable()
+
+
+def test_an_error_that_was_caught_keeps_nothing_of_the_training_loop(folder):
+    volumes = []
+
+    def fail(subject):
+        raise ValueError("no such luck")
+
+    def train(queue):
+        volume = Volume()
+        volumes.append(weakref.ref(volume))
+        list(queue)
+
+    gc.collect()
+    gc.disable()
+    try:
+        queue = make_queue(folder, 2, transform=fail)
+        with contextlib.suppress(ValueError):
+            train(queue)
+        assert volumes[0]() is None
+    finally:
+        gc.enable()

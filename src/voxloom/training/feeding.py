@@ -38,7 +38,7 @@ class TaskFeed:
         run: number of the run.
         schedule: of the first epoch.
         position: patches of it that have left before.
-        skipped: subjects of it that were skipped, and from which draw on.
+        skipped: places of it whose subjects were skipped, and from which draw on.
         foresee: gives the schedule of a later epoch, or None if that cannot be known before it begins.
         most: patches in a task.
     """
@@ -139,11 +139,12 @@ class TaskFeed:
             run=self.run,
             seed=schedule.seed,
             epoch=schedule.epoch,
+            place=piece.place,
             subject=piece.subject,
             numbers=tuple(piece.numbers.tolist()),
             tickets=tuple((piece.patches + epoch.first_ticket).tolist()),
             stand_ins=_stand_ins(schedule, piece.place),
-            skipped_from=epoch.skipped.get(piece.subject),
+            skipped_from=epoch.skipped.get(piece.place),
         )
 
 

@@ -1,6 +1,7 @@
 """What a worker does: load a subject, transform it, and cut patches out of it."""
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,12 +18,22 @@ from ..volumes.constants import PATCH_LOCATION
 from ..volumes.subject import Subject
 from .seeding import reseed, seeded
 
-__all__ = ["MadePatch", "PatchMaker", "PatchTask", "SkippedSubject", "dry_subjects_of", "name_of", "transform_of"]
+__all__ = [
+    "SKIPPED_BEFORE",
+    "MadePatch",
+    "PatchMaker",
+    "PatchTask",
+    "SkippedSubject",
+    "dry_subjects_of",
+    "name_of",
+    "transform_of",
+]
 
 Transform = Callable[[Subject], Subject]
-_Key = tuple[int, int, int]  # run, epoch and subject
+_Key = tuple[int, int, int]  # run, epoch and subject, or place of a subject
 # Draws that stand in for those of a subject that was skipped have numbers beyond all others.
 STAND_IN = 2**32
+SKIPPED_BEFORE = "it had been skipped when the state was taken"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +44,8 @@ class PatchTask:
     """Which run of the queue they are for: a new one begins where it is resumed."""
     seed: int
     epoch: int
+    place: int
+    """The how-manyth subject of the epoch it is."""
     subject: int
     """Index in the data set."""
     numbers: tuple[int, ...]
@@ -49,6 +62,8 @@ class SkippedSubject(NamedTuple):
     """A subject that patches of others stand in for."""
 
     epoch: int
+    place: int
+    """The how-manyth subject of the epoch it is: a `subject_sampler` may name one twice, for other workers."""
     subject: int
     first: int
     """The first of its draws that was replaced."""
@@ -95,7 +110,7 @@ class PatchMaker:
         self.skip_errors = skip_errors
         self.wanted = wanted
         self._open: tuple[_Key, NumberedPatches] | None = None
-        self._unreadable: dict[_Key, Exception] = {}
+        self._unreadable: dict[_Key, tuple[type[VoxloomError], str]] = {}
         self._skipped: tuple[_Key, SkippedSubject] | None = None
 
     def is_wanted(self, task: PatchTask) -> bool:
@@ -114,7 +129,7 @@ class PatchMaker:
             Exception: whatever loading or a transform raised; it names the subject.
         """
         if task.skipped_from is not None and self._skipped_of(task) is None:
-            self._skip(task, task.skipped_from, "it had been skipped when the state was taken")
+            self._skip(task, task.skipped_from, SKIPPED_BEFORE)
         for number, ticket in zip(task.numbers, task.tickets, strict=True):
             if not self.is_wanted(task):
                 return
@@ -143,12 +158,13 @@ class PatchMaker:
         return is_allowed and not isinstance(error, _AbandonedError)
 
     def _skip(self, task: PatchTask, first: int, reason: str) -> SkippedSubject:
-        skipped = SkippedSubject(task.epoch, task.subject, first, reason)
-        self._skipped = (_key(task, task.subject), skipped)
+        skipped = SkippedSubject(task.epoch, task.place, task.subject, first, reason)
+        self._skipped = ((task.run, task.epoch, task.place), skipped)
         return skipped
 
     def _skipped_of(self, task: PatchTask) -> SkippedSubject | None:
-        return self._skipped[1] if self._skipped is not None and self._skipped[0] == _key(task, task.subject) else None
+        key = (task.run, task.epoch, task.place)
+        return self._skipped[1] if self._skipped is not None and self._skipped[0] == key else None
 
     def _stand_in(self, task: PatchTask, number: int, empty: MakeEmpty) -> Subject:
         """Make a further draw of the next subject that can be read."""
@@ -171,11 +187,11 @@ class PatchMaker:
         with self._named(subject, task.epoch):
             patches = self._patches_of(task, subject)
             if self.patch_transform is None:
-                return patches.cut(number, empty)
+                return _with_own_metadata(patches.cut(number, empty))
             words = seed_words(task.seed, task.epoch, number, subject, Purpose.PATCH_TRANSFORM)
             with seeded(words):
                 reseed(self.patch_transform, words[3])
-                patch = patches.cut(number)
+                patch = _with_own_metadata(patches.cut(number))
                 location = patch.patch_location
                 patch = _as_subject(self.patch_transform(patch), "patch_transform")
                 patch.setdefault(PATCH_LOCATION, location)  # it may have made a new subject of the images alone
@@ -183,9 +199,10 @@ class PatchMaker:
 
     def _patches_of(self, task: PatchTask, subject: int) -> NumberedPatches:
         """Open a subject, unless it is open already; the one that was open before is released first."""
-        key = _key(task, subject)
+        key = (task.run, task.epoch, subject)
         if key in self._unreadable:
-            raise self._unreadable[key]
+            kind, text = self._unreadable[key]
+            raise kind(text)
         if self._open is None or self._open[0] != key:
             self._open = None
             self._open = (key, self._load_once(key, task, subject))
@@ -200,7 +217,11 @@ class PatchMaker:
                 raise _NothingToDrawError("there is nothing to draw from it")
         except Exception as error:
             if self._may_skip(error):
-                self._unreadable[key] = error.with_traceback(None)
+                # Not the error itself: it would keep all that was in memory when it was raised.
+                is_own = isinstance(error, VoxloomError)
+                self._unreadable[key] = (
+                    (type(error), str(error)) if is_own else (SubjectError, f"{type(error).__name__}: {error}")
+                )
             raise
         return patches
 
@@ -246,8 +267,20 @@ class _NothingToDrawError(SamplingError):
     """A sampler that was told to skip subjects without foreground has met one."""
 
 
-def _key(task: PatchTask, subject: int) -> _Key:
-    return task.run, task.epoch, subject
+def _with_own_metadata(patch: Subject) -> Subject:
+    """Give a patch metadata of its own, so that whoever changes them in place changes those of no other."""
+    for name, value in patch.metadata.items():
+        patch[name] = _own(value)
+    for image in patch.images.values():
+        image.metadata = _own(image.metadata)
+    return patch
+
+
+def _own(value: Any) -> Any:
+    try:
+        return copy.deepcopy(value)
+    except TypeError:  # such as an open file, of which there can be only one
+        return value
 
 
 def _as_subject(thing: Any, origin: str) -> Subject:

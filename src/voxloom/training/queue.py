@@ -23,7 +23,7 @@ from ..sampling.random import PatchSampler
 from ..volumes.loading import SubjectsDataset, Transform, one_reader
 from ..volumes.subject import Subject
 from .feeding import TaskFeed
-from .making import PatchMaker, PatchTask, SkippedSubject, name_of, transform_of
+from .making import SKIPPED_BEFORE, PatchMaker, PatchTask, SkippedSubject, name_of, transform_of
 from .planning import NUM_SAMPLES, Planner, check_same_keys, headers_of
 from .streams import TASKS_AHEAD, LocalStream, PatchStream, WorkerStream
 
@@ -187,7 +187,7 @@ class Queue(IterableDataset[Subject]):
         self._fingerprint = 0
         """What tells its schedule from others."""
         self._skipped: dict[tuple[int, int], SkippedSubject] = {}
-        """Subjects that were skipped, by epoch and index."""
+        """Subjects that were skipped, by epoch and place."""
         self._stop()
         _queues.add(self)
         # A subject_sampler that draws from the user's random numbers is asked when a pass begins, and not before.
@@ -228,11 +228,14 @@ class Queue(IterableDataset[Subject]):
 
     @property
     def max_memory(self) -> int:
-        """Bytes of `max_length` patches, of the type and channels that they have after all transforms.
+        """Bytes of `max_length` patches, of the largest that any subject has, with their types and channels.
 
-        To find these out a patch is made, where there are transforms and none has been made yet.
+        Where there are transforms, these are not known from headers: then they are those of the patches so far, and if none has
+        been made yet, one is.
         """
-        return self._memory.kept_bytes or self.max_length * self._bytes_of_a_patch()
+        if self._has_transforms or self._planner.dry_subjects is None:
+            return self._memory.kept_bytes or self.max_length * self._bytes_of_first_patch()
+        return self.max_length * self._bytes_of_largest_patch
 
     @property
     def max_memory_pretty(self) -> str:
@@ -323,7 +326,7 @@ class Queue(IterableDataset[Subject]):
     def _set_out(self, schedule: EpochSchedule, position: int) -> PatchStream:
         """Begin a new run; whatever else is being made is dropped."""
         self._run += 1
-        skipped = {skip.subject: skip.first for skip in self._skipped_in(schedule.epoch)}
+        skipped = {skip.place: skip.first for skip in self._skipped_in(schedule.epoch)}
         most = self._patches_per_message
         self._feed = TaskFeed(self._run, schedule, position, skipped, self._planner.foresee, most)
         if self._stream is not None:
@@ -410,7 +413,7 @@ class Queue(IterableDataset[Subject]):
         epoch, position = self._reached
         state: dict[str, Any] = {"seed": self._planner.seed, "epoch": epoch, "position": position}
         if position:
-            skipped = sorted((skip.subject, skip.first) for skip in self._skipped_in(epoch))
+            skipped = sorted((skip.place, skip.subject, skip.first) for skip in self._skipped_in(epoch))
             state |= {"schedule": self._fingerprint, "skipped": skipped}
         return state
 
@@ -427,7 +430,7 @@ class Queue(IterableDataset[Subject]):
             seed = as_int(state["seed"], "seed", -(2**63))
             epoch, position = (as_int(state[name], name, 0) for name in ("epoch", "position"))
             fingerprint = int(state["schedule"]) if position else 0
-            skipped = {int(subject): int(first) for subject, first in state.get("skipped", ())}
+            skipped = [(int(place), int(subject), int(first)) for place, subject, first in state.get("skipped", ())]
         except (KeyError, TypeError, ValueError) as error:
             raise QueueError(f"{state!r} is no state of a queue: it must be what state_dict returned") from error
         seed_before, self._planner.seed = self._planner.seed, seed
@@ -437,8 +440,8 @@ class Queue(IterableDataset[Subject]):
             raise self._other_order(epoch, position)
         self._fingerprint = fingerprint
         self._skipped.clear()
-        for subject, first in skipped.items():
-            self._skipped[epoch, subject] = SkippedSubject(epoch, subject, first, "it had been skipped when the state was taken")
+        for place, subject, first in skipped:
+            self._skipped[epoch, place] = SkippedSubject(epoch, place, subject, first, SKIPPED_BEFORE)
         self._upcoming = self._reached = (epoch, position)
         self._epoch, self._schedule = epoch, None
         self._feed = None  # whatever is being made is of no use
@@ -468,13 +471,27 @@ class Queue(IterableDataset[Subject]):
         values = sum(image.num_channels * image.dtype.itemsize for image in headers_of(subject).images.values())
         return values * math.prod(self.sampler.patch_size)
 
-    def _bytes_of_a_patch(self) -> int:
-        subjects = self._planner.dry_subjects
-        index = next(index for index, count in enumerate(self._planner.counts) if count)
-        if subjects is not None and not self._has_transforms:
-            return self._bytes_by_headers(subjects[index])
+    @cached_property
+    def _bytes_of_largest_patch(self) -> int:
+        """Bytes of the largest patch, as headers say."""
+        subjects = self._planner.dry_subjects or ()
+        sizes, errors = [], []
+        for subject, count in zip(subjects, self._planner.counts, strict=True):
+            try:
+                sizes += [self._bytes_by_headers(subject)] if count else []
+            except VoxloomError as error:
+                if self.on_error == "raise":
+                    raise
+                errors.append(error)
+        if not sizes:
+            raise errors[0]
+        return max(sizes)
+
+    def _bytes_of_first_patch(self) -> int:
+        """Bytes of a patch of the first subject that has any, which is made for this."""
         maker = self._maker(torch.zeros(2, dtype=torch.int64))
-        task = PatchTask(0, self._planner.seed, 0, index, numbers=(0,), tickets=(0,), stand_ins=(), skipped_from=None)
+        first, *others = [index for index, count in enumerate(self._planner.counts) if count]
+        task = PatchTask(0, self._planner.seed, 0, 0, first, (0,), (0,), stand_ins=tuple(others), skipped_from=None)
         return sum(image.memory for made in maker.make(task) for image in made.patch.images.values())
 
     @property

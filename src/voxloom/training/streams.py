@@ -106,7 +106,7 @@ class LocalStream:
         self._held: dict[int, Subject] = {}
         self._floor = 0
         self._maker.wanted[0] = feed.run
-        self._maker.wanted[1] = 0
+        self._maker.wanted[1] = feed.start[0]
         self._made = self._make_all(feed)
 
     def _make_all(self, feed: TaskFeed) -> Iterator[MadePatch]:
@@ -126,7 +126,7 @@ class LocalStream:
         while ticket not in self._held:
             made = next(self._made)
             if made.skipped is not None:
-                self._skipped[made.skipped.epoch, made.skipped.subject] = made.skipped
+                self._skipped[made.skipped.epoch, made.skipped.place] = made.skipped
             if made.ticket >= self._floor:
                 self._held[made.ticket] = made.patch
                 _keep_enough(self._memory, made.patch, self._max_length)
@@ -290,7 +290,7 @@ class WorkerStream:
         maker: what the workers run.
         memory: where patches are held.
         max_length: patches that are held at most.
-        skipped: where it is written down which subjects were skipped, by epoch and index.
+        skipped: where it is written down which subjects were skipped, by epoch and place.
         feed: the first tasks.
         left: how many patches have left before.
         num_workers: number of processes.
@@ -354,8 +354,9 @@ class WorkerStream:
 
     def _set_out(self, feed: TaskFeed, left: int) -> None:
         # First what workers look at: a task of the new run that they met before would be dropped.
-        self._maker.wanted[1] = 0
+        self._maker.wanted[1] = feed.start[0]
         self._maker.wanted[0] = feed.run
+        self._errors_ahead: dict[int, Exception] = {}
         self._held: dict[int, Subject] = {}
         self._floor, self._left = 0, left
         self._feed = feed
@@ -366,6 +367,7 @@ class WorkerStream:
         with self._change():
             self._has_set_out = True
             self._maker.wanted[1] = epoch
+            self._error = self._error or self._errors_ahead.get(epoch)
             self._floor = ticket
             self._left = max(self._left, ticket)
             self._held = {number: patch for number, patch in self._held.items() if number >= ticket}
@@ -423,6 +425,7 @@ class WorkerStream:
         with self._change():
             self._is_closed = True
             self._held = {}
+            self._error = None  # its traceback refers to this
             self._maker.wanted[0] = -1
         # The garbage collector may have called this from within the thread.
         if wait and threading.current_thread() is not self._thread:
@@ -446,7 +449,7 @@ class WorkerStream:
                         worker.pending.extend((message.run, ticket, make) for ticket, make in contents)
                         with self._changed:
                             if message.run == self._feed.run:
-                                self._skipped.update({(skip.epoch, skip.subject): skip for skip in message.skipped})
+                                self._skipped.update({(skip.epoch, skip.place): skip for skip in message.skipped})
         except BaseException as error:  # noqa: BLE001 - it is raised again where patches are taken
             death = self._death_behind(error)
             with self._changed:
@@ -456,13 +459,22 @@ class WorkerStream:
             self._close_workers()
 
     def _fetch(self, worker: _Worker) -> Message | None:
-        """Fetch a message; an error that was met for an epoch that has been left since is of no interest."""
+        """Fetch a message.
+
+        An error that was met for an epoch that has been left since is of no interest; one for an epoch that is loaded ahead waits
+        until that begins.
+        """
         try:
             return worker.fetch()
-        except Exception:
+        except Exception as error:
             task = worker.tasks.popleft() if worker.tasks else None
-            if task is None or self._maker.is_wanted(task) or not worker.process.is_alive():
+            if task is None or not worker.process.is_alive():
                 raise
+            with self._changed:
+                if self._maker.is_wanted(task):
+                    if task.epoch == self._maker.wanted[1]:
+                        raise
+                    self._errors_ahead.setdefault(task.epoch, error.with_traceback(None))
             return None
 
     def _admit(self, worker: _Worker) -> None:
