@@ -218,10 +218,10 @@ class PatchMaker:
         except Exception as error:
             if self._may_skip(error):
                 # Not the error itself: it would keep all that was in memory when it was raised.
-                is_own = isinstance(error, VoxloomError)
-                self._unreadable[key] = (
-                    (type(error), str(error)) if is_own else (SubjectError, f"{type(error).__name__}: {error}")
-                )
+                if isinstance(error, VoxloomError):
+                    self._unreadable[key] = type(error), str(error)
+                else:
+                    self._unreadable[key] = SubjectError, f"{type(error).__name__}: {error}"
             raise
         return patches
 
