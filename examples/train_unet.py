@@ -3,7 +3,7 @@
 Noisy heads at random places are written to a folder, as .nii.gz. A queue loads, normalises and cuts them in processes of its own
 while the network learns their labels. Then the network is applied to a head that it has not seen, patch by patch, and its labels
 are saved beside it. After each epoch everything is saved, so that the training can be interrupted and taken up again with the
-same command: it goes on with the very next patch.
+same command: it goes on with the epoch that was interrupted.
 
     python examples/train_unet.py [--folder heads] [--subjects 12] [--epochs 12] [--workers 2]
 """

@@ -1,12 +1,15 @@
 """What a queue gives: each patch once, in an order of its own, from wherever it is resumed."""
 
+import copy
 import gc
+import itertools
 import logging
 import pickle
 import random
 import re
 import subprocess
 import sys
+import textwrap
 import weakref
 
 import numpy as np
@@ -34,7 +37,7 @@ def make_queue(num_subjects=4, max_length=6, samples=5, sampler=None, subjects=N
     subjects = [make_subject(number) for number in range(num_subjects)] if subjects is None else subjects
     more.setdefault("seed", 0)
     sampler = vx.UniformSampler(PATCH) if sampler is None else sampler
-    return vx.Queue(vx.SubjectsDataset(subjects), max_length, samples, sampler, **more)
+    return vx.Queue(subjects, max_length, samples, sampler, **more)
 
 
 def place(patch):
@@ -609,6 +612,8 @@ def test_numbers_that_cannot_be(name, value):
         ({"sampler": vx.UniformSampler}, QueueError, "is UniformSampler.*made with a patch size"),
         ({"sampler": 64}, QueueError, "of type int"),
         ({"num_workers": -1}, SizeError, "num_workers"),
+        ({"samples_per_volume": 10**30}, SizeError, "must be less than"),
+        ({"multiprocessing_context": "nope"}, QueueError, "'nope': it must be one of 'fork'"),
         ({"on_error": "ignore"}, QueueError, "on_error is 'ignore'.*'raise', 'skip'"),
         ({"transform": 3}, SubjectError, "transform is of type int"),
         ({"patch_transform": 3}, SubjectError, "patch_transform is of type int"),
@@ -634,13 +639,21 @@ def test_a_subject_sampler_without_a_length():
     queue = make_queue(subject_sampler=iter([0, 1]), shuffle_subjects=False, start_background=False)
     with pytest.raises(ValueError, match="__len__ method"):
         _ = queue.num_subjects
-    assert "__len__" in repr(queue)
+    assert repr(queue).startswith("Queue(10 patches; ")
 
 
-@pytest.mark.parametrize(("order", "message"), [([0, 9], "index 9, but there are 4"), ([], "no subjects")])
+@pytest.mark.parametrize(
+    ("order", "message"),
+    [
+        ([0, 9], "index 9, but there are 4"),
+        ([], "no subjects"),
+        ([0.5, 1.9], r"\[0.5, 1.9\]: it must give whole numbers"),
+        (["a"], "whole numbers"),
+    ],
+)
 def test_a_subject_sampler_of_other_subjects(order, message):
     with pytest.raises(SubjectError, match=message):
-        len(make_queue(subject_sampler=order, shuffle_subjects=False))
+        list(make_queue(subject_sampler=order, shuffle_subjects=False))
 
 
 def test_subjects_with_other_entries():
@@ -766,3 +779,171 @@ def test_a_random_sampler_of_subjects_is_asked_when_a_pass_begins(num_workers):
     sampler = torch.utils.data.RandomSampler(range(4))
     queue = make_queue(subject_sampler=sampler, shuffle_subjects=False, shuffle_patches=False, num_workers=num_workers, samples=1)
     assert [place(patch)[0] for patch in queue] == expected
+
+
+class OwnDataset(torch.utils.data.Dataset):
+    """Says nothing of its subjects before it loads them."""
+
+    def __init__(self, subjects):
+        self.subjects = subjects
+
+    def __len__(self):
+        return len(self.subjects)
+
+    def __getitem__(self, index):
+        return self.subjects[index]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_wishes_that_nobody_could_know_of_are_no_secret(num_workers):
+    subjects = OwnDataset([make_subject(number, num_samples=number + 1) for number in range(3)])
+    queue = make_queue(subjects=subjects, samples=2, num_workers=num_workers, shuffle_subjects=False)
+    with pytest.raises(SubjectError, match=r"subject 0, in epoch 0: its num_samples is 1, but 2 patches were counted.*dry_iter"):
+        list(queue)
+    subjects = OwnDataset([make_subject(0), make_subject(1, num_samples=2)])
+    loader = vx.SubjectsLoader(make_queue(subjects=subjects, samples=2, num_workers=num_workers), batch_size=4)
+    assert [batch.batch_size for batch in loader] == [4]
+
+
+def test_data_sets_that_were_put_together():
+    first = vx.SubjectsDataset([make_subject(0, num_samples=3), make_subject(1, num_samples=1)], transform=abs_of)
+    second = vx.SubjectsDataset([make_subject(2, num_samples=2)], transform=noisy)
+    queue = make_queue(subjects=torch.utils.data.ConcatDataset([first, second]))
+    assert sorted(patch.patch_location.subject_index for patch in queue) == [0, 0, 0, 1, 2, 2]
+    assert queue._transforms[2:] == [abs_of, noisy]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_the_state_of_a_loader_that_drops_its_last_batch(num_workers):
+    queue = make_queue(num_subjects=3, samples=5, num_workers=num_workers)
+    loader = vx.SubjectsLoader(queue, batch_size=4, drop_last=True)
+    assert len(list(loader)) == 3
+    assert loader.state_dict() == queue.state_dict() == {"seed": queue.state_dict()["seed"], "epoch": 1, "position": 0}
+    loader.load_state_dict(loader.state_dict())
+    assert len(list(loader)) == 3
+
+
+def test_a_loader_notices_that_its_queue_was_set_elsewhere():
+    queue = make_queue()
+    loader = vx.SubjectsLoader(queue, batch_size=4)
+    batches = iter(loader)
+    next(batches)
+    state = queue.state_dict()
+    assert loader.state_dict() == state
+    list(loader)
+    list(itertools.islice(loader, 2))
+    queue.load_state_dict(state)
+    assert loader.state_dict() == state
+
+
+class Seeded:
+    def __init__(self):
+        self.seeds = []
+
+    def set_random_seed(self, seed):
+        self.seeds.append(seed)
+
+    def __call__(self, subject):
+        return subject
+
+
+class Composed:
+    def __init__(self, *transforms):
+        self.transforms = transforms
+
+    def __call__(self, subject):
+        for transform in self.transforms:
+            subject = transform(subject)
+        return subject
+
+
+def test_all_parts_of_transforms_have_seeds_of_their_own():
+    parts = [Seeded() for _ in range(6)]
+    nested = Composed(Composed(parts[0], parts[1]), Composed(parts[2], parts[3]))
+    dataset = vx.SubjectsDataset([make_subject(0)], transform=nested)
+    list(make_queue(subjects=dataset, transform=Composed(parts[4], parts[5])))
+    assert all(len(part.seeds) == 1 for part in parts)
+    assert len({part.seeds[0] for part in parts}) == 6
+
+
+def test_an_order_that_is_set_after_the_length_was_asked_for():
+    class Epochs:
+        start = 0
+
+        def set_epoch(self, epoch):
+            self.start = epoch
+
+        def __iter__(self):
+            return iter(range(self.start, self.start + 2))
+
+        def __len__(self):
+            return 2
+
+    order = Epochs()
+    subjects = [make_subject(number, num_samples=2 + number % 2) for number in range(4)]
+    for chosen in (subjects, None):
+        queue = make_queue(subjects=chosen, subject_sampler=order, shuffle_subjects=False)
+        for epoch in range(3):
+            len(queue)
+            order.set_epoch(epoch)
+            assert {patch.patch_location.subject_index for patch in queue} == {epoch, epoch + 1}
+
+
+def test_the_length_draws_nothing_where_all_subjects_have_as_many_patches():
+    queue = make_queue(subject_sampler=torch.utils.data.RandomSampler(range(4)), shuffle_subjects=False)
+    before = torch.random.get_rng_state()
+    assert len(queue) == len(vx.SubjectsLoader(queue)) == 20
+    repr(queue)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_skipped_subjects_are_reported_to_whoever_takes_exactly_one_epoch():
+    def fail(subject):
+        if subject["name"] == "s1":
+            raise ValueError("never")
+        return subject
+
+    subjects = [make_subject(number, name=f"s{number}") for number in range(4)]
+    loader = vx.SubjectsLoader(make_queue(subjects=subjects, transform=fail, on_error="skip"), batch_size=4)
+    with pytest.warns(RuntimeWarning, match="1 of 4 subjects"):
+        assert len(list(itertools.islice(loader, len(loader)))) == len(loader)
+
+
+def test_ranks_may_have_the_seed_of_the_sampler():
+    queues = [make_queue(sampler=vx.UniformSampler(PATCH, seed=3), rank=rank, world_size=2, seed=None) for rank in range(2)]
+    assert [queue.state_dict()["seed"] for queue in queues] == [3, 3]
+
+
+def test_what_a_queue_was_made_with_stays():
+    queue = make_queue()
+    for name, value in (("max_length", 3), ("transform", noisy), ("sampler", vx.UniformSampler(2)), ("num_workers", 2)):
+        with pytest.raises(QueueError, match=f"{name} of a queue cannot be changed.*make a new queue"):
+            setattr(queue, name, value)
+    copy.deepcopy(queue)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_transform_that_the_data_set_is_given_later(num_workers):
+    dataset = vx.SubjectsDataset([make_subject(number) for number in range(3)])
+    queue = make_queue(subjects=dataset, num_workers=num_workers)
+    plain = [patch.t1.data.clone() for patch in queue]
+    dataset.set_transform(below_zero)
+    assert all((patch.t1.data < 0).all() for patch in queue)
+    assert not any((data < 0).all() for data in plain)
+
+
+def below_zero(subject):
+    subject.t1.set_data(-subject.t1.data.abs() - 1)
+    return subject
+
+
+def test_a_verbose_queue_is_heard_once():
+    script = """
+        import logging, torch, voxloom as vx
+        queue = vx.Queue([vx.Subject(t1=vx.ScalarImage(torch.rand(1, 8, 8, 8)))], 4, 2, vx.UniformSampler(4), verbose=True)
+        list(queue)
+        logging.basicConfig(level="INFO")
+        list(queue)
+    """
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=60)
+    assert run.stderr.count("epoch 0 begins") == run.stderr.count("epoch 1 begins") == 1

@@ -21,7 +21,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import voxloom as vx
-from voxloom.errors import CorruptImageError, ImageFileError, QueueError, SubjectError
+from voxloom.errors import CorruptImageError, ImageFileError, QueueError, SubjectError, WorkerError
 
 PATCH = 8
 SHAPES = [(20, 17, 23), (16, 24, 19), (25, 16, 18), (21, 21, 21), (18, 22, 16), (23, 19, 20), (17, 18, 26), (24, 16, 16)]
@@ -505,7 +505,6 @@ KILLING = """
 
 @pytest.mark.parametrize(("pause", "delay"), [(0.2, 1.0), (0.2, 1.1), (0.0, 0.05), (0.0, 0.0)])
 def test_a_worker_that_is_killed(tmp_path, pause, delay):
-    """In a process of its own, because PyTorch raises an error in whatever the main thread is doing when a worker dies."""
     script = tmp_path / "train.py"
     script.write_text(textwrap.dedent(KILLING))
     run = subprocess.run([sys.executable, str(script), str(pause), str(delay)], capture_output=True, text=True, timeout=60)
@@ -514,10 +513,8 @@ def test_a_worker_that_is_killed(tmp_path, pause, delay):
     kind, seconds, pid, message = first.split("|")
     assert float(seconds) < delay + 5
     assert pid in message
-    if kind == "WorkerError":
-        assert f"worker process {pid} was killed by SIGKILL" in message
-    else:
-        assert "is killed by signal" in message  # PyTorch's own
+    assert kind == "WorkerError"
+    assert f"worker process {pid} was killed by SIGKILL" in message
     if pause:  # the queue was being waited for
         assert "while it was making patches of subject" in message
     position, rest = map(int, last.split())
@@ -886,3 +883,85 @@ def test_an_error_that_was_caught_keeps_nothing_of_the_training_loop(folder):
         assert volumes[0]() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("between", [True, False])
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_death_is_told_once_where_the_next_patch_is_asked_for(folder, num_workers, between):
+    queue = make_queue(folder, num_workers, max_length=4)
+    patches = iter(queue)
+    next(patches)
+    if between:
+        patches.close()
+        patches = iter(queue)
+    victim = processes_of(queue)[0]
+    os.kill(victim.pid, signal.SIGKILL)
+    victim.join()
+    time.sleep(0.1)  # PyTorch would raise its own error here
+    with pytest.raises(WorkerError, match=f"{victim.pid} was killed by SIGKILL.*memory"):
+        list(patches)
+    assert len(list(queue)) == 56
+
+
+def test_a_worker_that_exits(folder):
+    def leave(subject):
+        if subject["name"] == "s4":
+            os._exit(3)
+        return subject
+
+    with pytest.raises(
+        WorkerError, match=r"ended with exit code 3 while it was making patches of subject 4 \(t1: [^)]*\)"
+    ) as caught:
+        list(make_queue(folder, 1, transform=leave, shuffle_subjects=False))
+    assert "memory" not in str(caught.value)
+
+
+def test_a_script_without_a_guard_is_told_so(folder, tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(
+        textwrap.dedent(f"""
+            import voxloom as vx
+            subjects = [vx.Subject(t1=vx.ScalarImage("{folder}/0_t1.nii.gz"))]
+            queue = vx.Queue(subjects, 4, 2, vx.UniformSampler(4), num_workers=1, multiprocessing_context="spawn")
+            list(queue)
+        """)
+    )
+    run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60)
+    assert run.returncode == 1
+    assert "must stand below if __name__ == '__main__':" in run.stderr.splitlines()[-1]
+
+
+INTERRUPTED = """
+    import os, signal, sys, time, torch
+    import voxloom as vx
+
+    def slow(subject):
+        time.sleep(0.2)
+        return subject
+
+    def train(loader):
+        for batch in loader:
+            os.killpg(0, signal.SIGINT)
+            time.sleep(20)
+
+    if __name__ == "__main__":
+        subjects = [vx.Subject(t1=vx.ScalarImage(torch.rand(1, 16, 16, 16))) for _ in range(12)]
+        queue = vx.Queue(subjects, 10, 5, vx.UniformSampler(8), num_workers=2, seed=0, transform=slow)
+        loader = vx.SubjectsLoader(queue, batch_size=4)
+        try:
+            train(loader)
+        except KeyboardInterrupt:
+            pass
+        if sys.argv[1] == "load":
+            loader.load_state_dict(loader.state_dict())
+        print(sum(batch.batch_size for batch in loader))
+"""
+
+
+@pytest.mark.parametrize(("then", "patches"), [("load", 56), ("go on", 60)])
+def test_an_interrupt_that_was_caught_in_the_training_step(tmp_path, then, patches):
+    script = tmp_path / "train.py"
+    script.write_text(textwrap.dedent(INTERRUPTED))
+    command = [sys.executable, str(script), then]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60, start_new_session=True)
+    assert run.stdout.strip() == str(patches), run.stderr

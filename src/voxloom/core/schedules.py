@@ -38,8 +38,8 @@ class EpochSchedule:
 
     Subjects are loaded one after the other. Their patches are numbered in that order, 0, 1, 2, ..., and patch *i* leaves in
     the order of the key *i + U(i) · max_length*, where *U(i)* is a random number from 0 to 1. So a patch is never more than
-    `max_length - 1` places before or behind its turn, which is as well mixed as a shuffled buffer of that length; and what
-    left before any position is found from the keys around it, without replaying the epoch.
+    `max_length - 1` places before or behind its turn, which mixes nearly as well as a buffer of that length that is filled,
+    shuffled and emptied; and what left before any position is found from the keys around it, without replaying the epoch.
 
     Args:
         seed: what all random numbers follow from.

@@ -2,12 +2,13 @@
 
 import contextlib
 import copy
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor
-from torch.utils.data import Subset
+from torch.utils.data import ConcatDataset, Subset
 
 from ..core import memory
 from ..core.draws import Purpose, seed_words
@@ -19,6 +20,7 @@ from ..volumes.subject import Subject
 from .seeding import reseed, seeded
 
 __all__ = [
+    "NUM_SAMPLES",
     "SKIPPED_BEFORE",
     "MadePatch",
     "PatchMaker",
@@ -26,13 +28,15 @@ __all__ = [
     "SkippedSubject",
     "dry_subjects_of",
     "name_of",
-    "transform_of",
+    "transforms_of",
 ]
 
 Transform = Callable[[Subject], Subject]
 _Key = tuple[int, int, int]  # run, epoch and subject, or place of a subject
 # Draws that stand in for those of a subject that was skipped have numbers beyond all others.
 STAND_IN = 2**32
+NUM_SAMPLES = "num_samples"
+"""Entry of a subject that says how many patches of it are wanted."""
 SKIPPED_BEFORE = "it had been skipped when the state was taken"
 
 
@@ -87,6 +91,7 @@ class PatchMaker:
         transform: applied to each subject, seeded by subject and epoch.
         patch_transform: applied to each patch, seeded by its draw.
         grids: for each subject the grid that its patches were counted by; None where they may lie anywhere.
+        counted: patches that were counted for each subject, where nobody could know how many it wants itself.
         skip_errors: let patches of other subjects stand in for one that raises an error.
         wanted: run and epoch: two numbers, shared with the process that sets them. What is for another run, or an epoch
             before, is not made any more.
@@ -99,6 +104,7 @@ class PatchMaker:
         transform: Transform | None,
         patch_transform: Transform | None,
         grids: list[PatchGrid] | None,
+        counted: int | None,
         skip_errors: bool,
         wanted: Tensor,
     ) -> None:
@@ -107,6 +113,7 @@ class PatchMaker:
         self.transform = transform
         self.patch_transform = patch_transform
         self.grids = grids
+        self.counted = counted
         self.skip_errors = skip_errors
         self.wanted = wanted
         self._open: tuple[_Key, NumberedPatches] | None = None
@@ -190,7 +197,7 @@ class PatchMaker:
                 return _with_own_metadata(patches.cut(number, empty))
             words = seed_words(task.seed, task.epoch, number, subject, Purpose.PATCH_TRANSFORM)
             with seeded(words):
-                reseed(self.patch_transform, words[3])
+                reseed(self.patch_transform, itertools.count(words[3]))
                 patch = _with_own_metadata(patches.cut(number))
                 location = patch.patch_location
                 patch = _as_subject(self.patch_transform(patch), "patch_transform")
@@ -228,13 +235,20 @@ class PatchMaker:
     def _load(self, task: PatchTask, index: int) -> NumberedPatches | None:
         words = seed_words(task.seed, task.epoch, 0, index, Purpose.SUBJECT_TRANSFORM)
         with seeded(words):
-            for number, transform in enumerate((transform_of(self.dataset), self.transform)):
-                reseed(transform, words[3] + number)
+            seeds = itertools.count(words[3])
+            for transform in (*transforms_of(self.dataset), self.transform):
+                reseed(transform, seeds)
             subject = _as_subject(self.dataset[index], "the data set")
             if not self.is_wanted(task):
                 raise _AbandonedError
             if self.transform is not None:
                 subject = _as_subject(self.transform(subject), "transform")
+            if self.counted is not None and subject.get(NUM_SAMPLES, self.counted) != self.counted:
+                raise SubjectError(
+                    f"its {NUM_SAMPLES} is {subject[NUM_SAMPLES]}, but {self.counted} patches were counted, because the data set,"
+                    f" of type {type(self.dataset).__name__}, does not say what its subjects are before it loads them: use a"
+                    " SubjectsDataset, or give the data set a method dry_iter that returns the subjects, not loaded yet"
+                )
             if self.grids is not None and self.sampler.grid_of(subject) != self.grids[index]:
                 raise SubjectError(
                     f"a transform changed its shape to {subject.spatial_shape}, but its grid was counted for"
@@ -294,12 +308,20 @@ def dry_subjects_of(dataset: Any) -> Sequence[Subject] | None:
     if isinstance(dataset, Subset):
         whole = dry_subjects_of(dataset.dataset)
         return None if whole is None else [whole[index] for index in dataset.indices]
+    if isinstance(dataset, ConcatDataset):
+        parts = [dry_subjects_of(part) for part in dataset.datasets]
+        return None if None in parts else [subject for part in parts if part is not None for subject in part]
     return dataset.dry_iter() if hasattr(dataset, "dry_iter") else None
 
 
-def transform_of(dataset: Any) -> Any:
-    """Give the transform of a data set, or of the one that it is a part of."""
-    return transform_of(dataset.dataset) if isinstance(dataset, Subset) else getattr(dataset, "transform", None)
+def transforms_of(dataset: Any) -> list[Any]:
+    """Give the transforms of a data set, of the one that it is a part of, or of those that it consists of."""
+    if isinstance(dataset, Subset):
+        return transforms_of(dataset.dataset)
+    if isinstance(dataset, ConcatDataset):
+        return [transform for part in dataset.datasets for transform in transforms_of(part)]
+    own = getattr(dataset, "transform", None)
+    return [] if own is None else [own]
 
 
 def name_of(dataset: Any, index: int) -> str:

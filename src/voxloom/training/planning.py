@@ -1,6 +1,7 @@
 """Which subjects an epoch has, and how many patches of each."""
 
 import copy
+import operator
 from collections.abc import Sequence, Sized
 from functools import cached_property
 from typing import Any
@@ -12,12 +13,9 @@ from ..errors import QueueError, SizeError, SubjectError
 from ..sampling.grid import GridSampler
 from ..sampling.patches import PatchSource
 from ..volumes.subject import Subject
-from .making import dry_subjects_of
+from .making import NUM_SAMPLES, STAND_IN, dry_subjects_of
 
-__all__ = ["NUM_SAMPLES", "Planner", "check_same_keys", "headers_of"]
-
-NUM_SAMPLES = "num_samples"
-"""Entry of a subject that says how many patches of it are wanted."""
+__all__ = ["Planner", "check_same_keys", "headers_of"]
 
 
 class Planner:
@@ -99,6 +97,8 @@ class Planner:
         ]
         if not any(counts):
             raise SizeError("num_samples is 0 in all subjects: there are no patches")
+        if max(counts) >= STAND_IN:
+            raise SizeError(f"{max(counts)} patches of one subject are too many: there must be less than {STAND_IN}")
         return counts
 
     @property
@@ -115,6 +115,12 @@ class Planner:
         return len(sampler)
 
     # Schedules
+
+    def length(self, epoch: int) -> int:
+        """Patches of an epoch that is about to begin; the subject_sampler is not asked for its order unless that matters."""
+        if self.subject_sampler is not None and isinstance(self.subject_sampler, Sized) and len(set(self.counts)) == 1:
+            return len(self.subject_sampler) * self.counts[0]
+        return len(self.schedule(epoch))
 
     @property
     def has_epochs(self) -> bool:
@@ -166,7 +172,7 @@ class Planner:
 
     def _draw_order(self, epoch: int) -> list[int]:
         """Ask the subject_sampler once for each epoch, unless it draws the same each time."""
-        if self.has_epochs:
+        if hasattr(self.subject_sampler, "set_epoch"):
             return list(self.subject_sampler)
         if self._drawn is None or self._drawn[0] != epoch:
             self._drawn = (epoch, list(self.subject_sampler))
@@ -175,10 +181,14 @@ class Planner:
     def _in_order(self, epoch: int, order: list[int], sampler: Any) -> EpochSchedule:
         if not order:
             raise SubjectError("the subject_sampler gave no subjects for this epoch")
+        try:
+            order = [operator.index(index) for index in order]
+        except TypeError as error:
+            raise SubjectError(f"the subject_sampler gave {order!r}: it must give whole numbers, indices of subjects") from error
         for index in order:
             if not -len(self.counts) <= index < len(self.counts):
                 raise SubjectError(f"the subject_sampler gave index {index}, but there are {len(self.counts)} subjects")
-        indices = [index % len(self.counts) for index in map(int, order)]
+        indices = [index % len(self.counts) for index in order]
         return EpochSchedule.in_order(
             self.seed,
             epoch,
@@ -216,7 +226,8 @@ class Planner:
     @cached_property
     def all_have_num_samples(self) -> bool:
         """Whether the entry can be kept in patches, so that they still stack."""
-        return all(NUM_SAMPLES in subject for subject in self.dry_subjects or [])
+        subjects = self.dry_subjects
+        return subjects is not None and all(NUM_SAMPLES in subject for subject in subjects)
 
 
 def headers_of(subject: Subject) -> Subject:

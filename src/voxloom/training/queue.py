@@ -3,10 +3,11 @@
 import contextlib
 import logging
 import math
+import multiprocessing
 import os
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from functools import cached_property
 from typing import Any
 
@@ -17,19 +18,21 @@ from torch.utils.data import IterableDataset, get_worker_info
 from ..core.memory import FreedMemory
 from ..core.schedules import EpochSchedule
 from ..core.sizes import as_int
-from ..errors import QueueError, SizeError, SubjectError, VoxloomError
+from ..errors import QueueError, SizeError, SubjectError, VoxloomError, WorkerError
 from ..sampling.patches import PatchSource
 from ..sampling.random import PatchSampler
 from ..volumes.loading import SubjectsDataset, Transform, one_reader
 from ..volumes.subject import Subject
 from .feeding import TaskFeed
-from .making import SKIPPED_BEFORE, PatchMaker, PatchTask, SkippedSubject, name_of, transform_of
-from .planning import NUM_SAMPLES, Planner, check_same_keys, headers_of
+from .making import NUM_SAMPLES, SKIPPED_BEFORE, STAND_IN, PatchMaker, PatchTask, SkippedSubject, name_of, transforms_of
+from .planning import Planner, check_same_keys, headers_of
 from .streams import TASKS_AHEAD, LocalStream, PatchStream, WorkerStream
 
 __all__ = ["Queue"]
 
 logger = logging.getLogger("voxloom.queue")
+_handler = logging.StreamHandler()
+"""Shows what is logged where nobody has set up logging."""
 
 # Bytes of patches that travel in one message, or one patch if that is larger.
 MESSAGE_BYTES = 2 * 2**20
@@ -38,6 +41,10 @@ MOST_HEADERS = 8
 # How often a verbose queue says how far it is.
 LOGS_PER_EPOCH = 10
 ON_ERROR = ("raise", "skip")
+# What is said when a queue is made, and stays so.
+FIXED = frozenset(
+    {"subjects_dataset", "sampler", "max_length", "samples_per_volume", "num_workers", "transform", "patch_transform", "on_error"}
+)
 Entries = tuple[tuple[str, ...], int]
 """Names of a patch's entries, and the index of its subject."""
 
@@ -60,14 +67,15 @@ class Queue(IterableDataset[Subject]):
         num_workers: processes that make patches; 0 makes them in this one, when they are needed.
         shuffle_subjects: load subjects in another order in each epoch.
         shuffle_patches: let patches leave in random order, among `max_length`; otherwise they leave in that of loading.
-        start_background: let workers begin at once, rather than with the first pass.
+        start_background: let workers begin at once, rather than with the first pass. Pass False if `load_state_dict` comes next:
+            otherwise they first end the subjects that they have begun.
         verbose: log each epoch to the logger `voxloom.queue`, and show it if no logging is set up.
         subject_sampler: gives the indices of the subjects of an epoch, such as PyTorch's `DistributedSampler`; then
             `shuffle_subjects` must be False.
         transform: function that takes a subject and returns one, beside the data set's own. Its random numbers from PyTorch,
             NumPy and Python are seeded by subject and epoch. If it keeps a generator of its own it is seeded too, by a method
             `set_random_state` (as MONAI has it), `set_random_seed` or `manual_seed`; if it has none of these it is
-            not reproducible.
+            not reproducible. A subject that a `subject_sampler` names twice is transformed the same way both times.
         patch_transform: the same for a patch, seeded by its draw.
         seed: of everything random; by default that of the sampler if it was given one, or else `torch.initial_seed()` as it is
             now.
@@ -100,6 +108,7 @@ class Queue(IterableDataset[Subject]):
     """
 
     needs_one_reader = True
+    times_loaded = 0
 
     # What runs; a copy in another process has none of it.
     _stream: PatchStream | None
@@ -138,6 +147,8 @@ class Queue(IterableDataset[Subject]):
         self.max_length = as_int(max_length, "max_length", 1)
         samples = _one_of(samples_per_volume=samples_per_volume, patches_per_volume=patches_per_volume)
         self.samples_per_volume = as_int(10 if samples is None else samples, "samples_per_volume", 1)
+        if self.samples_per_volume >= STAND_IN:
+            raise SizeError(f"samples_per_volume is {self.samples_per_volume}: it must be less than {STAND_IN}")
         self.num_workers = as_int(num_workers, "num_workers", 0)
         self.verbose = verbose
         self.transform = _as_transform(transform, "transform")
@@ -145,7 +156,9 @@ class Queue(IterableDataset[Subject]):
         if on_error not in ON_ERROR:
             raise QueueError(f"on_error is {on_error!r}: it must be one of {', '.join(map(repr, ON_ERROR))}")
         self.on_error = on_error
-        self._context = multiprocessing_context
+        self._context = _as_context(multiprocessing_context)
+        if seed is None and isinstance(self.sampler, PatchSampler) and self.sampler.seed_was_given:
+            seed = self.sampler.seed
         world_size = as_int(world_size, "world_size", 1)
         if not 0 <= as_int(rank, "rank", 0) < world_size:
             raise SizeError(f"rank is {rank}: it must be less than world_size, {world_size}")
@@ -172,10 +185,7 @@ class Queue(IterableDataset[Subject]):
             world_size,
             drop_last,
         )
-        if seed is None:
-            own = self.sampler.seed if isinstance(self.sampler, PatchSampler) and self.sampler.seed_was_given else None
-            seed = torch.initial_seed() if own is None else own
-        self._planner.seed = as_int(seed, "seed", -(2**63))
+        self._planner.seed = as_int(torch.initial_seed() if seed is None else seed, "seed", -(2**63))
         if not self._has_transforms:
             self._planner.check_keys()  # transforms may make entries the same
         self._upcoming = (0, 0)
@@ -188,6 +198,8 @@ class Queue(IterableDataset[Subject]):
         """What tells its schedule from others."""
         self._skipped: dict[tuple[int, int], SkippedSubject] = {}
         """Subjects that were skipped, by epoch and place."""
+        self._started_with: list[Any] = []
+        """The transforms that workers know."""
         self._stop()
         _queues.add(self)
         # A subject_sampler that draws from the user's random numbers is asked when a pass begins, and not before.
@@ -266,7 +278,7 @@ class Queue(IterableDataset[Subject]):
     # Passes
 
     def __len__(self) -> int:
-        return len(self._planner.schedule(self._upcoming[0]) if self._schedule is None else self._schedule)
+        return self._planner.length(self._upcoming[0]) if self._schedule is None else len(self._schedule)
 
     def __iter__(self) -> Iterator[Subject]:
         worker = get_worker_info()
@@ -287,16 +299,28 @@ class Queue(IterableDataset[Subject]):
         self._log("epoch %d begins at patch %d of %d, with %d held", epoch, position, len(schedule), stream.held)
         waited = stream.idle_seconds
         first: Entries = ((), 0)
+        begun_at = -1
         try:
             for number in schedule.leaving(position):
                 if self._schedule is not schedule:
                     raise QueueError("this pass over the queue cannot go on: another one has begun, or the queue was closed")
-                patch = stream.take(ticket + number)
+                try:
+                    patch = stream.take(ticket + number)
+                except WorkerError:
+                    # After a Ctrl-C that was caught in the training step the workers are gone; but not twice at one place.
+                    if not stream.was_interrupted or begun_at == position:
+                        raise
+                    self._stop(wait=False)
+                    (stream, ticket), self._schedule, begun_at = self._begin(schedule, position), schedule, position
+                    patch = stream.take(ticket + number)
                 first = self._checked(patch, first)
                 position += 1
                 self._reached = (epoch, position) if position < len(schedule) else (epoch + 1, 0)
                 if self.verbose and position % math.ceil(len(schedule) / LOGS_PER_EPOCH) == 0:
                     self._log("%s", self._progress())
+                if position == len(schedule):  # a loader may ask for no more
+                    self._log("epoch %d ends: %.3f s were waited for patches", epoch, stream.idle_seconds - waited)
+                    self._report_skipped()
                 yield patch
         except GeneratorExit:
             raise
@@ -308,12 +332,10 @@ class Queue(IterableDataset[Subject]):
             if self._schedule is schedule:
                 self._schedule = None
                 self._leave(epoch)
-        self._log("epoch %d ends: %.3f s were waited for patches", epoch, stream.idle_seconds - waited)
-        self._report_skipped()
 
     def _begin(self, schedule: EpochSchedule, position: int) -> tuple[PatchStream, int]:
         """Let an epoch be made, from a position on; give the ticket of its first patch."""
-        if self._stream is not None and self._stream.is_over:
+        if self._stream is not None and (self._stream.is_over or self._started_with != self._transforms):
             self._stop()
         if self._stream is not None and self._feed is not None:
             is_next = position == 0 or self._feed.start == (schedule.epoch, position)
@@ -332,6 +354,7 @@ class Queue(IterableDataset[Subject]):
         if self._stream is not None:
             self._stream.run(self._feed, position)
             return self._stream
+        self._started_with = self._transforms
         wanted = torch.zeros(2, dtype=torch.int64)
         parts = (self._memory, self.max_length, self._skipped, self._feed, position)
         stream: PatchStream
@@ -345,7 +368,9 @@ class Queue(IterableDataset[Subject]):
     def _maker(self, wanted: Tensor) -> PatchMaker:
         skips = self.on_error == "skip"
         transforms = (self.transform, self.patch_transform)
-        return PatchMaker(self.subjects_dataset, self.sampler, *transforms, self._planner.grids, skips, wanted)
+        grids = self._planner.grids
+        counted = self.samples_per_volume if grids is None and self._planner.dry_subjects is None else None
+        return PatchMaker(self.subjects_dataset, self.sampler, *transforms, grids, counted, skips, wanted)
 
     def _leave(self, epoch: int) -> None:
         """Make no more patches of an epoch, and go on with the next."""
@@ -393,6 +418,11 @@ class Queue(IterableDataset[Subject]):
         self._stream = None
         self._stop()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in FIXED and name in self.__dict__:
+            raise QueueError(f"{name} of a queue cannot be changed, because its workers would not know: make a new queue")
+        super().__setattr__(name, value)
+
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what runs: a copy in another process begins on its own, with the epoch that comes next here."""
         running = dict.fromkeys(("_stream", "_feed", "_schedule", "_memory", "_end"))
@@ -408,7 +438,9 @@ class Queue(IterableDataset[Subject]):
     def state_dict(self) -> dict[str, Any]:
         """Say which patches have left, in a few whole numbers; what workers have prepared does not count.
 
-        A pass that was left before its end is where it was left: once the state is loaded, it goes on from there.
+        A pass that was left before its end is where it was left: once the state is loaded, it goes on from there. A patch has
+        left when the loader has it; `SubjectsLoader.state_dict` counts those of batches that were delivered, which is what is
+        wanted where an error, or the end of training, may come in the middle of a batch.
         """
         epoch, position = self._reached
         state: dict[str, Any] = {"seed": self._planner.seed, "epoch": epoch, "position": position}
@@ -424,7 +456,8 @@ class Queue(IterableDataset[Subject]):
 
         Raises:
             QueueError: if that is not the state of a queue, or of one of other subjects, numbers of patches, `max_length`,
-                shuffling or rank. Where there is a `subject_sampler`, that is found when the pass begins.
+                shuffling or rank. Where there is a `subject_sampler`, that is found when the pass begins. A state between two
+                epochs fits all queues: these may go on with other subjects.
         """
         try:
             seed = as_int(state["seed"], "seed", -(2**63))
@@ -442,6 +475,7 @@ class Queue(IterableDataset[Subject]):
         self._skipped.clear()
         for place, subject, first in skipped:
             self._skipped[epoch, place] = SkippedSubject(epoch, place, subject, first, SKIPPED_BEFORE)
+        self.times_loaded += 1
         self._upcoming = self._reached = (epoch, position)
         self._epoch, self._schedule = epoch, None
         self._feed = None  # whatever is being made is of no use
@@ -496,8 +530,11 @@ class Queue(IterableDataset[Subject]):
 
     @property
     def _has_transforms(self) -> bool:
-        own = (self.transform, self.patch_transform, transform_of(self.subjects_dataset))
-        return any(transform is not None for transform in own)
+        return any(transform is not None for transform in self._transforms)
+
+    @property
+    def _transforms(self) -> list[Any]:
+        return [self.transform, self.patch_transform, *transforms_of(self.subjects_dataset)]
 
     def _progress(self) -> str:
         """Say how far the pass is, how full the queue is, and how long patches were waited for."""
@@ -513,15 +550,18 @@ class Queue(IterableDataset[Subject]):
 
     def __repr__(self) -> str:
         try:
-            length = f"{len(self)} patches of {self.num_subjects} subjects"
+            length = f"{len(self)} patches"
+            if self.subject_sampler is None or isinstance(self.subject_sampler, Sized):
+                length += f" of {self.num_subjects} subjects"
         except VoxloomError as error:
             length = f"no epoch: {error}"
         return f"{type(self).__name__}({length}; {self.num_workers} workers; {self._progress()})"
 
     def _log(self, text: str, *values: Any) -> None:
         if self.verbose:
+            logger.removeHandler(_handler)
             if not logger.hasHandlers():
-                logger.addHandler(logging.StreamHandler())
+                logger.addHandler(_handler)
             if logger.getEffectiveLevel() > logging.INFO:
                 logger.setLevel(logging.INFO)
             logger.info(text, *values)
@@ -575,6 +615,15 @@ def _as_source(given: Any) -> PatchSource:
             f"the sampler of a queue is {what}: it must be one of voxloom's, made with a patch size, as UniformSampler(64)"
         )
     return given
+
+
+def _as_context(name: str | None) -> str | None:
+    try:
+        multiprocessing.get_context(name)
+    except ValueError as error:
+        methods = ", ".join(map(repr, multiprocessing.get_all_start_methods()))
+        raise QueueError(f"multiprocessing_context is {name!r}: it must be one of {methods}") from error
+    return name
 
 
 def _as_transform(given: Any, name: str) -> Transform | None:

@@ -41,19 +41,19 @@ def seeded(words: Sequence[int]) -> Iterator[None]:
             torch.set_num_threads(threads)
 
 
-def reseed(transform: Any, seed: int) -> None:
+def reseed(transform: Any, seeds: Iterator[int]) -> None:
     """Seed the generator that a transform keeps for itself, where it has a method for that, or those that it consists of do.
 
     Args:
-        transform: any callable; `set_random_state`, `set_random_seed` or `manual_seed` is called with the seed.
-        seed: of which 32 bits are used.
+        transform: any callable; `set_random_state`, `set_random_seed` or `manual_seed` is called with a seed.
+        seeds: of each 32 bits are used; every part takes the next one.
     """
     for name in METHODS:
         method = getattr(transform, name, None)
         if callable(method):
-            method(seed & BITS_32)
+            method(next(seeds) & BITS_32)
             return
     parts = getattr(transform, "transforms", None)
     if isinstance(parts, Iterable):
-        for number, part in enumerate(parts):
-            reseed(part, seed + number)
+        for part in parts:
+            reseed(part, seeds)

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data._utils import signal_handling
 
 from ..core.memory import FreedMemory
 from ..errors import SubjectError, VoxloomError, WorkerError
@@ -34,8 +35,10 @@ LIVENESS_SECONDS = 1.0
 # What a worker has in hand when it has nothing to do.
 NOTHING = -1
 # How long a process that breaks off may take to end.
-ENDING_SECONDS = 0.5
-# How long closing waits for the workers, in seconds: PyTorch gives them five to end by themselves.
+DYING_SECONDS = 0.5
+# How long all workers together may take to end what they are making when the queue is closed, in seconds.
+ENDING_SECONDS = 5.0
+# How long closing waits for the thread that ends them.
 CLOSING_SECONDS = 30.0
 
 
@@ -59,6 +62,9 @@ class PatchStream(Protocol):
     def is_over(self) -> bool:
         """Whether it has ended, after an error or an interrupt in another pass, so that another one is needed."""
         ...
+
+    was_interrupted: bool
+    """Whether a worker was found to have ended by Ctrl-C, so that another stream can take up its work."""
 
     def run(self, feed: TaskFeed, left: int) -> None:
         """Begin with the tasks of a feed, and forget all that is held.
@@ -136,6 +142,7 @@ class LocalStream:
         return self._held.pop(ticket)
 
     is_over = False
+    was_interrupted = False
 
     def close(self, wait: bool = True) -> None:
         """See `PatchStream`."""
@@ -202,6 +209,8 @@ class _Worker:
         """Run, ticket and maker of those patches of its last message that there was no room for yet."""
         self.is_resting = False
         """Whether there was no task for it; it then has nothing to send."""
+        self.has_sent = False
+        """Whether it has ever sent a message."""
         loader = DataLoader(
             messages,
             batch_size=None,
@@ -213,7 +222,12 @@ class _Worker:
             generator=torch.Generator(),  # the user's is left alone
         )
         self._blocks: deque[Tensor] = deque(maxlen=TASKS_AHEAD + 1)
-        self._iterator: Any = iter(loader)
+        iterator: Any = iter(loader)
+        self._iterator = iterator
+        # If the process dies, the queue says so where a patch is asked for. PyTorch would raise an error of its own wherever the
+        # main thread happens to be.
+        signal_handling._remove_worker_pids(id(self._iterator))  # type: ignore[attr-defined]
+        self._iterator._worker_pids_set = False
 
     @property
     def process(self) -> Any:
@@ -232,13 +246,20 @@ class _Worker:
             self.is_resting = not self.tasks
         else:
             self.tasks.popleft()
+            self.has_sent = True
             self._blocks.append(message.block)  # mapped once, though it is sent again and again
         return message
+
+    def ask_to_end(self) -> None:
+        """Ask the process to end when it has made what it is making."""
+        self._iterator._workers_done_event.set()
+        self._iterator._mark_worker_as_unavailable(0, shutdown=True)
 
     def close(self) -> None:
         """End the process, also where a traceback still refers to the iterator, which would otherwise end it some time."""
         self._iterator._shutdown_workers()
         self._blocks.clear()
+        self.pending.clear()
 
     def keep_iterator(self) -> None:
         """In a forked process: never let go of the iterator, because it would end a process that is its parent's."""
@@ -315,6 +336,7 @@ class WorkerStream:
         self._memory = memory
         self._max_length = max_length
         self._error: BaseException | None = None
+        self.was_interrupted = False
         self._is_closed = False
         self._process = os.getpid()
         # What follows belongs to both threads, and is changed only by one that holds the lock.
@@ -375,17 +397,12 @@ class WorkerStream:
     def take(self, ticket: int) -> Subject:
         """See `PatchStream`."""
         began = time.perf_counter()
-        try:
-            with self._change(only_room=True):
-                while ticket not in self._held or self._error is not None:
-                    self._check()
-                    self._changed.wait(LIVENESS_SECONDS)
-                patch = self._held.pop(ticket)
-                self._left += 1
-        except RuntimeError:
-            # PyTorch raises one here when a worker dies, which says less than we know.
-            self._check()
-            raise
+        with self._change(only_room=True):
+            while ticket not in self._held or self._error is not None:
+                self._check()
+                self._changed.wait(LIVENESS_SECONDS)
+            patch = self._held.pop(ticket)
+            self._left += 1
         waited = time.perf_counter() - began
         self.idle_seconds += waited
         self.longest_wait = max(self.longest_wait, waited)
@@ -415,8 +432,9 @@ class WorkerStream:
     @property
     def is_over(self) -> bool:
         """See `PatchStream`."""
-        is_failed = self._error is not None and not isinstance(self._error, WorkerError)
-        return is_failed or any(_was_interrupted(worker.process.exitcode) for worker in self.workers)
+        if isinstance(self._error, WorkerError):
+            return self.was_interrupted  # another death is told where the next patch is asked for
+        return self._error is not None or any(_was_interrupted(worker.process.exitcode) for worker in self.workers)
 
     def close(self, wait: bool = True) -> None:
         """See `PatchStream`."""
@@ -521,31 +539,46 @@ class WorkerStream:
         is_own = isinstance(error, VoxloomError) or not isinstance(error, OSError | EOFError | RuntimeError)
         ends = {worker.process.sentinel: worker for worker in self.workers}
         # What it was sending breaks off a moment before it has ended.
-        dead = connection.wait(list(ends), timeout=0 if is_own else ENDING_SECONDS)
+        dead = connection.wait(list(ends), timeout=0 if is_own else DYING_SECONDS)
         return self._death_of(ends[dead[0]]) if dead else None
 
     def _close_workers(self) -> None:
         self._maker.wanted[0] = -1
         for worker in self.workers:
+            worker.ask_to_end()
+        end = time.monotonic() + ENDING_SECONDS
+        for worker in self.workers:
+            worker.process.join(max(0.0, end - time.monotonic()))
+            worker.process.terminate()
             worker.close()
 
     def _death_of(self, worker: _Worker) -> WorkerError:
         worker.process.join(LIVENESS_SECONDS)  # it may have closed its pipes, but not ended yet
         code = worker.process.exitcode
         if _was_interrupted(code):
+            self.was_interrupted = True
             return WorkerError(f"the queue's worker process {worker.process.pid} ended early, as after Ctrl-C or sys.exit")
         how = f"was killed by {_signal_name(-code)}" if code is not None and code < 0 else f"ended with exit code {code}"
         doing = int(self._doing[self.workers.index(worker)])
         at = "" if doing == NOTHING else f" while it was making patches of {name_of(self._maker.dataset, doing)}"
-        return WorkerError(
-            f"the queue's worker process {worker.process.pid} {how}{at}. A kill often means that memory ran out: use fewer"
-            " workers, or images that are smaller or not compressed"
-        )
+        return WorkerError(f"the queue's worker process {worker.process.pid} {how}{at}{_hint(code, worker.has_sent)}")
 
 
 def _was_interrupted(code: int | None) -> bool:
     """Say whether a process ended because of Ctrl-C, which PyTorch's workers end without an error for."""
     return code in (0, -signal.SIGINT)
+
+
+def _hint(code: int | None, has_sent: bool) -> str:
+    """Say what often is the reason."""
+    if code == -signal.SIGKILL:
+        return ". That often means that memory ran out: use fewer workers, or images that are smaller or not compressed"
+    if code is not None and code > 0 and not has_sent:
+        return (
+            " before it had made anything; what it printed says why. Where workers are spawned, what a script does must stand"
+            " below if __name__ == '__main__':"
+        )
+    return ""
 
 
 def _signal_name(number: int) -> str:

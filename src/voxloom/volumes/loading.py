@@ -119,6 +119,8 @@ class Resumable(Protocol):
 
     needs_one_reader: bool
     """True."""
+    times_loaded: int
+    """How often `load_state_dict` was called."""
 
     def state_dict(self) -> dict[str, Any]:
         """Say how far."""
@@ -184,7 +186,8 @@ class SubjectsLoader(DataLoader[Any]):
         if isinstance(dataset, Resumable) and kwargs.get("num_workers"):
             raise QueueError(one_reader(kwargs["num_workers"]))
         self._delivered: tuple[int, int] | None = None
-        self._state: dict[str, Any] | None = None
+        self._state: tuple[int, dict[str, Any]] | None = None
+        """State after the batch that was delivered last, and the data set's `times_loaded` then."""
         super().__init__(dataset, batch_size=batch_size, **kwargs)
 
     def __iter__(self) -> Iterator[SubjectsBatch]:  # type: ignore[override]
@@ -195,8 +198,9 @@ class SubjectsLoader(DataLoader[Any]):
     def _followed(self, batches: Iterator[SubjectsBatch], dataset: Resumable) -> Iterator[SubjectsBatch]:
         """Note after each batch how far the data set has been read: an error may come in the middle of the next."""
         for batch in batches:
-            self._state = dataset.state_dict()
+            self._state = dataset.times_loaded, dataset.state_dict()
             yield batch
+        self._state = None
 
     def _counted(self, batches: Iterator[SubjectsBatch]) -> Iterator[SubjectsBatch]:
         assert isinstance(self.sampler, _DrawOrder)
@@ -214,7 +218,9 @@ class SubjectsLoader(DataLoader[Any]):
             SubjectError: if the data set is neither a queue nor a sampler with a number of patches.
         """
         if self._source is None:
-            return self._resumable().state_dict() if self._state is None else self._state
+            dataset = self._resumable()
+            times_loaded, state = self._state or (-1, {})
+            return state if times_loaded == dataset.times_loaded else dataset.state_dict()
         epoch, draw = self._source.upcoming if self._delivered is None else self._delivered
         return {"seed": self._source.seed, "epoch": epoch, "draw": draw}
 
