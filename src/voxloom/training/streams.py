@@ -553,8 +553,10 @@ class WorkerStream:
             worker.close()
 
     def _death_of(self, worker: _Worker) -> WorkerError:
-        worker.process.join(LIVENESS_SECONDS)  # it may have closed its pipes, but not ended yet
-        code = worker.process.exitcode
+        # It may have closed its pipes, but not ended yet; or another thread has just been told how, and has not written it down.
+        end = time.monotonic() + LIVENESS_SECONDS
+        while (code := worker.process.exitcode) is None and time.monotonic() < end:
+            time.sleep(0.01)
         if _was_interrupted(code):
             self.was_interrupted = True
             return WorkerError(f"the queue's worker process {worker.process.pid} ended early, as after Ctrl-C or sys.exit")
