@@ -102,7 +102,10 @@ def test_public_names():
         "PatchGrid",
         "PatchLocation",
         "PatchSampler",
+        "PredictionPlan",
+        "Predictor",
         "Queue",
+        "Regions",
         "ScalarImage",
         "Subject",
         "SubjectsBatch",
@@ -116,6 +119,8 @@ def test_public_names():
         "errors",
         "inference",
         "loader",
+        "plan",
+        "predict",
     ]
     for name in vx.__all__:
         assert getattr(vx, name) is not None

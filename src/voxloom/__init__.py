@@ -4,7 +4,7 @@ from . import data, datasets, errors, inference, loader
 from ._version import __version__
 from .core.grids import PatchGrid
 from .core.locations import PatchLocation
-from .inference import GridAggregator, PatchAggregator
+from .inference import GridAggregator, PatchAggregator, PredictionPlan, Predictor, Regions, plan, predict
 from .sampling.grid import GridSampler
 from .sampling.random import PatchSampler, UniformSampler
 from .sampling.weighted import LabelSampler, MixedSampler, WeightedSampler
@@ -48,7 +48,10 @@ __all__ = [
     "PatchGrid",
     "PatchLocation",
     "PatchSampler",
+    "PredictionPlan",
+    "Predictor",
     "Queue",
+    "Regions",
     "ScalarImage",
     "Subject",
     "SubjectsBatch",
@@ -62,4 +65,6 @@ __all__ = [
     "errors",
     "inference",
     "loader",
+    "plan",
+    "predict",
 ]

@@ -6,6 +6,9 @@
     ├── ScaleError            ValueError                  a scale at which a patch would not lie on whole voxels
     ├── LocationError         ValueError                  locations that do not fit the batch, the grid or the volume
     ├── OutputError           ValueError, RuntimeError    a model's output that cannot be aggregated
+    ├── DeviceMemoryError     RuntimeError                a GPU without room for a single patch
+    ├── RecordError           ValueError, RuntimeError    an unfinished prediction that is another one than was asked for
+    ├── ModelFileError        ValueError, RuntimeError    a model that cannot, or must not, be loaded
     ├── IncompleteError       RuntimeError                an output was asked for before all of it was there
     ├── SubjectError          ValueError, TypeError       a subject or batch that is not put together properly
     │   └── SpaceError        RuntimeError                images of one subject that do not lie on one another
@@ -20,6 +23,7 @@
     │   ├── UnsupportedImageError an image that voxloom has no way to hold or to write
     │   ├── SeriesError           a DICOM folder that is not one regular series
     │   └── SaveError             a target that could not be written; what was there before is untouched
+    │       └── TargetExistsError FileExistsError         a target that is there already, and is kept
     ├── DownloadError         OSError                     a data set that could not be had, or is not what it was
     └── MissingDependencyError ImportError                an extra that is not installed
 
@@ -29,6 +33,7 @@ The second column names the built-in types that it also is, so that code written
 
 __all__ = [
     "CorruptImageError",
+    "DeviceMemoryError",
     "DownloadError",
     "ImageError",
     "ImageFileError",
@@ -37,9 +42,11 @@ __all__ = [
     "LocationError",
     "MissingDependencyError",
     "ModeError",
+    "ModelFileError",
     "NoSuchKeyError",
     "OutputError",
     "QueueError",
+    "RecordError",
     "SamplingError",
     "SaveError",
     "ScaleError",
@@ -47,6 +54,7 @@ __all__ = [
     "SizeError",
     "SpaceError",
     "SubjectError",
+    "TargetExistsError",
     "UnsupportedImageError",
     "VoxloomError",
     "WorkerError",
@@ -79,6 +87,18 @@ class LocationError(VoxloomError, ValueError):
 
 class OutputError(VoxloomError, ValueError, RuntimeError):
     """The output of a model cannot be aggregated."""
+
+
+class DeviceMemoryError(VoxloomError, RuntimeError):
+    """A device lacks memory for a single patch."""
+
+
+class RecordError(VoxloomError, ValueError, RuntimeError):
+    """An unfinished prediction is of another image, model or option, or another process is at it."""
+
+
+class ModelFileError(VoxloomError, ValueError, RuntimeError):
+    """A model cannot be loaded, or must not be, because its file holds code."""
 
 
 class IncompleteError(VoxloomError, RuntimeError):
@@ -135,6 +155,10 @@ class SeriesError(ImageFileError):
 
 class SaveError(ImageFileError):
     """A target could not be written; what was there before is untouched."""
+
+
+class TargetExistsError(SaveError, FileExistsError):
+    """A target is there already, and was not to be replaced."""
 
 
 class DownloadError(VoxloomError, OSError):

@@ -29,10 +29,12 @@ class FreedMemory:
 
     Args:
         kept_bytes: what is kept at most.
+        total_bytes: what is kept and in use at most, as far as keeping less can help; None for any amount.
     """
 
-    def __init__(self, kept_bytes: int) -> None:
-        self.kept_bytes = kept_bytes
+    def __init__(self, kept_bytes: int, total_bytes: int | None = None) -> None:
+        self.kept_bytes, self.total_bytes = kept_bytes, total_bytes
+        self._used_bytes = 0
         self._blocks: dict[int, list[np.ndarray]] = {}
         self._lock = threading.RLock()
         _all.add(self)
@@ -42,6 +44,9 @@ class FreedMemory:
         num_bytes = math.prod(shape) * dtype.itemsize
         block = self._take(num_bytes)
         if block is None:
+            with self._lock:
+                self._used_bytes += num_bytes
+                self._drop()
             block = np.empty(num_bytes, dtype=np.uint8)
         # The tensor and all its views hold the lease: when it dies, nobody can see the block any more.
         lease = block.view()
@@ -59,20 +64,28 @@ class FreedMemory:
             self._blocks = {}
 
     def _keep(self, block: np.ndarray) -> None:
-        if block.nbytes > self.kept_bytes:
-            return  # a whole volume must not drive out the batches
         with self._lock:
-            self._blocks.setdefault(block.nbytes, []).append(block)
-            while self.num_bytes > self.kept_bytes:
-                oldest = next(iter(self._blocks))
-                del self._blocks[oldest][:1]
-                if not self._blocks[oldest]:
-                    del self._blocks[oldest]
+            self._used_bytes -= block.nbytes
+            if block.nbytes <= self.kept_bytes:  # a whole volume must not drive out the batches
+                self._blocks.setdefault(block.nbytes, []).append(block)
+                self._drop()
+
+    def _drop(self) -> None:
+        """Give back what is too much, the oldest first."""
+        while (kept := self.num_bytes) and (
+            kept > self.kept_bytes or (self.total_bytes is not None and kept + self._used_bytes > self.total_bytes)
+        ):
+            oldest = next(iter(self._blocks))
+            del self._blocks[oldest][:1]
+            if not self._blocks[oldest]:
+                del self._blocks[oldest]
 
     def _take(self, num_bytes: int) -> np.ndarray | None:
         # The garbage collector may call `_keep` at any point, so that nothing that was looked up stays true.
         with self._lock, contextlib.suppress(KeyError, IndexError):
-            return self._blocks[num_bytes].pop()
+            block = self._blocks[num_bytes].pop()
+            self._used_bytes += num_bytes
+            return block
         return None
 
 

@@ -1,6 +1,22 @@
-"""From patches back to volumes: samplers that cover a volume, and aggregators that weave it together again."""
+"""From patches back to volumes: samplers that cover a volume, aggregators that weave it together again, and prediction."""
 
 from ..sampling.grid import GridSampler
 from .aggregators import GridAggregator, PatchAggregator
+from .plans import PredictionPlan
+from .predictor import Predictor, plan, predict
+from .reductions import Regions
+from .sinks import MemorySink, Sink, VolumeForm
 
-__all__ = ["GridAggregator", "GridSampler", "PatchAggregator"]
+__all__ = [
+    "GridAggregator",
+    "GridSampler",
+    "MemorySink",
+    "PatchAggregator",
+    "PredictionPlan",
+    "Predictor",
+    "Regions",
+    "Sink",
+    "VolumeForm",
+    "plan",
+    "predict",
+]

@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,12 +12,39 @@ from ..core.boxes import Box
 from ..core.padding import CONSTANT_MODES, Piece, axis_pieces, ramp
 from ..core.values import can_hold, limits_of
 from ..errors import ModeError, SubjectError
-from ..volumes.image import Image
 
-__all__ = ["PaddedImage", "padding_constant"]
+__all__ = ["PaddedImage", "Voxels", "padding_constant"]
 
 # Statistics of a volume are taken of this many voxels at a time.
 CHUNK_VOXELS = 2**22
+
+
+class Voxels(Protocol):
+    """What can be read by boxes, as images are."""
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Channels and voxels `(C, I, J, K)`."""
+        ...
+
+    @property
+    def spatial_shape(self) -> tuple[int, int, int]:
+        """Voxels `(I, J, K)`."""
+        ...
+
+    @property
+    def num_channels(self) -> int:
+        """Number of channels."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the values."""
+        ...
+
+    def read(self, box: Box) -> Tensor:
+        """Read all channels of a box of voxels `(I, J, K)`."""
+        ...
 
 
 class PaddedImage:
@@ -32,7 +60,7 @@ class PaddedImage:
         ModeError: if the type of the image cannot hold the number that it is to be padded with.
     """
 
-    def __init__(self, image: Image, domain: Box, mode: str | float | int | None, name: str) -> None:
+    def __init__(self, image: Voxels, domain: Box, mode: str | float | int | None, name: str) -> None:
         self.image = image
         self.name = name
         self.domain = domain
@@ -86,7 +114,7 @@ class PaddedImage:
                     plane.copy_(torch.div(plane.long() * numerator, denominator, rounding_mode="floor"))
 
 
-def padding_constant(image: Image, mode: str | float | int, name: str) -> float | int | None:
+def padding_constant(image: Voxels, mode: str | float | int, name: str) -> float | int | None:
     """Find the number that a mode pads an image with, or None for modes that pad with values from the volume.
 
     `minimum`, `maximum`, `mean` and `median` are of the whole volume, all channels. For images of whole numbers the last two
@@ -110,7 +138,7 @@ def padding_constant(image: Image, mode: str | float | int, name: str) -> float 
     return value if image.dtype.is_floating_point else int(value)
 
 
-def _statistic(image: Image, mode: str) -> float:
+def _statistic(image: Voxels, mode: str) -> float:
     count = Box.of_shape(image.shape).numel
     if mode == "mean":
         return sum(float(chunk.sum(dtype=torch.float64)) for chunk in _chunks(image)) / count
@@ -125,7 +153,7 @@ def _statistic(image: Image, mode: str) -> float:
     return low if mode == "minimum" else high
 
 
-def _chunks(image: Image) -> Iterator[Tensor]:
+def _chunks(image: Voxels) -> Iterator[Tensor]:
     """Yield all voxels, some planes at a time, so that a file that is larger than memory can be gone through."""
     shape = image.spatial_shape
     per_plane = image.num_channels * shape[0] * shape[1]
@@ -134,7 +162,7 @@ def _chunks(image: Image) -> Iterator[Tensor]:
         yield image.read(Box((0, 0, k), (shape[0], shape[1], min(k + planes, shape[2]))))
 
 
-def _median(image: Image, count: int) -> float:
+def _median(image: Voxels, count: int) -> float:
     if image.dtype.is_floating_point and any(bool(chunk.isnan().any()) for chunk in _chunks(image)):
         return float("nan")
     low = _ranked(image, (count - 1) // 2)
@@ -142,7 +170,7 @@ def _median(image: Image, count: int) -> float:
     return low + (high - low) / 2
 
 
-def _ranked(image: Image, rank: int) -> float:
+def _ranked(image: Voxels, rank: int) -> float:
     """Find the value that has `rank` values before it in order, exactly, without sorting or a copy.
 
     Values are mapped to whole numbers of the same order, and these found 16 bits at a time from histograms.

@@ -54,7 +54,7 @@ class PatchCutter:
         for name, padded in self._padded.items():
             data = empty((padded.image.num_channels, *location.size), padded.image.dtype)
             padded.read_into(data, location.box)
-            entries[name] = padded.image.part(data, location.index)
+            entries[name] = entries[name].part(data, location.index)
         return Subject(entries | {PATCH_LOCATION: location})
 
     def cut_batch(self, locations: Sequence[PatchLocation]) -> SubjectsBatch:
@@ -65,7 +65,8 @@ class PatchCutter:
             data = batch_memory(shape, padded.image.dtype)
             for target, location in zip(data, locations, strict=True):
                 padded.read_into(target, location.box)
-            images = [padded.image.part(target, location.index) for target, location in zip(data, locations, strict=True)]
+            image = self.subject.images[name]
+            images = [image.part(target, location.index) for target, location in zip(data, locations, strict=True)]
             batches[name] = ImagesBatch(data, images)
         metadata = {name: [value] * len(locations) for name, value in self.subject.metadata.items()}
         return SubjectsBatch(batches, metadata | {PATCH_LOCATION: list(locations)})

@@ -313,6 +313,10 @@ class Image:
             self._codes = SpaceCodes() if self.path is None else self._header().codes
         return self._codes
 
+    @codes.setter
+    def codes(self, codes: SpaceCodes) -> None:
+        self._codes = codes
+
     # Entries
 
     @property

@@ -14,6 +14,7 @@ __all__ = [
     "as_affine",
     "corner_displacement",
     "lps_to_ras",
+    "scaled",
     "shifted",
     "spacing_of",
 ]
@@ -59,6 +60,15 @@ def shifted(affine: Affine, index: tuple[int, ...], step: tuple[int, ...] = (1, 
     result = affine.copy()
     result[:3, 3] += affine[:3, :3] @ np.asarray(index, dtype=np.float64)
     result[:3, :3] *= step
+    return result
+
+
+def scaled(affine: Affine, factors: tuple[float, ...]) -> Affine:
+    """Affine of a volume that fills the same space with `factors` times as many voxels along each axis."""
+    result = affine.copy()
+    result[:3, :3] /= np.asarray(factors)
+    # The outer corner of the first voxel stays where it is; its centre does not.
+    result[:3, 3] += (result[:3, :3] - affine[:3, :3]) @ np.full(3, 0.5)
     return result
 
 

@@ -1,0 +1,201 @@
+"""The part of a sum of patches that is open while a sweep goes through it."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .accumulator import LARGE_CHANNEL_VOXELS, sum_dtype
+from .boxes import Box
+from .sizes import Ints
+from .sweeps import Column, Sweep
+from .weave import AxisWeave
+from .windows import Window
+
+__all__ = ["KEPT_WEIGHTS", "Allocate", "Finished", "Front", "WeightsOfPatches"]
+
+Allocate = Callable[[Sequence[int], torch.dtype], Tensor]
+"""Makes a tensor on the CPU whose values are not set."""
+
+# Weights of patches that are kept: the first, the middle and the last of a row differ.
+KEPT_WEIGHTS = 3
+
+
+@dataclass(frozen=True)
+class Finished:
+    """Voxels to which no patch will be added any more."""
+
+    box: Box
+    """Where they are in the output."""
+    values: Tensor | None
+    """Tensor `(C, *box.shape)`, or None if no patch was added to any of them."""
+    uncovered: Tensor | None
+    """Boolean tensor of the box's shape: voxels that no patch was added to; None if there are none."""
+
+
+class WeightsOfPatches:
+    """What each voxel of a patch counts; over all patches of the grid the weights of a voxel sum to 1.
+
+    Args:
+        sweep: the grid, and the voxels that its patches add to.
+        window: the weights of a patch along an axis.
+        dtype: type of the weights.
+        device: where they are used.
+    """
+
+    def __init__(self, sweep: Sweep, window: Window, dtype: torch.dtype, device: torch.device) -> None:
+        self._sweep = sweep
+        self._weaves = [AxisWeave(axis, window) for axis in sweep.grid.axes]
+        self._dtype, self._device = dtype, device
+        self._vectors: dict[tuple[int, int], tuple[int, Tensor]] = {}
+        self._distinct: dict[tuple[int, bytes], int] = {}
+        self._products: OrderedDict[Ints, Tensor] = OrderedDict()
+
+    def of(self, numbers: Ints) -> Tensor:
+        """Weights of the part of a patch that lies in the volume: exact to three roundings."""
+        names, vectors = zip(*(self._vector(axis, number) for axis, number in enumerate(numbers)), strict=True)
+        if names not in self._products:
+            rest = vectors[1][:, None] * vectors[2]
+            first, rest = (factor.to(self._device, self._dtype) for factor in (vectors[0], rest))
+            self._products[names] = first[:, None, None] * rest
+            if len(self._products) > KEPT_WEIGHTS:
+                self._products.popitem(last=False)
+        self._products.move_to_end(names)
+        return self._products[names]
+
+    def _vector(self, axis: int, number: int) -> tuple[int, Tensor]:
+        """Give the weights of a patch along an axis, and a number that tells them from others."""
+        if (axis, number) not in self._vectors:
+            start = self._sweep.grid.axes[axis][number]
+            clipped = slice(max(0, -start), self._sweep.grid.spatial_shape[axis] - start)
+            vector = self._weaves[axis].weights(number)[clipped]
+            name = self._distinct.setdefault((axis, vector.numpy().tobytes()), len(self._distinct))
+            self._vectors[axis, number] = name, vector
+        return self._vectors[axis, number]
+
+
+@dataclass
+class _Cell:
+    """Voxels that are finished together."""
+
+    box: Box
+    values: Tensor
+    weights: Tensor | None
+    """Sum of the weights that were added, where some patches are left out; None where none is."""
+
+
+class Front:
+    """Sums the patches of one column, and gives what is finished.
+
+    Patches must come in the order of the sweep. They may come from within `torch.inference_mode` or not.
+
+    Args:
+        sweep: the order, in the frame of the output.
+        column: the column.
+        channels: channels of the patches.
+        dtype: type of the patches.
+        device: where the sum is held.
+        weights: those of the patches; None to crop, that is to copy the centres.
+        needed: which patches will be added, by their numbers; None for all.
+        allocate: makes memory for sums on the CPU.
+    """
+
+    def __init__(
+        self,
+        sweep: Sweep,
+        column: Column,
+        channels: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        weights: WeightsOfPatches | None,
+        needed: np.ndarray | None = None,
+        allocate: Allocate | None = None,
+    ) -> None:
+        self._sweep, self.column = sweep, column
+        self._allocate = allocate if device.type == "cpu" else None
+        self._channels, self._device = channels, device
+        self._dtype = dtype if weights is None else sum_dtype(dtype)
+        self._weights = weights
+        self._needed = needed
+        self._box = sweep.column_box(column)
+        self._cells: dict[tuple[int, int], _Cell] = {}
+        rows = sweep.steps[1]
+        self._rows = range(rows.finished_with(column.rows.start).start, rows.finished_with(column.rows.stop - 1).stop)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def add(self, patch: Tensor, numbers: Ints) -> None:
+        """Add a patch.
+
+        Args:
+            patch: tensor `(C, *patch size)`; it is only read.
+            numbers: which one of the grid's it is.
+        """
+        sweep = self._sweep
+        layer, row, _ = (numbers[axis] for axis in sweep.axes)
+        whole = sweep.span(numbers)
+        box = whole & self._box
+        origin = sweep.grid.location(numbers).index
+        piece = patch[(slice(None), *box.relative_to(origin).slices)].to(self._device)
+        weights = None if self._weights is None else self._weights.of(numbers)[box.relative_to(whole.start).slices]
+        rows = sweep.steps[1].adds_to(row)
+        for number in sweep.steps[0].adds_to(layer):
+            for of_row in range(max(rows.start, self._rows.start), min(rows.stop, self._rows.stop)):
+                cell = self._open(number, of_row)
+                part = box & cell.box
+                target = part.relative_to(cell.box.start).slices
+                source = part.relative_to(box.start).slices
+                self._add(cell, piece[(slice(None), *source)], target, None if weights is None else weights[source])
+
+    def _add(self, cell: _Cell, piece: Tensor, target: tuple[slice, ...], weights: Tensor | None) -> None:
+        values = cell.values[(slice(None), *target)]
+        if weights is None:
+            values.copy_(piece)
+        else:
+            # Large channels one by one: a channel and the weights then stay in the processor's cache.
+            is_large = weights.numel() >= LARGE_CHANNEL_VOXELS
+            for part, channel in zip(values, piece, strict=True) if is_large else [(values, piece)]:
+                part.addcmul_(channel.to(part.dtype), weights)
+        if cell.weights is not None:
+            cell.weights[target].add_(1 if weights is None else weights)
+
+    def _open(self, layer: int, row: int) -> _Cell:
+        cell = self._cells.get((layer, row))
+        if cell is None:
+            box = self._sweep.cell(layer, row, self.column)
+            shape = (self._channels, *box.shape)
+            if self._allocate is None:
+                values = torch.zeros(shape, dtype=self._dtype, device=self._device)
+            else:
+                values = self._allocate(shape, self._dtype).zero_()
+            weights = torch.zeros(box.shape, dtype=sum_dtype(self._dtype), device=self._device) if self._is_partial(box) else None
+            self._cells[layer, row] = cell = _Cell(box, values, weights)
+        return cell
+
+    def _is_partial(self, box: Box) -> bool:
+        """Whether a patch that holds a voxel of a box is left out."""
+        if self._needed is None:
+            return False
+        touching = map(type(self._sweep.grid.axes[0]).touching, self._sweep.grid.axes, box.start, box.stop)
+        return not bool(self._needed[tuple(slice(numbers.start, numbers.stop) for numbers in touching)].all())
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def finish(self, layer: int, row: int) -> Iterator[Finished]:
+        """Give what is finished with a row of patches of a layer, and forget it."""
+        for number, of_row in self._sweep.finished_cells(layer, row):
+            if of_row not in self._rows:
+                continue
+            cell = self._cells.pop((number, of_row), None)
+            if cell is None:
+                yield Finished(self._sweep.cell(number, of_row, self.column), None, None)
+                continue
+            uncovered = None
+            if cell.weights is not None:
+                uncovered = cell.weights == 0
+                if self._weights is not None:
+                    cell.values.div_(cell.weights.masked_fill_(uncovered, 1))
+            yield Finished(cell.box, cell.values, uncovered)

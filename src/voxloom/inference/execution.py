@@ -1,0 +1,257 @@
+"""Doing what a plan says: reading, the model, the sum, and reducing and writing, side by side."""
+
+import itertools
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..core.boxes import Box
+from ..core.front import Allocate, Finished, Front, WeightsOfPatches
+from ..core.sizes import Ints
+from ..core.sweeps import Column
+from ..core.windows import Window
+from ..errors import OutputError
+from .inputs import PatchReader
+from .models import Models
+from .outputs import Result, Stream, called
+from .plans import PredictionPlan, ResultForm, SumForm
+from .sinks import Sink
+
+__all__ = ["Execution", "Progress"]
+
+Progress = Callable[[int], object]
+"""Is told of each batch how many patches it had."""
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A batch of patches of one layer, or the end of a layer."""
+
+    column: int
+    layer: int
+    patches: tuple[Ints, ...]
+    """None at the end of the layer."""
+    is_first: bool = False
+    """Whether the step is the first of its column."""
+
+
+class _NanFound(Exception):  # noqa: N818 - it never leaves this file
+    """A finished block holds NaN."""
+
+    def __init__(self, stream: int, voxel: Ints) -> None:
+        super().__init__(stream, voxel)
+        self.stream, self.voxel = stream, voxel
+
+
+@dataclass
+class Execution:
+    """Carries out a plan.
+
+    The model runs in the caller's thread; one thread reads the next batch, and another reduces and writes what is finished. Each
+    is at most one step away from the caller, and an error in any of them stops the others.
+    """
+
+    plan: PredictionPlan
+    models: Models
+    streams: Sequence[Stream]
+    sums: Sequence[SumForm]
+    results: Sequence[tuple[Result, ResultForm, Sink]]
+    needed: np.ndarray | None
+    window: Window | None
+    fill: float
+    reader: PatchReader
+    name: str
+    """What messages call the input."""
+    front_device: torch.device
+    allocate: Allocate | None = None
+    layer_finished: Callable[[], None] = lambda: None
+    """Called when all of a layer's blocks have been written."""
+
+    def __post_init__(self) -> None:
+        self.warnings: list[str] = []
+        self._writing: Future | None = None
+        self._next_row = (0, 0)  # layer, and the first of its rows that has not been handed over
+        self._weights = [
+            None if self.window is None else WeightsOfPatches(each.sweep, self.window, each.dtype(), self.front_device)
+            for each in self.sums
+        ]
+
+    def run(self, layers_done: int = 0, progress: Progress = lambda patches: None) -> None:
+        """Run from a layer to the end.
+
+        Args:
+            layers_done: layers that were finished earlier, counted over all columns.
+            progress: is told of patches that have been computed.
+        """
+        with ThreadPoolExecutor(1, "voxloom-read") as reading, ThreadPoolExecutor(1, "voxloom-write") as self._writer:
+            try:
+                with self.models.ready():
+                    self._go(layers_done, reading, progress)
+                self._wait()
+            except _NanFound as found:
+                with self.models.ready():
+                    raise self._explained(found) from None
+            finally:
+                reading.shutdown(cancel_futures=True)
+                self._writer.shutdown(cancel_futures=True)
+
+    def _go(self, layers_done: int, reading: ThreadPoolExecutor, progress: Progress) -> None:
+        fronts: list[Front] = []
+        for step, batch in self._with_batches(self._steps(layers_done), reading):
+            column = self.plan.columns[step.column]
+            if step.is_first:
+                fronts = [self._front(column, number) for number in range(len(self.sums))]
+                self._next_row = (step.layer, self.plan.sweep.rows_of(column).start)
+            is_wanted = step.column * self.plan.sweep.num_layers + step.layer >= layers_done
+            if batch is None:
+                self._finish_rows(fronts, step.layer, is_wanted, self.plan.sweep.rows_of(column).stop)
+                if is_wanted:
+                    self._submit(self.layer_finished)
+                continue
+            self._check_forms(outputs := self.models.run(batch, self.streams))
+            del batch
+            for number, numbers in enumerate(step.patches):
+                self._finish_rows(fronts, step.layer, is_wanted, numbers[self.plan.sweep.axes[1]])
+                for front, output in zip(fronts, outputs, strict=True):
+                    front.add(output[number], numbers)
+            progress(len(step.patches))
+
+    def _front(self, column: Column, number: int) -> Front:
+        each = self.sums[number]
+        return Front(
+            each.sweep,
+            column,
+            each.form.channels,
+            each.form.dtype,
+            self.front_device,
+            self._weights[number],
+            self.needed,
+            self.allocate,
+        )
+
+    def _steps(self, layers_done: int) -> Iterator[_Step]:
+        """Give all batches that are still needed, and the ends of layers."""
+        sweep = self.plan.sweep
+        for number, column in enumerate(self.plan.columns):
+            first = layers_done - number * sweep.num_layers
+            if first >= sweep.num_layers:
+                continue
+            # What is finished with the first layer that is wanted began to be summed some layers earlier.
+            begin = sweep.steps[0].added_by(range(first, first + 1)).start if first > 0 else 0
+            for layer in range(begin, sweep.num_layers):
+                rows = (sweep.patches(layer, row, column, self.needed) for row in sweep.rows_of(column))
+                patches = itertools.chain.from_iterable(rows)
+                is_first = layer == begin
+                while batch := tuple(itertools.islice(patches, self.plan.batch_size)):
+                    yield _Step(number, layer, batch, is_first)
+                    is_first = False
+                yield _Step(number, layer, (), is_first)
+
+    def _with_batches(self, steps: Iterator[_Step], reading: ThreadPoolExecutor) -> Iterator[tuple[_Step, Tensor | None]]:
+        """Read each batch while the one before it is in the model."""
+        waiting: list[tuple[_Step, Future | None]] = []
+        size, pinned = self.plan.batch_size, self.models.device.type == "cuda"
+        for step in steps:
+            waiting.append((step, reading.submit(self.reader.read, step.patches, size, pinned) if step.patches else None))
+            while sum(future is not None for _, future in waiting) > 1:
+                first, future = waiting.pop(0)
+                yield first, None if future is None else future.result()
+        while waiting:
+            first, future = waiting.pop(0)
+            yield first, None if future is None else future.result()
+
+    def _check_forms(self, outputs: list[Tensor]) -> None:
+        for stream, each, output in zip(self.streams, self.sums, outputs, strict=True):
+            expected = (self.plan.batch_size, each.form.channels, *each.form.size)
+            if tuple(output.shape) != expected or output.dtype != each.form.dtype:
+                raise OutputError(
+                    f"{called(stream.source)} of the model changed: it was {each.form.dtype} of shape {expected} at first, and is"
+                    f" {output.dtype} of shape {tuple(output.shape)} now"
+                )
+
+    # What is finished
+
+    def _finish_rows(self, fronts: list[Front], layer: int, is_wanted: bool, stop: int) -> None:
+        """Hand over what is finished with the rows of a layer before `stop`, as far as that has not been done."""
+        began, begin = self._next_row
+        if began != layer:
+            begin = self.plan.sweep.rows_of(fronts[0].column).start
+        for row in range(begin, stop):
+            for number, front in enumerate(fronts):
+                for finished in front.finish(layer, row):
+                    if is_wanted:
+                        self._submit(self._deliver, number, finished)
+                    del finished  # the writer alone holds it now
+        self._next_row = (layer, max(begin, stop))
+
+    def _submit(self, function: Callable, *arguments: object) -> None:
+        """Let the writer do something, once it has done what it is at."""
+        self._wait()
+        self._writing = self._writer.submit(function, *arguments)
+
+    def _wait(self) -> None:
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _deliver(self, number: int, finished: Finished) -> None:
+        """Reduce and write a block."""
+        if finished.values is not None:
+            self._check_values(number, finished)
+        for result, form, sink in self.results:
+            if result.stream == number:
+                sink.write(finished.box, self._reduced(result, form, finished))
+
+    @torch.no_grad()
+    def _reduced(self, result: Result, form: ResultForm, finished: Finished) -> Tensor:
+        shape = (form.shape[0], *finished.box.shape)
+        if finished.values is None:
+            return torch.full(shape, self.fill, dtype=form.dtype)
+        block = result.reduction(finished.values)
+        if tuple(block.shape) != shape or block.dtype != form.dtype:
+            raise OutputError(
+                f"reduce gave {block.dtype} of shape {tuple(block.shape)} for a block of shape {tuple(finished.values.shape)}; by"
+                f" what it gave for a single voxel, {form.dtype} of shape {shape} was expected"
+            )
+        if finished.uncovered is not None:
+            block = block.masked_fill(finished.uncovered, self.fill)
+        return block.cpu()
+
+    def _check_values(self, number: int, finished: Finished) -> None:
+        values = finished.values
+        assert values is not None
+        if not values.is_floating_point() or math.isfinite(float(values.sum())):
+            return
+        nans = values.isnan().any(0)
+        if bool(nans.any()):
+            place = tuple(nans.nonzero()[0].tolist())
+            raise _NanFound(number, tuple(map(int.__add__, finished.box.start, place)))
+        if bool(values.isinf().any()):
+            text = f"{called(self.streams[number].source)} of the model for {self.name} holds infinity"
+            if text not in self.warnings:
+                self.warnings.append(text)
+                warnings.warn(text, RuntimeWarning, stacklevel=2)
+
+    def _explained(self, found: _NanFound) -> OutputError:
+        """Find the patch that NaN came from, by running those that hold the voxel once more."""
+        sweep = self.sums[found.stream].sweep
+        box = Box(found.voxel, tuple(index + 1 for index in found.voxel))
+        what = f"{called(self.streams[found.stream].source)} of the model for {self.name}"
+        grid = sweep.grid
+        for index in grid.touching(box):
+            numbers = grid.unravel(index)
+            if self.needed is not None and not self.needed[numbers]:
+                continue
+            batch = self.reader.read([numbers], self.plan.batch_size, False)
+            output = self.models.run(batch, [self.streams[found.stream]])[0][0]
+            if bool(output.isnan().any()):
+                location = self.plan.grid.location(numbers)
+                of_input = "; the patch itself holds NaN" if bool(self.reader.read([numbers], 1, False).isnan().any()) else ""
+                return OutputError(f"{what} holds NaN for the patch {location.index} to {location.index_fin}{of_input}")
+        return OutputError(f"{what} holds infinities of both signs, or one too large to sum, at voxel {found.voxel}")

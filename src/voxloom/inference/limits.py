@@ -1,0 +1,67 @@
+"""How much memory there is, and how much may be used."""
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from ..errors import SizeError
+
+__all__ = ["as_bytes", "free_bytes", "pretty_bytes"]
+
+UNITS = {"": 1, "B": 1, "KB": 1000, "MB": 1000**2, "GB": 1000**3, "TB": 1000**4}
+UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+# Limits and use of a control group, of the second and of the first version.
+GROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+
+
+def as_bytes(value: Any, name: str) -> int:
+    """Make a number of bytes of a number, or of a text such as `"2GiB"` or `"500 MB"`.
+
+    Raises:
+        SizeError: if it is neither, or not positive.
+    """
+    rule = "it must be a positive number of bytes, or a text such as '2GiB' or '500 MB'"
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", value) if isinstance(value, str) else None
+    if match and match[2].upper() in UNITS:
+        number = float(match[1]) * UNITS[match[2].upper()]
+    elif isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        number = float(value)
+    else:
+        raise SizeError(f"{name} is {value!r}: {rule}")
+    if number < 1:
+        raise SizeError(f"{name} is {value!r}: {rule}")
+    return int(number)
+
+
+def pretty_bytes(num_bytes: float) -> str:
+    """Say a number of bytes for people.
+
+    Example:
+        >>> pretty_bytes(1536 * 2**20)
+        '1.5 GiB'
+    """
+    value, units = float(num_bytes), iter(("bytes", "KiB", "MiB", "GiB", "TiB"))
+    unit = next(units)
+    while value >= 1024 and unit != "TiB":
+        value, unit = value / 1024, next(units)
+    return f"{value:.1f} {unit}" if unit != "bytes" else f"{value:.0f} bytes"
+
+
+def free_bytes() -> int | None:
+    """Memory that this process may still use; None where the system does not say."""
+    found = []
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    except OSError:
+        return None
+    for limit, used in GROUPS:
+        try:
+            found.append(max(0, int(Path(limit).read_text()) - int(Path(used).read_text())))
+        except (OSError, ValueError):
+            continue  # there is no such group, or it has no limit
+    return min(found, default=None)

@@ -1,0 +1,224 @@
+"""Running models on batches: their modes, devices and precision, mirrored copies and ensembles."""
+
+import contextlib
+import itertools
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.accumulator import sum_dtype
+from ..core.sizes import Ints, as_sizes
+from ..errors import DeviceMemoryError, ModeError, OutputError, SizeError
+from .outputs import Form, Name, Stream, called, check_output, outputs_of
+
+__all__ = ["Models", "as_models"]
+
+Model = Callable[[Tensor], Any]
+
+
+def as_models(model: Any) -> tuple[Model, ...]:
+    """Make a tuple of one model, or of those of an ensemble.
+
+    Raises:
+        ModeError: if one of them cannot be called.
+    """
+    # An nn.ModuleList is a sequence too, and an nn.Sequential has a length but is called as a whole.
+    is_ensemble = isinstance(model, nn.ModuleList) or (isinstance(model, Sequence) and not callable(model))
+    models = tuple(model) if is_ensemble else (model,)
+    if not models:
+        raise ModeError("the list of models is empty: give at least one model")
+    for each in models:
+        if not callable(each):
+            raise ModeError(
+                f"the model is of type {type(each).__name__}, which cannot be called: give a function or module that takes a"
+                " tensor (B, C, I, J, K)"
+            )
+    return models
+
+
+class Models:
+    """Calls one model, or several whose outputs are averaged.
+
+    Args:
+        models: each takes a batch `(B, C, I, J, K)`.
+        device: where they run; None for where the first one's weights are.
+        amp: type in which matrices are multiplied (`torch.autocast`); True for that of the device, False for none.
+        mirror_axes: axes along which patches are mirrored as well: outputs are averaged over all combinations.
+    """
+
+    def __init__(
+        self, models: tuple[Model, ...], device: Any = None, amp: bool | torch.dtype = False, mirror_axes: Sequence[int] = ()
+    ) -> None:
+        self.models = models
+        self.device = _device_of(models, device)
+        self.amp = _as_amp(amp, self.device)
+        axes = as_sizes(tuple(mirror_axes), len(tuple(mirror_axes)), "mirror_axes", minimum=0) if tuple(mirror_axes) else ()
+        if any(axis > 2 for axis in axes) or len(set(axes)) < len(axes):
+            raise SizeError(f"mirror_axes is {tuple(mirror_axes)}: it must name each of the axes 0, 1 and 2 once at most")
+        # Axes of a batch, beginning with no mirroring.
+        self.flips: list[Ints] = [
+            tuple(axis + 2 for axis in chosen) for count in range(len(axes) + 1) for chosen in itertools.combinations(axes, count)
+        ]
+        self.largest_batch: int | None = None
+        """Patches at a time that the device has room for, where it has been found to lack room for more."""
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """Those models that are modules."""
+        return [model for model in self.models if isinstance(model, nn.Module)]
+
+    @property
+    def num_passes(self) -> int:
+        """How often a model is called for each batch."""
+        return len(self.models) * len(self.flips)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type in which batches are given to the models: that of the first weights, or else float32."""
+        found = (weight.dtype for module in self.modules for weight in module.parameters() if weight.is_floating_point())
+        return next(found, torch.float32)
+
+    @contextlib.contextmanager
+    def ready(self) -> Iterator[None]:
+        """Let all modules be on the device and in evaluation mode; afterwards they are as they were."""
+        modes = [(part, part.training) for module in self.modules for part in module.modules()]
+        homes = [(module, _home_of(module)) for module in self.modules]
+        try:
+            for module, home in homes:
+                if home is not None and home != self.device:
+                    module.to(self.device)
+                if any(part.training for part in module.modules()):
+                    module.eval()
+            yield
+        finally:
+            for part, mode in modes:
+                part.training = mode
+            for module, home in homes:
+                if home is not None and home != self.device:
+                    module.to(home)
+
+    def run(self, batch: Tensor, streams: Sequence[Stream]) -> list[Tensor]:
+        """Give the outputs for a batch: one tensor `(B, C, I, J, K)` for each stream.
+
+        Args:
+            batch: a batch, on the CPU; models may write to it.
+            streams: which outputs, and their activations.
+
+        Raises:
+            OutputError: if a model returns something else than it should.
+            DeviceMemoryError: if the device lacks room for a single patch.
+        """
+        while True:
+            size = min(len(batch), self.largest_batch or len(batch))
+            try:
+                parts = [self._average(part.to(self.device, non_blocking=True), streams) for part in torch.split(batch, size)]
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if size == 1:
+                    raise DeviceMemoryError(
+                        f"there is too little memory on {self.device} for a single patch of {tuple(batch.shape[2:])}: use a"
+                        " smaller patch_size, or amp=True"
+                    ) from error
+            else:
+                return parts[0] if len(parts) == 1 else [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
+            self.largest_batch = size // 2
+            self.free()
+            warnings.warn(
+                f"there was too little memory on {self.device} for a batch of {size}: the run goes on with batches of"
+                f" {self.largest_batch}, whose outputs may differ in the last bits from those of larger ones",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def free(self) -> None:
+        """Give back memory of the device that is kept for later."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def trial(self, batch: Tensor) -> dict[Name, Tensor]:
+        """Give all outputs of the first model for a batch, by name."""
+        return self._call(self.models[0], batch.to(self.device), None)
+
+    def form(self, outputs: dict[Name, Tensor], stream: Stream) -> Form:
+        """Say what the outputs of a stream look like, by those of a trial."""
+        value = self._activated(outputs[stream.source], stream)
+        dtype = value.dtype if self.num_passes == 1 else sum_dtype(value.dtype)
+        copies = 1 + int(value is not outputs[stream.source]) + int(self.num_passes > 1)
+        return Form(value.shape[1], tuple(value.shape[2:]), dtype, copies, value[:1, :, :1, :1, :1].cpu())
+
+    def _average(self, batch: Tensor, streams: Sequence[Stream]) -> list[Tensor]:
+        sums: list[Tensor] = []
+        for number, (model, flip) in enumerate(itertools.product(self.models, self.flips)):
+            given = batch.flip(flip) if flip else batch.clone() if self.num_passes > 1 else batch
+            outputs = self._call(model, given, streams)
+            for index, stream in enumerate(streams):
+                value = self._activated(outputs[stream.source], stream)
+                if flip:
+                    value = value.flip(flip)
+                if self.num_passes == 1:
+                    sums.append(value)
+                elif number == 0:
+                    sums.append(value.to(sum_dtype(value.dtype), copy=True))
+                else:
+                    sums[index] += value
+        return sums if self.num_passes == 1 else [total.div_(self.num_passes) for total in sums]
+
+    def _call(self, model: Model, batch: Tensor, streams: Sequence[Stream] | None) -> dict[Name, Any]:
+        with torch.inference_mode(), torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
+            outputs = outputs_of(model(batch))
+        missing = [stream.source for stream in streams or () if stream.source not in outputs]
+        if missing:
+            raise OutputError(f"{called(missing[0])} of the model is missing: earlier calls returned it, or another model did")
+        for name, value in outputs.items():
+            check_output(name, value, len(batch))
+        return outputs
+
+    @staticmethod
+    def _activated(output: Tensor, stream: Stream) -> Tensor:
+        if stream.activation is None:
+            return output
+        with torch.inference_mode():
+            result = stream.activation(output)
+        if not isinstance(result, Tensor) or result.ndim != 5 or len(result) != len(output):
+            what = f"shape {tuple(result.shape)}" if isinstance(result, Tensor) else f"type {type(result).__name__}"
+            raise OutputError(
+                f"activation was called with a batch of shape {tuple(output.shape)} and must return a tensor (B, C, I, J, K), but"
+                f" it returned one of {what}"
+            )
+        return result
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device has no memory left."""
+    return isinstance(error, torch.cuda.OutOfMemoryError) or "MPS backend out of memory" in str(error)
+
+
+def _home_of(module: nn.Module) -> torch.device | None:
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    return next((tensor.device for tensor in tensors), None)
+
+
+def _device_of(models: tuple[Model, ...], device: Any) -> torch.device:
+    if device is not None:
+        try:
+            found = torch.device(device)
+            torch.empty(0, device=found)
+        except (RuntimeError, AssertionError, TypeError) as error:
+            raise ModeError(f"device is {device!r}, which cannot be used here: {str(error).splitlines()[0]}") from error
+        return torch.empty(0, device=found).device  # with its number
+    homes = (_home_of(model) for model in models if isinstance(model, nn.Module))
+    return next((home for home in homes if home is not None), torch.device("cpu"))
+
+
+def _as_amp(amp: Any, device: torch.device) -> torch.dtype | None:
+    if isinstance(amp, torch.dtype):
+        if amp not in (torch.float16, torch.bfloat16):
+            raise ModeError(f"amp is {amp}: it must be True, False, torch.float16 or torch.bfloat16")
+        return amp
+    if not isinstance(amp, bool):
+        raise ModeError(f"amp is {amp!r}: it must be True, False, torch.float16 or torch.bfloat16")
+    return torch.get_autocast_dtype(device.type) if amp else None

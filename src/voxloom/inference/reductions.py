@@ -1,0 +1,216 @@
+"""What is kept of a model's outputs: an activation before patches are summed, and a reduction of each finished voxel."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..core.sizes import as_int
+from ..core.values import as_number
+from ..errors import ModeError, OutputError
+
+__all__ = ["Activation", "Reduction", "Regions", "as_activation", "as_reduction"]
+
+Activation = Callable[[Tensor], Tensor]
+
+# Voxels of a channel that are compared at a time, so that they stay in the processor's cache.
+CHUNK_VOXELS = 2**16
+
+
+def _softmax(output: Tensor) -> Tensor:
+    return torch.softmax(output if output.dtype == torch.float64 else output.float(), dim=1)
+
+
+def _sigmoid(output: Tensor) -> Tensor:
+    return torch.sigmoid(output if output.dtype == torch.float64 else output.float())
+
+
+ACTIVATIONS: dict[str, Activation] = {"softmax": _softmax, "sigmoid": _sigmoid}
+
+
+def as_activation(given: Any) -> Activation | None:
+    """Find an activation, which takes and gives a batch `(B, C, I, J, K)`.
+
+    Raises:
+        ModeError: if there is none of that name.
+    """
+    if given is None or callable(given):
+        return given
+    try:
+        return ACTIVATIONS[given]
+    except (KeyError, TypeError):
+        raise ModeError(f"activation is {given!r}: it must be None, {', '.join(map(repr, ACTIVATIONS))} or a function") from None
+
+
+class Reduction(Protocol):
+    """Makes the result out of the sum of a model's outputs, once a voxel is complete."""
+
+    is_labels: bool
+    """Whether the result is a label map."""
+
+    def __call__(self, block: Tensor) -> Tensor:
+        """Reduce a tensor `(C, i, j, k)` to one `(C', i, j, k)`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Everything:
+    """Keeps all channels."""
+
+    is_labels = False
+
+    def __call__(self, block: Tensor) -> Tensor:
+        """See `Reduction`."""
+        return block
+
+
+@dataclass(frozen=True)
+class ArgMax:
+    """The channel with the largest value; of those that are equal, the first."""
+
+    is_labels = True
+
+    def __call__(self, block: Tensor) -> Tensor:
+        """See `Reduction`."""
+        labels = torch.zeros(block.shape[1:], dtype=label_dtype(len(block) - 1), device=block.device)
+        rows = max(1, CHUNK_VOXELS // max(1, math.prod(block.shape[2:])))
+        for start in range(0, block.shape[1], rows):
+            part, found = block[:, start : start + rows], labels[start : start + rows]
+            best = part[0].clone()
+            for channel in range(1, len(block)):
+                found.masked_fill_(part[channel] > best, channel)
+                torch.maximum(best, part[channel], out=best)
+        return labels[None]
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """1 where a channel is larger than a number, else 0; for each channel."""
+
+    value: float
+    is_labels = True
+
+    def __call__(self, block: Tensor) -> Tensor:
+        """See `Reduction`."""
+        return (block > self.value).to(torch.uint8)
+
+
+@dataclass(frozen=True)
+class Regions:
+    """One label map out of channels that stand for regions, of which later ones lie on top of earlier ones.
+
+    Source: Isensee et al., nnU-Net for Brain Tumor Segmentation (2020), https://doi.org/10.1007/978-3-030-72087-2_11.
+
+    Args:
+        labels: label of each channel's region, in the order of the channels.
+        threshold: a voxel belongs to a region where its channel is larger.
+
+    Example:
+        >>> regions = Regions(labels=(2, 1))
+        >>> regions(torch.tensor([0.9, 0.8]).view(2, 1, 1, 1)).item(), regions(torch.tensor([0.9, 0.1]).view(2, 1, 1, 1)).item()
+        (1, 2)
+    """
+
+    labels: tuple[int, ...]
+    threshold: float = 0.5
+    is_labels = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "labels", tuple(as_int(label, "a label of Regions", 0) for label in self.labels))
+        as_number(self.threshold, "threshold")
+
+    def __call__(self, block: Tensor) -> Tensor:
+        """See `Reduction`."""
+        if len(block) != len(self.labels):
+            raise OutputError(f"the output has {len(block)} channels, but Regions has {len(self.labels)} labels")
+        labels = torch.zeros(block.shape[1:], dtype=label_dtype(max(self.labels)), device=block.device)
+        for label, channel in zip(self.labels, block, strict=True):
+            labels.masked_fill_(channel > self.threshold, label)
+        return labels[None]
+
+
+@dataclass(frozen=True)
+class Entropy:
+    """Entropy of the channels, which are probabilities, in nats: a measure of uncertainty."""
+
+    is_labels = False
+
+    def __call__(self, block: Tensor) -> Tensor:
+        """See `Reduction`."""
+        total = torch.zeros_like(block[0])
+        for channel in block:
+            total += torch.special.entr(channel.clamp(min=0))  # sums of rounded numbers may be less than 0
+        return total[None]
+
+
+@dataclass(frozen=True)
+class Channels:
+    """Some of the channels."""
+
+    indices: tuple[int, ...]
+    is_labels = False
+
+    def __call__(self, block: Tensor) -> Tensor:
+        """See `Reduction`."""
+        wrong = [index for index in self.indices if index >= len(block)]
+        if wrong:
+            raise OutputError(f"channel {wrong[0]} was chosen, but the output has {len(block)} channels")
+        return block[list(self.indices)]
+
+
+@dataclass(frozen=True)
+class Function:
+    """A user's function."""
+
+    function: Callable[[Tensor], Tensor]
+    is_labels = False
+
+    def __call__(self, block: Tensor) -> Tensor:
+        """See `Reduction`."""
+        result = self.function(block)
+        if not isinstance(result, Tensor) or result.ndim != 4 or result.shape[1:] != block.shape[1:]:
+            what = f"shape {tuple(result.shape)}" if isinstance(result, Tensor) else f"type {type(result).__name__}"
+            raise OutputError(
+                f"reduce was called with a block of shape {tuple(block.shape)} and must return a tensor with the same last three"
+                f" sizes, but it returned one of {what}"
+            )
+        return result
+
+
+NAMED: dict[str, Reduction] = {"argmax": ArgMax(), "entropy": Entropy()}
+
+
+def as_reduction(given: Any) -> Reduction:
+    """Find a reduction.
+
+    Args:
+        given: None for all channels; `"argmax"` or `"entropy"`; a number, which each channel is compared with; `Regions`;
+            indices of channels; or a function of blocks `(C, i, j, k)`.
+
+    Raises:
+        ModeError: if there is none of that name.
+    """
+    if given is None:
+        return Everything()
+    if isinstance(given, str) and given in NAMED:
+        return NAMED[given]
+    if isinstance(given, Regions):
+        return given
+    if isinstance(given, float | int) and not isinstance(given, bool):
+        return Threshold(float(given))
+    if isinstance(given, Sequence) and not isinstance(given, str) and given:
+        return Channels(tuple(as_int(index, "a channel of reduce", 0) for index in given))
+    if callable(given):
+        return Function(given)
+    raise ModeError(
+        f"reduce is {given!r}: it must be None, {', '.join(map(repr, NAMED))}, a threshold, Regions(labels), indices of channels,"
+        " or a function of finished blocks"
+    )
+
+
+def label_dtype(largest: int) -> torch.dtype:
+    """Say which type holds labels up to a number, whichever occur."""
+    return next(dtype for dtype in (torch.uint8, torch.int16, torch.int32, torch.int64) if largest <= torch.iinfo(dtype).max)

@@ -1,0 +1,35 @@
+"""Sizes of memory, as users write and read them."""
+
+import pytest
+
+from voxloom.errors import SizeError
+from voxloom.inference.limits import as_bytes, free_bytes, pretty_bytes
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("2GiB", 2**31), ("2 gib", 2**31), ("1.5 MB", 1_500_000), ("500", 500), (1e6, 10**6), (7, 7), ("3KiB", 3072), ("4 B", 4)],
+)
+def test_numbers_of_bytes(text, number):
+    assert as_bytes(text, "memory_limit") == number
+
+
+@pytest.mark.parametrize("text", ["much", "2 GG", "-1", 0, -5, True, None, "0", float("nan"), float("inf"), "1e3"])
+def test_what_is_no_number_of_bytes(text):
+    with pytest.raises(SizeError, match="memory_limit is .*: it must be a positive number of bytes"):
+        as_bytes(text, "memory_limit")
+
+
+def test_bytes_for_people():
+    assert [pretty_bytes(number) for number in (0, 1023, 1024, 2**20 * 1.25, 2**50)] == [
+        "0 bytes",
+        "1023 bytes",
+        "1.0 KiB",
+        "1.2 MiB",
+        "1024.0 TiB",
+    ]
+
+
+def test_there_is_free_memory():
+    free = free_bytes()
+    assert free is None or 2**20 < free < 2**50

@@ -1,0 +1,588 @@
+"""predict, against the aggregator and against the formula, however it is run."""
+
+import itertools
+import threading
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import voxloom as vx
+from voxloom.core.weave import AxisWeave
+from voxloom.inference.plans import BASE_BYTES
+
+from strategies import FLOATS, INTEGERS, MODES, geometries, random_values
+
+SLOW = settings(max_examples=60)
+
+
+def aggregated(model, data, patch, overlap, mode, padding=None):
+    sampler = vx.GridSampler(vx.Subject(image=vx.ScalarImage(data)), patch, overlap, padding_mode=padding)
+    aggregator = vx.GridAggregator(sampler, mode)
+    with torch.inference_mode():
+        for batch in vx.SubjectsLoader(sampler, batch_size=1):
+            aggregator.add_batch(model(batch.image.data), batch)
+    return aggregator.get_output()
+
+
+def network(channels_in=1, channels_out=3):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv3d(channels_in, 4, 3, padding=1), nn.ReLU(), nn.Conv3d(4, channels_out, 3, padding=1))
+
+
+@SLOW
+@given(geometries(largest=10), st.sampled_from(MODES), st.sampled_from([None, "reflect", "edge", 3]), st.integers(1, 5))
+def test_a_network_gives_what_the_aggregator_gives(geometry, mode, padding, batch_size):
+    shape, patch, overlap = geometry
+    data = torch.rand(2, *shape, generator=torch.Generator().manual_seed(1))
+    model = network(2)
+    if padding == "reflect" and any(2 * size <= shared for size, shared in zip(shape, overlap, strict=True)):
+        padding = "edge"
+    result = vx.predict(model, data, patch, overlap, mode, padding_mode=padding, batch_size=batch_size)
+    expected = aggregated(model, data, patch, overlap, mode, padding)
+    # A batch of another size may take another path through the convolution, and sums are made in another order.
+    torch.testing.assert_close(result.data, expected, atol=1e-5, rtol=1e-5)
+
+
+@SLOW
+@given(geometries(largest=10, may_exceed=True), st.sampled_from(FLOATS + INTEGERS), st.sampled_from(MODES), st.integers(1, 3))
+def test_a_model_that_returns_its_input_gives_back_the_input(geometry, dtype, mode, batch_size):
+    shape, patch, overlap = geometry
+    data = random_values((1, *shape), dtype)
+    result = vx.predict(lambda batch: batch, data, patch, overlap, mode, batch_size=batch_size).data
+    assert result.dtype == torch.float32
+    if mode == "crop":
+        assert torch.equal(result, data.float())
+    else:
+        torch.testing.assert_close(result, data.float(), atol=0, rtol=2**-20)
+
+
+@SLOW
+@given(geometries(largest=9), st.sampled_from(MODES), st.data())
+def test_the_same_bits_for_every_memory_limit(geometry, mode, data):
+    shape, patch, overlap = geometry
+    volume = random_values((1, *shape), torch.float32)
+    model = network()
+    arguments = (model, volume, patch, overlap, mode)
+    plan = vx.plan(*arguments)
+    whole = vx.predict(*arguments).data
+    least = least_memory(arguments)
+    limit = data.draw(st.integers(least, plan.peak_bytes))
+    split = vx.plan(*arguments, memory_limit=limit)
+    assert split.peak_bytes <= limit
+    if split.num_blocks > 1:
+        assert split.computed_patches >= split.num_patches
+        with pytest.warns(RuntimeWarning, match="is computed in . blocks|is computed in .. blocks"):
+            result = vx.predict(*arguments, memory_limit=limit)
+    else:
+        result = vx.predict(*arguments, memory_limit=limit)
+    assert torch.equal(result.data, whole)
+
+
+def least_memory(arguments):
+    """What the message about an impossible limit says."""
+    with pytest.raises(vx.errors.SizeError, match="memory_limit is 1 bytes, but at least") as caught:
+        vx.plan(*arguments, memory_limit=1)
+    return int(str(caught.value).split("(")[1].split(" bytes)")[0])
+
+
+@SLOW
+@given(geometries(largest=9), st.sampled_from(MODES), st.integers(0, 2**32), st.booleans())
+def test_a_mask_leaves_out_patches_and_nothing_else(geometry, mode, seed, is_dense):
+    shape, patch, overlap = geometry
+    data = torch.rand(1, *shape)
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) > (0.7 if is_dense else 0.98)
+    calls = []
+
+    def model(batch):
+        calls.append(batch)
+        return batch
+
+    result = vx.predict(model, data, patch, overlap, mode, mask=mask, fill=-5).data
+    grid = vx.PatchGrid.cover(shape, patch, overlap)
+    needed = [location for location in grid if mask[location.box.slices].any()]
+    assert len(calls) == 1 + len(needed)
+    covered = torch.zeros(shape, dtype=torch.bool)
+    for location in needed:
+        if mode == "crop":
+            numbers = grid.find(location)
+            spans = [AxisWeave(axis, None).core(number) for axis, number in zip(grid.axes, numbers, strict=True)]
+            covered[tuple(slice(*span) for span in spans)] = True
+        else:
+            covered[location.box.slices] = True
+    torch.testing.assert_close(result, torch.where(covered, data, -5), atol=0, rtol=1e-5)
+    assert bool(covered[mask].all())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_mirrored_patches_are_averaged(mode):
+    model = network()
+    data = torch.rand(1, 20, 18, 17)
+
+    def mirrored(batch):
+        flips = [flip for count in range(3) for flip in itertools.combinations((2, 4), count)]
+        return sum(model(batch.flip(flip)).flip(flip) for flip in flips) / len(flips)
+
+    result = vx.predict(model, data, 8, 4, mode, mirror_axes=(0, 2), batch_size=2).data
+    torch.testing.assert_close(result, aggregated(mirrored, data, 8, 4, mode), atol=1e-5, rtol=1e-5)
+
+
+def test_an_ensemble_is_averaged_and_may_hold_models_that_write_to_their_input():
+    first, second = network(), network()
+    for weight in second.parameters():
+        weight.data.mul_(0.5)
+
+    def third(batch):
+        return first(batch.mul_(2))
+
+    data = torch.rand(1, 20, 18, 17)
+    result = vx.predict([third, first, second], data, 8, 4).data
+    expected = sum(vx.predict(model, data, 8, 4).data for model in (third, first, second)) / 3
+    torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-5)
+    assert vx.plan([first, second], data, 8, 4, mirror_axes=[1]).forward_passes == 4 * 4 * 4 * 2 * 2 + 1
+
+
+def test_several_outputs_of_one_pass_at_scales_of_their_own():
+    data = torch.rand(1, 32, 24, 16)
+    features = network()
+
+    def model(batch):
+        output = features(batch)
+        return {"seg": output, "coarse": nn.functional.avg_pool3d(output, 4), "sum": output.sum(1, keepdim=True) > 0}
+
+    result = vx.predict(model, data, 8, 4, output_scale={"coarse": 1 / 4}, overlap_mode="average")
+    assert set(result) == {"seg", "coarse", "sum"}
+    assert result["coarse"].shape == (3, 8, 6, 4)
+    expected = aggregated(features, data, 8, 4, "average")
+    torch.testing.assert_close(result["seg"].data, expected, atol=1e-5, rtol=1e-5)
+    # A place of the coarse output is that of the voxels that it stands for.
+    np.testing.assert_allclose(result["coarse"].affine @ [0, 0, 0, 1], [1.5, 1.5, 1.5, 1])
+    np.testing.assert_allclose(result["coarse"].spacing, [4, 4, 4])
+
+
+def test_results_are_made_of_outputs_by_their_names():
+    data = torch.rand(1, 20, 18, 17)
+    model = network()
+    result = vx.predict(
+        model, data, 8, 4, activation={"labels": None, "doubt": "softmax"}, reduce={"labels": "argmax", "doubt": "entropy"}
+    )
+    scores = aggregated(model, data, 8, 4, "gaussian")
+    assert torch.equal(result["labels"].data[0], scores.argmax(0).to(torch.uint8))
+    assert isinstance(result["labels"], vx.LabelMap)
+    shares = aggregated(lambda batch: model(batch).softmax(1), data, 8, 4, "gaussian")
+    torch.testing.assert_close(result["doubt"].data[0], torch.special.entr(shares).sum(0), atol=1e-5, rtol=1e-5)
+
+    pair = vx.predict(lambda batch: (batch, -batch), data, 8, reduce={"1": 0.5, "0": None})
+    assert torch.equal(pair["1"].data, torch.zeros_like(data, dtype=torch.uint8))
+    with pytest.raises(vx.errors.NoSuchKeyError, match="there is a result 'labels', but the model returns '0', '1'"):
+        vx.predict(lambda batch: (batch, batch), data, 8, reduce={"labels": "argmax"})
+
+
+@pytest.mark.parametrize(
+    ("overlap", "expected"), [(0.5, 48), (0.29, 26), (0.0, 0), (0.99, 94), (10, 10), ((0.5, 10, 0.25), (48, 10, 24))]
+)
+def test_an_overlap_is_voxels_or_a_fraction_rounded_down_to_even(overlap, expected):
+    predictor = vx.Predictor(nn.Identity(), 96, overlap)
+    assert predictor.patch_overlap == (expected if isinstance(expected, tuple) else (expected,) * 3)
+
+
+# What runs, and how
+
+
+class Nested(nn.Module):
+    """Keeps some of its parts in another mode than the rest."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.drop = nn.BatchNorm3d(1), nn.Dropout3d(0.5)
+        self.norm.eval()
+        self.seen = []
+        self.fails = False
+
+    def forward(self, batch):
+        self.seen.append(
+            (self.training, self.norm.training, self.drop.training, torch.is_inference_mode_enabled(), threading.get_ident())
+        )
+        if self.fails:
+            raise KeyError("from the model")
+        return self.drop(self.norm(batch))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_module_runs_in_evaluation_mode_and_is_left_as_it_was(fails):
+    model = Nested()
+    model.fails = fails
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    if fails:
+        with pytest.raises(KeyError, match="from the model"):
+            vx.predict(model, torch.rand(1, 9, 9, 9), 4)
+    else:
+        vx.predict(model, torch.rand(1, 9, 9, 9), 4)
+    assert set(model.seen) == {(False, False, False, True, threading.get_ident())}
+    assert (model.training, model.norm.training, model.drop.training) == (True, False, True)
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+def test_the_model_gets_batches_of_one_shape_that_never_cross_a_layer():
+    seen = []
+    plan = vx.plan(nn.Identity(), torch.zeros(1, 40, 40, 40), 16, 8, batch_size=5)
+
+    def model(batch):
+        seen.append(batch[:, 0, 0, 0, 0].tolist())
+        return batch
+
+    axis = plan.sweep.axes[0]
+    shape = [1, 1, 1]
+    shape[axis] = 40
+    vx.predict(model, torch.arange(40.0).view(1, *shape).expand(1, 40, 40, 40), 16, 8, batch_size=5)
+    assert len(seen) == plan.forward_passes
+    assert all(len(batch) == 5 and len(set(batch)) == 1 for batch in seen)
+
+
+def test_the_input_reaches_the_model_as_float32_or_in_the_type_of_its_weights():
+    seen = []
+    model = network().double()
+    model.register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
+    image = torch.randint(0, 100, (1, 12, 12, 12), dtype=torch.int16)
+    assert vx.predict(model, image, 8).data.dtype == torch.float64
+    vx.predict(lambda batch: (seen.append(batch.dtype), batch)[1], image, 8)
+    assert set(seen[:2]) == {torch.float64}
+    assert seen[-1] == torch.float32
+
+
+def test_mixed_precision_is_summed_in_float32():
+    data = torch.rand(1, 20, 20, 20)
+    model = network()
+    result = vx.predict(model, data, 8, 4, amp=torch.bfloat16)
+    assert result.data.dtype == torch.float32
+    torch.testing.assert_close(result.data, vx.predict(model, data, 8, 4).data, atol=0.05, rtol=0.05)
+    assert vx.predict(model, data, 8, 4, "crop", amp=True).data.dtype == torch.bfloat16
+
+
+class Sliced:
+    """An array that is read by slices alone, and remembers how much."""
+
+    def __init__(self, array):
+        self.array, self.shape, self.dtype, self.most = array, array.shape, array.dtype, 0
+
+    def __getitem__(self, key):
+        part = self.array[key]
+        self.most = max(self.most, part.size)
+        return part
+
+
+def test_images_of_all_kinds(tmp_path, subject):
+    model = network()
+    data = subject.t1.data
+    expected = vx.predict(model, data, 8, 4).data
+    image = vx.ScalarImage(data, affine=np.diag([1, 2, 3, 1]))
+    image.save(tmp_path / "t1.nii")
+    image.save(tmp_path / "t1.nii.gz")
+    for source in (tmp_path / "t1.nii", str(tmp_path / "t1.nii.gz"), image):
+        result = vx.predict(model, source, 8, 4)
+        assert torch.equal(result.data, expected)
+        np.testing.assert_allclose(result.affine, image.affine)
+    array = Sliced(data[0].numpy())
+    assert torch.equal(vx.predict(model, array, 8, 4).data, expected)
+    assert array.most <= 8**3
+    assert torch.equal(vx.predict(model, Sliced(data.numpy()), 8, 4).data, expected)
+    assert torch.equal(vx.predict(model, data.numpy(), 8, 4).data, expected)
+    assert torch.equal(vx.predict(model, data[0], 8, 4).data, expected)
+    assert torch.equal(vx.predict(model, subject, 8, 4, image_name="t1").data, expected)
+    both = vx.predict(lambda batch: batch, subject, 8, 4, "crop", image_name=["seg", "t1"])
+    assert torch.equal(both.data, torch.cat([subject.seg.data.float(), data]))
+
+
+def test_a_predictor_is_used_for_many_images_and_looks_at_the_model_once():
+    calls = []
+
+    def model(batch):
+        calls.append(len(batch))
+        return batch
+
+    predictor = vx.Predictor(model, 8, 4)
+    for size in (8, 12, 20):
+        data = torch.rand(1, size, size, size)
+        torch.testing.assert_close(predictor(data).data, data)
+    assert len(calls) == 1 + 1 + 8 + 64
+
+
+# Masks
+
+
+def test_masks_of_all_kinds_leave_out_the_same(tmp_path):
+    data = torch.zeros(1, 24, 20, 16)
+    data[0, 15:18, 3:7, 9:12] = 5
+    image = vx.ScalarImage(data, affine=np.diag([2, 2, 2, 1]))
+    mask = vx.LabelMap((data > 0).to(torch.uint8), affine=image.affine)
+    mask.save(tmp_path / "mask.nii.gz")
+    # The same place in a smaller, turned image of finer voxels.
+    finer = np.array([[0, -1.0, 0, 40], [1, 0, 0, 0], [0, 0, 1, 10], [0, 0, 0, 1]])
+    turned = torch.zeros(1, 40, 40, 30, dtype=torch.uint8)
+    for voxel in itertools.product(range(turned.shape[1]), range(turned.shape[2]), range(turned.shape[3])):
+        place = finer @ [*voxel, 1]
+        index = np.rint(np.linalg.inv(image.affine) @ place)[:3].astype(int)
+        if (index >= 0).all() and (index < (24, 20, 16)).all() and data[(0, *index)] > 0:
+            turned[(0, *voxel)] = 1
+    expected = None
+    kinds = [
+        mask,
+        tmp_path / "mask.nii.gz",
+        data[0] > 0,
+        (data > 0).numpy(),
+        1,
+        lambda block: block[0] > 4,
+        vx.LabelMap(turned, affine=finer),
+        mask[:, 10:20, 2:8, 8:14],
+    ]
+    for kind in kinds:
+        plan = vx.plan(nn.Identity(), image, 8, 4, mask=kind)
+        result = vx.predict(nn.Identity(), image, 8, 4, mask=kind, fill=-1).data
+        assert 0 < plan.num_patches < 20
+        expected = result if expected is None else expected
+        assert torch.equal(result, expected)
+    assert torch.equal(vx.predict(nn.Identity(), image, 8, 4, mask=100, fill=2).data, torch.full_like(data, 2))
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.ones(3, 3, 3), "the mask has shape (3, 3, 3), but the volume (10, 10, 10)"),
+        (lambda block: block[0, 0], "must return a mask of shape (10, 10, 10), but it returned one of (10, 10)"),
+        ({}, "the mask is {}"),
+    ],
+)
+def test_masks_that_do_not_fit(mask, message):
+    with pytest.raises(vx.errors.VoxloomError, match=None) as caught:
+        vx.predict(nn.Identity(), torch.rand(1, 10, 10, 10), 4, mask=mask)
+    assert message in str(caught.value)
+
+
+# Bad input
+
+
+def only_later(change):
+    """A model whose outputs change after the first three."""
+    calls = []
+
+    def model(batch):
+        calls.append(1)
+        return change(batch) if len(calls) > 3 else batch
+
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda batch: None, "the output of the model is of type NoneType"),
+        (lambda batch: {"a": 3}, "the output 'a' of the model is of type int"),
+        (lambda batch: {}, "the model returned an empty dict"),
+        (lambda batch: batch[:0], "its first size must be 2"),
+        (lambda batch: batch[0], "it must have 5 dimensions"),
+        (lambda batch: batch * 1j, "return its real and imaginary parts"),
+        (lambda batch: batch[..., :4], "spatial shape (8, 8, 4) for a patch of (8, 8, 8)"),
+        (only_later(lambda batch: batch[:, :, :4]), "of the model changed: it was torch.float32 of shape (2, 1, 8, 8, 8)"),
+        (only_later(lambda batch: batch.repeat(1, 2, 1, 1, 1)), "of the model changed"),
+        (only_later(lambda batch: batch.double()), "of the model changed"),
+        (only_later(lambda batch: {"a": batch}), "the output of the model is missing"),
+    ],
+)
+def test_models_that_return_something_else(model, message):
+    with pytest.raises(vx.errors.OutputError) as caught:
+        vx.predict(model, torch.rand(1, 20, 20, 20), 8, batch_size=2)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("mode", ["crop", "gaussian"])
+def test_nan_is_traced_to_its_patch(mode):
+    data = torch.rand(1, 40, 40, 40)
+    data[0, 21, 5, 30] = torch.nan
+    with pytest.raises(vx.errors.OutputError, match="holds NaN for the patch .*; the patch itself holds NaN") as caught:
+        vx.predict(nn.Identity(), data, 16, 8, mode)
+    index = [int(number) for number in str(caught.value).split("patch (")[1].split(")")[0].split(",")]
+    assert all(first <= place < first + 16 for first, place in zip(index, (21, 5, 30), strict=True))
+
+    def model(batch):
+        return torch.where(batch == 7, torch.nan, batch)
+
+    data[0, 21, 5, 30] = 7
+    with pytest.raises(vx.errors.OutputError, match=r"holds NaN for the patch \(\d+, \d+, \d+\) to \(\d+, \d+, \d+\)$"):
+        vx.predict(model, data, 16, 8, mode)
+
+
+def test_infinity_is_a_warning():
+    data = torch.rand(1, 20, 20, 20)
+    data[0, 3, 3, 3] = torch.inf
+    with pytest.warns(RuntimeWarning, match="holds infinity") as caught:
+        result = vx.predict(nn.Identity(), data, 8, 4)
+    assert len(caught) == 1
+    assert torch.isinf(result.data).sum() == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"patch_overlap": 1.0}, "patch_overlap is 1.0"),
+        ({"patch_overlap": 3}, "must be even"),
+        ({"patch_overlap": (0.5, 0.5)}, "give one number for all axes"),
+        ({"overlap_mode": "blend"}, "Overlap mode must be one of"),
+        ({"activation": "tanh"}, "activation is 'tanh'"),
+        ({"reduce": "max"}, "reduce is 'max'"),
+        ({"reduce": {"a": "max"}}, "reduce is 'max'"),
+        ({"reduce": [5]}, "channel 5 was chosen, but the output has 1 channels"),
+        ({"reduce": vx.Regions((1, 2))}, "Regions has 2 labels"),
+        ({"reduce": lambda block: block[0]}, "must return a tensor with the same last three sizes"),
+        ({"mirror_axes": (3,)}, "mirror_axes is (3,)"),
+        ({"mirror_axes": (1, 1)}, "mirror_axes is (1, 1)"),
+        ({"device": "nowhere"}, "device is 'nowhere'"),
+        ({"amp": "half"}, "amp is 'half'"),
+        ({"memory_limit": "much"}, "memory_limit is 'much'"),
+        ({"memory_limit": 1000}, "memory_limit is 1000 bytes, but at least"),
+        ({"output_scale": 0}, "output_scale is 0"),
+        ({"output_scale": 1 / 2}, "at output_scale ('1/2', '1/2', '1/2') it must be"),
+        ({"fill": "x"}, "fill is 'x'"),
+        ({"fill": 300, "reduce": "argmax"}, "fill is 300, which a result of torch.uint8 cannot hold"),
+        ({"output": 5}, "output is 5"),
+        ({"image_name": "t1"}, "only a Subject has images with names"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"padding_mode": "mirror"}, "adding"),
+    ],
+)
+def test_arguments_that_cannot_be_used(options, message):
+    with pytest.raises(vx.errors.VoxloomError) as caught:
+        vx.predict(nn.Identity(), torch.rand(1, 20, 20, 20), 8, **options)
+    assert message in str(caught.value)
+
+
+def test_images_that_cannot_be_used(subject):
+    for image, message in (
+        (5, "the image is of type int"),
+        (subject, "the subject has 2 images: say which with image_name"),
+        (torch.rand(5, 5), "4D"),
+        (Sliced(np.zeros((2, 2))), "the array has shape (2, 2)"),
+        ("missing.nii.gz", "there is no file missing.nii.gz"),
+    ):
+        with pytest.raises(vx.errors.VoxloomError) as caught:
+            vx.predict(nn.Identity(), image, 4)
+        assert message in str(caught.value)
+    with pytest.raises(vx.errors.ModeError, match="cannot be called"):
+        vx.Predictor(5, 4)
+    with pytest.raises(vx.errors.ModeError, match="list of models is empty"):
+        vx.Predictor([], 4)
+
+
+# Errors and other threads
+
+
+class FailingSink(vx.inference.MemorySink):
+    def __init__(self):
+        self.calls, self.was_aborted = 0, False
+
+    def write(self, box, values):
+        self.calls += 1
+        if self.calls > 2:
+            raise OSError("the sink is full")
+        super().write(box, values)
+
+    def abort(self):
+        self.was_aborted = True
+
+
+def test_an_error_in_the_sink_stops_the_run_and_arrives_with_its_traceback():
+    sink, calls = FailingSink(), []
+
+    def model(batch):
+        calls.append(1)
+        return batch
+
+    before = threading.active_count()
+    with pytest.raises(OSError, match="the sink is full") as caught:
+        vx.predict(model, torch.rand(1, 64, 64, 64), 8, 4, output=sink)
+    assert any(entry.name == "write" for entry in caught.traceback)
+    assert sink.was_aborted
+    assert len(calls) < 15**3 / 2
+    assert threading.active_count() == before
+
+
+def test_an_error_in_reading_stops_the_run_and_arrives_with_its_traceback():
+    class Damaged(Sliced):
+        def __getitem__(self, key):
+            if key[0].start > 8:
+                raise OSError("the disk is broken")
+            return super().__getitem__(key)
+
+    sink = FailingSink()
+    sink.calls = -1000  # it never fails
+    with pytest.raises(OSError, match="the disk is broken") as caught:
+        vx.predict(nn.Identity(), Damaged(np.zeros((64, 16, 16), np.float32)), 8, output=sink)
+    assert any(entry.name == "__getitem__" for entry in caught.traceback)
+    assert sink.was_aborted
+
+
+def test_a_sink_gets_each_voxel_once():
+    class Counting:
+        def open(self, form):
+            self.counts = torch.zeros(form.shape)
+
+        def write(self, box, values):
+            self.counts[(slice(None), *box.slices)] += 1 + values
+
+        def close(self):
+            return self.counts
+
+        def abort(self):
+            raise AssertionError
+
+    result = vx.predict(nn.Identity(), torch.zeros(1, 30, 20, 20), 8, 4, output=Counting())
+    assert torch.equal(result, torch.ones(1, 30, 20, 20))
+
+
+# Out of memory on a device
+
+
+def test_a_batch_that_the_device_has_no_room_for_is_made_smaller():
+    sizes = []
+
+    def model(batch):
+        sizes.append(len(batch))
+        if len(batch) > 2 and len(sizes) > 3:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return batch
+
+    data = torch.rand(1, 24, 24, 24)
+    with pytest.warns(RuntimeWarning, match="too little memory on cpu for a batch of 5: the run goes on with batches of 2"):
+        result = vx.predict(model, data, 8, 0, "crop", batch_size=5)
+    assert torch.equal(result.data, data)
+    assert sizes[:4] == [5, 5, 5, 5]
+    # Three layers of two batches; the third is run again in parts, and so are those that follow.
+    assert sizes[4:] == [2, 2, 1] * 4
+
+
+def test_a_device_without_room_for_one_patch_is_an_error():
+    def model(batch):
+        if batch.any():
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return batch
+
+    with pytest.warns(RuntimeWarning), pytest.raises(vx.errors.DeviceMemoryError, match="for a single patch of"):
+        vx.predict(model, torch.rand(1, 24, 24, 24), 8, batch_size=2)
+
+
+# The plan
+
+
+def test_a_plan_says_what_will_happen():
+    plan = vx.plan(network(1, 4), torch.zeros(1, 100, 100, 100), 32, 0.5, reduce="argmax", batch_size=2)
+    assert plan.grid.num_patches == plan.num_patches == plan.computed_patches == 6**3
+    assert plan.forward_passes == 6 * 18 + 1
+    assert plan.restart_passes == 3 * 18 + 1
+    assert plan.memory.results == 100**3
+    text = str(plan)
+    assert "216 of 32 × 32 × 32" in text
+    assert "109 forward passes of 2" in text
+    assert "one block" in text
+    assert plan.peak_bytes > plan.memory.front + BASE_BYTES
