@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .accumulator import LARGE_CHANNEL_VOXELS, sum_dtype
+from .accumulator import sum_dtype
 from .boxes import Box
 from .sizes import Ints
 from .sweeps import Column, Sweep
@@ -85,6 +85,8 @@ class _Cell:
     values: Tensor
     weights: Tensor | None
     """Sum of the weights that were added, where some patches are left out; None where none is."""
+    reached: int = 0
+    """How far along the third axis of the sweep values have been set; clearing all of them first would be a pass of its own."""
 
 
 class Front:
@@ -151,16 +153,24 @@ class Front:
                 self._add(cell, piece[(slice(None), *source)], target, None if weights is None else weights[source])
 
     def _add(self, cell: _Cell, piece: Tensor, target: tuple[slice, ...], weights: Tensor | None) -> None:
+        third = self._sweep.axes[2]
+        start, stop = target[third].start, target[third].stop
+        if start > cell.reached:
+            self._clear(cell, start)
+        old = min(max(cell.reached - start, 0), stop - start)
         values = cell.values[(slice(None), *target)]
         if weights is None:
             values.copy_(piece)
         else:
-            # Large channels one by one: a channel and the weights then stay in the processor's cache.
-            is_large = weights.numel() >= LARGE_CHANNEL_VOXELS
-            for part, channel in zip(values, piece, strict=True) if is_large else [(values, piece)]:
-                part.addcmul_(channel.to(part.dtype), weights)
+            _sum_up(values, piece.to(values.dtype), weights, third - 3, old)
+        cell.reached = max(cell.reached, stop)
         if cell.weights is not None:
             cell.weights[target].add_(1 if weights is None else weights)
+
+    def _clear(self, cell: _Cell, stop: int) -> None:
+        """Set to 0 what no patch has been added to."""
+        cell.values.narrow(self._sweep.axes[2] - 3, cell.reached, stop - cell.reached).zero_()
+        cell.reached = stop
 
     def _open(self, layer: int, row: int) -> _Cell:
         cell = self._cells.get((layer, row))
@@ -168,9 +178,9 @@ class Front:
             box = self._sweep.cell(layer, row, self.column)
             shape = (self._channels, *box.shape)
             if self._allocate is None:
-                values = torch.zeros(shape, dtype=self._dtype, device=self._device)
+                values = torch.empty(shape, dtype=self._dtype, device=self._device)
             else:
-                values = self._allocate(shape, self._dtype).zero_()
+                values = self._allocate(shape, self._dtype)
             weights = torch.zeros(box.shape, dtype=sum_dtype(self._dtype), device=self._device) if self._is_partial(box) else None
             self._cells[layer, row] = cell = _Cell(box, values, weights)
         return cell
@@ -193,9 +203,19 @@ class Front:
             if cell is None:
                 yield Finished(self._sweep.cell(number, of_row, self.column), None, None)
                 continue
+            self._clear(cell, cell.box.shape[self._sweep.axes[2]])
             uncovered = None
             if cell.weights is not None:
                 uncovered = cell.weights == 0
                 if self._weights is not None:
                     cell.values.div_(cell.weights.masked_fill_(uncovered, 1))
             yield Finished(cell.box, cell.values, uncovered)
+
+
+def _sum_up(values: Tensor, patch: Tensor, weights: Tensor, axis: int, old: int) -> None:
+    """Add a weighted patch to the first `old` planes along an axis, and set the others to it."""
+    new = values.shape[axis] - old
+    if old:
+        values.narrow(axis, 0, old).addcmul_(patch.narrow(axis, 0, old), weights.narrow(axis, 0, old))
+    if new:
+        torch.mul(patch.narrow(axis, old, new), weights.narrow(axis, old, new), out=values.narrow(axis, old, new))

@@ -90,6 +90,7 @@ class Execution:
             progress: is told of patches that have been computed.
         """
         with ThreadPoolExecutor(1, "voxloom-read") as reading, ThreadPoolExecutor(1, "voxloom-write") as self._writer:
+            _use_one_thread([reading, self._writer])
             try:
                 with self.models.ready():
                     self._go(layers_done, reading, progress)
@@ -255,3 +256,11 @@ class Execution:
                 of_input = "; the patch itself holds NaN" if bool(self.reader.read([numbers], 1, False).isnan().any()) else ""
                 return OutputError(f"{what} holds NaN for the patch {location.index} to {location.index_fin}{of_input}")
         return OutputError(f"{what} holds infinities of both signs, or one too large to sum, at voxel {found.voxel}")
+
+
+def _use_one_thread(helpers: Sequence[ThreadPoolExecutor]) -> None:
+    """Let PyTorch not share out work of helpers: its threads wait by spinning, and would be in the way of the model's."""
+    threads = torch.get_num_threads()
+    for helper in helpers:
+        helper.submit(torch.set_num_threads, 1).result()
+    torch.set_num_threads(threads)  # it is a matter of each thread, but new ones begin with what was set last

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..core import memory
 from ..core.boxes import Box
 from ..core.grids import PatchGrid
 from ..errors import ImageError, SubjectError
@@ -119,7 +120,7 @@ class PatchReader:
             Tensor `(B, C, I, J, K)`.
         """
         shape = (batch_size, self.num_channels, *self._grid.patch_size)
-        out = torch.empty(shape, dtype=self._dtype, pin_memory=pinned)
+        out = torch.empty(shape, dtype=self._dtype, pin_memory=True) if pinned else memory.empty(shape, self._dtype)
         for target, numbers in zip(out, batch, strict=False):
             box, first = self._grid.location(numbers).box, 0
             for padded in self._padded:

@@ -6,6 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from ..core import memory
 from ..core.boxes import Box
 from ..volumes.formats import SpaceCodes
 from ..volumes.image import Image, LabelMap, ScalarImage
@@ -68,7 +69,7 @@ class MemorySink:
     def open(self, form: VolumeForm) -> None:
         """See `Sink`."""
         self._form = form
-        self._data: Tensor | None = torch.empty(form.shape, dtype=form.dtype)
+        self._data: Tensor | None = memory.empty(form.shape, form.dtype)
 
     def write(self, box: Box, values: Tensor) -> None:
         """See `Sink`."""
