@@ -186,7 +186,7 @@ def test_results_are_made_of_outputs_by_their_names():
 )
 def test_an_overlap_is_voxels_or_a_fraction_rounded_down_to_even(overlap, expected):
     predictor = vx.Predictor(nn.Identity(), 96, overlap)
-    assert predictor.patch_overlap == (expected if isinstance(expected, tuple) else (expected,) * 3)
+    assert predictor.options.patch_overlap == (expected if isinstance(expected, tuple) else (expected,) * 3)
 
 
 # What runs, and how

@@ -82,6 +82,18 @@ class Execution:
             for each in self.sums
         ]
 
+    def num_patches(self, layers_done: int) -> int:
+        """Number of patches that are computed from a layer to the end."""
+        return sum(len(step.patches) for step in self._steps(layers_done))
+
+    def repeated_passes(self, layers_done: int) -> int:
+        """Number of calls of models, when a run is taken up at a layer, that had been made before."""
+        steps = itertools.takewhile(lambda step: not self._is_wanted(step, layers_done), self._steps(layers_done))
+        return sum(bool(step.patches) for step in steps) * self.models.num_passes
+
+    def _is_wanted(self, step: _Step, layers_done: int) -> bool:
+        return step.column * self.plan.sweep.num_layers + step.layer >= layers_done
+
     def run(self, layers_done: int = 0, progress: Progress = lambda patches: None) -> None:
         """Run from a layer to the end.
 
@@ -109,7 +121,7 @@ class Execution:
             if step.is_first:
                 fronts = [self._front(column, number) for number in range(len(self.sums))]
                 self._next_row = (step.layer, self.plan.sweep.rows_of(column).start)
-            is_wanted = step.column * self.plan.sweep.num_layers + step.layer >= layers_done
+            is_wanted = self._is_wanted(step, layers_done)
             if batch is None:
                 self._finish_rows(fronts, step.layer, is_wanted, self.plan.sweep.rows_of(column).stop)
                 if is_wanted:

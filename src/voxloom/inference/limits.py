@@ -5,12 +5,16 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..errors import SizeError
 
-__all__ = ["as_bytes", "free_bytes", "pretty_bytes"]
+__all__ = ["as_bytes", "free_bytes", "home_of_front", "pretty_bytes"]
 
 UNITS = {"": 1, "B": 1, "KB": 1000, "MB": 1000**2, "GB": 1000**3, "TB": 1000**4}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+# Of the memory that a device has free, what sums may take: the model needs some, too.
+DEVICE_PART = 0.7
 # Limits and use of a control group, of the second and of the first version.
 GROUPS = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
@@ -65,3 +69,13 @@ def free_bytes() -> int | None:
         except (OSError, ValueError):
             continue  # there is no such group, or it has no limit
     return min(found, default=None)
+
+
+def home_of_front(device: torch.device, num_bytes: int) -> torch.device:
+    """Say where sums are held: on the device while they fit into what it has free, otherwise on the CPU."""
+    free = 0
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    elif device.type == "mps":
+        free = torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    return device if num_bytes <= free * DEVICE_PART else torch.device("cpu")

@@ -1,65 +1,40 @@
 """A whole volume through a model in one call, in bounded memory."""
 
+import contextlib
+import os
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
+from tqdm import tqdm
 
 from ..core.front import Allocate
-from ..core.grids import PatchGrid
 from ..core.memory import FreedMemory
 from ..core.padding import check_padding_mode
-from ..core.sizes import Ints, as_int, as_overlap, as_sizes
-from ..core.sweeps import Column, Sweep
-from ..core.values import as_number, can_hold
+from ..core.sizes import as_int, as_sizes
+from ..core.sweeps import Column
+from ..core.values import as_number
 from ..core.windows import OverlapMode, resolve_window
-from ..errors import OutputError, SizeError
-from ..sampling.padded import Voxels
-from ..volumes.formats import SpaceCodes
+from ..errors import OutputError, RecordError
 from ..volumes.image import Image
-from ..volumes.space import Affine, scaled
+from ..volumes.subject import Subject
 from .execution import Execution
+from .files import NiftiSink, UnfinishedRun, as_target
 from .inputs import PatchReader, volumes_of
-from .limits import as_bytes, free_bytes, pretty_bytes
-from .masks import needed_patches
+from .limits import as_bytes, home_of_front, pretty_bytes
 from .models import Models, as_models
-from .outputs import Form, Name, Result, Stream, Wanted, called
-from .plans import (
-    Memory,
-    PredictionPlan,
-    ResultForm,
-    SumForm,
-    batch_bytes,
-    best_split,
-    passes_of,
-    repeated_passes,
-    sum_bytes,
-)
-from .sinks import MemorySink, Sink, VolumeForm
+from .options import Options, overlap_of
+from .outputs import Wanted
+from .planning import Job, Planner, of_name
+from .plans import PredictionPlan
+from .provenance import identity_of, sidecar_of_run
+from .sinks import MemorySink, Sink
+from .spooling import spooled
 
 __all__ = ["Predictor", "plan", "predict"]
 
 Sizes = int | Sequence[int]
-# Of the memory that is free, what a prediction takes at most if no limit is given.
-USED_PART = 0.9
-
-
-@dataclass
-class _Job:
-    """Everything about one prediction that is known before it begins."""
-
-    volumes: dict[str, Voxels]
-    name: str
-    affine: Affine
-    codes: SpaceCodes
-    needed: np.ndarray | None
-    streams: list[Stream]
-    sums: list[SumForm]
-    results: list[tuple[Result, ResultForm]]
-    plan: PredictionPlan
 
 
 class Predictor:
@@ -122,19 +97,21 @@ class Predictor:
         memory_limit: int | str | None = None,
         model_name: str | None = None,
     ) -> None:
-        self.patch_size = as_sizes(patch_size, 3, "patch_size")
-        self.patch_overlap = overlap_of(patch_overlap, self.patch_size)
-        self.overlap_mode = overlap_mode
-        self.batch_size = as_int(batch_size, "batch_size", 1)
-        self.padding_mode = None if padding_mode is None else check_padding_mode(padding_mode, 0)
-        self.fill = as_number(fill, "fill")
-        self.memory_limit = None if memory_limit is None else as_bytes(memory_limit, "memory_limit")
+        size = as_sizes(patch_size, 3, "patch_size")
+        self.options = Options(
+            patch_size=size,
+            patch_overlap=overlap_of(patch_overlap, size),
+            overlap_mode=overlap_mode,
+            window=resolve_window(overlap_mode),
+            batch_size=as_int(batch_size, "batch_size", 1),
+            padding_mode=None if padding_mode is None else check_padding_mode(padding_mode, 0),
+            fill=as_number(fill, "fill"),
+            memory_limit=None if memory_limit is None else as_bytes(memory_limit, "memory_limit"),
+            wanted=Wanted(activation, reduce, output_scale),
+        )
         self.model_name = model_name
-        self._window = resolve_window(overlap_mode)
-        self._wanted = Wanted(activation, reduce, output_scale)
         self._models = Models(as_models(model), device, amp, mirror_axes)
-        self._outputs: dict[int, list[Name]] = {}  # by the number of channels that the model was given
-        self._forms: dict[tuple[int, Stream], Form] = {}
+        self._planner = Planner(self._models, self.options)
         self._memory: FreedMemory | None = None
 
     def plan(
@@ -145,7 +122,7 @@ class Predictor:
         Of the image only the header is read, unless there is a mask. The model is called once, the first time, to see what its
         output looks like.
         """
-        return self._prepared(image, image_name, mask, output).plan
+        return self._planner.plan(self._job(image, image_name, mask, output))
 
     def __call__(
         self,
@@ -154,6 +131,8 @@ class Predictor:
         image_name: str | Sequence[str] | None = None,
         mask: Any = None,
         output: Any = None,
+        resume: bool = True,
+        overwrite: bool = False,
         progress: bool = False,
     ) -> Any:
         """Apply the model to a volume.
@@ -163,7 +142,11 @@ class Predictor:
             image_name: which image of a subject; several become channels, in that order.
             mask: compute only patches that hold a voxel of it: an image or its path, matched by affine; a tensor; a threshold; or
                 a function that makes a mask of a part `(C, i, j, k)` of the volume.
-            output: where the result goes: None for memory, or a `Sink`; a dict for several results.
+            output: where the result goes: None for memory; a name that ends in `.nii` or `.nii.gz`, beside which a `.json` says
+                how it was made; or a `Sink`. A dict for several results.
+            resume: let a run that was interrupted be taken up, if its files are found beside the output; by its own plan,
+                whatever the memory limit is now. False begins anew.
+            overwrite: replace a file that is there.
             progress: show how far it has come.
 
         Returns:
@@ -172,159 +155,95 @@ class Predictor:
         Raises:
             OutputError: if the model returns something that cannot be summed, or NaN.
             SizeError: if the memory limit is too low; says what would do.
+            TargetExistsError: if the output exists.
+            RecordError: if an interrupted run is found that is of another image, model or option; says in what.
+            SaveError: if a file cannot be written. What is finished stays, and the same call goes on from there.
         """
-        job = self._prepared(image, image_name, mask, output)
-        sinks = self._sinks(job, output)
-        self._run(job, sinks, progress)
-        made = {result.name: sink.close() for (result, _), sink in zip(job.results, sinks, strict=True)}
-        return made[None] if list(made) == [None] else made
+        job = self._job(image, image_name, mask, output)
+        sinks = [_sink_of(of_name(output, result.name)) for result, _ in job.results]
+        files = [sink for sink in sinks if isinstance(sink, NiftiSink)]
+        if files:
+            made = self._run_into_files(job, sinks, UnfinishedRun(files, overwrite), resume, progress)
+        else:
+            self._run(job, self._planner.plan(job), sinks, progress)
+            made = [sink.close() for sink in sinks]
+        by_name = {result.name: each for (result, _), each in zip(job.results, made, strict=True)}
+        return by_name[None] if list(by_name) == [None] else by_name
 
-    # Planning
+    def _job(self, image: Any, image_name: str | Sequence[str] | None, mask: Any, output: Any) -> Job:
+        return self._planner.job(volumes_of(image, image_name), _name_of(image), mask, output)
 
-    def _prepared(self, image: Any, image_name: Any, mask: Any, output: Any) -> _Job:
-        volumes = volumes_of(image, image_name)
-        first = next(iter(volumes.values()))
-        affine, codes = (first.affine, first.codes) if isinstance(first, Image) else (np.eye(4), SpaceCodes())
-        grid = covering(first.spatial_shape, self.patch_size, self.patch_overlap, self.padding_mode is not None)
-        sweep = Sweep.smallest(grid, self._window is None)
-        channels = sum(volume.num_channels for volume in volumes.values())
-        name = _name_of(image)
-        streams, results = self._look_at(channels, name, output)
-        sums = [self._sum(stream, self._forms[channels, stream], sweep) for stream in streams]
-        forms = [(result, self._result_form(result, sums)) for result in results]
-        needed = needed_patches(mask, volumes, affine, grid)
-        plan = self._plan(sweep, volumes, sums, [form for _, form in forms], output, needed)
-        return _Job(volumes, name, affine, codes, needed, streams, sums, forms, plan)
+    def _run_into_files(self, job: Job, sinks: list[Sink], run: UnfinishedRun, resume: bool, progress: bool) -> list[Any]:
+        """Run with a record beside the files, from which another call can go on."""
+        with contextlib.closing(run):
+            plan = self._planner.plan(job)
+            identity = identity_of(self._models, self.options, self.model_name, job)
+            recorded = run.begin(identity, plan.to_json(), resume)
+            if recorded is not None and len(run.sinks) < len(sinks):
+                raise RecordError(
+                    f"{run.folder} holds an unfinished run, but what was finished of the results that are not in files is gone:"
+                    " let all of them be files, or begin anew with resume=False"
+                )
+            made: list[Any] = [None] * len(sinks)
+            if run.is_ready:  # it was interrupted in the last moment
+                run.publish()
+            else:
+                if recorded is not None:
+                    columns = [Column(range(*each[:2]), range(*each[2:])) for each in recorded["columns"]]
+                    plan = self._planner.plan(job, columns)
+                notes = self._run(job, plan, sinks, progress, run)
+                made = [sink.close() for sink in sinks]
+                sidecar = sidecar_of_run(identity, job, plan, self._models, notes)
+                run.publish(sidecar)
+        forms = [job.volume_form(form) for _, form in job.results]
+        return [
+            form.image_class(sink.target) if isinstance(sink, NiftiSink) else each
+            for sink, form, each in zip(sinks, forms, made, strict=True)
+        ]
 
-    def _look_at(self, channels: int, name: str, output: Any) -> tuple[list[Stream], list[Result]]:
-        """Find the sums and the results, and by a trial what the outputs look like, if that is not known yet."""
-        if channels in self._outputs:
-            streams, results = self._wanted.resolve(self._outputs[channels], output)
-            if all((channels, stream) in self._forms for stream in streams):
-                return streams, results
-        batch = torch.zeros((self.batch_size, channels, *self.patch_size), dtype=self._models.dtype)
-        with self._models.ready():
-            outputs = self._models.trial(batch)
-            self._outputs[channels] = list(outputs)
-            streams, results = self._wanted.resolve(self._outputs[channels], output)
-            for stream in streams:
-                form = self._models.form(outputs, stream)
-                expected = tuple(size * factor for size, factor in zip(self.patch_size, stream.scale, strict=True))
-                if form.size != expected:
-                    scale = tuple(f"{size}/{patch}" for size, patch in zip(form.size, self.patch_size, strict=True))
-                    raise OutputError(
-                        f"{called(stream.source)} of the model has spatial shape {form.size} for a patch of {self.patch_size} of"
-                        f" {name}: at output_scale {tuple(map(str, stream.scale))} it must be {tuple(map(str, expected))}. Give"
-                        f" its scale, ({', '.join(scale)}), or pad or crop it"
-                    )
-                self._forms[channels, stream] = form
-        return streams, results
-
-    def _sum(self, stream: Stream, form: Form, sweep: Sweep) -> SumForm:
-        is_plain = all(factor == 1 for factor in stream.scale)
-        scaled_sweep = sweep if is_plain else Sweep(sweep.grid.scaled(stream.scale), sweep.is_cropped, sweep.axes)
-        return SumForm(form, stream.scale, scaled_sweep)
-
-    def _result_form(self, result: Result, sums: list[SumForm]) -> ResultForm:
-        each = sums[result.stream]
-        sample = each.form.sample[0].to(each.dtype())
-        with torch.no_grad():
-            reduced = result.reduction(sample.clone())
-        is_labels = result.reduction.is_labels or not reduced.dtype.is_floating_point
-        if not can_hold(reduced.dtype, self.fill):
-            raise OutputError(f"fill is {self.fill}, which a result of {reduced.dtype} cannot hold: choose another one")
-        i, j, k = each.sweep.grid.spatial_shape
-        return ResultForm(result.name, result.stream, (len(reduced), i, j, k), reduced.dtype, is_labels, each.scale)
-
-    def _plan(
-        self,
-        sweep: Sweep,
-        volumes: dict[str, Voxels],
-        sums: list[SumForm],
-        results: list[ResultForm],
-        output: Any,
-        needed: np.ndarray | None,
-    ) -> PredictionPlan:
-        channels = sum(volume.num_channels for volume in volumes.values())
-        batches = batch_bytes(self.patch_size, self.batch_size, channels, self._models.dtype, sums)
-        volume = sum(_bytes_to_load(each) for each in volumes.values())
-        kept = sum(form.num_bytes for form in results if _of_name(output, form.name) is None)
-
-        def memory_of(column: Column) -> Memory:
-            return Memory(volume, batches, sum_bytes(sums, results, column, needed is not None), kept)
-
-        limit = self.memory_limit
-        if limit is None and (free := free_bytes()) is not None:
-            limit = int(free * USED_PART)
-        columns = best_split(sweep, lambda column: memory_of(column).peak, limit, self.batch_size)
-        batches_made, computed = passes_of(sweep, columns, self.batch_size, needed)
-        num_patches = passes_of(sweep, [sweep.whole], 1, needed)[1]
-        times = self._models.num_passes
-        read = sum(
-            each.num_channels * each.dtype.itemsize * int(np.prod(sweep.grid.patch_size)) * computed
-            if not _bytes_to_load(each)
-            else _bytes_to_load(each)
-            for each in volumes.values()
-        )
-        return PredictionPlan(
-            grid=sweep.grid,
-            sweep=sweep,
-            columns=tuple(columns),
-            batch_size=self.batch_size,
-            num_patches=num_patches,
-            computed_patches=computed,
-            forward_passes=batches_made * times + 1,
-            restart_passes=repeated_passes(sweep, columns, self.batch_size, needed) * times + 1,
-            bytes_read=read,
-            bytes_written=sum(form.num_bytes for form in results if _of_name(output, form.name) is not None),
-            memory=max(map(memory_of, columns), key=lambda memory: memory.peak),
-        )
-
-    # Running
-
-    def _sinks(self, job: _Job, output: Any) -> list[Sink]:
-        sinks: list[Sink] = []
-        for result, form in job.results:
-            given = _of_name(output, result.name)
-            if given is None:
-                given = MemorySink()
-            elif not isinstance(given, Sink):
-                raise OutputError(f"output is {given!r}: it must be None, or a sink with open, write, close and abort")
-            sinks.append(given)
-            factors = tuple(map(float, form.scale))
-            given.open(VolumeForm(form.shape, form.dtype, scaled(job.affine, factors), job.codes, form.is_labels))
-        return sinks
-
-    def _run(self, job: _Job, sinks: list[Sink], progress: bool) -> None:
-        if job.plan.num_blocks > 1:
-            plan = job.plan
-            warnings.warn(
-                f"the output of {job.name} is computed in {plan.num_blocks} blocks, so that {pretty_bytes(plan.peak_bytes)} of"
-                f" memory are enough: each patch is computed {plan.redundancy:.3g} times",
-                RuntimeWarning,
-                stacklevel=3,
+    def _run(
+        self, job: Job, plan: PredictionPlan, sinks: list[Sink], progress: bool, run: UnfinishedRun | None = None
+    ) -> list[str]:
+        """Carry out a plan, and give the warnings that there were."""
+        notes = [] if plan.num_blocks == 1 else [_warn_of_blocks(job, plan)]
+        with contextlib.ExitStack() as stack:
+            volumes = stack.enter_context(spooled(job.volumes)) if plan.spooled_bytes else job.volumes
+            padding = 0 if self.options.padding_mode is None else self.options.padding_mode
+            execution = Execution(
+                plan=plan,
+                models=self._models,
+                streams=job.streams,
+                sums=job.sums,
+                results=[(*pair, sink) for pair, sink in zip(job.results, sinks, strict=True)],
+                needed=job.needed,
+                window=self.options.window,
+                fill=self.options.fill,
+                reader=PatchReader(volumes, plan.grid, padding, self._models.dtype),
+                name=job.name,
+                front_device=home_of_front(self._models.device, plan.memory.front),
+                allocate=self._allocate(plan.memory.front),
             )
-        padding = 0 if self.padding_mode is None else self.padding_mode
-        execution = Execution(
-            plan=job.plan,
-            models=self._models,
-            streams=job.streams,
-            sums=job.sums,
-            results=[(*pair, sink) for pair, sink in zip(job.results, sinks, strict=True)],
-            needed=job.needed,
-            window=self._window,
-            fill=self.fill,
-            reader=PatchReader(job.volumes, job.plan.grid, padding, self._models.dtype),
-            name=job.name,
-            front_device=torch.device("cpu"),
-            allocate=self._allocate(job.plan.memory.front),
-        )
-        try:
-            execution.run()
-        except BaseException:
-            for sink in sinks:
-                sink.abort()
-            raise
+            layers_done = 0
+            if run is not None:
+                execution.layer_finished = run.layer_finished
+                layers_done = run.layers_done
+                if layers_done:
+                    notes.append(_warn_of_restart(run, plan, execution.repeated_passes(layers_done)))
+            try:
+                for sink, (_, form) in zip(sinks, job.results, strict=True):
+                    sink.open(job.volume_form(form))
+                if run is not None:
+                    run.opened()
+                total = execution.num_patches(layers_done) if progress else 0
+                bar = stack.enter_context(tqdm(total=total, unit="patch", desc=job.name, disable=not progress))
+                execution.run(layers_done, bar.update)
+            except BaseException:
+                for sink in sinks:
+                    sink.abort()
+                if run is not None:
+                    run.discard_if_empty()
+                raise
+        return notes + execution.warnings
 
     def _allocate(self, num_bytes: int) -> Allocate:
         """Give memory for sums that is kept from volume to volume."""
@@ -344,6 +263,8 @@ def predict(
     image_name: str | Sequence[str] | None = None,
     mask: Any = None,
     output: Any = None,
+    resume: bool = True,
+    overwrite: bool = False,
     progress: bool = False,
     **options: Any,
 ) -> Any:
@@ -351,13 +272,15 @@ def predict(
 
     Args:
         model: see `Predictor`.
-        image: see `Predictor.__call__`, also for `image_name`, `mask`, `output` and `progress`.
+        image: see `Predictor.__call__`, also for all others that are not listed under `Predictor`.
         patch_size: voxels of a patch `(I, J, K)`, or one number for all axes.
         patch_overlap: what neighbours share: an even number of voxels, or a fraction of the patch.
         overlap_mode: how overlapping patches are combined.
         image_name: which image of a subject.
         mask: compute only patches that hold a voxel of it.
         output: where the result goes.
+        resume: let a run that was interrupted be taken up.
+        overwrite: replace a file that is there.
         progress: show how far it has come.
         **options: the keywords of `Predictor`.
 
@@ -373,7 +296,15 @@ def predict(
         ((1, 40, 30, 20), torch.uint8)
     """
     predictor = Predictor(model, patch_size, patch_overlap, overlap_mode, **options)
-    return predictor(image, image_name=image_name, mask=mask, output=output, progress=progress)
+    return predictor(
+        image,
+        image_name=image_name,
+        mask=mask,
+        output=output,
+        resume=resume,
+        overwrite=overwrite,
+        progress=progress,
+    )
 
 
 def plan(
@@ -412,48 +343,37 @@ def plan(
     return predictor.plan(image, image_name=image_name, mask=mask, output=output)
 
 
-def overlap_of(value: Any, patch_size: Ints) -> Ints:
-    """Make an even number of voxels for each axis out of voxels or fractions of the patch, which are rounded down to even.
-
-    Raises:
-        SizeError: if a fraction is not below 1, or a number of voxels cannot be used.
-    """
-    values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value] * len(patch_size)
-    if len(values) != len(patch_size):
-        raise SizeError(f"patch_overlap is {tuple(values)}: give one number for all axes, or {len(patch_size)}, one for each")
-    voxels = []
-    for part, patch in zip(values, patch_size, strict=True):
-        if isinstance(part, float):
-            if not 0 <= part < 1:
-                raise SizeError(
-                    f"patch_overlap is {part}: a fraction of the patch must be at least 0 and below 1, and voxels whole"
-                )
-            part = int(part * patch + 1e-9) // 2 * 2  # 0.29 · 100 is a little less than 29
-        voxels.append(part)
-    return as_overlap(voxels, patch_size)
-
-
-def covering(shape: Ints, patch_size: Ints, overlap: Ints, padded: bool) -> PatchGrid:
-    """Cover a volume with patches; an axis that is shorter than a patch is padded in any case."""
-    if padded:
-        return PatchGrid.cover(shape, patch_size, overlap, padded=True)
-    axes = [
-        PatchGrid.cover((length,), patch, 0 if length < patch else shared, padded=length < patch).axes[0]
-        for length, patch, shared in zip(shape, patch_size, overlap, strict=True)
-    ]
-    return PatchGrid(tuple(axes), tuple(shape), any(map(int.__lt__, shape, patch_size)))
-
-
-def _of_name(given: Any, name: Name) -> Any:
-    return given.get(name) if isinstance(given, Mapping) else given
+def _sink_of(given: Any) -> Sink:
+    if given is None:
+        return MemorySink()
+    if isinstance(given, str | os.PathLike):
+        return NiftiSink(as_target(given))
+    if isinstance(given, Sink):
+        return given
+    raise OutputError(f"output is {given!r}: it must be None, the name of a file, or a sink with open, write, close and abort")
 
 
 def _name_of(image: Any) -> str:
     if isinstance(image, Image):
         return "the image" if image.path is None else str(image.path)
-    return f"the {type(image).__name__}" if hasattr(image, "shape") else "the subject" if hasattr(image, "images") else str(image)
+    if isinstance(image, str | os.PathLike):
+        return str(image)
+    return "the subject" if isinstance(image, Subject) else "the array"
 
 
-def _bytes_to_load(volume: Voxels) -> int:
-    """Memory that an image will take because its file cannot be read in parts."""
-    return volume.memory if isinstance(volume, Image) and not volume.is_loaded and not volume._can_be_sliced() else 0
+def _warn_of_blocks(job: Job, plan: PredictionPlan) -> str:
+    text = (
+        f"the output of {job.name} is computed in {plan.num_blocks} blocks, so that {pretty_bytes(plan.peak_bytes)} of memory are"
+        f" enough: each patch is computed {plan.redundancy:.3g} times"
+    )
+    warnings.warn(text, RuntimeWarning, stacklevel=5)
+    return text
+
+
+def _warn_of_restart(run: UnfinishedRun, plan: PredictionPlan, passes: int) -> str:
+    text = (
+        f"{run.sinks[0].target}: an unfinished run is taken up, with {run.layers_done} of"
+        f" {plan.num_blocks * plan.sweep.num_layers} layers finished; {passes} forward passes are made again"
+    )
+    warnings.warn(text, RuntimeWarning, stacklevel=5)
+    return text

@@ -191,7 +191,7 @@ class Image:
 
     def prepare(self) -> None:
         """Make ready to be read in parts, also by workers: load what can only be read whole, so that they share it."""
-        if not self._can_be_sliced():
+        if not self.can_be_sliced:
             self.load()
         _ = self.affine  # kept with the header, so that no worker reads them again
 
@@ -201,7 +201,7 @@ class Image:
         Returns:
             Tensor `(C, *box.shape)`: a view where the data are in memory, otherwise read from the file.
         """
-        if not self._can_be_sliced():
+        if not self.can_be_sliced:
             self.load()
         if self._data is not None:
             return self._data[(slice(None), *box.slices)]
@@ -222,7 +222,9 @@ class Image:
             self._derived[key] = compute()
         return self._derived[key]
 
-    def _can_be_sliced(self) -> bool:
+    @property
+    def can_be_sliced(self) -> bool:
+        """Whether a part can be read without reading all of it: the data are in memory, or the format allows it."""
         return self._data is not None or self._open().sliceable
 
     def _warn_of_nans(self, data: Tensor) -> None:

@@ -18,10 +18,23 @@ from pathlib import Path
 from ...errors import ImageNotFoundError, UnsupportedImageError
 from .base import SpaceCodes, VolumeInfo, VolumeReader
 from .itk_files import ItkFile, open_series
-from .nibabel_files import NibabelFile
-from .saving import atomic_write, save_volume
+from .nibabel_files import NibabelFile, open_compressed
+from .saving import as_save_error, atomic_write, compressing, save_volume
+from .streaming import NiftiWriter
 
-__all__ = ["SpaceCodes", "VolumeInfo", "VolumeReader", "atomic_write", "open_volume", "save_volume", "stem_of"]
+__all__ = [
+    "NiftiWriter",
+    "SpaceCodes",
+    "VolumeInfo",
+    "VolumeReader",
+    "as_save_error",
+    "atomic_write",
+    "compressing",
+    "open_compressed",
+    "open_volume",
+    "save_volume",
+    "stem_of",
+]
 
 BY_NIBABEL = (".nii", ".nii.gz", ".nii.bz2", ".hdr", ".img", ".img.gz", ".mgh", ".mgz")
 

@@ -22,7 +22,7 @@ from ...errors import CorruptImageError, ImageFileError, ImageNotFoundError, Uns
 from ..space import SPACE_TOLERANCE, Affine, corner_displacement, spacing_of
 from .base import MILLIMETRES, SpaceCodes, VolumeInfo, torch_dtype, widest_unsigned
 
-__all__ = ["NibabelFile"]
+__all__ = ["NibabelFile", "open_compressed"]
 
 COMPRESSED = (".gz", ".mgz", ".bz2")
 # Planes that are turned from the file's order (first axis fastest) into a tensor's at a time: as fast as it gets.
@@ -115,7 +115,7 @@ class NibabelFile:
         assert self.data_path is not None
         rows, columns, depth, count = self.file_shape
         plane_bytes = rows * columns * self.raw_dtype.itemsize
-        with _open_plain_or_compressed(self.data_path) as stream:
+        with open_compressed(self.data_path) as stream:
             for volume, start, stop in blocks:
                 stream.seek(self.offset + (volume * depth + start) * plane_bytes)
                 block = np.empty((rows, columns, stop - start), dtype=self.raw_dtype, order="F")
@@ -178,7 +178,7 @@ class NibabelFile:
         if self.file.suffix.lower() in (".hdr", ".img") or self.file.name.lower().endswith(".img.gz"):
             return nib.load(self.file)
         # nib.load goes by the ending alone, and leaves MGH files open until they are collected as garbage.
-        with _open_plain_or_compressed(self.file) as stream:
+        with open_compressed(self.file) as stream:
             return _from_stream(stream, _class_of(self.file, stream))
 
     def _spatial_and_channels(self, shape: tuple[int, ...]) -> tuple[int, int, int, int]:
@@ -216,7 +216,8 @@ class NibabelFile:
             )
 
 
-def _open_plain_or_compressed(path: Path) -> Any:
+def open_compressed(path: Path) -> Any:
+    """Open a file to read what it holds once it is unpacked; one that is not compressed is read as it is."""
     return igzip.open(path, "rb") if path.suffix.lower() in (".gz", ".mgz") else Opener(str(path))
 
 

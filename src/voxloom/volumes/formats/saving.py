@@ -4,7 +4,7 @@ import os
 import secrets
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import nibabel as nib
 import numpy as np
@@ -17,7 +17,7 @@ from ...errors import SaveError, UnsupportedImageError, VoxloomError
 from ..space import Affine
 from .base import MILLIMETRES, SpaceCodes
 
-__all__ = ["atomic_write", "save_volume"]
+__all__ = ["as_save_error", "atomic_write", "compressing", "nifti_of", "save_volume"]
 
 # NIfTI-1 keeps sizes in 16 bits.
 LARGEST_NIFTI1_SIZE = 32767
@@ -56,8 +56,13 @@ def atomic_write(path: Path, write: Callable[[Path], None], ending: str) -> None
     except VoxloomError:
         raise
     except (OSError, RuntimeError, ValueError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or str(error).strip().rpartition("\n")[2]
-        raise SaveError(f"{path} could not be written, and was left as it was: {reason}") from error
+        raise as_save_error(path, error) from error
+
+
+def as_save_error(path: Path, error: Exception) -> SaveError:
+    """Say in one line what went wrong."""
+    reason = (error.strerror if isinstance(error, OSError) else None) or str(error).strip().rpartition("\n")[2]
+    return SaveError(f"{path} could not be written, and was left as it was: {reason}")
 
 
 def save_volume(path: Path, data: Tensor, affine: Affine, codes: SpaceCodes) -> None:
@@ -96,18 +101,23 @@ def _storable(data: Tensor) -> np.ndarray:
 
 
 def _write_nifti(path: Path, array: np.ndarray, affine: Affine, codes: SpaceCodes) -> None:
-    image = _nifti_of(array, affine, codes)
+    image = nifti_of(array, affine, codes)
     with path.open("wb") as file:
         image.to_stream(file)
 
 
 def _write_compressed_nifti(path: Path, array: np.ndarray, affine: Affine, codes: SpaceCodes) -> None:
-    image = _nifti_of(array, affine, codes)
-    with igzip.open(path, "wb", compresslevel=GZIP_LEVEL) as file:
-        image.to_stream(file)
+    image = nifti_of(array, affine, codes)
+    with path.open("wb") as file, compressing(file) as packed:
+        image.to_stream(packed)
 
 
-def _nifti_of(array: np.ndarray, affine: Affine, codes: SpaceCodes) -> Any:
+def compressing(file: IO[bytes]) -> Any:
+    """Compress what is written into a file. Neither a time nor a name gets into it, so that equal images make equal files."""
+    return igzip.IGzipFile(filename="", mode="wb", compresslevel=GZIP_LEVEL, fileobj=file, mtime=0)
+
+
+def nifti_of(array: np.ndarray, affine: Affine, codes: SpaceCodes) -> Any:
     """Make an image of nibabel's, with both forms in the unit that the original had."""
     volume = _channels_last(array)
     image_class: Any = nib.Nifti2Image if max(volume.shape) > LARGEST_NIFTI1_SIZE else nib.Nifti1Image

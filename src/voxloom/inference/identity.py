@@ -1,0 +1,120 @@
+"""What tells one prediction from another: the input, the models and the options, in a form that can be written down."""
+
+import hashlib
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..core.boxes import Box
+from ..sampling.padded import Voxels
+from ..volumes.image import Image
+
+__all__ = ["content_hashes", "differences", "identity_of_model", "identity_of_option", "identity_of_volume"]
+
+# Voxels of an array that are hashed at a time.
+CHUNK_VOXELS = 2**24
+
+Json = Any
+
+
+def identity_of_volume(volume: Voxels) -> Json:
+    """Identify a volume: files by size, time and header, and what is in memory by a hash of its values."""
+    if not isinstance(volume, Image):
+        return {"sha256": _hash(_bytes_of(volume)), "shape": list(volume.shape), "dtype": str(volume.dtype)}
+    header = [repr(volume.shape), repr(volume.dtype), volume.affine.tobytes(), repr(volume.codes)]
+    if not volume.can_be_reloaded:
+        return {"sha256": _hash(_bytes_of(volume)), "header_sha256": _hash(header)}
+    states = [path.stat() for path in _files_of(volume)]
+    return {
+        "bytes": sum(state.st_size for state in states),
+        "modified_ns": max(state.st_mtime_ns for state in states),
+        "header_sha256": _hash(header),
+    }
+
+
+def content_hashes(volumes: Iterable[Voxels]) -> dict[str, str]:
+    """Hash the files that volumes are read from, by name; not those that are in memory."""
+    files = [path for volume in volumes if isinstance(volume, Image) and volume.can_be_reloaded for path in _files_of(volume)]
+    return {str(path): _hash_of_file(path) for path in dict.fromkeys(files)}
+
+
+def _files_of(image: Image) -> list[Path]:
+    paths = image.path if isinstance(image.path, list) else [image.path]
+    files = []
+    for path in paths:
+        assert path is not None
+        files += sorted(part for part in path.iterdir() if part.is_file()) if path.is_dir() else [path]
+    return files
+
+
+def _bytes_of(volume: Voxels) -> Iterable[Any]:
+    shape = volume.spatial_shape
+    planes = max(1, CHUNK_VOXELS // (shape[1] * shape[2]))
+    for start in range(0, shape[0], planes):
+        values = volume.read(Box((start, 0, 0), (min(start + planes, shape[0]), *shape[1:])))
+        yield _raw(values)
+
+
+def _raw(values: Tensor) -> Any:
+    contiguous = values.detach().cpu().contiguous()
+    return contiguous.view(-1).view(torch.uint8).numpy() if contiguous.numel() else b""
+
+
+def identity_of_model(model: Callable, name: str | None) -> Json:
+    """Identify a model: by a name that the user gives, or a module by its weights. None for a function without a name."""
+    if name is not None:
+        return {"name": name}
+    if not isinstance(model, nn.Module):
+        return None
+    digest = hashlib.sha256(re.sub(r"0x[0-9a-f]+", "", repr(model)).encode())
+    for key, value in sorted(model.state_dict().items()):
+        digest.update(f"{key} {getattr(value, 'dtype', type(value))} {getattr(value, 'shape', '')}".encode())
+        digest.update(_raw(value) if isinstance(value, Tensor) else repr(value).encode())
+    return {"class": f"{type(model).__module__}.{type(model).__qualname__}", "sha256": digest.hexdigest()}
+
+
+def identity_of_option(value: Any) -> Json:
+    """Write an option down: functions by their name and code."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value if not isinstance(value, float) or math.isfinite(value) else repr(value)
+    if isinstance(value, Mapping):
+        return {str(key): identity_of_option(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [identity_of_option(item) for item in value]
+    code = getattr(value, "__code__", None)
+    if code is not None:
+        text = repr((code.co_code, code.co_names, [item for item in code.co_consts if not hasattr(item, "co_code")]))
+        return f"{value.__module__}.{value.__qualname__} {_hash([text])[:16]}"
+    if isinstance(value, np.ndarray):
+        return _hash([repr(value.shape), np.ascontiguousarray(value).tobytes()])
+    return re.sub(r"0x[0-9a-f]+", "", repr(value))
+
+
+def differences(recorded: Json, now: Json, path: str = "") -> list[str]:
+    """Say where two identities differ, each with both values."""
+    if isinstance(recorded, dict) and isinstance(now, dict):
+        keys = dict.fromkeys([*recorded, *now])
+        return [
+            text
+            for key in keys
+            for text in differences(recorded.get(key, "nothing"), now.get(key, "nothing"), f"{path}.{key}" if path else str(key))
+        ]
+    return [] if recorded == now else [f"{path} was {recorded} and is {now}"]
+
+
+def _hash(parts: Iterable[Any]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode() if isinstance(part, str) else part)
+    return digest.hexdigest()
+
+
+def _hash_of_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

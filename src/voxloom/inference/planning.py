@@ -1,0 +1,196 @@
+"""Working out a plan: what the model's outputs look like, what they are reduced to, and what fits into memory."""
+
+import contextlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..core.sweeps import Column, Sweep
+from ..core.values import can_hold
+from ..errors import OutputError
+from ..sampling.padded import Voxels
+from ..volumes.formats import SpaceCodes
+from ..volumes.image import Image
+from ..volumes.space import Affine, scaled
+from .limits import free_bytes
+from .masks import needed_patches
+from .models import Models
+from .options import Options
+from .outputs import Form, Name, Result, Stream, called
+from .plans import (
+    Memory,
+    PredictionPlan,
+    ResultForm,
+    SumForm,
+    batch_bytes,
+    best_split,
+    passes_of,
+    repeated_passes,
+    sum_bytes,
+)
+from .sinks import VolumeForm
+from .spooling import can_be_spooled, spooled
+
+__all__ = ["Job", "Planner", "of_name"]
+
+# Of the memory that is free, what a prediction takes at most if no limit is given.
+USED_PART = 0.9
+
+
+@dataclass
+class Job:
+    """Everything about one prediction that is known before it begins."""
+
+    volumes: dict[str, Voxels]
+    name: str
+    """What messages call the input."""
+    affine: Affine
+    codes: SpaceCodes
+    sweep: Sweep
+    needed: np.ndarray | None
+    """Which patches are computed, by their numbers; None for all."""
+    streams: list[Stream]
+    sums: list[SumForm]
+    results: list[tuple[Result, ResultForm]]
+    output: Any
+    bytes_to_load: dict[str, int]
+    """Memory that each image takes because it cannot be read in parts."""
+
+    def volume_form(self, form: ResultForm) -> VolumeForm:
+        """Say what a result will be as a volume."""
+        affine = scaled(self.affine, tuple(map(float, form.scale)))
+        return VolumeForm(form.shape, form.dtype, affine, self.codes, form.is_labels)
+
+
+class Planner:
+    """Plans predictions of one model; what is known of its outputs is kept from one to the next."""
+
+    def __init__(self, models: Models, options: Options) -> None:
+        self._models, self._options = models, options
+        self._outputs: dict[int, list[Name]] = {}  # by the number of channels that the model was given
+        self._forms: dict[tuple[int, Stream], Form] = {}
+
+    def job(self, volumes: dict[str, Voxels], name: str, mask: Any, output: Any) -> Job:
+        """Plan the prediction of some volumes, whose channels lie one after the other."""
+        first = next(iter(volumes.values()))
+        affine, codes = (first.affine, first.codes) if isinstance(first, Image) else (np.eye(4), SpaceCodes())
+        grid = self._options.grid_of(first.spatial_shape)
+        sweep = Sweep.smallest(grid, self._options.window is None)
+        channels = sum(volume.num_channels for volume in volumes.values())
+        streams, results = self._look_at(channels, name, output)
+        sums = [self._sum(stream, self._forms[channels, stream], sweep) for stream in streams]
+        forms = [(result, self._result_form(result, sums)) for result in results]
+        to_load = {key: 0 if volume.can_be_sliced else volume.memory for key, volume in _images_of(volumes).items()}
+        job = Job(volumes, name, affine, codes, sweep, None, streams, sums, forms, output, to_load)
+        if mask is not None:
+            with spooled(volumes) if self.plan(job).spooled_bytes else contextlib.nullcontext(volumes) as readable:
+                job.needed = needed_patches(mask, readable, affine, grid)
+        return job
+
+    def _look_at(self, channels: int, name: str, output: Any) -> tuple[list[Stream], list[Result]]:
+        """Find the sums and the results, and by a trial what the outputs look like, if that is not known yet."""
+        options = self._options
+        if channels in self._outputs:
+            streams, results = options.wanted.resolve(self._outputs[channels], output)
+            if all((channels, stream) in self._forms for stream in streams):
+                return streams, results
+        batch = torch.zeros((options.batch_size, channels, *options.patch_size), dtype=self._models.dtype)
+        with self._models.ready():
+            outputs = self._models.trial(batch)
+            self._outputs[channels] = list(outputs)
+            streams, results = options.wanted.resolve(self._outputs[channels], output)
+            for stream in streams:
+                self._forms[channels, stream] = form = self._models.form(outputs, stream)
+                expected = tuple(size * factor for size, factor in zip(options.patch_size, stream.scale, strict=True))
+                if form.size != expected:
+                    scale = ", ".join(f"{size}/{patch}" for size, patch in zip(form.size, options.patch_size, strict=True))
+                    raise OutputError(
+                        f"{called(stream.source)} of the model has spatial shape {form.size} for a patch of {options.patch_size}"
+                        f" of {name}: at output_scale {tuple(map(str, stream.scale))} it must be {tuple(map(str, expected))}."
+                        f" Give its scale, ({scale}), or let the model pad or crop it"
+                    )
+        return streams, results
+
+    @staticmethod
+    def _sum(stream: Stream, form: Form, sweep: Sweep) -> SumForm:
+        is_plain = all(factor == 1 for factor in stream.scale)
+        scaled_sweep = sweep if is_plain else Sweep(sweep.grid.scaled(stream.scale), sweep.is_cropped, sweep.axes)
+        return SumForm(form, stream.scale, scaled_sweep)
+
+    def _result_form(self, result: Result, sums: list[SumForm]) -> ResultForm:
+        each = sums[result.stream]
+        with torch.no_grad():
+            reduced = result.reduction(each.form.sample[0].to(each.dtype(), copy=True))
+        is_labels = result.reduction.is_labels or not reduced.dtype.is_floating_point
+        if not can_hold(reduced.dtype, self._options.fill):
+            raise OutputError(f"fill is {self._options.fill}, which a result of {reduced.dtype} cannot hold: choose another one")
+        i, j, k = each.sweep.grid.spatial_shape
+        return ResultForm(result.name, result.stream, (len(reduced), i, j, k), reduced.dtype, is_labels, each.scale)
+
+    def plan(self, job: Job, columns: list[Column] | None = None) -> PredictionPlan:
+        """Plan a job: find columns that fit, unless they are given."""
+        options, sweep, needed = self._options, job.sweep, job.needed
+        forms = [form for _, form in job.results]
+        channels = sum(volume.num_channels for volume in job.volumes.values())
+        batches = batch_bytes(options.patch_size, options.batch_size, channels, self._models.dtype, job.sums)
+        batches += sum(map(self._bytes_mapped, job.volumes.values()))
+        kept = sum(form.num_bytes for form in forms if of_name(job.output, form.name) is None)
+        loaded = sum(job.bytes_to_load.values())
+
+        def memory_of(column: Column) -> Memory:
+            return Memory(loaded - spooled_bytes, batches, sum_bytes(job.sums, forms, column, needed is not None), kept)
+
+        limit = options.memory_limit
+        if limit is None and (free := free_bytes()) is not None:
+            limit = int(free * USED_PART)
+        spooled_bytes = 0
+        if limit is not None and memory_of(sweep.whole).peak > limit:
+            spooled_bytes = self._bytes_to_spool(job, limit)
+        if columns is None:
+            columns = best_split(sweep, lambda column: memory_of(column).peak, limit, options.batch_size)
+        made, computed = passes_of(sweep, columns, options.batch_size, needed)
+        times = self._models.num_passes
+        in_parts = [volume for name, volume in job.volumes.items() if not job.bytes_to_load.get(name)]
+        patch_bytes = math.prod(options.patch_size) * sum(volume.num_channels * volume.dtype.itemsize for volume in in_parts)
+        return PredictionPlan(
+            grid=sweep.grid,
+            sweep=sweep,
+            columns=tuple(columns),
+            batch_size=options.batch_size,
+            num_patches=passes_of(sweep, [sweep.whole], 1, needed)[1],
+            computed_patches=computed,
+            forward_passes=made * times + 1,
+            restart_passes=repeated_passes(sweep, columns, options.batch_size, needed) * times + 1,
+            bytes_read=loaded + patch_bytes * computed,
+            bytes_written=sum(form.num_bytes for form in forms) - kept,
+            memory=max(map(memory_of, columns), key=lambda memory: memory.peak),
+            spooled_bytes=spooled_bytes,
+        )
+
+    @staticmethod
+    def _bytes_to_spool(job: Job, limit: int) -> int:
+        """Say how much of the input is unpacked to a file: nothing if it is small beside the limit."""
+        images = _images_of(job.volumes)
+        num_bytes = sum(size for name, size in job.bytes_to_load.items() if size and can_be_spooled(images[name]))
+        return num_bytes if num_bytes > limit // 4 else 0
+
+    def _bytes_mapped(self, volume: Voxels) -> int:
+        """Memory for the part of a file that is mapped while a patch is read: whole rows of voxels, in two steps of planes."""
+        if not isinstance(volume, Image) or volume.is_loaded:
+            return 0
+        i, j, _ = volume.spatial_shape
+        patch = self._options.patch_size
+        return 2 * i * min(j, patch[1]) * patch[2] * volume.dtype.itemsize
+
+
+def _images_of(volumes: dict[str, Voxels]) -> dict[str, Image]:
+    return {name: volume for name, volume in volumes.items() if isinstance(volume, Image)}
+
+
+def of_name(given: Any, name: Name) -> Any:
+    """Give what belongs to a result, where a dict may say it by name."""
+    return given.get(name) if isinstance(given, Mapping) else given

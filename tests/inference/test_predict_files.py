@@ -1,0 +1,544 @@
+"""predict into files: as they would be saved, under their name only when whole, and taken up again after any interruption."""
+
+import contextlib
+import filecmp
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import warnings
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from isal import igzip
+from torch import nn
+
+import voxloom as vx
+from voxloom.core.boxes import Box
+from voxloom.errors import RecordError, SaveError, TargetExistsError, UnsupportedImageError
+from voxloom.inference import files
+from voxloom.volumes.formats import NiftiWriter, SpaceCodes
+
+from strategies import MODES, geometries
+
+AFFINE = np.array([[0, -2.0, 0, 5], [1.5, 0, 0, 6], [0, 0, 3, 7], [0, 0, 0, 1]])
+
+
+def network(channels_out=3):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv3d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv3d(4, channels_out, 3, padding=1))
+
+
+@pytest.fixture
+def scan(tmp_path):
+    torch.manual_seed(1)
+    image = vx.ScalarImage((torch.rand(1, 30, 26, 22) * 1000).to(torch.int16), affine=AFFINE)
+    image.save(tmp_path / "scan.nii.gz")
+    return tmp_path / "scan.nii.gz"
+
+
+def names(folder):
+    return sorted(path.name for path in Path(folder).iterdir())
+
+
+# Files as they are saved
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.int16, torch.float32, torch.float64, torch.bool, torch.int64, torch.bfloat16]
+)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_blocks_written_in_any_order_make_the_file_that_is_saved_at_once(tmp_path, dtype, channels):
+    data = (torch.rand(channels, 11, 7, 9) * 100).to(dtype)
+    image = vx.ScalarImage(data, affine=AFFINE)
+    image.save(tmp_path / "whole.nii")
+    writer = NiftiWriter(tmp_path / "blocks.nii", data.shape, dtype, AFFINE, image.codes, is_new=True)
+    boxes = [Box((5, 0, 4), (11, 2, 9)), Box((0, 0, 0), (11, 7, 4)), Box((5, 2, 4), (11, 7, 9)), Box((0, 0, 4), (5, 7, 9))]
+    for box in boxes:
+        writer.write(box, data[(slice(None), *box.slices)])
+    writer.flush()
+    writer.close()
+    writer.close()
+    assert filecmp.cmp(tmp_path / "whole.nii", tmp_path / "blocks.nii", shallow=False)
+
+
+def test_labels_that_int32_cannot_hold_are_an_error(tmp_path):
+    writer = NiftiWriter(tmp_path / "a.nii", (1, 2, 2, 2), torch.int64, AFFINE, SpaceCodes(), is_new=True)
+    with pytest.raises(UnsupportedImageError, match="the result holds 4294967296"):
+        writer.write(Box((0, 0, 0), (2, 2, 2)), torch.full((1, 2, 2, 2), 2**32))
+
+
+@settings(max_examples=25)
+@given(geometries(largest=9), st.sampled_from(MODES), st.booleans(), st.sampled_from([".nii", ".nii.gz"]))
+def test_a_file_holds_what_memory_would(tmp_path_factory, geometry, mode, labels, ending):
+    folder = tmp_path_factory.mktemp("predict")
+    shape, patch, overlap = geometry
+    image = vx.ScalarImage(torch.rand(1, *shape), affine=AFFINE)
+    arguments = (network(), image, patch, overlap, mode)
+    options = {"reduce": "argmax" if labels else None}
+    in_memory = vx.predict(*arguments, **options)
+    result = vx.predict(*arguments, **options, output=folder / f"out{ending}")
+    assert torch.equal(result.data, in_memory.data)
+    assert type(result) is type(in_memory)
+    in_memory.save(folder / f"saved{ending}")
+    opened = [
+        igzip.open(folder / name) if ending == ".nii.gz" else (folder / name).open("rb")
+        for name in (f"saved{ending}", f"out{ending}")
+    ]
+    with opened[0] as saved, opened[1] as written:
+        assert saved.read() == written.read()
+    assert names(folder) == sorted([f"saved{ending}", f"out{ending}", "out.json"])
+
+
+def test_shape_affine_and_form_codes_of_a_real_scan_are_kept(mni_path, tmp_path):
+    result = vx.predict(lambda batch: batch > 5000, mni_path, 96, 16, "crop", output=tmp_path / "mask.nii.gz", batch_size=2)
+    original, written = nib.load(mni_path), nib.load(tmp_path / "mask.nii.gz")
+    assert written.shape == original.shape
+    assert np.array_equal(written.affine, original.affine)
+    for form in ("qform_code", "sform_code"):
+        assert written.header[form] == original.header[form]
+    assert written.get_data_dtype() == np.uint8
+    assert torch.equal(result.data[0] > 0, vx.ScalarImage(mni_path).data[0].float() > 5000)
+
+
+def test_the_sidecar_says_how_the_result_came_to_be(scan, tmp_path):
+    model = network()
+    options = {"output": tmp_path / "out.nii.gz", "reduce": "argmax"}
+    limit = vx.plan(model, scan, 8, 4, **options).peak_bytes - 1
+    with pytest.warns(RuntimeWarning, match="blocks"):
+        vx.predict(model, scan, 8, 4, **options, memory_limit=limit)
+    said = json.loads((tmp_path / "out.json").read_text())
+    assert said["versions"] == {"voxloom": vx.__version__, "torch": torch.__version__}
+    assert said["input"]["image"]["bytes"] == scan.stat().st_size
+    digest = subprocess.check_output(
+        [sys.executable, "-c", f"import hashlib; print(hashlib.sha256(open({str(scan)!r},'rb').read()).hexdigest())"]
+    )
+    assert said["files"] == {str(scan): digest.decode().strip()}
+    assert len(said["models"][0]["sha256"]) == 64
+    assert said["options"]["patch_size"] == [8, 8, 8]
+    assert said["options"]["reduce"] == "argmax"
+    assert len(said["plan"]["columns"]) > 1
+    assert "blocks" in said["warnings"][0]
+    assert said["made_with"]["device"] == "cpu"
+
+
+def test_several_results_of_one_pass_in_files(scan, tmp_path):
+    targets = {"labels": tmp_path / "labels.nii.gz", "doubt": tmp_path / "doubt.nii"}
+    result = vx.predict(
+        network(),
+        scan,
+        8,
+        4,
+        activation="softmax",
+        reduce={"labels": "argmax", "doubt": "entropy", "shares": None},
+        output=targets,
+    )
+    shares = result["shares"].data
+    assert torch.equal(result["labels"].data[0], shares.argmax(0).to(torch.uint8))
+    assert result["labels"].path == targets["labels"]
+    torch.testing.assert_close(result["doubt"].data[0], torch.special.entr(shares).sum(0), atol=1e-5, rtol=1e-5)
+    assert names(tmp_path) == ["doubt.json", "doubt.nii", "labels.json", "labels.nii.gz", "scan.nii.gz"]
+
+
+# What is there already
+
+
+@pytest.mark.parametrize("there", ["out.nii.gz", "out.json"])
+def test_what_exists_is_kept_unless_it_is_to_be_replaced(scan, tmp_path, there):
+    (tmp_path / there).write_text("mine")
+    calls = []
+
+    def model(batch):
+        calls.append(1)
+        return batch
+
+    with pytest.raises(TargetExistsError, match=f"{there} exists, and is kept"):
+        vx.predict(model, scan, 16, output=tmp_path / "out.nii.gz")
+    assert len(calls) == 1  # to see what the output looks like
+    assert (tmp_path / there).read_text() == "mine"
+    assert names(tmp_path) == sorted(["scan.nii.gz", there])
+    vx.predict(model, scan, 16, output=tmp_path / "out.nii.gz", overwrite=True)
+    assert vx.ScalarImage(tmp_path / "out.nii.gz").shape == (1, 30, 26, 22)
+
+
+@pytest.mark.parametrize(
+    ("target", "error", "message"),
+    [
+        ("out.nrrd", UnsupportedImageError, "its name must end in .nii or .nii.gz"),
+        ("missing/out.nii", SaveError, "there is no folder"),
+        ("folder.nii", SaveError, "is a folder"),
+    ],
+)
+def test_targets_that_cannot_be(scan, tmp_path, target, error, message):
+    (tmp_path / "folder.nii").mkdir()
+    with pytest.raises(error, match=message):
+        vx.predict(nn.Identity(), scan, 16, output=tmp_path / target)
+
+
+def test_two_results_cannot_go_to_one_file(scan, tmp_path):
+    with pytest.raises(SaveError, match="two results are to be written to the same file"):
+        vx.predict(
+            network(), scan, 16, reduce={"a": None, "b": "argmax"}, output={"a": tmp_path / "x.nii", "b": tmp_path / "x.nii"}
+        )
+    assert names(tmp_path) == ["scan.nii.gz"]
+
+
+def test_two_at_once_do_not_write_to_one_file(scan, tmp_path):
+    entered, leave = threading.Event(), threading.Event()
+
+    def slow(batch):
+        entered.set()
+        leave.wait(20)
+        return batch
+
+    first = threading.Thread(target=lambda: vx.predict(slow, scan, 16, output=tmp_path / "out.nii"))
+    first.start()
+    try:
+        assert entered.wait(20)
+        while not (tmp_path / ".out.nii.voxloom").exists():
+            leave.set()
+            time.sleep(0.001)
+    finally:
+        leave.set()
+        first.join()
+    assert (tmp_path / "out.nii").exists()
+
+    run = files.UnfinishedRun([files.NiftiSink(tmp_path / "other.nii")], overwrite=False)
+    with contextlib.closing(run), pytest.raises(RecordError, match="another process is writing"):
+        vx.predict(nn.Identity(), scan, 16, output=tmp_path / "other.nii")
+    vx.predict(nn.Identity(), scan, 16, output=tmp_path / "other.nii")
+    assert names(tmp_path) == ["other.json", "other.nii", "out.json", "out.nii", "scan.nii.gz"]
+
+
+# Interruptions
+
+
+class Interrupted(Exception):  # noqa: N818 - it stands for a power cut
+    pass
+
+
+class Fragile(nn.Module):
+    """A network that fails at its n-th call, and counts them."""
+
+    def __init__(self, fails_at=None):
+        super().__init__()
+        self.network = network()
+        self.fails_at, self.calls = fails_at, 0
+
+    def forward(self, batch):
+        self.calls += 1
+        if self.calls == self.fails_at:
+            raise Interrupted
+        return self.network(batch)
+
+
+@settings(max_examples=25)
+@given(st.data(), st.sampled_from(MODES), st.integers(1, 3), st.booleans())
+def test_a_run_that_is_interrupted_anywhere_is_taken_up_and_ends_with_the_same_bits(
+    tmp_path_factory, data, mode, batch_size, split
+):
+    folder = tmp_path_factory.mktemp("predict")
+    image = vx.ScalarImage(torch.rand(1, 20, 17, 15, generator=torch.Generator().manual_seed(0)))
+    image.save(folder / "scan.nii")
+    options = {"patch_size": 6, "patch_overlap": 2, "overlap_mode": mode, "batch_size": batch_size, "model_name": "one"}
+    whole = vx.plan(Fragile(), folder / "scan.nii", **options, output="x")
+    limit = {"memory_limit": whole.peak_bytes - 1} if split else {}
+    plan = vx.plan(Fragile(), folder / "scan.nii", **options, **limit, output="x")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        vx.predict(Fragile(), folder / "scan.nii", **options, **limit, output=folder / "expected.nii")
+        calls, runs = 0, 0
+        while not (folder / "out.nii").exists():
+            model = Fragile(data.draw(st.integers(2, plan.forward_passes)) if runs < 3 else None)
+            runs += 1
+            with contextlib.suppress(Interrupted):
+                # Today's limit does not matter: what was begun goes on as it was planned.
+                vx.predict(model, folder / "scan.nii", **options, **(limit if runs == 1 else {}), output=folder / "out.nii")
+            calls += model.calls
+    assert filecmp.cmp(folder / "expected.nii", folder / "out.nii", shallow=False)
+    assert calls <= plan.forward_passes + (runs - 1) * plan.restart_passes
+    assert names(folder) == ["expected.json", "expected.nii", "out.json", "out.nii", "scan.nii"]
+
+
+def interrupt(scan, target, at=30, model_name=None, **options):
+    model = Fragile(at)
+    with pytest.raises(Interrupted):
+        vx.predict(model, scan, 8, 4, output=target, model_name=model_name, **options)
+
+
+def test_nothing_is_left_of_a_run_that_has_finished_nothing(scan, tmp_path):
+    interrupt(scan, tmp_path / "out.nii", at=3)
+    assert names(tmp_path) == ["scan.nii.gz"]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_another_model_image_or_option_is_refused_by_name(scan, tmp_path):
+    target = tmp_path / "out.nii"
+    interrupt(scan, target, at=100)
+    assert names(tmp_path) == [".out.nii.voxloom", "scan.nii.gz"]
+    assert not target.exists()
+    other = Fragile()
+    with torch.no_grad():
+        other.network[0].bias[0] += 1
+    for model, image, options, message in (
+        (other, scan, {}, "models"),
+        (Fragile(), scan, {"overlap_mode": "hann"}, "options.overlap_mode was gaussian and is hann"),
+        (Fragile(), scan, {"batch_size": 2}, "options.batch_size was 1 and is 2"),
+        (Fragile(), scan, {"mask": 998}, "options.mask was None"),
+        (Fragile(), vx.ScalarImage(scan).data, {}, "input.image.bytes was"),
+        (nn.Sequential(Fragile()), scan, {}, "models"),
+        (Fragile(), scan, {"reduce": lambda block: block * 2}, "options.reduce was None"),
+    ):
+        with pytest.raises(RecordError, match="holds an unfinished run of something else") as caught:
+            vx.predict(model, image, 8, 4, output=target, **options)
+        assert message in str(caught.value)
+    os.utime(scan, ns=(1, 1))
+    with pytest.raises(RecordError, match="input.image.modified_ns was"):
+        vx.predict(Fragile(), scan, 8, 4, output=target)
+    # Or anew.
+    model = Fragile()
+    vx.predict(model, scan, 8, 4, "hann", output=target, resume=False)
+    assert model.calls == vx.plan(model, scan, 8, 4).forward_passes
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_function_without_a_name_is_not_taken_up(scan, tmp_path):
+    calls = []
+
+    def model(batch):
+        calls.append(1)
+        if len(calls) == 100:
+            raise Interrupted
+        return batch
+
+    with pytest.raises(Interrupted):
+        vx.predict(model, scan, 8, 4, output=tmp_path / "out.nii")
+    with pytest.raises(RecordError, match="cannot be told of a function: give model_name"):
+        vx.predict(model, scan, 8, 4, output=tmp_path / "out.nii")
+    vx.predict(model, scan, 8, 4, output=tmp_path / "out.nii", resume=False)
+
+
+def test_it_is_said_how_much_is_done_again(scan, tmp_path):
+    interrupt(scan, tmp_path / "out.nii", at=100)
+    model = Fragile()
+    plan = vx.plan(model, scan, 8, 4)
+    model.calls = 0
+    with pytest.warns(RuntimeWarning, match=r"with (\d+) of \d+ layers finished; \d+ forward passes are made again") as caught:
+        vx.predict(model, scan, 8, 4, output=tmp_path / "out.nii")
+    text = str(caught[0].message)
+    assert int(text.split("finished; ")[1].split()[0]) <= plan.restart_passes
+    assert json.loads((tmp_path / "out.json").read_text())["warnings"] == [text]
+    assert model.calls < plan.forward_passes
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_damaged_record_is_an_error(scan, tmp_path):
+    interrupt(scan, tmp_path / "out.nii", at=100)
+    record = tmp_path / ".out.nii.voxloom" / "record.json"
+    text = record.read_text()
+    record.write_text(text[: len(text) // 2])
+    with pytest.raises(RecordError, match="is damaged: begin anew with resume=False"):
+        vx.predict(Fragile(), scan, 8, 4, output=tmp_path / "out.nii")
+    record.write_text(text)
+    volume = tmp_path / ".out.nii.voxloom" / "volume.nii"
+    volume.write_bytes(volume.read_bytes()[:-10])
+    with pytest.raises(RecordError, match="has .* bytes in place of"):
+        vx.predict(Fragile(), scan, 8, 4, output=tmp_path / "out.nii")
+
+
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+@pytest.mark.parametrize("step", range(6))
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_run_that_ends_while_it_is_published_is_published_the_next_time(scan, tmp_path, monkeypatch, ending, step):
+    target = tmp_path / f"out{ending}"
+    steps = []
+
+    def failing(function):
+        def inner(*arguments, **options):
+            steps.append(1)
+            if len(steps) == step + 1:
+                raise Interrupted
+            return function(*arguments, **options)
+
+        return inner
+
+    model = Fragile()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", failing(Path.replace))
+        patch.setattr(files.shutil, "rmtree", failing(files.shutil.rmtree))
+        patch.setattr(files.shutil, "copyfileobj", failing(files.shutil.copyfileobj))
+        with contextlib.suppress(Interrupted):
+            vx.predict(model, scan, 8, 4, output=target)
+    calls = model.calls
+    with contextlib.suppress(TargetExistsError):
+        vx.predict(model, scan, 8, 4, output=target)
+    if step > 1:
+        assert model.calls <= calls + vx.plan(model, scan, 8, 4).restart_passes
+    assert names(tmp_path) == ["out.json", target.name, "scan.nii.gz"]
+    assert torch.equal(vx.ScalarImage(target).data, vx.predict(model.network, scan, 8, 4).data)
+
+
+SCRIPT = """
+    import sys, time
+    import torch
+    import voxloom as vx
+
+    class Slow(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.layer = torch.nn.Conv3d(1, 3, 3, padding=1)
+
+        def forward(self, batch):
+            with open("calls", "a") as file:
+                file.write("x")
+            time.sleep(0.002)
+            return self.layer(batch)
+
+    torch.set_num_threads(1)
+    vx.predict(Slow(), "scan.nii.gz", 8, 4, output=sys.argv[1], reduce="argmax", batch_size=2)
+"""
+
+
+def test_a_process_that_is_killed_again_and_again_ends_with_the_same_file(scan, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(SCRIPT))
+
+    def start(target):
+        return subprocess.Popen([sys.executable, "-W", "ignore", script, target], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+
+    process = start("expected.nii.gz")
+    assert process.wait() == 0, process.stderr.read()
+    process.stderr.close()
+    needed = len((tmp_path / "calls").read_text())
+    (tmp_path / "calls").unlink()
+    plan = vx.plan(network(), scan, 8, 4, reduce="argmax", batch_size=2, output="x")
+    assert needed == plan.forward_passes
+    random = np.random.default_rng(0)
+    kills = 0
+    for attempt in range(40):
+        process = start("out.nii.gz")
+        before = len((tmp_path / "calls").read_text()) if (tmp_path / "calls").exists() else 0
+        stop_after = int(random.integers(1, plan.forward_passes // 2))
+        while process.poll() is None and attempt < 8:
+            if (tmp_path / "calls").exists() and len((tmp_path / "calls").read_text()) >= before + stop_after:
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.001)
+        process.wait()
+        error = process.stderr.read()
+        process.stderr.close()
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, error
+        kills += 1
+    assert kills >= 2
+    assert filecmp.cmp(tmp_path / "expected.nii.gz", tmp_path / "out.nii.gz", shallow=False)
+    calls = len((tmp_path / "calls").read_text())
+    assert calls <= plan.forward_passes + kills * plan.restart_passes
+    assert names(tmp_path) == ["calls", "expected.json", "expected.nii.gz", "out.json", "out.nii.gz", "scan.nii.gz", "script.py"]
+
+
+def test_a_full_disk_shows_before_anything_is_computed_and_loses_nothing(scan, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import resource, torch, voxloom as vx
+            calls = []
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+            try:
+                vx.predict(lambda batch: (calls.append(1), batch)[1], "scan.nii.gz", 8, 4, output="out.nii")
+            except vx.errors.SaveError as error:
+                print(len(calls), error)
+            """
+        )
+    )
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("1 out.nii could not be written"), done.stdout
+    assert names(tmp_path) == ["scan.nii.gz", "script.py"]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_disk_that_is_full_in_the_middle_keeps_what_is_finished(scan, tmp_path, monkeypatch):
+    target, model = tmp_path / "out.nii", Fragile()
+    writes = []
+    write = NiftiWriter.write
+
+    def full(self, box, values):
+        writes.append(1)
+        if len(writes) == 20:
+            raise OSError(28, "No space left on device")
+        write(self, box, values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(NiftiWriter, "write", full)
+        with pytest.raises(SaveError, match="No space left on device.*What is finished stays in .out.nii.voxloom"):
+            vx.predict(model, scan, 8, 4, output=target)
+    model.calls = 0
+    vx.predict(model, scan, 8, 4, output=target)
+    assert model.calls < vx.plan(model, scan, 8, 4).forward_passes
+    assert torch.equal(vx.ScalarImage(target).data, vx.predict(model.network, scan, 8, 4).data)
+
+
+def test_ctrl_c_leaves_what_can_be_taken_up(scan, tmp_path):
+    model = Fragile()
+
+    def interrupting(module, given):
+        if model.calls == 100:
+            signal.raise_signal(signal.SIGINT)
+
+    handle = model.register_forward_pre_hook(interrupting)
+    before = threading.active_count()
+    with pytest.raises(KeyboardInterrupt):
+        vx.predict(model, scan, 8, 4, output=tmp_path / "out.nii", model_name="it")
+    assert threading.active_count() == before
+    handle.remove()
+    with pytest.warns(RuntimeWarning, match="is taken up"):
+        vx.predict(model, scan, 8, 4, output=tmp_path / "out.nii", model_name="it")
+
+
+def test_an_input_that_is_truncated_is_named_and_leaves_nothing(scan, tmp_path):
+    scan.write_bytes(scan.read_bytes()[:-2000])
+    with pytest.raises(vx.errors.CorruptImageError, match="scan.nii.gz"):
+        vx.predict(nn.Identity(), scan, 16, output=tmp_path / "out.nii")
+    assert names(tmp_path) == ["scan.nii.gz"]
+
+
+# A compressed input that is larger than the memory
+
+
+def test_a_compressed_input_that_is_too_large_is_unpacked_to_a_temporary_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    image = vx.ScalarImage(torch.rand(1, 24, 24, 20000), affine=AFFINE)
+    image.save(tmp_path / "scan.nii.gz")
+    expected = vx.predict(network(), image, 8, 0, reduce="argmax").data
+    given = vx.ScalarImage(tmp_path / "scan.nii.gz")
+    options = {"reduce": "argmax", "batch_size": 1, "memory_limit": "36MiB", "output": tmp_path / "out.nii"}
+    plan = vx.plan(network(), given, 8, 0, mask=0.5, **options)
+    assert plan.spooled_bytes == image.memory
+    assert plan.memory.volume == 0
+    assert "for the unpacked input" in str(plan)
+    assert not given.is_loaded
+    seen = []
+
+    def look(module, batch):
+        seen.extend(path.name for path in (tmp_path / "temporary").rglob("*.nii"))
+
+    model = network()
+    model.register_forward_pre_hook(look)
+    result = vx.predict(model, given, 8, 0, **options)
+    assert torch.equal(result.data, expected)
+    assert set(seen) == {"image_0.nii"}
+    assert not given.is_loaded
+    assert names(tmp_path / "temporary") == []
