@@ -1,8 +1,10 @@
 """The command `voxloom`."""
 
+import enum
+import traceback
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from tqdm import tqdm
@@ -11,7 +13,10 @@ from . import plot
 from ._version import __version__
 from .datasets import HeadPhantom
 from .demo import FilterNetwork, run_demo
-from .errors import SaveError, VoxloomError
+from .errors import ModeError, SaveError, SizeError, VoxloomError
+from .inference import Predictor
+from .inference.cases import Case, cases_of, cases_of_table
+from .inference.model_files import LoadedModel, load_model
 from .volumes.image import ScalarImage
 
 __all__ = ["app", "main"]
@@ -34,6 +39,275 @@ def _voxloom(
     """Cut 3-D medical images into patches, and weave a model's outputs back into whole volumes."""
 
 
+# What predict and plan have in common
+
+
+class Activation(enum.StrEnum):
+    """Activations by name."""
+
+    softmax = "softmax"
+    sigmoid = "sigmoid"
+
+
+ModelName = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A .pt2 program, a TorchScript file, package.module:callable, or, with --weights, a factory."
+    ),
+]
+Images = Annotated[
+    list[Path] | None, typer.Argument(metavar="[IMAGE]...", help="Files, folders of files, or folders of a DICOM series.")
+]
+Table = Annotated[Path | None, typer.Option(help="Table of cases in place of images: each column is a channel, 'case' a name.")]
+Weights = Annotated[Path | None, typer.Option(help="Weights for a factory: .safetensors, or a checkpoint.")]
+AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Let files of models run the code that they bring.")]
+PatchSizes = Annotated[str | None, typer.Option(help="Voxels of a patch: a number, or three such as 160,160,64.")]
+Overlap = Annotated[str, typer.Option(help="What neighbours share: a fraction of the patch, or an even number of voxels.")]
+Mode = Annotated[str, typer.Option(help="crop, average, hann or gaussian.")]
+BatchSize = Annotated[
+    int | None, typer.Option(help="Patches that the model is given at a time.  [default: 1]", show_default=False)
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 or mps.  [default: cpu]", show_default=False)]
+Amp = Annotated[bool, typer.Option("--amp", help="Run the model in mixed precision.")]
+ActivationName = Annotated[Activation | None, typer.Option(help="Act on each patch before patches are summed.")]
+Labels = Annotated[bool, typer.Option("--labels", help="Write the number of the largest channel, not all channels.")]
+Threshold = Annotated[float | None, typer.Option(help="Write 1 where a channel is larger, else 0.")]
+Channels = Annotated[str | None, typer.Option(help="Write these channels alone, such as 0,2.")]
+Padding = Annotated[str | None, typer.Option(help="Pad the volume by half the overlap: edge, reflect, 0 ...")]
+Mirror = Annotated[str | None, typer.Option(help="Mirror patches along these axes too, such as 0,1,2, and average.")]
+Mask = Annotated[Path | None, typer.Option(help="Image of where to compute; matched to each input by its affine.")]
+MaskAbove = Annotated[float | None, typer.Option(help="Compute only patches in which the input is above this value.")]
+MemoryLimit = Annotated[str | None, typer.Option(help="Memory beside the model's own, such as 2GiB.  [default: what is free]")]
+
+
+def _predictor(model: str, weights: Path | None, allow_pickle: bool, **given: Any) -> Predictor:
+    """Make a predictor of what was given on the command line."""
+    loaded = load_model(model, weights, allow_pickle)
+    reductions = [
+        value
+        for value in ("argmax" if given["labels"] else None, given["threshold"], _numbers(given["channels"], int, "channels"))
+        if value is not None
+    ]
+    if len(reductions) > 1:
+        raise ModeError("of --labels, --threshold and --channels only one can be given")
+    patch_size, batch_size = _sizes_of(loaded, _numbers(given["patch_size"], int, "patch-size"), given["batch_size"])
+    overlap = _numbers(given["overlap"], lambda text: float(text) if "." in text else int(text), "overlap")
+    activation = given["activation"]
+    return Predictor(
+        loaded.model,
+        patch_size,
+        overlap[0] if len(overlap) == 1 else overlap,
+        given["mode"],
+        batch_size=batch_size,
+        device=given["device"],
+        amp=given["amp"],
+        activation=None if activation is None else activation.value,
+        reduce=reductions[0] if reductions else None,
+        padding_mode=_number_or_text(given["padding"]),
+        mirror_axes=_numbers(given["mirror"], int, "mirror") or (),
+        memory_limit=given["memory_limit"],
+        model_name=None if ":" not in model or weights is not None else model,
+    )
+
+
+def _sizes_of(loaded: LoadedModel, patch_size: list[int] | None, batch_size: int | None) -> tuple[Any, int]:
+    """Give the sizes that are asked for, or else those that the model is fixed to."""
+    if patch_size is not None and len(patch_size) == 1:
+        patch_size *= 3
+    fixed = None if loaded.patch_size is None else list(loaded.patch_size)
+    if patch_size is not None and fixed is not None and patch_size != fixed:
+        raise SizeError(
+            f"the patch size is {patch_size}, but the model was exported for {fixed}: leave out --patch-size, or export it anew"
+        )
+    if batch_size is not None and loaded.batch_size not in (None, batch_size):
+        raise SizeError(
+            f"the batch size is {batch_size}, but the model was exported for {loaded.batch_size}: leave out --batch-size, or"
+            " export it anew"
+        )
+    size = patch_size or fixed
+    if size is None:
+        raise SizeError(
+            "the patch size is missing, and the model has none of its own: give --patch-size, such as --patch-size 128"
+        )
+    return size, batch_size or loaded.batch_size or 1
+
+
+def _numbers(text: str | None, convert: Any, name: str) -> Any:
+    if text is None:
+        return None
+    try:
+        return [convert(part.strip()) for part in text.split(",")]
+    except ValueError as error:
+        raise SizeError(f"--{name} is {text!r}: give a number, or several with commas between them") from error
+
+
+def _number_or_text(text: str | None) -> str | float | None:
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return text
+
+
+def _cases(images: list[Path] | None, table: Path | None, output: Path) -> list[Case]:
+    if bool(images) == (table is not None):
+        raise SizeError("give either images or a --table of cases")
+    return cases_of(images or [], output) if table is None else cases_of_table(table, output)
+
+
+def _mask(mask: Path | None, mask_above: float | None) -> Path | float | None:
+    if mask is not None and mask_above is not None:
+        raise ModeError("of --mask and --mask-above only one can be given")
+    return mask if mask is not None else mask_above
+
+
+# Commands
+
+
+@app.command()
+def predict(
+    model: ModelName,
+    images: Images = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="A .nii or .nii.gz for one image, or a folder.")] = Path(
+        "predictions"
+    ),
+    patch_size: PatchSizes = None,
+    overlap: Overlap = "0.5",
+    mode: Mode = "gaussian",
+    labels: Labels = False,
+    threshold: Threshold = None,
+    channels: Channels = None,
+    activation: ActivationName = None,
+    table: Table = None,
+    weights: Weights = None,
+    allow_pickle: AllowPickle = False,
+    batch_size: BatchSize = None,
+    device: Device = None,
+    amp: Amp = False,
+    padding: Padding = None,
+    mirror: Mirror = None,
+    mask: Mask = None,
+    mask_above: MaskAbove = None,
+    memory_limit: MemoryLimit = None,
+    resume: Annotated[bool, typer.Option(help="Take up what was interrupted, or begin anew.")] = True,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results that are there.")] = False,
+) -> None:
+    """Apply a model to whole images, patch by patch, in bounded memory.
+
+    What is interrupted goes on from there when the same command is given again; what is complete is left out.
+    """
+    given = {key: value for key, value in locals().items() if key not in ("model", "weights", "allow_pickle")}
+    cases = _cases(images, table, output)
+    where = _mask(mask, mask_above)
+    predictor = _predictor(model, weights, allow_pickle, **given)
+    done, skipped, failed = 0, 0, []
+    for case in cases:
+        try:
+            if _predict_case(predictor, case, where, resume, overwrite):
+                done += 1
+                typer.echo(f"{case.name}: {case.target}")
+            else:
+                skipped += 1
+                typer.echo(f"{case.name}: {case.target} is complete")
+        except KeyboardInterrupt:
+            typer.echo(f"{case.name}: interrupted; the same command goes on from what is finished", err=True)
+            raise typer.Exit(130) from None
+        except Exception as error:  # noqa: BLE001 - one case that fails, by whatever, must not stop the others
+            failed.append(case.name)
+            if not isinstance(error, VoxloomError):
+                traceback.print_exception(error)
+            typer.echo(f"voxloom: {case.name} failed: {str(error) or type(error).__name__}", err=True)
+    if len(cases) > 1:
+        typer.echo(f"{done} done, {skipped} complete already, {len(failed)} failed" + "".join(f"\n  {name}" for name in failed))
+    if failed:
+        raise typer.Exit(1)
+
+
+def _predict_case(predictor: Predictor, case: Case, mask: Any, resume: bool, overwrite: bool) -> bool:
+    """Predict a case, unless its result is there."""
+    subject = case.subject()
+    names = list(subject.images)
+    _make_folder(case.target.parent)
+    if not overwrite and predictor.is_made(subject, image_name=names, output=case.target, mask=mask):
+        return False
+    predictor(
+        subject,
+        image_name=names,
+        output=case.target,
+        mask=mask,
+        resume=resume,
+        overwrite=overwrite,
+        progress=case.name,
+    )
+    return True
+
+
+@app.command()
+def plan(
+    model: ModelName,
+    images: Images = None,
+    patch_size: PatchSizes = None,
+    overlap: Overlap = "0.5",
+    mode: Mode = "gaussian",
+    labels: Labels = False,
+    threshold: Threshold = None,
+    channels: Channels = None,
+    activation: ActivationName = None,
+    table: Table = None,
+    weights: Weights = None,
+    allow_pickle: AllowPickle = False,
+    batch_size: BatchSize = None,
+    device: Device = None,
+    amp: Amp = False,
+    padding: Padding = None,
+    mirror: Mirror = None,
+    mask: Mask = None,
+    mask_above: MaskAbove = None,
+    memory_limit: MemoryLimit = None,
+) -> None:
+    """Say what predict would do, and how much memory it would take."""
+    given = {key: value for key, value in locals().items() if key not in ("model", "weights", "allow_pickle")}
+    cases = _cases(images, table, Path("predictions"))
+    predictor = _predictor(model, weights, allow_pickle, **given)
+    for case in cases:
+        subject = case.subject()
+        found = predictor.plan(subject, image_name=list(subject.images), mask=_mask(mask, mask_above), output=case.target)
+        typer.echo(f"{case.name}\n{found}\n" if len(cases) > 1 else str(found))
+
+
+@app.command()
+def info(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Images, or models (.pt2, TorchScript).")],
+) -> None:
+    """Say what an image or a model is; of an image only the header is read."""
+    failed = False
+    for path in files:
+        try:
+            typer.echo(_description(path))
+        except VoxloomError as error:
+            typer.echo(f"voxloom: {error}", err=True)
+            failed = True
+    if failed:
+        raise typer.Exit(1)
+
+
+def _description(path: Path) -> str:
+    if path.suffix in (".pt2", ".pt", ".ts"):
+        loaded = load_model(str(path))
+        lines = {"batch size": loaded.batch_size or "any", "patch size": loaded.patch_size or "any"}
+    else:
+        image = ScalarImage(path)
+        size = image.memory / 2**20
+        lines = {
+            "shape": f"{image.spatial_shape}, {image.num_channels} channel{'s' if image.num_channels > 1 else ''}",
+            "type": f"{image.dtype}, {size:.1f} MiB in memory".replace("torch.", ""),
+            "spacing": f"({', '.join(f'{value:.4g}' for value in image.spacing)}) mm",
+            "orientation": f"{''.join(image.orientation)}+",
+            "origin": f"({', '.join(f'{value:.4g}' for value in image.origin)}) mm",
+            "read": "in parts" if image.can_be_sliced else "as a whole",
+        }
+    return "\n".join([str(path), *(f"  {name + ':':<13}{value}" for name, value in lines.items())])
+
+
 @app.command()
 def demo(
     image: Annotated[Path | None, typer.Option(help="Image to use in place of the synthetic head.")] = None,
@@ -50,17 +324,20 @@ def demo(
     _make_folder(output)
     scan = HeadPhantom(size).t1 if image is None else ScalarImage(image)
     typer.echo(f"Input: {scan}")
-    result = run_demo(scan, patch_size, patch_overlap, overlap_mode, _progress)
+    result = run_demo(scan, patch_size, patch_overlap, overlap_mode, output, _progress)
     typer.echo(f"Patches: {result.sampler}")
-    volume, picture = output / "result.nii.gz", output / "result.png"
-    scan.new_like(result.woven).save(volume)
+    picture = output / "result.png"
     title = f"{image.name if image else 'synthetic head'}: a network applied patch by patch, overlap mode '{overlap_mode}'"
     plot.save_comparison(picture, result.image.data, result.whole, result.woven, result.sampler.grid, result.image.spacing, title)
     typer.echo(
         f"Greatest difference between the whole and the patches: {result.greatest_difference:.3g}"
         f" (values reach {result.greatest_value:.4g})"
     )
-    typer.echo(f"Volume:  {volume.resolve()}\nPicture: {picture.resolve()}")
+    typer.echo(f"Model:   {result.model_file.resolve()}")
+    typer.echo(f"Volume:  {(output / 'result.nii.gz').resolve()}\nPicture: {picture.resolve()}")
+    overlap = ",".join(str(axis.patch - axis.stride) for axis in result.sampler.grid.axes)
+    options = f"--overlap {overlap} --mode {overlap_mode} -o {output / 'again.nii.gz'}"
+    typer.echo(f"Again:   voxloom predict {result.model_file} {result.image_file} {options}")
 
 
 def _make_folder(path: Path) -> None:

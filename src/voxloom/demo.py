@@ -1,14 +1,16 @@
-"""The main job, start to end, on one image: a network applied to the whole of it, and patch by patch."""
+"""The main job, start to end, on one image: a network applied to the whole of it, patch by patch, and from file to file."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from .core.sizes import as_overlap, as_sizes
 from .core.windows import OverlapMode
-from .inference import GridAggregator
+from .inference import GridAggregator, predict
+from .inference.model_files import load_model
 from .sampling.grid import GridSampler
 from .volumes.image import Image, ScalarImage
 from .volumes.loading import SubjectsLoader
@@ -61,11 +63,17 @@ class DemoResult:
     woven: Tensor
     """Output `(1, I, J, K)` that was aggregated from patches."""
     sampler: GridSampler
+    image_file: Path
+    """The input, as a file."""
+    model_file: Path
+    """The network, exported for the size of a patch."""
+    result: Image
+    """What `predict` made of both files."""
 
     @property
     def greatest_difference(self) -> float:
-        """Greatest absolute difference of the two outputs."""
-        return float((self.whole - self.woven).abs().max())
+        """Greatest absolute difference of the whole and either of the others."""
+        return max(float((self.whole - other).abs().max()) for other in (self.woven, self.result.data))
 
     @property
     def greatest_value(self) -> float:
@@ -76,7 +84,7 @@ class DemoResult:
 def apply_by_patches(
     model: nn.Module, sampler: GridSampler, overlap_mode: OverlapMode, batch_size: int, progress: Progress = iter
 ) -> Tensor:
-    """Apply a model to the patches of a sampler's first image, and aggregate its outputs.
+    """Apply a model to the patches of a sampler's first image, and aggregate its outputs: `predict`, step by step.
 
     Args:
         model: takes and returns tensors `(B, C, I, J, K)`.
@@ -96,16 +104,23 @@ def apply_by_patches(
     return aggregator.get_output()
 
 
+def export(model: nn.Module, patch_size: Sequence[int], path: Path) -> None:
+    """Export a model of one channel, for batches of one patch."""
+    program = torch.export.export(model, (torch.zeros(1, 1, *patch_size),))
+    torch.export.save(program, path)
+
+
 def run_demo(
-    image: Image, patch_size: int, patch_overlap: int, overlap_mode: OverlapMode, progress: Progress = iter
+    image: Image, patch_size: int, patch_overlap: int, overlap_mode: OverlapMode, folder: Path, progress: Progress = iter
 ) -> DemoResult:
-    """Apply the network to the first channel of an image, once as a whole and once patch by patch.
+    """Apply the network to the first channel of an image: as a whole, patch by patch, and exported, from file to file.
 
     Args:
         image: the input; values are taken as float32, and NaN and infinity as 0.
         patch_size: voxels of a patch on each axis, or as many as the image has, where that is less.
         patch_overlap: voxels that neighbours share.
         overlap_mode: how patches are combined.
+        folder: where the files are written.
         progress: wraps the loader, to show how far it has come.
     """
     data = torch.nan_to_num(image.data[:1].float(), nan=0.0, posinf=0.0, neginf=0.0)
@@ -119,4 +134,18 @@ def run_demo(
     with torch.inference_mode():
         whole = model(scan.data[None])[0]
     woven = apply_by_patches(model, sampler, overlap_mode, batch_size=4, progress=progress)
-    return DemoResult(scan, whole, woven, sampler)
+
+    image_file, model_file = folder / "input.nii.gz", folder / "model.pt2"
+    scan.save(image_file)
+    export(model, size, model_file)
+    result = predict(
+        load_model(str(model_file)).model,
+        image_file,
+        size,
+        overlap,
+        overlap_mode,
+        output=folder / "result.nii.gz",
+        resume=False,
+        overwrite=True,
+    )
+    return DemoResult(scan, whole, woven, sampler, image_file, model_file, result)

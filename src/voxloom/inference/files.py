@@ -26,7 +26,7 @@ from ..volumes.formats import NiftiWriter, as_save_error, compressing, stem_of
 from .identity import differences
 from .sinks import VolumeForm
 
-__all__ = ["NiftiSink", "UnfinishedRun", "as_target", "sidecar_of"]
+__all__ = ["NiftiSink", "UnfinishedRun", "as_target", "difference_of_made", "sidecar_of"]
 
 ENDINGS = (".nii", ".nii.gz")
 CHUNK_BYTES = 2**22
@@ -58,6 +58,21 @@ def as_target(path: Any) -> Path:
 def sidecar_of(target: Path) -> Path:
     """Name of the file that says how a result came to be."""
     return target.with_name(f"{stem_of(target)}.json")
+
+
+def difference_of_made(target: Path, identity: Json) -> str | None:
+    """Say in what the result that is at a target differs from what would be made; empty if in nothing, None if there is none."""
+    if not target.exists():
+        return None
+    sidecar = sidecar_of(target)
+    try:
+        made = json.loads(sidecar.read_text())
+        recorded = {key: made.get(key) for key in identity}
+    except (OSError, ValueError, AttributeError):
+        return f"nothing beside it says how it was made ({sidecar.name})"
+    if None in identity["models"]:
+        return "whether it is of the same model cannot be told of a function without a name"
+    return "; ".join(differences(recorded, identity))
 
 
 class NiftiSink:

@@ -72,7 +72,8 @@ def identity_of_model(model: Callable, name: str | None) -> Json:
         return {"name": name}
     if not isinstance(model, nn.Module):
         return None
-    digest = hashlib.sha256(re.sub(r"0x[0-9a-f]+", "", repr(model)).encode())
+    # Of exported and scripted modules the code is not that of the class.
+    digest = hashlib.sha256(re.sub(r"0x[0-9a-f]+", "", f"{model!r} {getattr(model, 'code', '')}").encode())
     for key, value in sorted(model.state_dict().items()):
         digest.update(f"{key} {getattr(value, 'dtype', type(value))} {getattr(value, 'shape', '')}".encode())
         digest.update(_raw(value) if isinstance(value, Tensor) else repr(value).encode())

@@ -91,7 +91,8 @@ class Models:
                 if home is not None and home != self.device:
                     module.to(self.device)
                 if any(part.training for part in module.modules()):
-                    module.eval()
+                    with contextlib.suppress(NotImplementedError):  # exported programs have no modes
+                        module.eval()
             yield
         finally:
             for part, mode in modes:

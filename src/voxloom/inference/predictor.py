@@ -16,11 +16,11 @@ from ..core.sizes import as_int, as_sizes
 from ..core.sweeps import Column
 from ..core.values import as_number
 from ..core.windows import OverlapMode, resolve_window
-from ..errors import OutputError, RecordError
+from ..errors import OutputError, RecordError, TargetExistsError
 from ..volumes.image import Image
 from ..volumes.subject import Subject
 from .execution import Execution
-from .files import NiftiSink, UnfinishedRun, as_target
+from .files import NiftiSink, UnfinishedRun, as_target, difference_of_made
 from .inputs import PatchReader, volumes_of
 from .limits import as_bytes, home_of_front, pretty_bytes
 from .models import Models, as_models
@@ -133,7 +133,7 @@ class Predictor:
         output: Any = None,
         resume: bool = True,
         overwrite: bool = False,
-        progress: bool = False,
+        progress: bool | str = False,
     ) -> Any:
         """Apply the model to a volume.
 
@@ -147,7 +147,7 @@ class Predictor:
             resume: let a run that was interrupted be taken up, if its files are found beside the output; by its own plan,
                 whatever the memory limit is now. False begins anew.
             overwrite: replace a file that is there.
-            progress: show how far it has come.
+            progress: show how far it has come, under the name of the image or another one.
 
         Returns:
             An `Image` with the shape and affine of the input, or what the sink returns; a dict where there are several results.
@@ -170,10 +170,27 @@ class Predictor:
         by_name = {result.name: each for (result, _), each in zip(job.results, made, strict=True)}
         return by_name[None] if list(by_name) == [None] else by_name
 
+    def is_made(
+        self, image: Any, *, output: str | os.PathLike[str], image_name: str | Sequence[str] | None = None, mask: Any = None
+    ) -> bool:
+        """Whether a call with these arguments has already made its file, as the file's sidecar says.
+
+        Raises:
+            TargetExistsError: if the file is there, but was made of another image, or by another model or option.
+        """
+        target = as_target(output)
+        job = self._job(image, image_name, mask, output)
+        difference = difference_of_made(target, identity_of(self._models, self.options, self.model_name, job))
+        if difference:
+            raise TargetExistsError(
+                f"{target} exists, and is of something else: {difference}. Remove it, or let it be overwritten"
+            )
+        return difference is not None
+
     def _job(self, image: Any, image_name: str | Sequence[str] | None, mask: Any, output: Any) -> Job:
         return self._planner.job(volumes_of(image, image_name), _name_of(image), mask, output)
 
-    def _run_into_files(self, job: Job, sinks: list[Sink], run: UnfinishedRun, resume: bool, progress: bool) -> list[Any]:
+    def _run_into_files(self, job: Job, sinks: list[Sink], run: UnfinishedRun, resume: bool, progress: bool | str) -> list[Any]:
         """Run with a record beside the files, from which another call can go on."""
         with contextlib.closing(run):
             plan = self._planner.plan(job)
@@ -202,7 +219,7 @@ class Predictor:
         ]
 
     def _run(
-        self, job: Job, plan: PredictionPlan, sinks: list[Sink], progress: bool, run: UnfinishedRun | None = None
+        self, job: Job, plan: PredictionPlan, sinks: list[Sink], progress: bool | str, run: UnfinishedRun | None = None
     ) -> list[str]:
         """Carry out a plan, and give the warnings that there were."""
         notes = [] if plan.num_blocks == 1 else [_warn_of_blocks(job, plan)]
@@ -235,7 +252,11 @@ class Predictor:
                 if run is not None:
                     run.opened()
                 total = execution.num_patches(layers_done) if progress else 0
-                bar = stack.enter_context(tqdm(total=total, unit="patch", desc=job.name, disable=not progress))
+                bar = stack.enter_context(
+                    tqdm(
+                        total=total, unit="patch", desc=progress if isinstance(progress, str) else job.name, disable=not progress
+                    )
+                )
                 execution.run(layers_done, bar.update)
             except BaseException:
                 for sink in sinks:
@@ -265,7 +286,7 @@ def predict(
     output: Any = None,
     resume: bool = True,
     overwrite: bool = False,
-    progress: bool = False,
+    progress: bool | str = False,
     **options: Any,
 ) -> Any:
     """Apply a model to a whole volume, patch by patch, in bounded memory.

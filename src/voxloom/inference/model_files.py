@@ -1,0 +1,189 @@
+"""Models from files and from code. What would run code that a file brings is refused, unless that is allowed."""
+
+import importlib
+import pickle
+import sys
+import warnings
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.sizes import Ints
+from ..errors import MissingDependencyError, ModelFileError
+from .program_check import is_program, reasons_to_refuse
+
+__all__ = ["LoadedModel", "load_model"]
+
+# Where checkpoints keep the weights, beside the state of an optimiser and the like.
+STATE_KEYS = ("state_dict", "model_state_dict", "model", "network_weights")
+ALLOW = "it would run code from the file: give --allow-pickle if you trust where it is from"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model, and the sizes that it is fixed to, if it is."""
+
+    model: Callable
+    batch_size: int | None = None
+    patch_size: Ints | None = None
+
+
+def load_model(name: str, weights: Path | None = None, allow_pickle: bool = False) -> LoadedModel:
+    """Load a model.
+
+    Args:
+        name: a file, of `torch.export` (.pt2) or TorchScript; or `package.module:callable`, where with weights the callable makes
+            the network, and without it is the model.
+        weights: file of weights: `.safetensors`, or a checkpoint.
+        allow_pickle: let files be unpickled, which runs code that they bring.
+
+    Raises:
+        ModelFileError: if the model cannot be loaded, or must not be.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        if weights is not None:
+            raise ModelFileError(f"{path} holds its weights itself: weights are for package.module:factory")
+        return _of_file(path, allow_pickle)
+    if ":" not in name or name.endswith((".pt2", ".pt", ".ts", ".pth")):
+        raise ModelFileError(f"there is no file {name}; a model is a .pt2 or TorchScript file, or package.module:callable")
+    found = _imported(name)
+    if weights is None:
+        if isinstance(found, type):
+            raise ModelFileError(f"{name} is a class, which makes networks: give its weights with --weights, or name a network")
+        return LoadedModel(found)
+    network = found()
+    if not isinstance(network, nn.Module):
+        raise ModelFileError(f"{name} returned {type(network).__name__}: with weights it must make a torch.nn.Module")
+    _load_weights(network, weights, allow_pickle)
+    return LoadedModel(network.eval())
+
+
+def _imported(name: str) -> Any:
+    module_name, _, attribute = name.partition(":")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)  # as `python -m` does it
+    try:
+        found = importlib.import_module(module_name)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except ModuleNotFoundError as error:
+        raise ModelFileError(
+            f"{name} cannot be imported: {error}. It is looked for here and where packages are installed"
+        ) from error
+    except AttributeError as error:
+        raise ModelFileError(f"{name} cannot be imported: {error}") from error
+    if not callable(found):
+        raise ModelFileError(f"{name} is of type {type(found).__name__}, which cannot be called")
+    return found
+
+
+# Weights
+
+
+def _load_weights(network: nn.Module, path: Path, allow_pickle: bool) -> None:
+    state = _without_prefix(_state_of(path, allow_pickle))
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise ModelFileError(f"the weights in {path} do not fit {type(network).__name__}: {error}") from error
+
+
+def _state_of(path: Path, allow_pickle: bool) -> Mapping[str, Tensor]:
+    if not path.is_file():
+        raise ModelFileError(f"there is no file of weights {path}")
+    if path.suffix == ".safetensors":
+        try:
+            from safetensors import SafetensorError
+            from safetensors.torch import load_file
+        except ImportError as error:
+            raise MissingDependencyError(f"{path} needs safetensors: pip install 'voxloom[safetensors]'") from error
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ModelFileError(f"{path} is not a file of safetensors, or is damaged: {error}") from error
+    found: Any = _unpickled(path, allow_pickle)
+    for key in STATE_KEYS:
+        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
+            found = found[key]
+    if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise ModelFileError(f"{path} holds no weights by name, also not under {', '.join(STATE_KEYS)}")
+    return found
+
+
+def _without_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Drop what wrappers such as DistributedDataParallel and torch.compile put before all names."""
+    names = dict(state)
+    for prefix in ("module.", "_orig_mod."):
+        if names and all(name.startswith(prefix) for name in names):
+            names = {name.removeprefix(prefix): value for name, value in names.items()}
+    return names
+
+
+def _unpickled(path: Path, allow_pickle: bool) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of old ways to pickle
+            return torch.load(path, map_location="cpu", weights_only=not allow_pickle)
+    except pickle.UnpicklingError as error:
+        what = str(error).strip().splitlines()[0]
+        raise ModelFileError(f"{path} holds more than weights, and {ALLOW}. ({what})") from error
+    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, ImportError) as error:
+        raise ModelFileError(f"{path} cannot be read: {str(error).strip().splitlines()[0]}") from error
+
+
+# Whole models
+
+
+def _of_file(path: Path, allow_pickle: bool) -> LoadedModel:
+    names: list[str] = []
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    if is_program(names):
+        return _of_program(path, allow_pickle)
+    if any(name.endswith("/constants.pkl") for name in names):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # of TorchScript as such
+                return LoadedModel(torch.jit.load(path, map_location="cpu").eval())
+        except RuntimeError as error:
+            raise ModelFileError(f"{path} cannot be loaded as TorchScript: {str(error).strip().splitlines()[0]}") from error
+    if not allow_pickle:
+        raise ModelFileError(
+            f"{path} is neither a torch.export program nor TorchScript. If it is a pickled model, {ALLOW}; if it holds weights,"
+            " give package.module:factory and --weights"
+        )
+    model = _unpickled(path, allow_pickle)
+    if not callable(model):
+        raise ModelFileError(
+            f"{path} holds {type(model).__name__}, which cannot be called: give package.module:factory --weights"
+        )
+    return LoadedModel(model.eval() if isinstance(model, nn.Module) else model)
+
+
+def _of_program(path: Path, allow_pickle: bool) -> LoadedModel:
+    if not allow_pickle and (reasons := reasons_to_refuse(path)):
+        raise ModelFileError(f"{path}: {'; '.join(reasons)}; {ALLOW}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.export.load(path)
+    except (RuntimeError, ValueError, KeyError, AssertionError, EOFError) as error:
+        raise ModelFileError(f"{path} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    inputs = set(program.graph_signature.user_inputs)
+    shapes = [node.meta["val"].shape for node in program.graph.nodes if node.op == "placeholder" and node.name in inputs]
+    if len(shapes) != 1 or len(shapes[0]) != 5:
+        raise ModelFileError(
+            f"{path} takes {len(shapes)} inputs, of {', '.join(str(len(shape)) for shape in shapes)} dimensions: a model takes"
+            " one batch (B, C, I, J, K)"
+        )
+    batch, _, *patch = (size if isinstance(size, int) else None for size in shapes[0])
+    sizes = tuple(size for size in patch if size is not None)
+    return LoadedModel(program.module(), batch, sizes if len(sizes) == 3 else None)
