@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import voxloom as vx
+from voxloom.core.front import Front
 from voxloom.core.weave import AxisWeave
 from voxloom.inference.plans import BASE_BYTES
 
@@ -570,6 +571,57 @@ def test_a_device_without_room_for_one_patch_is_an_error():
 
     with pytest.warns(RuntimeWarning), pytest.raises(vx.errors.DeviceMemoryError, match="for a single patch of"):
         vx.predict(model, torch.rand(1, 24, 24, 24), 8, batch_size=2)
+
+
+def test_a_sum_that_the_device_has_no_room_for_goes_on_in_the_memory_of_the_host(monkeypatch):
+    # "cpu:0" stands for a device: it is another one than "cpu", where tensors lie all the same.
+    monkeypatch.setattr("voxloom.inference.predictor.home_of_front", lambda device, num_bytes: torch.device("cpu", 0))
+    opened = []
+    open_cell = Front._open
+
+    def full(front, layer, row):
+        if (layer, row) not in front._cells:
+            opened.append((layer, row))
+            if front._device.index == 0 and len(opened) > 10:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return open_cell(front, layer, row)
+
+    data = torch.rand(1, 24, 24, 24)
+    expected = vx.predict(network(), data, 8, 4).data
+    monkeypatch.setattr(Front, "_open", full)
+    with pytest.warns(RuntimeWarning, match="the run goes on with it in the memory of the host") as caught:
+        result = vx.predict(network(), data, 8, 4)
+    assert len(caught) == 1
+    assert torch.equal(result.data, expected)
+
+
+def test_a_sum_makes_room_for_the_model(monkeypatch):
+    monkeypatch.setattr("voxloom.inference.predictor.home_of_front", lambda device, num_bytes: torch.device("cpu", 0))
+    calls = []
+
+    def model(batch):
+        calls.append(1)
+        if len(calls) == 20:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return batch
+
+    data = torch.rand(1, 24, 24, 24)
+    with pytest.warns(RuntimeWarning, match="the run goes on with it in the memory of the host"):
+        result = vx.predict(model, data, 8, 4)
+    assert torch.equal(result.data, vx.predict(lambda batch: batch, data, 8, 4).data)
+
+
+def test_a_reduction_that_the_device_has_no_room_for_is_made_on_the_host():
+    calls = []
+
+    def reduce(block):
+        calls.append(1)
+        if len(calls) == 5:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return block * 2
+
+    data = torch.rand(1, 24, 24, 24)
+    torch.testing.assert_close(vx.predict(nn.Identity(), data, 8, 4, reduce=reduce).data, data * 2)
 
 
 # The plan

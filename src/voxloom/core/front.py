@@ -1,5 +1,6 @@
 """The part of a sum of patches that is open while a sweep goes through it."""
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -53,6 +54,11 @@ class WeightsOfPatches:
         self._vectors: dict[tuple[int, int], tuple[int, Tensor]] = {}
         self._distinct: dict[tuple[int, bytes], int] = {}
         self._products: OrderedDict[Ints, Tensor] = OrderedDict()
+
+    def move_to(self, device: torch.device) -> None:
+        """Make weights on another device from now on."""
+        self._device = device
+        self._products.clear()
 
     def of(self, numbers: Ints) -> Tensor:
         """Weights of the part of a patch that lies in the volume: exact to three roundings."""
@@ -130,7 +136,7 @@ class Front:
     @torch.inference_mode(False)
     @torch.no_grad()
     def add(self, patch: Tensor, numbers: Ints) -> None:
-        """Add a patch.
+        """Add a patch: all of it, or after an error for want of memory nothing.
 
         Args:
             patch: tensor `(C, *patch size)`; it is only read.
@@ -141,16 +147,16 @@ class Front:
         whole = sweep.span(numbers)
         box = whole & self._box
         origin = sweep.grid.location(numbers).index
-        piece = patch[(slice(None), *box.relative_to(origin).slices)].to(self._device)
+        piece = patch[(slice(None), *box.relative_to(origin).slices)].to(self._device, self._dtype)
         weights = None if self._weights is None else self._weights.of(numbers)[box.relative_to(whole.start).slices]
         rows = sweep.steps[1].adds_to(row)
-        for number in sweep.steps[0].adds_to(layer):
-            for of_row in range(max(rows.start, self._rows.start), min(rows.stop, self._rows.stop)):
-                cell = self._open(number, of_row)
-                part = box & cell.box
-                target = part.relative_to(cell.box.start).slices
-                source = part.relative_to(box.start).slices
-                self._add(cell, piece[(slice(None), *source)], target, None if weights is None else weights[source])
+        of_column = range(max(rows.start, self._rows.start), min(rows.stop, self._rows.stop))
+        # Everything that takes memory comes first.
+        for cell in [self._open(*place) for place in itertools.product(sweep.steps[0].adds_to(layer), of_column)]:
+            part = box & cell.box
+            target = part.relative_to(cell.box.start).slices
+            source = part.relative_to(box.start).slices
+            self._add(cell, piece[(slice(None), *source)], target, None if weights is None else weights[source])
 
     def _add(self, cell: _Cell, piece: Tensor, target: tuple[slice, ...], weights: Tensor | None) -> None:
         third = self._sweep.axes[2]
@@ -162,7 +168,7 @@ class Front:
         if weights is None:
             values.copy_(piece)
         else:
-            _sum_up(values, piece.to(values.dtype), weights, third - 3, old)
+            _sum_up(values, piece, weights, third - 3, old)
         cell.reached = max(cell.reached, stop)
         if cell.weights is not None:
             cell.weights[target].add_(1 if weights is None else weights)
@@ -191,6 +197,15 @@ class Front:
             return False
         touching = map(type(self._sweep.grid.axes[0]).touching, self._sweep.grid.axes, box.start, box.stop)
         return not bool(self._needed[tuple(slice(numbers.start, numbers.stop) for numbers in touching)].all())
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def move_to(self, device: torch.device) -> None:
+        """Hold the sum on another device from now on."""
+        self._device = device
+        for cell in self._cells.values():
+            cell.values = cell.values.to(device)
+            cell.weights = None if cell.weights is None else cell.weights.to(device)
 
     @torch.inference_mode(False)
     @torch.no_grad()

@@ -16,14 +16,16 @@ from ..core.front import Allocate, Finished, Front, WeightsOfPatches
 from ..core.sizes import Ints
 from ..core.sweeps import Column
 from ..core.windows import Window
-from ..errors import OutputError
+from ..errors import DeviceMemoryError, OutputError
 from .inputs import PatchReader
-from .models import Models
+from .models import Models, is_out_of_memory
 from .outputs import Result, Stream, called
 from .plans import PredictionPlan, ResultForm, SumForm
 from .sinks import Sink
 
 __all__ = ["Execution", "Progress"]
+
+HOST = torch.device("cpu")
 
 Progress = Callable[[int], object]
 """Is told of each batch how many patches it had."""
@@ -127,12 +129,12 @@ class Execution:
                 if is_wanted:
                     self._submit(self.layer_finished)
                 continue
-            self._check_forms(outputs := self.models.run(batch, self.streams))
+            self._check_forms(outputs := self._outputs(batch, fronts))
             del batch
             for number, numbers in enumerate(step.patches):
                 self._finish_rows(fronts, step.layer, is_wanted, numbers[self.plan.sweep.axes[1]])
                 for front, output in zip(fronts, outputs, strict=True):
-                    front.add(output[number], numbers)
+                    self._add(fronts, front, output[number], numbers)
             progress(len(step.patches))
 
     def _front(self, column: Column, number: int) -> Front:
@@ -147,6 +149,41 @@ class Execution:
             self.needed,
             self.allocate,
         )
+
+    def _add(self, fronts: list[Front], front: Front, patch: Tensor, numbers: Ints) -> None:
+        try:
+            front.add(patch, numbers)
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or self.front_device == HOST:
+                raise
+            self._move_to_host(fronts)
+            front.add(patch, numbers)
+
+    def _outputs(self, batch: Tensor, fronts: list[Front]) -> list[Tensor]:
+        try:
+            return self.models.run(batch, self.streams)
+        except DeviceMemoryError:
+            if self.front_device == HOST:
+                raise
+            self._move_to_host(fronts)
+            return self.models.run(batch, self.streams)
+
+    def _move_to_host(self, fronts: list[Front]) -> None:
+        self._warn(
+            f"there was too little memory on {self.front_device} for the sum of patches: the run goes on with it in the memory"
+            " of the host"
+        )
+        self.front_device = HOST
+        for front in fronts:
+            front.move_to(HOST)
+        for weights in filter(None, self._weights):
+            weights.move_to(HOST)
+        self.models.free()
+
+    def _warn(self, text: str) -> None:
+        if text not in self.warnings:
+            self.warnings.append(text)
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
 
     def _steps(self, layers_done: int) -> Iterator[_Step]:
         """Give all batches that are still needed, and the ends of layers."""
@@ -169,15 +206,30 @@ class Execution:
     def _with_batches(self, steps: Iterator[_Step], reading: ThreadPoolExecutor) -> Iterator[tuple[_Step, Tensor | None]]:
         """Read each batch while the one before it is in the model."""
         waiting: list[tuple[_Step, Future | None]] = []
-        size, pinned = self.plan.batch_size, self.models.device.type == "cuda"
         for step in steps:
-            waiting.append((step, reading.submit(self.reader.read, step.patches, size, pinned) if step.patches else None))
+            waiting.append((step, reading.submit(self._read, step.patches) if step.patches else None))
             while sum(future is not None for _, future in waiting) > 1:
                 first, future = waiting.pop(0)
                 yield first, None if future is None else future.result()
         while waiting:
             first, future = waiting.pop(0)
             yield first, None if future is None else future.result()
+
+    def _read(self, patches: tuple[Ints, ...]) -> Tensor:
+        """Read a batch, and bring it to the device while that computes."""
+        device = self.models.device
+        if device.type != "cuda":
+            return self.reader.read(patches, self.plan.batch_size, False)
+        batch = self.reader.read(patches, self.plan.batch_size, True)
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        try:
+            with torch.cuda.stream(stream):
+                copied = batch.to(device, non_blocking=True)
+        except torch.cuda.OutOfMemoryError:
+            return batch  # it is copied, in parts if need be, when its turn comes
+        stream.synchronize()
+        copied.record_stream(torch.cuda.default_stream(device))  # its memory is not reused before the model is done with it
+        return copied
 
     def _check_forms(self, outputs: list[Tensor]) -> None:
         for stream, each, output in zip(self.streams, self.sums, outputs, strict=True):
@@ -226,14 +278,19 @@ class Execution:
         shape = (form.shape[0], *finished.box.shape)
         if finished.values is None:
             return torch.full(shape, self.fill, dtype=form.dtype)
-        block = result.reduction(finished.values)
+        try:
+            block = result.reduction(finished.values)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            block = result.reduction(finished.values.cpu())
         if tuple(block.shape) != shape or block.dtype != form.dtype:
             raise OutputError(
                 f"reduce gave {block.dtype} of shape {tuple(block.shape)} for a block of shape {tuple(finished.values.shape)}; by"
                 f" what it gave for a single voxel, {form.dtype} of shape {shape} was expected"
             )
         if finished.uncovered is not None:
-            block = block.masked_fill(finished.uncovered, self.fill)
+            block = block.masked_fill(finished.uncovered.to(block.device), self.fill)
         return block.cpu()
 
     def _check_values(self, number: int, finished: Finished) -> None:
@@ -246,10 +303,7 @@ class Execution:
             place = tuple(nans.nonzero()[0].tolist())
             raise _NanFound(number, tuple(map(int.__add__, finished.box.start, place)))
         if bool(values.isinf().any()):
-            text = f"{called(self.streams[number].source)} of the model for {self.name} holds infinity"
-            if text not in self.warnings:
-                self.warnings.append(text)
-                warnings.warn(text, RuntimeWarning, stacklevel=2)
+            self._warn(f"{called(self.streams[number].source)} of the model for {self.name} holds infinity")
 
     def _explained(self, found: _NanFound) -> OutputError:
         """Find the patch that NaN came from, by running those that hold the voxel once more."""

@@ -105,7 +105,7 @@ class Models:
         """Give the outputs for a batch: one tensor `(B, C, I, J, K)` for each stream.
 
         Args:
-            batch: a batch, on the CPU; models may write to it.
+            batch: a batch; models may write to it.
             streams: which outputs, and their activations.
 
         Raises:
