@@ -6,20 +6,24 @@ inference loop needs the same few sizes over and over, so memory that was freed 
 """
 
 import contextlib
+import ctypes
 import math
+import mmap
 import os
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["FreedMemory", "copy_alone", "empty"]
+__all__ = ["FreedMemory", "Trimmer", "copy_alone", "empty"]
 
 # Smaller blocks the C library keeps and hands out again by itself.
 LARGE_BYTES = 32 * 2**20
+# Larger blocks are asked of the system, each on its own.
+MAPPED_BYTES = 2**20
 # What is kept for the next tensor of the same size: room for the images of a usual batch.
 KEPT_BYTES = 128 * 2**20
 
@@ -47,7 +51,7 @@ class FreedMemory:
             with self._lock:
                 self._used_bytes += num_bytes
                 self._drop()
-            block = np.empty(num_bytes, dtype=np.uint8)
+            block = _fresh(num_bytes)
         # The tensor and all its views hold the lease: when it dies, nobody can see the block any more.
         lease = block.view()
         weakref.finalize(lease, self._keep, block).atexit = False
@@ -87,6 +91,48 @@ class FreedMemory:
             self._used_bytes += num_bytes
             return block
         return None
+
+
+def _fresh(num_bytes: int) -> np.ndarray:
+    """Ask the system for memory, rather than the C library: that would keep gaps between blocks when they are freed."""
+    if num_bytes < MAPPED_BYTES or not hasattr(mmap, "MAP_ANONYMOUS"):
+        return np.empty(num_bytes, dtype=np.uint8)
+    mapped = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a system may not offer it
+            mapped.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(mapped, dtype=np.uint8)
+
+
+class Trimmer:
+    """Keeps the C library from holding on to memory that was freed, while a bound is kept to.
+
+    Blocks below 32 MiB, as outputs of models often are, leave gaps when they are freed, which the C library does not give back by
+    itself; they can come to several times of what is in use.
+
+    Args:
+        num_bytes: by how much the process may grow before it is looked for such gaps.
+    """
+
+    def __init__(self, num_bytes: int) -> None:
+        self._step = max(num_bytes // 20, LARGE_BYTES // 4)
+        self._trim: Callable[[int], int] | None = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+        self._bound = _resident_bytes() + num_bytes
+
+    def check(self) -> None:
+        """Give back what is free if the process has grown too large; costs hardly anything otherwise."""
+        if self._trim is not None and _resident_bytes() > self._bound:
+            self._trim(0)
+            # What is still there is in use, by the model for example: asking again at once would be of no use.
+            self._bound = max(self._bound, _resident_bytes() + self._step)
+
+
+def _resident_bytes() -> int:
+    try:
+        with open("/proc/self/statm", "rb") as file:  # noqa: PTH123 - each batch asks
+            return int(file.read().split()[1]) * mmap.PAGESIZE
+    except OSError:
+        return 0
 
 
 _all: weakref.WeakSet[FreedMemory] = weakref.WeakSet()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..core.boxes import Box
 from ..core.front import Allocate, Finished, Front, WeightsOfPatches
+from ..core.memory import Trimmer
 from ..core.sizes import Ints
 from ..core.sweeps import Column
 from ..core.windows import Window
@@ -118,6 +119,7 @@ class Execution:
 
     def _go(self, layers_done: int, reading: ThreadPoolExecutor, progress: Progress) -> None:
         fronts: list[Front] = []
+        trimmer = Trimmer(self.plan.peak_bytes - self.plan.memory.batches)
         for step, batch in self._with_batches(self._steps(layers_done), reading):
             column = self.plan.columns[step.column]
             if step.is_first:
@@ -129,12 +131,14 @@ class Execution:
                 if is_wanted:
                     self._submit(self.layer_finished)
                 continue
-            self._check_forms(outputs := self._outputs(batch, fronts))
-            del batch
+            outputs = self._outputs(batch, fronts)
+            self._check_forms(outputs)
             for number, numbers in enumerate(step.patches):
                 self._finish_rows(fronts, step.layer, is_wanted, numbers[self.plan.sweep.axes[1]])
                 for front, output in zip(fronts, outputs, strict=True):
                     self._add(fronts, front, output[number], numbers)
+            del batch, outputs, output  # before those of the next step are made
+            trimmer.check()
             progress(len(step.patches))
 
     def _front(self, column: Column, number: int) -> Front:

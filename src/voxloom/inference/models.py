@@ -149,7 +149,7 @@ class Models:
         value = self._activated(outputs[stream.source], stream)
         dtype = value.dtype if self.num_passes == 1 else sum_dtype(value.dtype)
         copies = 1 + int(value is not outputs[stream.source]) + int(self.num_passes > 1)
-        return Form(value.shape[1], tuple(value.shape[2:]), dtype, copies, value[:1, :, :1, :1, :1].cpu())
+        return Form(value.shape[1], tuple(value.shape[2:]), dtype, copies, value[:1, :, :1, :1, :1].to("cpu", copy=True))
 
     def _average(self, batch: Tensor, streams: Sequence[Stream]) -> list[Tensor]:
         sums: list[Tensor] = []

@@ -1,0 +1,72 @@
+"""The peak that a plan states is kept to, also where it follows from a limit: measured in processes of their own."""
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+SCRIPT = """
+    import gc, json, sys, warnings
+    import torch
+    import voxloom as vx
+
+    shape, classes, patch, limit, output, reduce = json.loads(sys.argv[1])
+    warnings.simplefilter("ignore", RuntimeWarning)  # of blocks
+
+    def resident(entry):
+        with open("/proc/self/status") as lines:
+            return next(int(line.split()[1]) for line in lines if line.startswith(entry)) * 1024
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.factors = torch.nn.Parameter(torch.rand(classes, 1, 1, 1))
+
+        def forward(self, batch):
+            return batch * self.factors
+
+    values = torch.rand(1, *shape)
+    if output is None:
+        image = vx.ScalarImage(values)
+    else:
+        vx.ScalarImage((values * 1000).to(torch.int16)).save("scan.nii.gz")
+        image = "scan.nii.gz"
+        del values
+    predictor = vx.Predictor(Model(), patch, reduce=reduce, memory_limit=limit)
+    # A small one first, so that code which is loaded late does not count.
+    vx.Predictor(Model(), 16, reduce=reduce)(torch.rand(1, 16, 16, 16))
+    gc.collect()
+    at_rest = resident("VmRSS")
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # forget the peak so far
+    plan = predictor.plan(image, output=output)
+    result = predictor(image, output=output)
+    print(json.dumps({"peak": resident("VmHWM") - at_rest, "planned": plan.peak_bytes, "blocks": plan.num_blocks}))
+"""
+
+
+def measured(tmp_path, **case):
+    options = [case["shape"], case["classes"], case["patch"], case.get("limit"), case.get("output"), case.get("reduce")]
+    command = [sys.executable, "-c", textwrap.dedent(SCRIPT), json.dumps(options)]
+    return json.loads(subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux says what the peak of a process was")
+@pytest.mark.parametrize(
+    ("case", "blocks"),
+    [
+        ({"shape": (256, 256, 512), "classes": 60, "patch": 96, "reduce": "argmax"}, 1),
+        ({"shape": (256, 256, 512), "classes": 60, "patch": 96, "reduce": "argmax", "limit": "1200MiB", "output": "o.nii.gz"}, 2),
+        # Outputs that the C library would take from its heap, and not give back.
+        ({"shape": (200, 200, 200), "classes": 20, "patch": 64, "reduce": "argmax", "limit": "120MiB"}, 4),
+        ({"shape": (200, 200, 200), "classes": 3, "patch": 64, "output": "o.nii"}, 1),
+    ],
+)
+def test_the_peak_stays_within_what_was_stated(tmp_path, case, blocks):
+    found = measured(tmp_path, **case)
+    assert found["blocks"] == blocks
+    assert found["peak"] <= 1.15 * found["planned"]
+    # Nor is it stated much higher than it is, but for a reserve of some megabytes.
+    assert found["peak"] >= 0.7 * (found["planned"] - 2**24)
