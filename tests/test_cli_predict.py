@@ -1,5 +1,6 @@
 """voxloom predict, plan and info, as a person runs them: on files, folders and tables, with models of all kinds."""
 
+import contextlib
 import filecmp
 import json
 import os
@@ -20,6 +21,8 @@ from torch import nn
 
 import voxloom as vx
 from voxloom import cli
+from voxloom.inference import files
+from voxloom.inference.model_files import load_model
 from voxloom.inference.program_check import _is_plain
 
 MODULE = """
@@ -156,6 +159,10 @@ def test_one_case_that_fails_does_not_stop_the_others(here, run):
         (["scans/a.nii.gz", "scans"], "would both go to out/a.nii.gz"),
         (["scans/a.nii.gz", "-o", "scans/a.nii.gz"], "would replace the input scans/a.nii.gz"),
         (["scans", "-o", "scans"], "would replace the input scans/a.nii.gz"),
+        (["scans/a.nii.gz", "scans/b/c.mha", "-o", "x.nii.gz"], "x.nii.gz is the name of one file"),
+        (["scans", "-o", "x.nii"], "x.nii is the name of one file"),
+        (["--table", "empty"], "the table empty cannot be read: Is a directory"),
+        (["scans", "--batch-size", "0"], "batch_size is 0"),
         (["missing.nii"], "there is no file"),
         (["scans", "nothing"], "there is no file or folder nothing"),
         (["empty"], "the folder empty holds no image"),
@@ -307,6 +314,9 @@ def pickled_constant(tree):
     tree["config"]["x"] = {"path_name": "opaque_obj_0", "is_param": False, "use_pickle": True, "tensor_meta": None}
 
 
+DEFAULTDICT = json.dumps(
+    [1, {"type": "collections.defaultdict", "context": '{"default_factory_module": "os"}', "children_spec": []}]
+)
 MALICIOUS = {
     "sample": ("data/sample_inputs/model.pt", pickle.dumps(RunsCode())),
     "constant": ("model_constants_config.json", edited(pickled_constant)),
@@ -321,6 +331,19 @@ MALICIOUS = {
     ),
     "guard": ("models/model.json", edited(lambda tree: tree.update(guards_code=["__import__('os').system('touch ran')"]))),
     "expression": ("models/model.json", edited(lambda tree: tree.update(x={"expr_str": "__import__('os').system('touch ran')"}))),
+    "ending": ("models/evil.JSON", b"{}"),
+    "file": (
+        "models/model.json",
+        edited(lambda tree: tree["graph_module"]["graph"]["nodes"][0].update(target="torch.ops.aten.from_file.default")),
+    ),
+    "foreign": (
+        "models/model.json",
+        edited(lambda tree: tree["graph_module"]["graph"]["nodes"][0].update(target="torch.ops.mylib.run.default")),
+    ),
+    "structure": (
+        "models/model.json",
+        edited(lambda tree: tree["graph_module"]["module_call_graph"][0]["signature"].update(out_spec=DEFAULTDICT)),
+    ),
     "library": ("data/aotinductor/model/x.so", b"\x7fELF"),
 }
 
@@ -340,6 +363,78 @@ def test_two_entries_of_one_name_are_refused(here, run):
         warnings.simplefilter("ignore")
         archive.writestr(archive.namelist()[0], b"")
     assert "it holds two entries of one name" in run("predict", "model.pt2", "scans/a.nii.gz", code=1).err
+
+
+def test_only_what_was_looked_into_is_loaded(here, run):
+    """Two directories in one archive: one reader takes the one at the end, another that at the place that is written there."""
+    exported("model.pt2")
+    replaced("model.pt2", "evil.pt2", *MALICIOUS["target"])
+    evil, plain = Path("evil.pt2").read_bytes(), Path("model.pt2").read_bytes()
+    start = plain.rindex(b"PK\x05\x06")
+    end_of_evil = evil.rindex(b"PK\x05\x06")
+    Path("both.pt2").write_bytes(
+        evil[:end_of_evil]
+        + plain[:start]
+        + evil[end_of_evil : end_of_evil + 12]
+        + plain[start + 12 : start + 16]
+        + evil[end_of_evil + 16 :]
+    )
+    run("predict", "model.pt2", "scans/a.nii.gz", "-o", "expected.nii.gz")
+    run("predict", "both.pt2", "scans/a.nii.gz", "-o", "out.nii.gz")
+    assert filecmp.cmp("expected.nii.gz", "out.nii.gz", shallow=False)
+
+
+def test_a_damaged_program_is_an_error(here, run):
+    exported("model.pt2")
+    content = Path("model.pt2").read_bytes()
+    Path("cut.pt2").write_bytes(content[: len(content) // 2])
+    assert "cut.pt2 is damaged or truncated" in run("predict", "cut.pt2", "scans/a.nii.gz", code=1).err
+    for number in range(30):
+        damaged = bytearray(content)
+        place = len(content) * (number + 1) // 32
+        damaged[place : place + 40] = b"x" * 40
+        Path("damaged.pt2").write_bytes(damaged)
+        with contextlib.suppress(vx.errors.ModelFileError):
+            load_model("damaged.pt2")
+
+
+def test_results_beside_their_inputs_are_not_taken_for_inputs(here, run):
+    for _ in range(2):
+        done = run("predict", "mymodels:negative", ".", "-o", "results", "--patch-size", 8)
+    assert done.out.endswith("0 done, 3 complete already, 0 failed\n")
+
+
+def test_a_network_is_known_by_its_weights_and_not_by_its_name(here, run):
+    network = exported("model.pt2")
+    Path("c:").mkdir()
+    os.rename("model.pt2", "c:/model.pt2")
+    run("predict", "c:/model.pt2", "scans/a.nii.gz", "-o", "out.nii.gz")
+    assert "sha256" in json.loads(Path("out.json").read_text())["models"][0]
+    torch.save(network.state_dict(), "w.pt")
+    arguments = ["predict", "mymodels:network", "scans/a.nii.gz", "-o", "n.nii.gz", "--patch-size", 8, "--weights", "w.pt"]
+    run(*arguments)
+    network.bias.data += 1
+    torch.save(network.state_dict(), "w.pt")
+    assert "models was" in run(*arguments, code=1).err
+
+
+def test_a_result_that_was_interrupted_while_it_was_published_is_published(here, run, monkeypatch):
+    arguments = ["predict", "mymodels:negative", "scans/a.nii.gz", "-o", "out.nii.gz", "--patch-size", 8]
+    put = files.UnfinishedRun._put
+
+    def killed(self, source, target):
+        if target.suffix == ".json":
+            raise KeyboardInterrupt
+        put(self, source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.UnfinishedRun, "_put", killed)
+        run(*arguments, code=130)
+    assert not Path("out.json").exists()
+    run(*arguments)
+    assert Path("out.json").exists()
+    assert run(*arguments).out == "a.nii.gz: out.nii.gz is complete\n"
+    assert not Path(".out.nii.gz.voxloom").exists()
 
 
 @pytest.mark.parametrize(
@@ -389,6 +484,10 @@ def test_pickled_models_and_weights_run_only_if_that_is_allowed(here, run):
         ("missing", [], "a model is a .pt2 or TorchScript file, or package.module:callable"),
         ("nomodule:x", [], "nomodule:x cannot be imported: No module named 'nomodule'"),
         ("mymodels:x", [], "has no attribute 'x'"),
+        (":x", [], ":x cannot be imported"),
+        (".a:x", [], ".a:x cannot be imported"),
+        ("scans", [], "scans is a folder: a model is"),
+        ("mymodels:negative", ["--weights", "other.pt"], "cannot make a network"),
         ("mymodels:number", [], "is of type int, which cannot be called"),
         ("mymodels:Network", [], "is a class, which makes networks: give its weights"),
         ("mymodels:network", ["--weights", "none.pt"], "there is no file of weights none.pt"),

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from tqdm import tqdm
 
@@ -106,7 +107,8 @@ def _predictor(model: str, weights: Path | None, allow_pickle: bool, **given: An
         padding_mode=_number_or_text(given["padding"]),
         mirror_axes=_numbers(given["mirror"], int, "mirror") or (),
         memory_limit=given["memory_limit"],
-        model_name=None if ":" not in model or weights is not None else model,
+        # A function has no weights to be known by.
+        model_name=None if isinstance(loaded.model, torch.nn.Module) else model,
     )
 
 
@@ -129,7 +131,7 @@ def _sizes_of(loaded: LoadedModel, patch_size: list[int] | None, batch_size: int
         raise SizeError(
             "the patch size is missing, and the model has none of its own: give --patch-size, such as --patch-size 128"
         )
-    return size, batch_size or loaded.batch_size or 1
+    return size, next(number for number in (batch_size, loaded.batch_size, 1) if number is not None)
 
 
 def _numbers(text: str | None, convert: Any, name: str) -> Any:

@@ -45,7 +45,8 @@ def test_each_interval_is_finished_with_the_last_patch_that_adds_to_it(sweep):
 def test_columns_share_the_volume_out(sweep, data):
     parts = [data.draw(st.integers(1, len(numbers))) for numbers in (sweep.whole.rows, sweep.whole.thirds)]
     columns = sweep.split(*parts)
-    assert len(columns) == parts[0] * parts[1]
+    assert len(columns) <= parts[0] * parts[1]
+    assert all(sweep.column_box(column).numel for column in columns)
     covered = np.zeros(sweep.grid.spatial_shape, dtype=int)
     for column in columns:
         covered[sweep.column_box(column).slices] += 1

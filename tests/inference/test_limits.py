@@ -3,6 +3,7 @@
 import pytest
 
 from voxloom.errors import SizeError
+from voxloom.inference import limits
 from voxloom.inference.limits import as_bytes, free_bytes, pretty_bytes
 
 
@@ -33,3 +34,18 @@ def test_bytes_for_people():
 def test_there_is_free_memory():
     free = free_bytes()
     assert free is None or 2**20 < free < 2**50
+
+
+def test_what_is_kept_of_files_counts_as_free(tmp_path, monkeypatch):
+    root = tmp_path / "cgroup"
+    job = root / "jobs" / "mine"
+    job.mkdir(parents=True)
+    for folder, limit in ((root / "jobs", 10 * 2**30), (job, 2**30)):
+        (folder / "memory.max").write_text(f"{limit}\n")
+        (folder / "memory.current").write_text(f"{900 * 2**20}\n")
+        (folder / "memory.stat").write_text(f"anon 5\ninactive_file {500 * 2**20}\n")
+    own = tmp_path / "own"
+    own.write_text("0::/jobs/mine\n")
+    monkeypatch.setattr(limits, "GROUPS", ((root, "memory.max", "memory.current", "inactive_file"),))
+    monkeypatch.setattr(limits, "OWN_GROUPS", own)
+    assert sorted(limits._free_in_groups()) == [2**30 - 400 * 2**20, 10 * 2**30 - 400 * 2**20]

@@ -362,7 +362,70 @@ def test_masks_that_do_not_fit(mask, message):
     assert message in str(caught.value)
 
 
+# What is given to users' functions, and what may change between calls
+
+
+def test_functions_may_write_to_what_they_are_given():
+    data = torch.rand(1, 20, 20, 20)
+    result = vx.predict(nn.Identity(), data, 8, 4, activation={"a": lambda batch: batch.mul_(0), "raw": None, "b": torch.neg})
+    assert not result["a"].data.any()
+    torch.testing.assert_close(result["raw"].data, data)
+    torch.testing.assert_close(result["b"].data, -data)
+    result = vx.predict(nn.Identity(), data, 8, 4, reduce={"a": lambda block: block.mul_(0), "raw": None})
+    torch.testing.assert_close(result["raw"].data, data)
+    given = data.clone()
+    vx.predict(lambda batch: batch.mul_(2), data, 8, 4)
+    assert torch.equal(given, data)
+
+
+def test_a_predictor_follows_its_model_to_another_type():
+    model = network()
+    predictor = vx.Predictor(model, 8, 4)
+    data = torch.rand(1, 12, 12, 12)
+    assert predictor(data).data.dtype == torch.float32
+    model.double()
+    assert predictor(data).data.dtype == torch.float64
+    model.bfloat16()
+    assert predictor(data).data.dtype == torch.float32
+
+
+def test_outputs_that_nothing_is_made_of_may_be_anything():
+    data = torch.rand(1, 12, 12, 12)
+    result = vx.predict(lambda batch: {"out": batch, "aux": None}, data, 8, reduce={"out": None})
+    torch.testing.assert_close(result["out"].data, data)
+
+
+def test_padding_that_holds_patches_of_its_own_can_be_split():
+    data = torch.rand(1, 32, 33, 21)
+    arguments = (lambda batch: batch.repeat(1, 64, 1, 1, 1), data, 8, 6, "gaussian")
+    options = {"padding_mode": 0, "reduce": [0]}
+    plan = vx.plan(*arguments, **options)
+    with pytest.warns(RuntimeWarning, match="blocks"):
+        result = vx.predict(*arguments, **options, memory_limit=plan.peak_bytes - 400_000)
+    assert torch.equal(result.data, vx.predict(*arguments, **options).data)
+
+
+def test_numbers_of_numpy_are_numbers():
+    data = torch.rand(1, 12, 12, 12)
+    plain = vx.predict(nn.Identity(), data, 8, (2, 2, 2), reduce=0.5, mask=0.5, mirror_axes=[1])
+    options = {"reduce": np.float32(0.5), "mask": np.float32(0.5), "mirror_axes": 1}
+    assert torch.equal(vx.predict(nn.Identity(), data, np.array([8, 8, 8]), np.array([2, 2, 2]), **options).data, plain.data)
+    assert torch.equal(
+        vx.predict(nn.Identity(), data, 8, np.float64(0.25), reduce=np.array([0]), mirror_axes=None).data.round(), data.round()
+    )
+
+
 # Bad input
+
+
+def test_models_of_an_ensemble_must_be_alike():
+    with pytest.raises(vx.errors.OutputError, match="of one model has shape .1, 3, 8, 8, 8., and of another .1, 1, 8, 8, 8."):
+        vx.predict([lambda batch: batch.repeat(1, 3, 1, 1, 1), lambda batch: batch], torch.rand(1, 20, 20, 20), 8)
+
+
+def test_one_sink_is_for_one_result():
+    with pytest.raises(vx.errors.OutputError, match="one sink was given for several results"):
+        vx.predict(lambda batch: {"a": batch, "b": batch}, torch.rand(1, 9, 9, 9), 8, output=vx.inference.MemorySink())
 
 
 def only_later(change):
@@ -437,6 +500,9 @@ def test_infinity_is_a_warning():
         ({"reduce": [5]}, "channel 5 was chosen, but the output has 1 channels"),
         ({"reduce": vx.Regions((1, 2))}, "Regions has 2 labels"),
         ({"reduce": lambda block: block[0]}, "must return a tensor with the same last three sizes"),
+        ({"reduce": lambda block: block * torch.nan}, "given as reduce made NaN"),
+        ({"reduce": {}}, "the dict of results is empty"),
+        ({"mirror_axes": 3}, "mirror_axes is 3"),
         ({"mirror_axes": (3,)}, "mirror_axes is (3,)"),
         ({"mirror_axes": (1, 1)}, "mirror_axes is (1, 1)"),
         ({"device": "nowhere"}, "device is 'nowhere'"),

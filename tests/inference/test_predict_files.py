@@ -2,6 +2,7 @@
 
 import contextlib
 import filecmp
+import functools
 import json
 import os
 import signal
@@ -166,7 +167,12 @@ def test_what_exists_is_kept_unless_it_is_to_be_replaced(scan, tmp_path, there):
     assert len(calls) == 1  # to see what the output looks like
     assert (tmp_path / there).read_text() == "mine"
     assert names(tmp_path) == sorted(["scan.nii.gz", there])
-    vx.predict(model, scan, 16, output=tmp_path / "out.nii.gz", overwrite=True)
+    if there == "out.json":
+        with pytest.raises(TargetExistsError, match="out.json exists, and is not of voxloom's"):
+            vx.predict(model, scan, 16, output=tmp_path / "out.nii.gz", overwrite=True)
+        (tmp_path / there).unlink()
+    for _ in range(2):
+        vx.predict(model, scan, 16, output=tmp_path / "out.nii.gz", overwrite=True)
     assert vx.ScalarImage(tmp_path / "out.nii.gz").shape == (1, 30, 26, 22)
 
 
@@ -212,7 +218,7 @@ def test_two_at_once_do_not_write_to_one_file(scan, tmp_path):
         first.join()
     assert (tmp_path / "out.nii").exists()
 
-    run = files.UnfinishedRun([files.NiftiSink(tmp_path / "other.nii")], overwrite=False)
+    run = files.UnfinishedRun({None: files.NiftiSink(tmp_path / "other.nii")}, overwrite=False)
     with contextlib.closing(run), pytest.raises(RecordError, match="another process is writing"):
         vx.predict(nn.Identity(), scan, 16, output=tmp_path / "other.nii")
     vx.predict(nn.Identity(), scan, 16, output=tmp_path / "other.nii")
@@ -269,10 +275,9 @@ def test_a_run_that_is_interrupted_anywhere_is_taken_up_and_ends_with_the_same_b
     assert names(folder) == ["expected.json", "expected.nii", "out.json", "out.nii", "scan.nii"]
 
 
-def interrupt(scan, target, at=30, model_name=None, **options):
-    model = Fragile(at)
+def interrupt(scan, target, at=30, overlap_mode="gaussian", **options):
     with pytest.raises(Interrupted):
-        vx.predict(model, scan, 8, 4, output=target, model_name=model_name, **options)
+        vx.predict(Fragile(at), scan, 8, 4, overlap_mode, output=target, **options)
 
 
 def test_nothing_is_left_of_a_run_that_has_finished_nothing(scan, tmp_path):
@@ -308,6 +313,111 @@ def test_another_model_image_or_option_is_refused_by_name(scan, tmp_path):
     model = Fragile()
     vx.predict(model, scan, 8, 4, "hann", output=target, resume=False)
     assert model.calls == vx.plan(model, scan, 8, 4).forward_passes
+
+
+def scaling(factor):
+    return lambda block: block * factor
+
+
+class Scaling:
+    def __init__(self, factor):
+        self.factor = factor
+
+    def __call__(self, block):
+        return block * self.factor
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize(
+    ("then", "now"),
+    [
+        (scaling(1), scaling(2)),
+        (Scaling(1), Scaling(2)),
+        (lambda block, factor=1: block * factor, lambda block, factor=2: block * factor),
+        (Scaling(torch.ones(1)).__call__, Scaling(torch.zeros(1)).__call__),
+        (functools.partial(torch.mul, other=1), functools.partial(torch.mul, other=2)),
+    ],
+)
+def test_what_a_function_uses_is_part_of_what_it_is(scan, tmp_path, then, now):
+    interrupt(scan, tmp_path / "out.nii", at=100, reduce=then)
+    with pytest.raises(RecordError, match="options.reduce"):
+        vx.predict(Fragile(), scan, 8, 4, output=tmp_path / "out.nii", reduce=now)
+    vx.predict(Fragile(), scan, 8, 4, output=tmp_path / "out.nii", reduce=then)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_buffer_that_is_in_no_checkpoint_is_part_of_the_model(scan, tmp_path):
+    def model(value):
+        network = Fragile()
+        network.register_buffer("scale", torch.full((1,), float(value)), persistent=False)
+        return network
+
+    vx.predict(model(1), scan, 8, 4, output=tmp_path / "out.nii")
+    assert vx.Predictor(model(1), 8, 4).is_made(scan, output=tmp_path / "out.nii")
+    with pytest.raises(TargetExistsError, match="models"):
+        vx.Predictor(model(2), 8, 4).is_made(scan, output=tmp_path / "out.nii")
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_files_of_different_runs_are_not_mixed(scan, tmp_path):
+    a, b = tmp_path / "a.nii", tmp_path / "b.nii"
+    reduce = {"x": None, "y": "argmax"}
+    interrupt(scan, {"x": a, "y": b}, at=100, reduce=reduce)
+    with pytest.raises(RecordError, match="is of an unfinished run that is recorded in"):
+        vx.predict(Fragile(), scan, 8, 4, reduce=reduce, output={"x": b, "y": a})
+    with pytest.raises(RecordError, match="targets.y was"):
+        vx.predict(Fragile(), scan, 8, 4, reduce=reduce, output={"x": a, "y": tmp_path / "c.nii"})
+    with pytest.raises(RecordError, match="is recorded in"):
+        vx.predict(Fragile(), scan, 8, 4, reduce="argmax", output=b)
+    interrupt(scan, b, at=100, reduce="argmax", overlap_mode="hann", resume=False)
+    with pytest.raises(RecordError, match=".b.nii.voxloom is not of the unfinished run"):
+        vx.predict(Fragile(), scan, 8, 4, reduce=reduce, output={"x": a, "y": b})
+    result = vx.predict(Fragile(), scan, 8, 4, reduce=reduce, output={"x": a, "y": b}, resume=False)
+    assert torch.equal(result["y"].data[0], result["x"].data.argmax(0).to(torch.uint8))
+
+
+def test_a_file_that_appears_in_the_meantime_is_kept(scan, tmp_path):
+    target, calls = tmp_path / "out.nii", []
+
+    def model(batch):
+        calls.append(1)
+        if len(calls) == 5:
+            target.write_text("precious")
+        return batch
+
+    options = {"output": target, "model_name": "it"}
+    with pytest.raises(TargetExistsError, match="has appeared while its result was made, and is kept"):
+        vx.predict(model, scan, 16, **options)
+    assert target.read_text() == "precious"
+    with pytest.raises(TargetExistsError, match="has appeared"):
+        vx.predict(model, scan, 16, **options)
+    number = len(calls)
+    target.unlink()
+    torch.testing.assert_close(vx.predict(model, scan, 16, **options).data, vx.ScalarImage(scan).data.float())
+    assert len(calls) == number + 1  # to see what the output looks like
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_todays_memory_does_not_matter_to_a_run_that_was_begun(scan, tmp_path):
+    interrupt(scan, tmp_path / "out.nii", at=100)
+    with pytest.raises(vx.errors.SizeError, match="memory_limit"):
+        vx.predict(Fragile(), scan, 8, 4, output=tmp_path / "other.nii", memory_limit=1000)
+    vx.predict(Fragile(), scan, 8, 4, output=tmp_path / "out.nii", memory_limit=1000)
+
+
+def test_a_link_is_followed_before_anything_is_computed(scan, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link.nii").symlink_to(tmp_path / "elsewhere" / "real.nii")
+    vx.predict(nn.Identity(), scan, 16, output=tmp_path / "link.nii")
+    assert names(tmp_path / "elsewhere") == ["real.json", "real.nii"]
+    (tmp_path / "dangling.nii").symlink_to(tmp_path / "nowhere" / "real.nii")
+    with pytest.raises(SaveError, match="there is no folder"):
+        vx.predict(nn.Identity(), scan, 16, output=tmp_path / "dangling.nii")
+
+
+def test_names_that_share_a_sidecar_are_refused(scan, tmp_path):
+    with pytest.raises(SaveError, match="have one stem"):
+        vx.predict(network(), scan, 16, reduce={"a": None, "b": 1}, output={"a": tmp_path / "x.nii", "b": tmp_path / "x.nii.gz"})
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -522,10 +632,11 @@ def test_a_compressed_input_that_is_too_large_is_unpacked_to_a_temporary_file(tm
     (tmp_path / "temporary").mkdir()
     image = vx.ScalarImage(torch.rand(1, 24, 24, 20000), affine=AFFINE)
     image.save(tmp_path / "scan.nii.gz")
-    expected = vx.predict(network(), image, 8, 0, reduce="argmax").data
+    patch = (24, 24, 40)
+    expected = vx.predict(network(), image, patch, 0, reduce="argmax").data
     given = vx.ScalarImage(tmp_path / "scan.nii.gz")
     options = {"reduce": "argmax", "batch_size": 1, "memory_limit": "36MiB", "output": tmp_path / "out.nii"}
-    plan = vx.plan(network(), given, 8, 0, mask=0.5, **options)
+    plan = vx.plan(network(), given, patch, 0, mask=0.5, **options)
     assert plan.spooled_bytes == image.memory
     assert plan.memory.volume == 0
     assert "for the unpacked input" in str(plan)
@@ -537,7 +648,7 @@ def test_a_compressed_input_that_is_too_large_is_unpacked_to_a_temporary_file(tm
 
     model = network()
     model.register_forward_pre_hook(look)
-    result = vx.predict(model, given, 8, 0, **options)
+    result = vx.predict(model, given, patch, 0, **options)
     assert torch.equal(result.data, expected)
     assert set(seen) == {"image_0.nii"}
     assert not given.is_loaded

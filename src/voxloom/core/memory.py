@@ -46,6 +46,8 @@ class FreedMemory:
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Make a tensor on the CPU whose values are not set."""
         num_bytes = math.prod(shape) * dtype.itemsize
+        if num_bytes == 0:
+            return torch.empty(tuple(shape), dtype=dtype)
         block = self._take(num_bytes)
         if block is None:
             with self._lock:

@@ -142,10 +142,13 @@ class Sweep:
         return Column(range(len(self.steps[1].grid)), range(len(self.steps[2].grid)))
 
     def split(self, rows: int, columns: int) -> list[Column]:
-        """Cut the volume into columns: so many along the second axis, and so many along the third."""
+        """Cut the volume into columns: so many along the second axis, and so many along the third.
+
+        Patches of nothing but padding finish no voxel; columns of such patches alone are left out.
+        """
         whole = self.whole
         parts = itertools.product(_cut(len(whole.rows), rows), _cut(len(whole.thirds), columns))
-        return [Column(*part) for part in parts]
+        return [column for column in (Column(*part) for part in parts) if self.column_box(column).numel]
 
     def ordered(self, values: Sequence[int]) -> Ints:
         """Put numbers of the three axes from the order of the sweep into that of the volume."""

@@ -42,11 +42,13 @@ def cases_of(images: Sequence[Path], output: Path) -> list[Case]:
     """
     if len(images) == 1 and not _is_folder_of_images(images[0]) and output.name.lower().endswith(TARGETS):
         return _checked([Case(images[0].name, (images[0],), output)])
+    if output.name.lower().endswith(TARGETS):
+        raise SaveError(f"{output} is the name of one file, but there may be several results: give the name of a folder")
     cases = []
     for path in images:
         if not path.exists():
             raise ImageNotFoundError(f"there is no file or folder {path}")
-        found = list(_images_in(path)) if _is_folder_of_images(path) else [path]
+        found = list(_images_in(path, output)) if _is_folder_of_images(path) else [path]
         if not found:
             raise ImageNotFoundError(f"the folder {path} holds no image ({', '.join(ENDINGS)}, or a folder of DICOM files)")
         for file in found:
@@ -68,9 +70,12 @@ def cases_of_table(table: Path, output: Path) -> list[Case]:
     """
     try:
         with table.open(newline="", encoding="utf-8-sig") as file:
-            header, *rows = [row for row in csv.reader(file, delimiter="\t" if table.suffix == ".tsv" else ",") if row]
+            reader = csv.reader(file, delimiter="\t" if table.suffix == ".tsv" else ",")
+            (_, header), *rows = [(reader.line_num, row) for row in reader if row]
     except FileNotFoundError as error:
         raise ImageNotFoundError(f"there is no table {table}") from error
+    except OSError as error:
+        raise SubjectError(f"the table {table} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise SubjectError(f"the table {table} is empty, or is not text: its first line names the columns") from error
     columns = [name.strip() for name in header]
@@ -78,7 +83,7 @@ def cases_of_table(table: Path, output: Path) -> list[Case]:
     if not channels or not rows:
         raise SubjectError(f"the table {table} has columns {columns} and {len(rows)} lines: it needs a channel, and a line")
     cases = []
-    for line, row in enumerate(rows, start=2):
+    for line, row in rows:
         if len(row) != len(columns) or not all(row[number].strip() for number in channels):
             raise SubjectError(f"line {line} of {table} is {row}: it must have a value for each of the columns {columns}")
         given = [Path(row[number].strip()) for number in channels]
@@ -102,12 +107,13 @@ def _is_series(folder: Path) -> bool:
     return any(file.suffix.lower() in (".dcm", ".ima") for file in folder.iterdir() if file.is_file())
 
 
-def _images_in(folder: Path) -> Iterator[Path]:
+def _images_in(folder: Path, output: Path) -> Iterator[Path]:
+    """Give the images in a folder, but for those in the folder of results, if that is inside."""
     for path in sorted(folder.iterdir()):
-        if path.name.startswith("."):
+        if path.name.startswith(".") or (path.is_dir() and path.resolve() == output.resolve() != folder.resolve()):
             continue
         if path.is_dir():
-            yield from [path] if _is_series(path) else _images_in(path)
+            yield from [path] if _is_series(path) else _images_in(path, output)
         elif path.name.lower().endswith(ENDINGS):
             yield path
 

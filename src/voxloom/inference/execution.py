@@ -283,7 +283,7 @@ class Execution:
         if finished.values is None:
             return torch.full(shape, self.fill, dtype=form.dtype)
         try:
-            block = result.reduction(finished.values)
+            block = result.reduction(finished.values.clone() if form.needs_copy else finished.values)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise

@@ -3,7 +3,8 @@
 Beside a target `NAME` there is, while a run is unfinished, a hidden folder `.NAME.voxloom`:
 
     lock          held by the process that is at it
-    record.json   what the run is: input, models, options and plan (beside the first target only)
+    run           what tells one run from another: the same beside all targets of a run
+    record.json   what the run is: targets, input, models, options and plan (beside the first target only)
     progress      a line for each layer that is on the disk, and one when all is ready to be published
     volume.nii    the result
     sidecar.json  what becomes `NAME.json`
@@ -12,8 +13,9 @@ Beside a target `NAME` there is, while a run is unfinished, a hidden folder `.NA
 import contextlib
 import json
 import os
+import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,12 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from ..core.boxes import Box
-from ..errors import RecordError, SaveError, TargetExistsError, UnsupportedImageError
+from ..errors import RecordError, SaveError, TargetExistsError, UnsupportedImageError, VoxloomError
 from ..volumes.formats import NiftiWriter, as_save_error, compressing, stem_of
 from .identity import differences
 from .sinks import VolumeForm
 
-__all__ = ["NiftiSink", "UnfinishedRun", "as_target", "difference_of_made", "sidecar_of"]
+__all__ = ["NiftiSink", "UnfinishedRun", "as_target", "difference_of_made", "is_ready_to_publish", "sidecar_of"]
 
 ENDINGS = (".nii", ".nii.gz")
 CHUNK_BYTES = 2**22
@@ -43,6 +45,8 @@ def as_target(path: Any) -> Path:
         SaveError: if there is no folder for it.
     """
     target = Path(path).expanduser()
+    if target.is_symlink():
+        target = target.resolve()  # the file is made beside where it will be
     if not target.name.lower().endswith(ENDINGS):
         raise UnsupportedImageError(
             f"{target} cannot be written block by block: its name must end in {' or '.join(ENDINGS)}. For other formats leave out"
@@ -82,6 +86,8 @@ class NiftiSink:
         self.target = target
         self.folder = target.with_name(f".{target.name}.voxloom")
         self.is_new = True
+        self.is_kept = False
+        """Whether anything of it has been recorded as finished."""
         self._writer: NiftiWriter | None = None
 
     @property
@@ -102,6 +108,8 @@ class NiftiSink:
     def open(self, form: VolumeForm) -> None:
         """See `Sink`."""
         self._form = form
+        if not self.is_new and not self.volume.exists():
+            raise RecordError(f"the unfinished file {self.volume} is gone: begin anew with resume=False")
         with self._explained():
             self._writer = NiftiWriter(self.volume, form.shape, form.dtype, form.affine, form.codes, self.is_new)
             if self.volume.stat().st_size != self._writer.num_bytes:
@@ -144,95 +152,100 @@ class NiftiSink:
     def _explained(self) -> Iterator[None]:
         try:
             yield
+        except VoxloomError:
+            raise
         except OSError as error:
-            if isinstance(error, SaveError | RecordError):
-                raise
-            raise SaveError(
-                f"{as_save_error(self.target, error)}. What is finished stays in {self.folder.name}: the same call goes on"
-                " from there"
-            ) from error
+            kept = f". What is finished stays in {self.folder.name}: the same call goes on from there" if self.is_kept else ""
+            raise SaveError(f"{as_save_error(self.target, error)}{kept}") from error
 
 
 class UnfinishedRun:
     """The files of one run, from the first layer to the last; only one process at a time has them.
 
     Args:
-        sinks: the files.
+        sinks: the files, by the names of results.
         overwrite: whether targets that are there may be replaced.
 
     Raises:
-        TargetExistsError: if a target is there and must not be replaced.
         RecordError: if another process is at it.
+        SaveError: if two results would go to the same file.
     """
 
-    def __init__(self, sinks: Sequence[NiftiSink], overwrite: bool) -> None:
-        self.sinks = list(sinks)
-        self.folder = sinks[0].folder
+    def __init__(self, sinks: Mapping[str | None, NiftiSink], overwrite: bool) -> None:
+        self.sinks = list(sinks.values())
+        self.targets = {str(name): str(sink.target.resolve()) for name, sink in sinks.items()}
+        self.folder = self.sinks[0].folder
         self.overwrite = overwrite
-        self._locks: list[tuple[Path, FileLock]] = []
         self.layers_done = 0
-        names = [sink.target.resolve() for sink in sinks]
-        if len(set(names)) < len(names):
-            raise SaveError(f"two results are to be written to the same file, {', '.join(map(str, names))}")
-        self._check_targets()
+        self._locks: list[tuple[NiftiSink, FileLock]] = []
+        stems = [sidecar_of(sink.target.resolve()) for sink in self.sinks]
+        if len(set(stems)) < len(stems):
+            raise SaveError(
+                f"two results are to be written to the same file, or have one stem: {', '.join(self.targets.values())}"
+            )
         try:
             for sink in sorted(self.sinks, key=lambda sink: sink.folder):
-                self._locks.append((sink.folder, _locked(sink)))
-            self._check_targets()
+                self._locks.append((sink, _locked(sink)))
         except BaseException:
             self.close()
             raise
 
-    def _check_targets(self) -> None:
-        if self.overwrite or self._is_ready():
-            return
-        for sink in self.sinks:
-            for path in (sink.target, sidecar_of(sink.target)):
-                if path.exists():
-                    raise TargetExistsError(f"{path} exists, and is kept: remove it, choose another name, or give overwrite=True")
-
-    def _lines(self) -> list[str]:
-        try:
-            # A line is only complete with its end.
-            return (self.folder / "progress").read_text().split("\n")[:-1]
-        except FileNotFoundError:
-            return []
-
-    def _is_ready(self) -> bool:
-        return READY in self._lines()
-
-    def begin(self, identity: Json, plan: Json, resume: bool) -> Json | None:
-        """Find out whether there is something to take up.
+    def recorded(self, identity: Json, resume: bool) -> Json | None:
+        """Look for a run that was interrupted.
 
         Args:
             identity: what the run is.
-            plan: how it will be done, if it begins now.
             resume: whether an unfinished run may be taken up.
 
         Returns:
-            The plan of the unfinished run, or None where the run begins now.
+            Its plan, or None where there is none.
 
         Raises:
+            TargetExistsError: if a target is there and must not be replaced.
             RecordError: if the unfinished run is another one; says in what.
         """
         path = self.folder / "record.json"
-        if resume and path.exists():
-            try:
-                record = json.loads(path.read_text())
-                recorded, plan_then = record["identity"], record["plan"]
-            except (ValueError, KeyError) as error:
-                raise RecordError(f"{path} is damaged: begin anew with resume=False") from error
-            self._check_same(recorded, identity)
-            lines = self._lines()
-            self.layers_done = len([line for line in lines if line != READY])
-            for sink in self.sinks:
-                sink.is_new = False
-            return plan_then
+        if not resume or not path.exists():
+            self._check_targets()
+            if resume:
+                self._check_others()
+            return None
+        try:
+            record = json.loads(path.read_text())
+            run, targets, then, plan = (record[key] for key in ("run", "targets", "identity", "plan"))
+        except (ValueError, KeyError, TypeError) as error:
+            raise RecordError(f"{path} is damaged: begin anew with resume=False") from error
+        self._check_same({"targets": targets} | then, {"targets": self.targets} | identity)
+        for sink in self.sinks:
+            if _text_of(sink.folder / "run") != run and not self.is_ready:
+                raise RecordError(
+                    f"{sink.folder} is not of the unfinished run that {path} records: begin anew with"
+                    " resume=False, or move it away"
+                )
+        if not self.is_ready:
+            self._check_targets()
+        self.layers_done = len([line for line in self._lines() if line != READY])
+        for sink in self.sinks:
+            sink.is_new, sink.is_kept = False, self.layers_done > 0
+        return plan
+
+    def _check_others(self) -> None:
+        """Refuse to discard files of an unfinished run that is recorded beside another target."""
+        for sink in self.sinks:
+            run, _, place = _text_of(sink.folder / "run").partition(" ")
+            if place and Path(place) != self.folder.resolve() and run in _text_of(Path(place) / "record.json"):
+                raise RecordError(
+                    f"{sink.folder} is of an unfinished run that is recorded in {place}: go on with that one, or begin anew with"
+                    " resume=False"
+                )
+
+    def begin(self, identity: Json, plan: Json) -> None:
+        """Make ready for a run from the start; what an earlier one has left is removed."""
+        run = f"{secrets.token_hex(16)} {self.folder.resolve()}"
         for sink in self.sinks:
             self._remove_files(sink)
-            sink.is_new = True
-        self._record = {"identity": identity, "plan": plan}
-        return None
+            _write_safely(sink.folder / "run", run)
+        self._record = {"run": run, "targets": self.targets, "identity": identity, "plan": plan}
 
     def opened(self) -> None:
         """Record the run, now that all files are there."""
@@ -240,12 +253,20 @@ class UnfinishedRun:
         if not path.exists():
             _write_safely(path, json.dumps(self._record, indent=1))
 
+    def _check_targets(self) -> None:
+        for sink in self.sinks:
+            sidecar = sidecar_of(sink.target)
+            if not self.overwrite and (found := next((path for path in (sink.target, sidecar) if path.exists()), None)):
+                raise TargetExistsError(f"{found} exists, and is kept: remove it, choose another name, or give overwrite=True")
+            if sidecar.exists() and not _is_sidecar(sidecar):
+                raise TargetExistsError(f"{sidecar} exists, and is not of voxloom's: move it away, or choose another name")
+
     def _check_same(self, recorded: Json, now: Json) -> None:
         what = differences(recorded, now)
-        way_out = "go on with what it was begun with, give another output, or begin anew with resume=False"
         if what:
             raise RecordError(
-                f"{self.folder} holds an unfinished run of something else: {'; '.join(what)}. {way_out.capitalize()}"
+                f"{self.folder} holds an unfinished run of something else: {'; '.join(what)}. Go on with what it was begun with,"
+                " give another output, or begin anew with resume=False"
             )
         if None in now["models"]:
             raise RecordError(
@@ -253,29 +274,41 @@ class UnfinishedRun:
                 " model_name, or begin anew with resume=False"
             )
 
+    def _lines(self) -> list[str]:
+        # A line is only complete with its end.
+        return _text_of(self.folder / "progress").split("\n")[:-1]
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether everything is there, and need only be published."""
+        return READY in self._lines()
+
     def layer_finished(self) -> None:
         """Record that all blocks of a layer have been written, once they are on the disk."""
         for sink in self.sinks:
             sink.flush()
         self._add_line(str(self.layers_done))
         self.layers_done += 1
+        for sink in self.sinks:
+            sink.is_kept = True
 
     def _add_line(self, line: str) -> None:
-        with (self.folder / "progress").open("a") as file:
-            file.write(f"{line}\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether everything is there, and need only be published."""
-        return self._is_ready()
+        try:
+            with (self.folder / "progress").open("a") as file:
+                file.write(f"{line}\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise as_save_error(self.sinks[0].target, error) from error
 
     def publish(self, sidecar: Json | None = None) -> None:
-        """Put whole files under their names, with a sidecar each, and remove what is beside them.
+        """Put whole files under their names, with a sidecar each.
 
         Args:
             sidecar: what the sidecars say; None where they were written before the run was interrupted.
+
+        Raises:
+            TargetExistsError: if a file has appeared there in the meantime, and must not be replaced.
         """
         if sidecar is not None:
             for sink in self.sinks:
@@ -283,16 +316,32 @@ class UnfinishedRun:
             self._add_line(READY)
         for sink in self.sinks:
             try:
-                if sink.whole.exists():
-                    if sink.target.exists():
-                        sink.whole.chmod(sink.target.stat().st_mode & 0o777)
-                    sink.whole.replace(sink.target.resolve())
-                if (sink.folder / "sidecar.json").exists():
-                    (sink.folder / "sidecar.json").replace(sidecar_of(sink.target))
+                for source, target in ((sink.whole, sink.target), (sink.folder / "sidecar.json", sidecar_of(sink.target))):
+                    if source.exists():
+                        self._put(source, target)
+            except VoxloomError:
+                raise
             except OSError as error:
                 raise as_save_error(sink.target, error) from error
         for sink in reversed(self.sinks):  # the record goes last
-            shutil.rmtree(sink.folder, ignore_errors=True)
+            self._remove_files(sink)
+
+    def _put(self, source: Path, target: Path) -> None:
+        if not self.overwrite:
+            try:
+                os.link(source, target)  # unlike a renaming, this replaces nothing
+                source.unlink()
+                return
+            except FileExistsError:
+                raise TargetExistsError(
+                    f"{target} has appeared while its result was made, and is kept. The result is in {source.parent.name}:"
+                    " the same call with overwrite=True puts it there, and so does this one once the file is gone"
+                ) from None
+            except OSError:
+                pass  # a file system without links
+        if target.exists():
+            source.chmod(target.stat().st_mode & 0o777)
+        source.replace(target)
 
     def discard_if_empty(self) -> None:
         """Remove the files of a run of which nothing is finished."""
@@ -302,23 +351,34 @@ class UnfinishedRun:
 
     @staticmethod
     def _remove_files(sink: NiftiSink) -> None:
-        for name in ("record.json", "progress", "volume.nii", "whole.nii.gz", "sidecar.json"):
+        # The record first: without it the others mean nothing.
+        for name in ("record.json", "progress", "volume.nii", "whole.nii.gz", "sidecar.json", "run"):
             (sink.folder / name).unlink(missing_ok=True)
 
     def close(self) -> None:
         """Let others at the files."""
-        for folder, lock in self._locks:
+        for sink, lock in self._locks:
             # While the lock is held nobody else looks into the folder.
-            if not (folder / "record.json").exists() and not (folder / "volume.nii").exists():
-                shutil.rmtree(folder, ignore_errors=True)
+            is_empty = not any((sink.folder / name).exists() for name in ("record.json", "volume.nii"))
+            if is_empty and os.name == "posix":
+                shutil.rmtree(sink.folder, ignore_errors=True)
             lock.release(force=True)
+            if is_empty and os.name != "posix":  # where what is open cannot be removed
+                shutil.rmtree(sink.folder, ignore_errors=True)
+        self._locks = []
+
+
+def is_ready_to_publish(target: Path) -> bool:
+    """Whether a run for a target was interrupted while it was published."""
+    return READY in _text_of(NiftiSink(target).folder / "progress").split("\n")[:-1]
 
 
 def _locked(sink: NiftiSink) -> FileLock:
+    path = sink.folder / "lock"
     while True:
+        lock = FileLock(path, timeout=0)
         try:
             sink.folder.mkdir(exist_ok=True)
-            lock = FileLock(sink.folder / "lock", timeout=0)
             lock.acquire()
         except Timeout:
             raise RecordError(
@@ -329,9 +389,32 @@ def _locked(sink: NiftiSink) -> FileLock:
             continue  # the other process has just finished, and removed the folder
         except OSError as error:
             raise as_save_error(sink.target, error) from error
-        if (sink.folder / "lock").exists():
+        if _is_of_lock(lock, path):
             return lock
         lock.release(force=True)
+
+
+def _is_of_lock(lock: FileLock, path: Path) -> bool:
+    """Whether the file that is locked is still the one of that name: another process may have removed it just before."""
+    file = lock._context.lock_file_fd
+    try:
+        return file is not None and os.path.samestat(os.fstat(file), path.stat())
+    except OSError:
+        return False
+
+
+def _is_sidecar(path: Path) -> bool:
+    try:
+        return "voxloom" in json.loads(path.read_text())["versions"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
 
 
 def _write_safely(path: Path, text: str) -> None:

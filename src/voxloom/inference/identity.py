@@ -1,8 +1,12 @@
 """What tells one prediction from another: the input, the models and the options, in a form that can be written down."""
 
+import functools
 import hashlib
+import inspect
+import json
 import math
 import re
+import types
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +22,7 @@ from ..volumes.image import Image
 __all__ = ["content_hashes", "differences", "identity_of_model", "identity_of_option", "identity_of_volume"]
 
 # Voxels of an array that are hashed at a time.
-CHUNK_VOXELS = 2**24
+CHUNK_VOXELS = 2**20
 
 Json = Any
 
@@ -55,7 +59,7 @@ def _files_of(image: Image) -> list[Path]:
 
 def _bytes_of(volume: Voxels) -> Iterable[Any]:
     shape = volume.spatial_shape
-    planes = max(1, CHUNK_VOXELS // (shape[1] * shape[2]))
+    planes = max(1, CHUNK_VOXELS // (volume.num_channels * shape[1] * shape[2]))
     for start in range(0, shape[0], planes):
         values = volume.read(Box((start, 0, 0), (min(start + planes, shape[0]), *shape[1:])))
         yield _raw(values)
@@ -73,28 +77,49 @@ def identity_of_model(model: Callable, name: str | None) -> Json:
     if not isinstance(model, nn.Module):
         return None
     # Of exported and scripted modules the code is not that of the class.
-    digest = hashlib.sha256(re.sub(r"0x[0-9a-f]+", "", f"{model!r} {getattr(model, 'code', '')}").encode())
-    for key, value in sorted(model.state_dict().items()):
+    digest = hashlib.sha256(_without_addresses(f"{model!r} {getattr(model, 'code', '')}").encode())
+    values = dict(model.state_dict()) | dict(model.named_buffers())  # with those that are not part of a checkpoint
+    for key, value in sorted(values.items()):
         digest.update(f"{key} {getattr(value, 'dtype', type(value))} {getattr(value, 'shape', '')}".encode())
         digest.update(_raw(value) if isinstance(value, Tensor) else repr(value).encode())
     return {"class": f"{type(model).__module__}.{type(model).__qualname__}", "sha256": digest.hexdigest()}
 
 
 def identity_of_option(value: Any) -> Json:
-    """Write an option down: functions by their name and code."""
+    """Write an option down: functions by their code and what it uses, objects by their class and state."""
     if value is None or isinstance(value, bool | int | float | str):
         return value if not isinstance(value, float) or math.isfinite(value) else repr(value)
     if isinstance(value, Mapping):
         return {str(key): identity_of_option(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
         return [identity_of_option(item) for item in value]
-    code = getattr(value, "__code__", None)
-    if code is not None:
-        text = repr((code.co_code, code.co_names, [item for item in code.co_consts if not hasattr(item, "co_code")]))
-        return f"{value.__module__}.{value.__qualname__} {_hash([text])[:16]}"
+    if isinstance(value, nn.Module):
+        return identity_of_model(value, None)
     if isinstance(value, np.ndarray):
         return _hash([repr(value.shape), np.ascontiguousarray(value).tobytes()])
-    return re.sub(r"0x[0-9a-f]+", "", repr(value))
+    if isinstance(value, Tensor):
+        return _hash([repr(value.shape), _raw(value)])
+    if inspect.isfunction(value):
+        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        used = identity_of_option([value.__defaults__, value.__kwdefaults__, cells])
+        return f"{value.__module__}.{value.__qualname__} {_hash([_text_of(value.__code__), json.dumps(used)])[:16]}"
+    if inspect.ismethod(value):
+        return [identity_of_option(value.__func__), identity_of_option(value.__self__)]
+    if isinstance(value, functools.partial):
+        return [identity_of_option(part) for part in (value.func, value.args, value.keywords)]
+    name = f"{type(value).__module__}.{type(value).__qualname__}"
+    if hasattr(value, "__dict__") and not isinstance(value, type | types.ModuleType):
+        return {name: identity_of_option(vars(value))}
+    return _without_addresses(repr(value))
+
+
+def _text_of(code: types.CodeType) -> str:
+    constants = [_text_of(item) if isinstance(item, types.CodeType) else repr(item) for item in code.co_consts]
+    return repr((code.co_code, code.co_names, constants))
+
+
+def _without_addresses(text: str) -> str:
+    return re.sub(r"0x[0-9a-f]+", "", text)
 
 
 def differences(recorded: Json, now: Json, path: str = "") -> list[str]:

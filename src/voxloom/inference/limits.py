@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ UNITS = {"": 1, "B": 1, "KB": 1000, "MB": 1000**2, "GB": 1000**3, "TB": 1000**4}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 # Of the memory that a device has free, what sums may take: the model needs some, too.
 DEVICE_PART = 0.7
-# Limits and use of a control group, of the second and of the first version.
+OWN_GROUPS = Path("/proc/self/cgroup")
+# Where control groups are, of the second and of the first version, and the files that say their limit, their use, and what of
+# that is only kept from files, and given back when it is needed.
 GROUPS = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"),
+    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
 
 
@@ -63,12 +66,25 @@ def free_bytes() -> int | None:
         found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
     except OSError:
         return None
-    for limit, used in GROUPS:
-        try:
-            found.append(max(0, int(Path(limit).read_text()) - int(Path(used).read_text())))
-        except (OSError, ValueError):
-            continue  # there is no such group, or it has no limit
-    return min(found, default=None)
+    return min([*found, *_free_in_groups()], default=None)
+
+
+def _free_in_groups() -> Iterator[int]:
+    """Give what is free in the control groups of this process, such as those of a container or of a job of a cluster."""
+    try:
+        own = [line.split(":", 2) for line in OWN_GROUPS.read_text().splitlines()]
+    except OSError:
+        return
+    paths = {Path(path.lstrip("/")) for _, kinds, path in own if kinds in ("", "memory") or "memory" in kinds.split(",")}
+    for root, limit, used, cache in GROUPS:
+        for place in {Path(), *paths, *(parent for path in paths for parent in path.parents)}:
+            folder = root / place
+            try:
+                statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                in_use = int((folder / used).read_text()) - int(statistics.get(cache, 0))
+                yield max(0, int((folder / limit).read_text()) - in_use)
+            except (OSError, ValueError):
+                continue  # there is no such group, or it has no limit
 
 
 def home_of_front(device: torch.device, num_bytes: int) -> torch.device:

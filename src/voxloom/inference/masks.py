@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -83,8 +84,8 @@ def _reader_of(mask: Any, volumes: dict[str, Voxels], affine: Affine, shape: tup
             raise ImageError(f"the mask has shape {mask.spatial_shape}, but the volume {shape}: give an image to match by affine")
     if isinstance(mask, Image):
         return _of_image(mask, affine)
-    if isinstance(mask, int | float) and not isinstance(mask, bool):
-        return lambda box: torch.stack([(volume.read(box) > mask).any(0) for volume in volumes.values()]).any(0)
+    if isinstance(mask, Real) and not isinstance(mask, bool):
+        return lambda box: torch.stack([(volume.read(box) > float(mask)).any(0) for volume in volumes.values()]).any(0)
     if callable(mask):
         return lambda box: _called(mask, torch.cat([volume.read(box) for volume in volumes.values()]))
     raise SubjectError(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..core.sizes import Ints
 from ..errors import MissingDependencyError, ModelFileError
-from .program_check import is_program, reasons_to_refuse
+from .program_check import ProgramRefusedError, inspected, is_program
 
 __all__ = ["LoadedModel", "load_model"]
 
@@ -57,7 +57,10 @@ def load_model(name: str, weights: Path | None = None, allow_pickle: bool = Fals
         if isinstance(found, type):
             raise ModelFileError(f"{name} is a class, which makes networks: give its weights with --weights, or name a network")
         return LoadedModel(found)
-    network = found()
+    try:
+        network = found()
+    except TypeError as error:
+        raise ModelFileError(f"{name} cannot make a network: {error}. With weights it is called without arguments") from error
     if not isinstance(network, nn.Module):
         raise ModelFileError(f"{name} returned {type(network).__name__}: with weights it must make a torch.nn.Module")
     _load_weights(network, weights, allow_pickle)
@@ -73,12 +76,10 @@ def _imported(name: str) -> Any:
         found = importlib.import_module(module_name)
         for part in attribute.split("."):
             found = getattr(found, part)
-    except ModuleNotFoundError as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise ModelFileError(
-            f"{name} cannot be imported: {error}. It is looked for here and where packages are installed"
+            f"{name} cannot be imported: {error}. It is looked for here, and where packages are installed"
         ) from error
-    except AttributeError as error:
-        raise ModelFileError(f"{name} cannot be imported: {error}") from error
     if not callable(found):
         raise ModelFileError(f"{name} is of type {type(found).__name__}, which cannot be called")
     return found
@@ -142,10 +143,15 @@ def _unpickled(path: Path, allow_pickle: bool) -> Any:
 
 
 def _of_file(path: Path, allow_pickle: bool) -> LoadedModel:
+    if path.is_dir():
+        raise ModelFileError(f"{path} is a folder: a model is a .pt2 or TorchScript file, or package.module:callable")
     names: list[str] = []
-    if zipfile.is_zipfile(path):
+    try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
+    except zipfile.BadZipFile as error:
+        if path.suffix == ".pt2":
+            raise ModelFileError(f"{path} is damaged or truncated, or no torch.export program: {error}") from error
     if is_program(names):
         return _of_program(path, allow_pickle)
     if any(name.endswith("/constants.pkl") for name in names):
@@ -169,14 +175,15 @@ def _of_file(path: Path, allow_pickle: bool) -> LoadedModel:
 
 
 def _of_program(path: Path, allow_pickle: bool) -> LoadedModel:
-    if not allow_pickle and (reasons := reasons_to_refuse(path)):
-        raise ModelFileError(f"{path}: {'; '.join(reasons)}; {ALLOW}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            program = torch.export.load(path)
-    except (RuntimeError, ValueError, KeyError, AssertionError, EOFError) as error:
-        raise ModelFileError(f"{path} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+            program = torch.export.load(path if allow_pickle else inspected(path))
+    except ProgramRefusedError as error:
+        raise ModelFileError(f"{path}: {error}; {ALLOW}") from None
+    except Exception as error:  # whatever a damaged file makes torch stumble over
+        what = str(error).strip().splitlines() or [type(error).__name__]
+        raise ModelFileError(f"{path} cannot be loaded: {what[0]}") from error
     inputs = set(program.graph_signature.user_inputs)
     shapes = [node.meta["val"].shape for node in program.graph.nodes if node.op == "placeholder" and node.name in inputs]
     if len(shapes) != 1 or len(shapes[0]) != 5:

@@ -3,16 +3,17 @@
 import contextlib
 import itertools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..core.accumulator import sum_dtype
-from ..core.sizes import Ints, as_sizes
+from ..core.sizes import Ints
 from ..errors import DeviceMemoryError, ModeError, OutputError, SizeError
 from .outputs import Form, Name, Stream, called, check_output, outputs_of
+from .reductions import ACTIVATIONS
 
 __all__ = ["Models", "as_models"]
 
@@ -50,20 +51,36 @@ class Models:
     """
 
     def __init__(
-        self, models: tuple[Model, ...], device: Any = None, amp: bool | torch.dtype = False, mirror_axes: Sequence[int] = ()
+        self,
+        models: tuple[Model, ...],
+        device: Any = None,
+        amp: bool | torch.dtype = False,
+        mirror_axes: int | Sequence[int] | None = (),
     ) -> None:
         self.models = models
-        self.device = _device_of(models, device)
-        self.amp = _as_amp(amp, self.device)
-        axes = as_sizes(tuple(mirror_axes), len(tuple(mirror_axes)), "mirror_axes", minimum=0) if tuple(mirror_axes) else ()
-        if any(axis > 2 for axis in axes) or len(set(axes)) < len(axes):
-            raise SizeError(f"mirror_axes is {tuple(mirror_axes)}: it must name each of the axes 0, 1 and 2 once at most")
+        self._given_device = None if device is None else _as_device(device)
+        self._given_amp = _checked_amp(amp)
+        axes = _as_axes(mirror_axes)
         # Axes of a batch, beginning with no mirroring.
         self.flips: list[Ints] = [
             tuple(axis + 2 for axis in chosen) for count in range(len(axes) + 1) for chosen in itertools.combinations(axes, count)
         ]
         self.largest_batch: int | None = None
         """Patches at a time that the device has room for, where it has been found to lack room for more."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the models run: where weights are may change from one call to the next."""
+        if self._given_device is not None:
+            return self._given_device
+        homes = (_home_of(module) for module in self.modules)
+        return next((home for home in homes if home is not None), torch.device("cpu"))
+
+    @property
+    def amp(self) -> torch.dtype | None:
+        """Type in which matrices are multiplied; None for that of the weights."""
+        given = self._given_amp
+        return given if not isinstance(given, bool) else torch.get_autocast_dtype(self.device.type) if given else None
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -86,10 +103,11 @@ class Models:
         """Let all modules be on the device and in evaluation mode; afterwards they are as they were."""
         modes = [(part, part.training) for module in self.modules for part in module.modules()]
         homes = [(module, _home_of(module)) for module in self.modules]
+        device = self.device
         try:
             for module, home in homes:
-                if home is not None and home != self.device:
-                    module.to(self.device)
+                if home is not None and home != device:
+                    module.to(device)
                 if any(part.training for part in module.modules()):
                     with contextlib.suppress(NotImplementedError):  # exported programs have no modes
                         module.eval()
@@ -98,7 +116,7 @@ class Models:
             for part, mode in modes:
                 part.training = mode
             for module, home in homes:
-                if home is not None and home != self.device:
+                if home is not None and home != device:
                     module.to(home)
 
     def run(self, batch: Tensor, streams: Sequence[Stream]) -> list[Tensor]:
@@ -140,15 +158,16 @@ class Models:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def trial(self, batch: Tensor) -> dict[Name, Tensor]:
+    def trial(self, batch: Tensor) -> dict[Name, Any]:
         """Give all outputs of the first model for a batch, by name."""
         return self._call(self.models[0], batch.to(self.device), None)
 
-    def form(self, outputs: dict[Name, Tensor], stream: Stream) -> Form:
+    def form(self, outputs: dict[Name, Any], stream: Stream, batch_size: int) -> Form:
         """Say what the outputs of a stream look like, by those of a trial."""
-        value = self._activated(outputs[stream.source], stream)
+        check_output(stream.source, outputs[stream.source], batch_size)
+        value = self._activated(outputs[stream.source], stream, True)
         dtype = value.dtype if self.num_passes == 1 else sum_dtype(value.dtype)
-        copies = 1 + int(value is not outputs[stream.source]) + int(self.num_passes > 1)
+        copies = 1 + 2 * int(value is not outputs[stream.source]) + int(self.num_passes > 1)
         return Form(value.shape[1], tuple(value.shape[2:]), dtype, copies, value[:1, :, :1, :1, :1].to("cpu", copy=True))
 
     def _average(self, batch: Tensor, streams: Sequence[Stream]) -> list[Tensor]:
@@ -157,13 +176,19 @@ class Models:
             given = batch.flip(flip) if flip else batch.clone() if self.num_passes > 1 else batch
             outputs = self._call(model, given, streams)
             for index, stream in enumerate(streams):
-                value = self._activated(outputs[stream.source], stream)
+                is_shared = sum(other.source == stream.source for other in streams) > 1
+                value = self._activated(outputs[stream.source], stream, is_shared)
                 if flip:
                     value = value.flip(flip)
                 if self.num_passes == 1:
                     sums.append(value)
                 elif number == 0:
                     sums.append(value.to(sum_dtype(value.dtype), copy=True))
+                elif value.shape != sums[index].shape:
+                    raise OutputError(
+                        f"{called(stream.source)} of one model has shape {tuple(sums[index].shape)}, and of another"
+                        f" {tuple(value.shape)}: outputs that are averaged must be alike"
+                    )
                 else:
                     sums[index] += value
         return sums if self.num_passes == 1 else [total.div_(self.num_passes) for total in sums]
@@ -174,16 +199,18 @@ class Models:
         missing = [stream.source for stream in streams or () if stream.source not in outputs]
         if missing:
             raise OutputError(f"{called(missing[0])} of the model is missing: earlier calls returned it, or another model did")
-        for name, value in outputs.items():
-            check_output(name, value, len(batch))
+        for stream in streams or ():
+            check_output(stream.source, outputs[stream.source], len(batch))
         return outputs
 
     @staticmethod
-    def _activated(output: Tensor, stream: Stream) -> Tensor:
+    def _activated(output: Tensor, stream: Stream, is_shared: bool) -> Tensor:
         if stream.activation is None:
             return output
         with torch.inference_mode():
-            result = stream.activation(output)
+            # A function of the user's may write to what it is given.
+            copies = is_shared and stream.activation not in ACTIVATIONS.values()
+            result = stream.activation(output.clone() if copies else output)
         if not isinstance(result, Tensor) or result.ndim != 5 or len(result) != len(output):
             what = f"shape {tuple(result.shape)}" if isinstance(result, Tensor) else f"type {type(result).__name__}"
             raise OutputError(
@@ -203,23 +230,21 @@ def _home_of(module: nn.Module) -> torch.device | None:
     return next((tensor.device for tensor in tensors), None)
 
 
-def _device_of(models: tuple[Model, ...], device: Any) -> torch.device:
-    if device is not None:
-        try:
-            found = torch.device(device)
-            torch.empty(0, device=found)
-        except (RuntimeError, AssertionError, TypeError) as error:
-            raise ModeError(f"device is {device!r}, which cannot be used here: {str(error).splitlines()[0]}") from error
-        return torch.empty(0, device=found).device  # with its number
-    homes = (_home_of(model) for model in models if isinstance(model, nn.Module))
-    return next((home for home in homes if home is not None), torch.device("cpu"))
+def _as_device(device: Any) -> torch.device:
+    try:
+        return torch.empty(0, device=torch.device(device)).device  # with its number
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ModeError(f"device is {device!r}, which cannot be used here: {str(error).splitlines()[0]}") from error
 
 
-def _as_amp(amp: Any, device: torch.device) -> torch.dtype | None:
-    if isinstance(amp, torch.dtype):
-        if amp not in (torch.float16, torch.bfloat16):
-            raise ModeError(f"amp is {amp}: it must be True, False, torch.float16 or torch.bfloat16")
-        return amp
-    if not isinstance(amp, bool):
+def _as_axes(given: Any) -> Ints:
+    axes = () if given is None else tuple(given) if isinstance(given, Iterable) else (given,)
+    if any(axis not in (0, 1, 2) for axis in axes) or len(set(axes)) < len(axes):
+        raise SizeError(f"mirror_axes is {given!r}: it must name each of the axes 0, 1 and 2 once at most")
+    return axes
+
+
+def _checked_amp(amp: Any) -> bool | torch.dtype:
+    if not isinstance(amp, bool) and amp not in (torch.float16, torch.bfloat16):
         raise ModeError(f"amp is {amp!r}: it must be True, False, torch.float16 or torch.bfloat16")
-    return torch.get_autocast_dtype(device.type) if amp else None
+    return amp

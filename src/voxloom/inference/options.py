@@ -44,6 +44,7 @@ def overlap_of(value: Any, patch_size: Ints) -> Ints:
     Raises:
         SizeError: if a fraction is not below 1, or a number of voxels cannot be used.
     """
+    value = value.tolist() if hasattr(value, "tolist") else value
     values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value] * len(patch_size)
     if len(values) != len(patch_size):
         raise SizeError(f"patch_overlap is {tuple(values)}: give one number for all axes, or {len(patch_size)}, one for each")

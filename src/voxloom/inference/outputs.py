@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..core.sizes import Ints, Scale, as_scale
-from ..errors import NoSuchKeyError, OutputError
+from ..errors import ModeError, NoSuchKeyError, OutputError
 from .reductions import Activation, Reduction, as_activation, as_reduction
 
 __all__ = ["Form", "Name", "Result", "Stream", "Wanted", "outputs_of"]
@@ -116,6 +116,8 @@ class Wanted:
         """Names of the results, where a dict gives them."""
         dicts = [given for given in (self.reduce, target, self.activation) if isinstance(given, Mapping)]
         names = list(dict.fromkeys(name for given in dicts for name in given))
+        if dicts and not names:
+            raise ModeError("the dict of results is empty: name at least one, or leave the dict out")
         return names if dicts else None
 
     def resolve(self, outputs: list[Name], target: Any = None) -> tuple[list[Stream], list[Result]]:

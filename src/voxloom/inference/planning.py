@@ -32,6 +32,7 @@ from .plans import (
     repeated_passes,
     sum_bytes,
 )
+from .reductions import Function
 from .sinks import VolumeForm
 from .spooling import can_be_spooled, spooled
 
@@ -39,6 +40,9 @@ __all__ = ["Job", "Planner", "of_name"]
 
 # Of the memory that is free, what a prediction takes at most if no limit is given.
 USED_PART = 0.9
+
+
+_Setting = tuple[int, torch.dtype, torch.device]
 
 
 @dataclass
@@ -71,8 +75,9 @@ class Planner:
 
     def __init__(self, models: Models, options: Options) -> None:
         self._models, self._options = models, options
-        self._outputs: dict[int, list[Name]] = {}  # by the number of channels that the model was given
-        self._forms: dict[tuple[int, Stream], Form] = {}
+        # By what the model was given, and where and in what type it ran.
+        self._outputs: dict[_Setting, list[Name]] = {}
+        self._forms: dict[tuple[_Setting, Stream], Form] = {}
 
     def job(self, volumes: dict[str, Voxels], name: str, mask: Any, output: Any) -> Job:
         """Plan the prediction of some volumes, whose channels lie one after the other."""
@@ -81,30 +86,31 @@ class Planner:
         grid = self._options.grid_of(first.spatial_shape)
         sweep = Sweep.smallest(grid, self._options.window is None)
         channels = sum(volume.num_channels for volume in volumes.values())
-        streams, results = self._look_at(channels, name, output)
-        sums = [self._sum(stream, self._forms[channels, stream], sweep) for stream in streams]
-        forms = [(result, self._result_form(result, sums)) for result in results]
+        setting = (channels, self._models.dtype, self._models.device)
+        streams, results = self._look_at(setting, name, output)
+        sums = [self._sum(stream, self._forms[setting, stream], sweep) for stream in streams]
+        forms = [(result, self._result_form(result, results, sums)) for result in results]
         to_load = {key: 0 if volume.can_be_sliced else volume.memory for key, volume in _images_of(volumes).items()}
         job = Job(volumes, name, affine, codes, sweep, None, streams, sums, forms, output, to_load)
         if mask is not None:
-            with spooled(volumes) if self.plan(job).spooled_bytes else contextlib.nullcontext(volumes) as readable:
+            with spooled(volumes) if self._bytes_to_spool(job) else contextlib.nullcontext(volumes) as readable:
                 job.needed = needed_patches(mask, readable, affine, grid)
         return job
 
-    def _look_at(self, channels: int, name: str, output: Any) -> tuple[list[Stream], list[Result]]:
+    def _look_at(self, setting: _Setting, name: str, output: Any) -> tuple[list[Stream], list[Result]]:
         """Find the sums and the results, and by a trial what the outputs look like, if that is not known yet."""
         options = self._options
-        if channels in self._outputs:
-            streams, results = options.wanted.resolve(self._outputs[channels], output)
-            if all((channels, stream) in self._forms for stream in streams):
+        if setting in self._outputs:
+            streams, results = options.wanted.resolve(self._outputs[setting], output)
+            if all((setting, stream) in self._forms for stream in streams):
                 return streams, results
-        batch = torch.zeros((options.batch_size, channels, *options.patch_size), dtype=self._models.dtype)
+        batch = torch.zeros((options.batch_size, setting[0], *options.patch_size), dtype=self._models.dtype)
         with self._models.ready():
             outputs = self._models.trial(batch)
-            self._outputs[channels] = list(outputs)
-            streams, results = options.wanted.resolve(self._outputs[channels], output)
+            self._outputs[setting] = list(outputs)
+            streams, results = options.wanted.resolve(self._outputs[setting], output)
             for stream in streams:
-                self._forms[channels, stream] = form = self._models.form(outputs, stream)
+                self._forms[setting, stream] = form = self._models.form(outputs, stream, options.batch_size)
                 expected = tuple(size * factor for size, factor in zip(options.patch_size, stream.scale, strict=True))
                 if form.size != expected:
                     scale = ", ".join(f"{size}/{patch}" for size, patch in zip(form.size, options.patch_size, strict=True))
@@ -121,7 +127,7 @@ class Planner:
         scaled_sweep = sweep if is_plain else Sweep(sweep.grid.scaled(stream.scale), sweep.is_cropped, sweep.axes)
         return SumForm(form, stream.scale, scaled_sweep)
 
-    def _result_form(self, result: Result, sums: list[SumForm]) -> ResultForm:
+    def _result_form(self, result: Result, results: list[Result], sums: list[SumForm]) -> ResultForm:
         each = sums[result.stream]
         with torch.no_grad():
             reduced = result.reduction(each.form.sample[0].to(each.dtype(), copy=True))
@@ -129,29 +135,31 @@ class Planner:
         if not can_hold(reduced.dtype, self._options.fill):
             raise OutputError(f"fill is {self._options.fill}, which a result of {reduced.dtype} cannot hold: choose another one")
         i, j, k = each.sweep.grid.spatial_shape
-        return ResultForm(result.name, result.stream, (len(reduced), i, j, k), reduced.dtype, is_labels, each.scale)
+        return ResultForm(
+            result.name,
+            result.stream,
+            (len(reduced), i, j, k),
+            reduced.dtype,
+            is_labels,
+            each.scale,
+            # A function of the user's may write to what it is given.
+            needs_copy=isinstance(result.reduction, Function) and sum(other.stream == result.stream for other in results) > 1,
+        )
 
     def plan(self, job: Job, columns: list[Column] | None = None) -> PredictionPlan:
         """Plan a job: find columns that fit, unless they are given."""
         options, sweep, needed = self._options, job.sweep, job.needed
         forms = [form for _, form in job.results]
-        channels = sum(volume.num_channels for volume in job.volumes.values())
-        batches = batch_bytes(options.patch_size, options.batch_size, channels, self._models.dtype, job.sums)
-        batches += sum(map(self._bytes_mapped, job.volumes.values()))
         kept = sum(form.num_bytes for form in forms if of_name(job.output, form.name) is None)
         loaded = sum(job.bytes_to_load.values())
+        spooled_bytes = self._bytes_to_spool(job)
 
         def memory_of(column: Column) -> Memory:
-            return Memory(loaded - spooled_bytes, batches, sum_bytes(job.sums, forms, column, needed is not None), kept)
+            return self._memory_of(job, column, loaded - spooled_bytes)
 
-        limit = options.memory_limit
-        if limit is None and (free := free_bytes()) is not None:
-            limit = int(free * USED_PART)
-        spooled_bytes = 0
-        if limit is not None and memory_of(sweep.whole).peak > limit:
-            spooled_bytes = self._bytes_to_spool(job, limit)
         if columns is None:
-            columns = best_split(sweep, lambda column: memory_of(column).peak, limit, options.batch_size)
+            limit, is_given = self._limit()
+            columns = best_split(sweep, lambda column: memory_of(column).peak, limit, is_given, options.batch_size)
         made, computed = passes_of(sweep, columns, options.batch_size, needed)
         times = self._models.num_passes
         in_parts = [volume for name, volume in job.volumes.items() if not job.bytes_to_load.get(name)]
@@ -171,10 +179,28 @@ class Planner:
             spooled_bytes=spooled_bytes,
         )
 
-    @staticmethod
-    def _bytes_to_spool(job: Job, limit: int) -> int:
-        """Say how much of the input is unpacked to a file: nothing if it is small beside the limit."""
-        images = _images_of(job.volumes)
+    def _memory_of(self, job: Job, column: Column, loaded: int) -> Memory:
+        options = self._options
+        forms = [form for _, form in job.results]
+        channels = sum(volume.num_channels for volume in job.volumes.values())
+        batches = batch_bytes(options.patch_size, options.batch_size, channels, self._models.dtype, job.sums)
+        batches += sum(map(self._bytes_mapped, job.volumes.values()))
+        kept = sum(form.num_bytes for form in forms if of_name(job.output, form.name) is None)
+        return Memory(loaded, batches, sum_bytes(job.sums, forms, column, job.needed is not None), kept)
+
+    def _limit(self) -> tuple[int | None, bool]:
+        """Give how much memory may be used, and whether the user said so."""
+        if self._options.memory_limit is not None:
+            return self._options.memory_limit, True
+        free = free_bytes()
+        return None if free is None else int(free * USED_PART), False
+
+    def _bytes_to_spool(self, job: Job) -> int:
+        """Say how much of the input is unpacked to a file: nothing if all fits, or if it is small beside the limit."""
+        limit, images = self._limit()[0], _images_of(job.volumes)
+        loaded = sum(job.bytes_to_load.values())
+        if limit is None or self._memory_of(job, job.sweep.whole, loaded).peak <= limit:
+            return 0
         num_bytes = sum(size for name, size in job.bytes_to_load.items() if size and can_be_spooled(images[name]))
         return num_bytes if num_bytes > limit // 4 else 0
 

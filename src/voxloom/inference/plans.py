@@ -48,6 +48,8 @@ class ResultForm:
     dtype: torch.dtype
     is_labels: bool
     scale: Scale
+    needs_copy: bool
+    """Whether it is made of a copy of the sum, because other results are made of the same."""
 
     @property
     def num_bytes(self) -> int:
@@ -178,7 +180,9 @@ def sum_bytes(sums: Sequence[SumForm], results: Sequence[ResultForm], column: Co
         cell = longest[0] * longest[1] * (stop - start)
         size = (each.form.channels + int(is_partial)) * each.dtype().itemsize
         # The cell that is with the writer, and what it makes of it: twice the result, as reduced and as it is stored.
-        reduced = sum(2 * result.shape[0] * result.dtype.itemsize for result in results if result.stream == number)
+        made = [result for result in results if result.stream == number]
+        reduced = sum(2 * result.shape[0] * result.dtype.itemsize for result in made)
+        reduced += size * int(any(result.needs_copy for result in made))
         total += each.sweep.open_voxels(column) * size + cell * (size + reduced)
     return total
 
@@ -193,7 +197,9 @@ def batch_bytes(patch_size: Ints, batch_size: int, channels: int, dtype: torch.d
     return total
 
 
-def best_split(sweep: Sweep, memory_of: Callable[[Column], int], limit: int | None, batch_size: int) -> list[Column]:
+def best_split(
+    sweep: Sweep, memory_of: Callable[[Column], int], limit: int | None, is_given: bool, batch_size: int
+) -> list[Column]:
     """Cut the volume into as many columns as are needed for each to fit, such that the fewest passes are made.
 
     Raises:
@@ -216,8 +222,9 @@ def best_split(sweep: Sweep, memory_of: Callable[[Column], int], limit: int | No
     if best is None:
         least = _peak(sweep, len(whole.rows), len(whole.thirds), memory_of)
         raise SizeError(
-            f"memory_limit is {pretty_bytes(limit)}, but at least {pretty_bytes(least)} ({least} bytes) are needed: allow that,"
-            " or use smaller patches, a smaller batch_size, or a reduction that keeps less"
+            f"{'memory_limit is' if is_given else 'the memory that is free comes to'} {pretty_bytes(limit)}, but at least"
+            f" {pretty_bytes(least)} ({least} bytes) are needed: {'allow that, or ' if is_given else ''}use smaller patches, a"
+            " smaller batch_size, or a reduction that keeps less"
         )
     return best[1]
 

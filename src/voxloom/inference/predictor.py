@@ -20,7 +20,7 @@ from ..errors import OutputError, RecordError, TargetExistsError
 from ..volumes.image import Image
 from ..volumes.subject import Subject
 from .execution import Execution
-from .files import NiftiSink, UnfinishedRun, as_target, difference_of_made
+from .files import NiftiSink, UnfinishedRun, as_target, difference_of_made, is_ready_to_publish
 from .inputs import PatchReader, volumes_of
 from .limits import as_bytes, home_of_front, pretty_bytes
 from .models import Models, as_models
@@ -92,7 +92,7 @@ class Predictor:
         reduce: Any = None,
         output_scale: Any = 1,
         padding_mode: str | float | None = None,
-        mirror_axes: Sequence[int] = (),
+        mirror_axes: int | Sequence[int] | None = (),
         fill: float = 0,
         memory_limit: int | str | None = None,
         model_name: str | None = None,
@@ -161,7 +161,9 @@ class Predictor:
         """
         job = self._job(image, image_name, mask, output)
         sinks = [_sink_of(of_name(output, result.name)) for result, _ in job.results]
-        files = [sink for sink in sinks if isinstance(sink, NiftiSink)]
+        if len(set(map(id, sinks))) < len(sinks):
+            raise OutputError("one sink was given for several results: give a dict with one for each")
+        files = {result.name: sink for (result, _), sink in zip(job.results, sinks, strict=True) if isinstance(sink, NiftiSink)}
         if files:
             made = self._run_into_files(job, sinks, UnfinishedRun(files, overwrite), resume, progress)
         else:
@@ -179,6 +181,8 @@ class Predictor:
             TargetExistsError: if the file is there, but was made of another image, or by another model or option.
         """
         target = as_target(output)
+        if is_ready_to_publish(target):
+            return False
         job = self._job(image, image_name, mask, output)
         difference = difference_of_made(target, identity_of(self._models, self.options, self.model_name, job))
         if difference:
@@ -193,19 +197,21 @@ class Predictor:
     def _run_into_files(self, job: Job, sinks: list[Sink], run: UnfinishedRun, resume: bool, progress: bool | str) -> list[Any]:
         """Run with a record beside the files, from which another call can go on."""
         with contextlib.closing(run):
-            plan = self._planner.plan(job)
             identity = identity_of(self._models, self.options, self.model_name, job)
-            recorded = run.begin(identity, plan.to_json(), resume)
+            recorded = run.recorded(identity, resume)
             if recorded is not None and len(run.sinks) < len(sinks):
                 raise RecordError(
                     f"{run.folder} holds an unfinished run, but what was finished of the results that are not in files is gone:"
                     " let all of them be files, or begin anew with resume=False"
                 )
             made: list[Any] = [None] * len(sinks)
-            if run.is_ready:  # it was interrupted in the last moment
+            if recorded is not None and run.is_ready:  # it was interrupted in the last moment
                 run.publish()
             else:
-                if recorded is not None:
+                if recorded is None:
+                    plan = self._planner.plan(job)
+                    run.begin(identity, plan.to_json())
+                else:
                     columns = [Column(range(*each[:2]), range(*each[2:])) for each in recorded["columns"]]
                     plan = self._planner.plan(job, columns)
                 notes = self._run(job, plan, sinks, progress, run)
@@ -251,13 +257,12 @@ class Predictor:
                     sink.open(job.volume_form(form))
                 if run is not None:
                     run.opened()
-                total = execution.num_patches(layers_done) if progress else 0
-                bar = stack.enter_context(
-                    tqdm(
-                        total=total, unit="patch", desc=progress if isinstance(progress, str) else job.name, disable=not progress
-                    )
-                )
-                execution.run(layers_done, bar.update)
+                if progress:
+                    name = progress if isinstance(progress, str) else job.name
+                    bar = stack.enter_context(tqdm(total=execution.num_patches(layers_done), unit="patch", desc=name))
+                    execution.run(layers_done, bar.update)
+                else:
+                    execution.run(layers_done)
             except BaseException:
                 for sink in sinks:
                     sink.abort()

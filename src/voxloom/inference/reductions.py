@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from ..core.sizes import as_int
 from ..core.values import as_number
-from ..errors import ModeError, OutputError
+from ..errors import ModeError, OutputError, SizeError
 
 __all__ = ["Activation", "Reduction", "Regions", "as_activation", "as_reduction"]
 
@@ -137,6 +138,8 @@ class Regions:
     is_labels = True
 
     def __post_init__(self) -> None:
+        if not isinstance(self.labels, Sequence):
+            raise SizeError(f"the labels of Regions are {self.labels!r}: give one for each channel, such as (1, 2)")
         object.__setattr__(self, "labels", tuple(as_int(label, "a label of Regions", 0) for label in self.labels))
         as_number(self.threshold, "threshold")
 
@@ -195,6 +198,8 @@ class Function:
                 f"reduce was called with a block of shape {tuple(block.shape)} and must return a tensor with the same last three"
                 f" sizes, but it returned one of {what}"
             )
+        if result.is_floating_point() and bool(result.isnan().any()):
+            raise OutputError("the function that was given as reduce made NaN of a block without any")
         return result
 
 
@@ -217,8 +222,10 @@ def as_reduction(given: Any) -> Reduction:
         return NAMED[given]
     if isinstance(given, Regions):
         return given
-    if isinstance(given, float | int) and not isinstance(given, bool):
+    if isinstance(given, Real) and not isinstance(given, bool):
         return Threshold(float(given))
+    if isinstance(given, np.ndarray | Tensor) and given.ndim == 1:
+        given = given.tolist()
     if isinstance(given, Sequence) and not isinstance(given, str) and given:
         return Channels(tuple(as_int(index, "a channel of reduce", 0) for index in given))
     if callable(given):

@@ -40,7 +40,7 @@ def spooled(volumes: dict[str, Voxels]) -> Iterator[dict[str, Voxels]]:
     Raises:
         SaveError: if there is no room for them.
     """
-    with tempfile.TemporaryDirectory(prefix="voxloom-") as folder:
+    with tempfile.TemporaryDirectory(prefix="voxloom-", ignore_cleanup_errors=True) as folder:
         yield {
             name: _unpacked(volume, Path(folder) / name) if isinstance(volume, Image) and can_be_spooled(volume) else volume
             for name, volume in volumes.items()
