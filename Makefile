@@ -22,10 +22,12 @@ format: $(VENV)/lint.installed  ## Mend what can be mended of the style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/bench.installed  ## Measure aggregation, sampling and training side by side with TorchIO, MONAI and nnU-Net
+bench: $(VENV)/bench.installed  ## Measure aggregation, sampling, training and prediction side by side with TorchIO, MONAI and nnU-Net
 	$(BIN)/python benchmarks/aggregation.py
 	$(BIN)/python benchmarks/sampling.py
 	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/prediction.py
+	$(BIN)/python benchmarks/prediction.py --large
 
 clean:  ## Remove what the other targets made
 	rm -rf $(VENV) demo bench build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

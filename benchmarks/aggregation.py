@@ -76,6 +76,19 @@ def prepare_voxloom(volume, patch, overlap, mode):
     return run, False
 
 
+def prepare_predict(volume, patch, overlap, mode):
+    import voxloom as vx
+
+    current = []
+    predictor = vx.Predictor(lambda batch: current[-1](batch), patch, overlap, mode, batch_size=BATCH)
+
+    def run(model):
+        current[:] = [model]
+        return predictor(volume).data
+
+    return run, False
+
+
 def prepare_torchio(volume, patch, overlap, mode):
     import torchio as tio
 
@@ -124,6 +137,7 @@ def prepare_nnunet(volume, patch, overlap, mode):
 SYSTEMS = {
     "bare loop": prepare_bare,
     "voxloom": prepare_voxloom,
+    "voxloom.predict": prepare_predict,
     "TorchIO": prepare_torchio,
     "MONAI": prepare_monai,
     "nnU-Net": prepare_nnunet,
