@@ -1,9 +1,9 @@
 """Train a small U-Net on files: patches from a queue, and a whole volume through a grid to see what was learned.
 
 Noisy heads at random places are written to a folder, as .nii.gz. A queue loads, normalises and cuts them in processes of its own
-while the network learns their labels. Then the network is applied to a head that it has not seen, patch by patch, and its labels
-are saved beside it. After each epoch everything is saved, so that the training can be interrupted and taken up again with the
-same command: it goes on with the epoch that was interrupted.
+while the network learns their labels. After each epoch the network is applied to a head that it has not seen, patch by patch, and
+in the end its labels are saved beside it. After each epoch everything is saved, so that the training can be interrupted and taken
+up again with the same command: it goes on with the epoch that was interrupted.
 
     python examples/train_unet.py [--folder heads] [--subjects 12] [--epochs 12] [--workers 2]
 """
@@ -103,7 +103,9 @@ def dice(prediction: Tensor, truth: Tensor) -> dict[str, float]:
     return scores
 
 
-def train(model: UNet, subjects: list[vx.Subject], checkpoint: Path, epochs: int, workers: int) -> list[float]:
+def train(
+    model: UNet, subjects: list[vx.Subject], unseen: vx.Subject, checkpoint: Path, epochs: int, workers: int
+) -> list[float]:
     """Train until so many epochs are done, from where the checkpoint says; give the mean loss of each."""
     sampler = vx.LabelSampler(PATCH, "labels", dict.fromkeys(range(CLASSES), 1), border="clamp")
     dataset = vx.SubjectsDataset(subjects, transform=normalise)
@@ -128,7 +130,10 @@ def train(model: UNet, subjects: list[vx.Subject], checkpoint: Path, epochs: int
             optimizer.step()
             total += loss.item() / len(loader)
         losses.append(total)
-        print(f"epoch {len(losses)}: loss {total:.3f}", flush=True)
+        scores = dice(predict(model, unseen).data, unseen.labels.data)
+        print(
+            f"epoch {len(losses)}: loss {total:.3f}, Dice of the unseen head {sum(scores.values()) / len(scores):.3f}", flush=True
+        )
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "queue": queue.state_dict(), "losses": losses}
         torch.save(state, checkpoint.with_suffix(".new"))
         checkpoint.with_suffix(".new").replace(checkpoint)
@@ -137,15 +142,10 @@ def train(model: UNet, subjects: list[vx.Subject], checkpoint: Path, epochs: int
 
 
 def predict(model: UNet, subject: vx.Subject) -> vx.LabelMap:
-    """Apply the network to a whole volume, and give the likeliest labels."""
-    model.eval()
-    sampler = vx.GridSampler(normalise(subject), PATCH, patch_overlap=16)
-    aggregator = vx.GridAggregator(sampler, "hann")
-    with torch.inference_mode():
-        for batch in vx.SubjectsLoader(sampler, batch_size=4):
-            aggregator.add_batch(model(batch.t1.data).softmax(dim=1), batch)
-    labels = aggregator.get_output().argmax(dim=0, keepdim=True).to(torch.uint8)
-    return vx.LabelMap(labels, affine=subject.t1.affine)
+    """Apply the network to a whole volume, and give the likeliest labels; its mode is left as it was."""
+    return vx.predict(
+        model, normalise(subject), PATCH, 0.5, "hann", image_name="t1", batch_size=4, activation="softmax", reduce="argmax"
+    )
 
 
 def main(arguments: list[str] | None = None) -> tuple[list[float], dict[str, float]]:
@@ -160,7 +160,7 @@ def main(arguments: list[str] | None = None) -> tuple[list[float], dict[str, flo
     torch.manual_seed(0)
     *subjects, unseen = [write_head(options.folder, number) for number in range(options.subjects + 1)]
     model = UNet()
-    losses = train(model, subjects, options.folder / "checkpoint.pt", options.epochs, options.workers)
+    losses = train(model, subjects, unseen, options.folder / "checkpoint.pt", options.epochs, options.workers)
     prediction = predict(model, unseen)
     prediction.save(options.folder / "prediction.nii.gz")
     scores = dice(prediction.data, unseen.labels.data)
