@@ -36,9 +36,11 @@ def test_examples_in_the_readme(tmp_path, monkeypatch):
     phantom.t1.save("brain.nii.gz")
     namespace = {}
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 6
     for block in blocks:
         exec(block, namespace)
+    assert vx.LabelMap("labels.nii.gz").data.unique().tolist() == [0, 1]
+    assert set(namespace["results"]) == {"labels", "doubt"}
     assert vx.ScalarImage("output.nii.gz").shape == (2, 96, 80, 72)
     assert namespace["embedding"].shape == (1, 12, 10, 9)
     assert int(namespace["partial"].sum()) == 32**3
