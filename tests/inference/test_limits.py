@@ -2,9 +2,10 @@
 
 import pytest
 
+from voxloom.core.memory import pretty_bytes
 from voxloom.errors import SizeError
 from voxloom.inference import limits
-from voxloom.inference.limits import as_bytes, free_bytes, pretty_bytes
+from voxloom.inference.limits import as_bytes, free_bytes
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["FreedMemory", "Trimmer", "copy_alone", "empty"]
+__all__ = ["FreedMemory", "Trimmer", "copy_alone", "empty", "pretty_bytes"]
 
 # Smaller blocks the C library keeps and hands out again by itself.
 LARGE_BYTES = 32 * 2**20
@@ -146,6 +146,20 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     if math.prod(shape) * dtype.itemsize < LARGE_BYTES:
         return torch.empty(tuple(shape), dtype=dtype)
     return _freed.empty(shape, dtype)
+
+
+def pretty_bytes(num_bytes: float) -> str:
+    """Say a number of bytes for people.
+
+    Example:
+        >>> pretty_bytes(1536 * 2**20)
+        '1.5 GiB'
+    """
+    value, units = float(num_bytes), iter(("bytes", "KiB", "MiB", "GiB", "TiB"))
+    unit = next(units)
+    while value >= 1024 and unit != "TiB":
+        value, unit = value / 1024, next(units)
+    return f"{value:.1f} {unit}" if unit != "bytes" else f"{value:.0f} bytes"
 
 
 def copy_alone(target: Tensor, source: Tensor) -> None:

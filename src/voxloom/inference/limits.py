@@ -10,7 +10,7 @@ import torch
 
 from ..errors import SizeError
 
-__all__ = ["as_bytes", "free_bytes", "home_of_front", "pretty_bytes"]
+__all__ = ["as_bytes", "free_bytes", "home_of_front"]
 
 UNITS = {"": 1, "B": 1, "KB": 1000, "MB": 1000**2, "GB": 1000**3, "TB": 1000**4}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -42,20 +42,6 @@ def as_bytes(value: Any, name: str) -> int:
     if number < 1:
         raise SizeError(f"{name} is {value!r}: {rule}")
     return int(number)
-
-
-def pretty_bytes(num_bytes: float) -> str:
-    """Say a number of bytes for people.
-
-    Example:
-        >>> pretty_bytes(1536 * 2**20)
-        '1.5 GiB'
-    """
-    value, units = float(num_bytes), iter(("bytes", "KiB", "MiB", "GiB", "TiB"))
-    unit = next(units)
-    while value >= 1024 and unit != "TiB":
-        value, unit = value / 1024, next(units)
-    return f"{value:.1f} {unit}" if unit != "bytes" else f"{value:.0f} bytes"
 
 
 def free_bytes() -> int | None:

@@ -12,10 +12,10 @@ import torch
 from ..core.accumulator import sum_dtype
 from ..core.front import KEPT_WEIGHTS
 from ..core.grids import PatchGrid
+from ..core.memory import pretty_bytes
 from ..core.sizes import Ints, Scale
 from ..core.sweeps import Column, Sweep
 from ..errors import SizeError
-from .limits import pretty_bytes
 from .outputs import Form
 
 __all__ = ["Memory", "PredictionPlan", "ResultForm", "SumForm", "best_split", "passes_of", "sum_bytes"]

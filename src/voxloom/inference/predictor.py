@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from ..core.front import Allocate
-from ..core.memory import FreedMemory
+from ..core.memory import FreedMemory, pretty_bytes
 from ..core.padding import check_padding_mode
 from ..core.sizes import as_int, as_sizes
 from ..core.sweeps import Column
@@ -22,7 +22,7 @@ from ..volumes.subject import Subject
 from .execution import Execution
 from .files import NiftiSink, UnfinishedRun, as_target, difference_of_made, is_ready_to_publish
 from .inputs import PatchReader, volumes_of
-from .limits import as_bytes, home_of_front, pretty_bytes
+from .limits import as_bytes, home_of_front
 from .models import Models, as_models
 from .options import Options, overlap_of
 from .outputs import Wanted

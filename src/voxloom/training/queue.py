@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from ..core.memory import FreedMemory
+from ..core.memory import FreedMemory, pretty_bytes
 from ..core.schedules import EpochSchedule
 from ..core.sizes import as_int
 from ..errors import QueueError, SizeError, SubjectError, VoxloomError, WorkerError
@@ -250,17 +250,17 @@ class Queue(IterableDataset[Subject]):
         return self.max_length * self._bytes_of_largest_patch
 
     @property
-    def max_memory_pretty(self) -> str:
+    def max_memorypretty_bytes(self) -> str:
         """The same, for people."""
-        return _pretty(self.max_memory)
+        return pretty_bytes(self.max_memory)
 
     def get_max_memory(self, subject: Subject | None = None) -> int:
         """Give the bytes of `max_length` patches, those of a given subject or of the data set."""
         return self.max_memory if subject is None else self.max_length * self._bytes_by_headers(subject)
 
-    def get_max_memory_pretty(self, subject: Subject | None = None) -> str:
+    def get_max_memorypretty_bytes(self, subject: Subject | None = None) -> str:
         """Give the same, for people."""
-        return _pretty(self.get_max_memory(subject))
+        return pretty_bytes(self.get_max_memory(subject))
 
     @property
     def idle_seconds(self) -> float:
@@ -635,11 +635,3 @@ def _as_transform(given: Any, name: str) -> Transform | None:
 def _shared(tensor: Tensor) -> Tensor:
     share: Callable[[], Tensor] = tensor.share_memory_
     return share()
-
-
-def _pretty(num_bytes: int) -> str:
-    value, units = float(num_bytes), iter(("bytes", "KiB", "MiB", "GiB", "TiB"))
-    unit = next(units)
-    while value >= 1024 and unit != "TiB":
-        value, unit = value / 1024, next(units)
-    return f"{value:.1f} {unit}"
