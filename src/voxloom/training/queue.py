@@ -250,7 +250,7 @@ class Queue(IterableDataset[Subject]):
         return self.max_length * self._bytes_of_largest_patch
 
     @property
-    def max_memorypretty_bytes(self) -> str:
+    def max_memory_pretty(self) -> str:
         """The same, for people."""
         return pretty_bytes(self.max_memory)
 
@@ -258,7 +258,7 @@ class Queue(IterableDataset[Subject]):
         """Give the bytes of `max_length` patches, those of a given subject or of the data set."""
         return self.max_memory if subject is None else self.max_length * self._bytes_by_headers(subject)
 
-    def get_max_memorypretty_bytes(self, subject: Subject | None = None) -> str:
+    def get_max_memory_pretty(self, subject: Subject | None = None) -> str:
         """Give the same, for people."""
         return pretty_bytes(self.get_max_memory(subject))
 
