@@ -199,7 +199,7 @@ def test_a_missing_image_among_others_is_found_before_anything_starts(here, run)
 
 def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(here):
     Path("slow.py").write_text(
-        "import time\n\ndef model(batch):\n    time.sleep(0.02)\n    print('.', flush=True)\n    return batch\n"
+        "import time\n\ndef model(batch):\n    time.sleep(0.04)\n    print('.', flush=True)\n    return batch\n"
     )
     command = [
         sys.executable,
@@ -214,7 +214,7 @@ def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(here):
         "8",
     ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for _ in range(60):
+    for _ in range(52):
         assert process.stdout.readline() == ".\n"
     process.send_signal(signal.SIGINT)
     _, error = process.communicate()
