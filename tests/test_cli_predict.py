@@ -317,33 +317,28 @@ def pickled_constant(tree):
 DEFAULTDICT = json.dumps(
     [1, {"type": "collections.defaultdict", "context": '{"default_factory_module": "os"}', "children_spec": []}]
 )
+
+
+def graph(change):
+    return "models/model.json", edited(change)
+
+
+def calling(target):
+    return graph(lambda tree: tree["graph_module"]["graph"]["nodes"][0].update(target=target))
+
+
 MALICIOUS = {
     "sample": ("data/sample_inputs/model.pt", pickle.dumps(RunsCode())),
     "constant": ("model_constants_config.json", edited(pickled_constant)),
     "weights": ("model_weights_config.json", edited(lambda tree: next(iter(tree["config"].values())).update(use_pickle=True))),
-    "target": (
-        "models/model.json",
-        edited(lambda tree: tree["graph_module"]["graph"]["nodes"][0].update(target="torch.os.system")),
-    ),
-    "operator": (
-        "models/model.json",
-        edited(lambda tree: tree["graph_module"]["graph"]["nodes"][0].update(target="_operator.attrgetter")),
-    ),
-    "guard": ("models/model.json", edited(lambda tree: tree.update(guards_code=["__import__('os').system('touch ran')"]))),
-    "expression": ("models/model.json", edited(lambda tree: tree.update(x={"expr_str": "__import__('os').system('touch ran')"}))),
+    "target": calling("torch.os.system"),
+    "operator": calling("_operator.attrgetter"),
+    "file": calling("torch.ops.aten.from_file.default"),
+    "foreign": calling("torch.ops.mylib.run.default"),
+    "guard": graph(lambda tree: tree.update(guards_code=["__import__('os').system('touch ran')"])),
+    "expression": graph(lambda tree: tree.update(x={"expr_str": "__import__('os').system('touch ran')"})),
+    "structure": graph(lambda tree: tree["graph_module"]["module_call_graph"][0]["signature"].update(out_spec=DEFAULTDICT)),
     "ending": ("models/evil.JSON", b"{}"),
-    "file": (
-        "models/model.json",
-        edited(lambda tree: tree["graph_module"]["graph"]["nodes"][0].update(target="torch.ops.aten.from_file.default")),
-    ),
-    "foreign": (
-        "models/model.json",
-        edited(lambda tree: tree["graph_module"]["graph"]["nodes"][0].update(target="torch.ops.mylib.run.default")),
-    ),
-    "structure": (
-        "models/model.json",
-        edited(lambda tree: tree["graph_module"]["module_call_graph"][0]["signature"].update(out_spec=DEFAULTDICT)),
-    ),
     "library": ("data/aotinductor/model/x.so", b"\x7fELF"),
 }
 

@@ -1,8 +1,10 @@
 """The command `voxloom`."""
 
 import enum
+import functools
+import inspect
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,6 +43,9 @@ def _voxloom(
 
 
 # What predict and plan have in common
+
+RESULTS = Path("predictions")
+MakePredictor = Callable[[], Predictor]
 
 
 class Activation(enum.StrEnum):
@@ -81,35 +86,65 @@ MaskAbove = Annotated[float | None, typer.Option(help="Compute only patches in w
 MemoryLimit = Annotated[str | None, typer.Option(help="Memory beside the model's own, such as 2GiB.  [default: what is free]")]
 
 
-def _predictor(model: str, weights: Path | None, allow_pickle: bool, **given: Any) -> Predictor:
+def _predictor(
+    model: ModelName,
+    weights: Weights = None,
+    allow_pickle: AllowPickle = False,
+    patch_size: PatchSizes = None,
+    overlap: Overlap = "0.5",
+    mode: Mode = "gaussian",
+    labels: Labels = False,
+    threshold: Threshold = None,
+    channels: Channels = None,
+    activation: ActivationName = None,
+    batch_size: BatchSize = None,
+    device: Device = None,
+    amp: Amp = False,
+    padding: Padding = None,
+    mirror: Mirror = None,
+    memory_limit: MemoryLimit = None,
+) -> Predictor:
     """Make a predictor of what was given on the command line."""
     loaded = load_model(model, weights, allow_pickle)
-    reductions = [
-        value
-        for value in ("argmax" if given["labels"] else None, given["threshold"], _numbers(given["channels"], int, "channels"))
-        if value is not None
-    ]
+    given = ("argmax" if labels else None, threshold, _numbers(channels, int, "channels"))
+    reductions = [value for value in given if value is not None]
     if len(reductions) > 1:
         raise ModeError("of --labels, --threshold and --channels only one can be given")
-    patch_size, batch_size = _sizes_of(loaded, _numbers(given["patch_size"], int, "patch-size"), given["batch_size"])
-    overlap = _numbers(given["overlap"], lambda text: float(text) if "." in text else int(text), "overlap")
-    activation = given["activation"]
+    size, number = _sizes_of(loaded, _numbers(patch_size, int, "patch-size"), batch_size)
+    overlaps = _numbers(overlap, lambda text: float(text) if "." in text else int(text), "overlap")
     return Predictor(
         loaded.model,
-        patch_size,
-        overlap[0] if len(overlap) == 1 else overlap,
-        given["mode"],
-        batch_size=batch_size,
-        device=given["device"],
-        amp=given["amp"],
+        size,
+        overlaps[0] if len(overlaps) == 1 else overlaps,
+        mode,
+        batch_size=number,
+        device=device,
+        amp=amp,
         activation=None if activation is None else activation.value,
         reduce=reductions[0] if reductions else None,
-        padding_mode=_number_or_text(given["padding"]),
-        mirror_axes=_numbers(given["mirror"], int, "mirror") or (),
-        memory_limit=given["memory_limit"],
+        padding_mode=_number_or_text(padding),
+        mirror_axes=_numbers(mirror, int, "mirror") or (),
+        memory_limit=memory_limit,
         # A function has no weights to be known by.
         model_name=None if isinstance(loaded.model, torch.nn.Module) else model,
     )
+
+
+def _with_predictor(command: Callable[..., None]) -> Callable[..., None]:
+    """Let a command take all that a predictor is made of, beside its own, and give it the function that makes the predictor."""
+    theirs, own = inspect.signature(_predictor).parameters, inspect.signature(command).parameters
+    model, *options = theirs.values()
+    rest = [each for name, each in own.items() if name != "make"]
+
+    @functools.wraps(command)
+    def taking_all(**given: Any) -> None:
+        command(
+            make=lambda: _predictor(**{name: given[name] for name in theirs}), **{each.name: given[each.name] for each in rest}
+        )
+
+    taking_all.__signature__ = inspect.Signature([model, *rest, *options])  # type: ignore[attr-defined]
+    taking_all.__annotations__ = {each.name: each.annotation for each in (model, *rest, *options)}
+    return taking_all
 
 
 def _sizes_of(loaded: LoadedModel, patch_size: list[int] | None, batch_size: int | None) -> tuple[Any, int]:
@@ -166,30 +201,14 @@ def _mask(mask: Path | None, mask_above: float | None) -> Path | float | None:
 
 
 @app.command()
+@_with_predictor
 def predict(
-    model: ModelName,
+    make: MakePredictor,
     images: Images = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="A .nii or .nii.gz for one image, or a folder.")] = Path(
-        "predictions"
-    ),
-    patch_size: PatchSizes = None,
-    overlap: Overlap = "0.5",
-    mode: Mode = "gaussian",
-    labels: Labels = False,
-    threshold: Threshold = None,
-    channels: Channels = None,
-    activation: ActivationName = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="A .nii or .nii.gz for one image, or a folder.")] = RESULTS,
     table: Table = None,
-    weights: Weights = None,
-    allow_pickle: AllowPickle = False,
-    batch_size: BatchSize = None,
-    device: Device = None,
-    amp: Amp = False,
-    padding: Padding = None,
-    mirror: Mirror = None,
     mask: Mask = None,
     mask_above: MaskAbove = None,
-    memory_limit: MemoryLimit = None,
     resume: Annotated[bool, typer.Option(help="Take up what was interrupted, or begin anew.")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results that are there.")] = False,
 ) -> None:
@@ -197,10 +216,9 @@ def predict(
 
     What is interrupted goes on from there when the same command is given again; what is complete is left out.
     """
-    given = {key: value for key, value in locals().items() if key not in ("model", "weights", "allow_pickle")}
     cases = _cases(images, table, output)
     where = _mask(mask, mask_above)
-    predictor = _predictor(model, weights, allow_pickle, **given)
+    predictor = make()
     done, skipped, failed = 0, 0, []
     for case in cases:
         try:
@@ -244,35 +262,17 @@ def _predict_case(predictor: Predictor, case: Case, mask: Any, resume: bool, ove
 
 
 @app.command()
+@_with_predictor
 def plan(
-    model: ModelName,
-    images: Images = None,
-    patch_size: PatchSizes = None,
-    overlap: Overlap = "0.5",
-    mode: Mode = "gaussian",
-    labels: Labels = False,
-    threshold: Threshold = None,
-    channels: Channels = None,
-    activation: ActivationName = None,
-    table: Table = None,
-    weights: Weights = None,
-    allow_pickle: AllowPickle = False,
-    batch_size: BatchSize = None,
-    device: Device = None,
-    amp: Amp = False,
-    padding: Padding = None,
-    mirror: Mirror = None,
-    mask: Mask = None,
-    mask_above: MaskAbove = None,
-    memory_limit: MemoryLimit = None,
+    make: MakePredictor, images: Images = None, table: Table = None, mask: Mask = None, mask_above: MaskAbove = None
 ) -> None:
     """Say what predict would do, and how much memory it would take."""
-    given = {key: value for key, value in locals().items() if key not in ("model", "weights", "allow_pickle")}
-    cases = _cases(images, table, Path("predictions"))
-    predictor = _predictor(model, weights, allow_pickle, **given)
+    cases = _cases(images, table, RESULTS)
+    where = _mask(mask, mask_above)
+    predictor = make()
     for case in cases:
         subject = case.subject()
-        found = predictor.plan(subject, image_name=list(subject.images), mask=_mask(mask, mask_above), output=case.target)
+        found = predictor.plan(subject, image_name=list(subject.images), mask=where, output=case.target)
         typer.echo(f"{case.name}\n{found}\n" if len(cases) > 1 else str(found))
 
 

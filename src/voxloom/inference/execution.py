@@ -39,7 +39,7 @@ class _Step:
     column: int
     layer: int
     patches: tuple[Ints, ...]
-    """None at the end of the layer."""
+    """Empty at the end of the layer."""
     is_first: bool = False
     """Whether the step is the first of its column."""
 
@@ -175,7 +175,7 @@ class Execution:
     def _move_to_host(self, fronts: list[Front]) -> None:
         self._warn(
             f"there was too little memory on {self.front_device} for the sum of patches: the run goes on with it in the memory"
-            " of the host"
+            " of the host, so that its last bits may differ from those of another run"
         )
         self.front_device = HOST
         for front in fronts:

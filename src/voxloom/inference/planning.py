@@ -110,7 +110,7 @@ class Planner:
             self._outputs[setting] = list(outputs)
             streams, results = options.wanted.resolve(self._outputs[setting], output)
             for stream in streams:
-                self._forms[setting, stream] = form = self._models.form(outputs, stream, options.batch_size)
+                form = self._models.form(outputs, stream, options.batch_size)
                 expected = tuple(size * factor for size, factor in zip(options.patch_size, stream.scale, strict=True))
                 if form.size != expected:
                     scale = ", ".join(f"{size}/{patch}" for size, patch in zip(form.size, options.patch_size, strict=True))
@@ -119,6 +119,7 @@ class Planner:
                         f" of {name}: at output_scale {tuple(map(str, stream.scale))} it must be {tuple(map(str, expected))}."
                         f" Give its scale, ({scale}), or let the model pad or crop it"
                     )
+                self._forms[setting, stream] = form
         return streams, results
 
     @staticmethod
@@ -162,7 +163,7 @@ class Planner:
             columns = best_split(sweep, lambda column: memory_of(column).peak, limit, is_given, options.batch_size)
         made, computed = passes_of(sweep, columns, options.batch_size, needed)
         times = self._models.num_passes
-        in_parts = [volume for name, volume in job.volumes.items() if not job.bytes_to_load.get(name)]
+        in_parts = [volume for name, volume in job.volumes.items() if spooled_bytes or not job.bytes_to_load.get(name)]
         patch_bytes = math.prod(options.patch_size) * sum(volume.num_channels * volume.dtype.itemsize for volume in in_parts)
         return PredictionPlan(
             grid=sweep.grid,
