@@ -645,12 +645,12 @@ def test_a_sum_that_the_device_has_no_room_for_goes_on_in_the_memory_of_the_host
     opened = []
     open_cell = Front._open
 
-    def full(front, layer, row):
-        if (layer, row) not in front._cells:
-            opened.append((layer, row))
+    def full(front, place):
+        if place not in front._cells:
+            opened.append(place)
             if front._device.index == 0 and len(opened) > 10:
                 raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        return open_cell(front, layer, row)
+        return open_cell(front, place)
 
     data = torch.rand(1, 24, 24, 24)
     expected = vx.predict(network(), data, 8, 4).data

@@ -12,7 +12,7 @@ from torch import Tensor
 from .accumulator import sum_dtype
 from .boxes import Box
 from .sizes import Ints
-from .sweeps import Column, Sweep
+from .sweeps import Column, Place, Sweep
 from .weave import AxisWeave
 from .windows import Window
 
@@ -129,7 +129,7 @@ class Front:
         self._weights = weights
         self._needed = needed
         self._box = sweep.column_box(column)
-        self._cells: dict[tuple[int, int], _Cell] = {}
+        self._cells: dict[Place, _Cell] = {}
         rows = sweep.steps[1]
         self._rows = range(rows.finished_with(column.rows.start).start, rows.finished_with(column.rows.stop - 1).stop)
 
@@ -143,20 +143,23 @@ class Front:
             numbers: which one of the grid's it is.
         """
         sweep = self._sweep
-        layer, row, _ = (numbers[axis] for axis in sweep.axes)
         whole = sweep.span(numbers)
         box = whole & self._box
         origin = sweep.grid.location(numbers).index
         piece = patch[(slice(None), *box.relative_to(origin).slices)].to(self._device, self._dtype)
         weights = None if self._weights is None else self._weights.of(numbers)[box.relative_to(whole.start).slices]
-        rows = sweep.steps[1].adds_to(row)
-        of_column = range(max(rows.start, self._rows.start), min(rows.stop, self._rows.stop))
+        layers, rows, _ = (step.adds_to(numbers[axis]) for step, axis in zip(sweep.steps, sweep.axes, strict=True))
         # Everything that takes memory comes first.
-        for cell in [self._open(*place) for place in itertools.product(sweep.steps[0].adds_to(layer), of_column)]:
+        for cell in [self._open(place) for place in self._places(layers, rows)]:
             part = box & cell.box
             target = part.relative_to(cell.box.start).slices
             source = part.relative_to(box.start).slices
             self._add(cell, piece[(slice(None), *source)], target, None if weights is None else weights[source])
+
+    def _places(self, layers: range, rows: range) -> Iterator[Place]:
+        """Give the cells of this column that lie in some intervals of two axes."""
+        rows_here = range(max(rows.start, self._rows.start), min(rows.stop, self._rows.stop))
+        return itertools.product(layers, rows_here)
 
     def _add(self, cell: _Cell, piece: Tensor, target: tuple[slice, ...], weights: Tensor | None) -> None:
         third = self._sweep.axes[2]
@@ -178,17 +181,17 @@ class Front:
         cell.values.narrow(self._sweep.axes[2] - 3, cell.reached, stop - cell.reached).zero_()
         cell.reached = stop
 
-    def _open(self, layer: int, row: int) -> _Cell:
-        cell = self._cells.get((layer, row))
+    def _open(self, place: Place) -> _Cell:
+        cell = self._cells.get(place)
         if cell is None:
-            box = self._sweep.cell(layer, row, self.column)
+            box = self._sweep.cell(place, self.column)
             shape = (self._channels, *box.shape)
             if self._allocate is None:
                 values = torch.empty(shape, dtype=self._dtype, device=self._device)
             else:
                 values = self._allocate(shape, self._dtype)
             weights = torch.zeros(box.shape, dtype=sum_dtype(self._dtype), device=self._device) if self._is_partial(box) else None
-            self._cells[layer, row] = cell = _Cell(box, values, weights)
+            self._cells[place] = cell = _Cell(box, values, weights)
         return cell
 
     def _is_partial(self, box: Box) -> bool:
@@ -209,14 +212,12 @@ class Front:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def finish(self, layer: int, row: int) -> Iterator[Finished]:
-        """Give what is finished with a row of patches of a layer, and forget it."""
-        for number, of_row in self._sweep.finished_cells(layer, row):
-            if of_row not in self._rows:
-                continue
-            cell = self._cells.pop((number, of_row), None)
+    def finish(self, place: Place) -> Iterator[Finished]:
+        """Give what is finished with a row of a layer, and forget it."""
+        for each in self._places(*(step.finished_with(group) for step, group in zip(self._sweep.steps, place, strict=False))):
+            cell = self._cells.pop(each, None)
             if cell is None:
-                yield Finished(self._sweep.cell(number, of_row, self.column), None, None)
+                yield Finished(self._sweep.cell(each, self.column), None, None)
                 continue
             self._clear(cell, cell.box.shape[self._sweep.axes[2]])
             uncovered = None

@@ -3,6 +3,7 @@
 import itertools
 import math
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from ..core.boxes import Box
 from ..core.front import Allocate, Finished, Front, WeightsOfPatches
 from ..core.memory import Trimmer
 from ..core.sizes import Ints
-from ..core.sweeps import Column
+from ..core.sweeps import Column, Place
 from ..core.windows import Window
 from ..errors import DeviceMemoryError, OutputError
 from .inputs import PatchReader
@@ -79,7 +80,7 @@ class Execution:
     def __post_init__(self) -> None:
         self.warnings: list[str] = []
         self._writing: Future | None = None
-        self._next_row = (0, 0)  # layer, and the first of its rows that has not been handed over
+        self._unfinished: deque[Place] = deque()  # of the layer that is at hand
         self._weights = [
             None if self.window is None else WeightsOfPatches(each.sweep, self.window, each.dtype(), self.front_device)
             for each in self.sums
@@ -124,17 +125,18 @@ class Execution:
             column = self.plan.columns[step.column]
             if step.is_first:
                 fronts = [self._front(column, number) for number in range(len(self.sums))]
-                self._next_row = (step.layer, self.plan.sweep.rows_of(column).start)
+            if not self._unfinished:
+                self._unfinished.extend((step.layer, row) for row in self.plan.sweep.rows_of(column))
             is_wanted = self._is_wanted(step, layers_done)
             if batch is None:
-                self._finish_rows(fronts, step.layer, is_wanted, self.plan.sweep.rows_of(column).stop)
+                self._finish_before(None, fronts, is_wanted)
                 if is_wanted:
                     self._submit(self.layer_finished)
                 continue
             outputs = self._outputs(batch, fronts)
             self._check_forms(outputs)
             for number, numbers in enumerate(step.patches):
-                self._finish_rows(fronts, step.layer, is_wanted, numbers[self.plan.sweep.axes[1]])
+                self._finish_before(self.plan.sweep.place(numbers), fronts, is_wanted)
                 for front, output in zip(fronts, outputs, strict=True):
                     self._add(fronts, front, output[number], numbers)
             del batch, outputs, output  # before those of the next step are made
@@ -199,8 +201,7 @@ class Execution:
             # What is finished with the first layer that is wanted began to be summed some layers earlier.
             begin = sweep.steps[0].added_by(range(first, first + 1)).start if first > 0 else 0
             for layer in range(begin, sweep.num_layers):
-                rows = (sweep.patches(layer, row, column, self.needed) for row in sweep.rows_of(column))
-                patches = itertools.chain.from_iterable(rows)
+                patches = sweep.patches(layer, column, self.needed)
                 is_first = layer == begin
                 while batch := tuple(itertools.islice(patches, self.plan.batch_size)):
                     yield _Step(number, layer, batch, is_first)
@@ -246,18 +247,15 @@ class Execution:
 
     # What is finished
 
-    def _finish_rows(self, fronts: list[Front], layer: int, is_wanted: bool, stop: int) -> None:
-        """Hand over what is finished with the rows of a layer before `stop`, as far as that has not been done."""
-        began, begin = self._next_row
-        if began != layer:
-            begin = self.plan.sweep.rows_of(fronts[0].column).start
-        for row in range(begin, stop):
+    def _finish_before(self, place: Place | None, fronts: list[Front], is_wanted: bool) -> None:
+        """Hand over what is finished with the rows of the layer, or with those before one, as far as that has not been done."""
+        while self._unfinished and (place is None or self._unfinished[0] < place):
+            done = self._unfinished.popleft()
             for number, front in enumerate(fronts):
-                for finished in front.finish(layer, row):
+                for finished in front.finish(done):
                     if is_wanted:
                         self._submit(self._deliver, number, finished)
                     del finished  # the writer alone holds it now
-        self._next_row = (layer, max(begin, stop))
 
     def _submit(self, function: Callable, *arguments: object) -> None:
         """Let the writer do something, once it has done what it is at."""

@@ -40,6 +40,8 @@ __all__ = ["Job", "Planner", "of_name"]
 
 # Of the memory that is free, what a prediction takes at most if no limit is given.
 USED_PART = 0.9
+# What is handed to the writer at a time. Less would be more steps, which cost time; of few voxels, too.
+CELL_BYTES, CELL_VOXELS = 64 * 2**20, 2**18
 
 
 _Setting = tuple[int, torch.dtype, torch.device]
@@ -125,8 +127,9 @@ class Planner:
     @staticmethod
     def _sum(stream: Stream, form: Form, sweep: Sweep) -> SumForm:
         is_plain = all(factor == 1 for factor in stream.scale)
-        scaled_sweep = sweep if is_plain else Sweep(sweep.grid.scaled(stream.scale), sweep.is_cropped, sweep.axes)
-        return SumForm(form, stream.scale, scaled_sweep)
+        scaled_sweep = sweep if is_plain else sweep.scaled(sweep.grid.scaled(stream.scale))
+        num_bytes = form.channels * form.dtype.itemsize
+        return SumForm(form, stream.scale, scaled_sweep.cut(max(CELL_VOXELS, CELL_BYTES // num_bytes)))
 
     def _result_form(self, result: Result, results: list[Result], sums: list[SumForm]) -> ResultForm:
         each = sums[result.stream]

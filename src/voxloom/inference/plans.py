@@ -176,8 +176,7 @@ def sum_bytes(sums: Sequence[SumForm], results: Sequence[ResultForm], column: Co
     for number, each in enumerate(sums):
         layers, rows, thirds = each.sweep.steps
         start, stop = thirds.ends(column.thirds)
-        longest = [max(stop - start for start, stop in step.intervals) for step in (layers, rows)]
-        cell = longest[0] * longest[1] * (stop - start)
+        cell = math.prod(max(stop - start for start, stop in step.intervals) for step in (layers, rows)) * (stop - start)
         size = (each.form.channels + int(is_partial)) * each.dtype().itemsize
         # The cell that is with the writer, and what it makes of it: twice the result, as reduced and as it is stored.
         made = [result for result in results if result.stream == number]
