@@ -461,6 +461,13 @@ def test_models_that_return_something_else(model, message):
     assert message in str(caught.value)
 
 
+def test_an_output_of_the_wrong_size_is_refused_each_time():
+    predictor = vx.Predictor(nn.MaxPool3d(2), 8)
+    for _ in range(2):
+        with pytest.raises(vx.errors.OutputError, match=r"spatial shape \(4, 4, 4\) for a patch of \(8, 8, 8\)"):
+            predictor(torch.rand(1, 16, 16, 16))
+
+
 @pytest.mark.parametrize("mode", ["crop", "gaussian"])
 def test_nan_is_traced_to_its_patch(mode):
     data = torch.rand(1, 40, 40, 40)

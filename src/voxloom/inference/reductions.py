@@ -92,8 +92,8 @@ class ArgMax:
 def _find_largest(values: np.ndarray, labels: np.ndarray) -> None:
     """Set labels, which are 0, to the first channel with the largest value.
 
-    One pass over the channels with what was best so far takes a third of the time of `argmax`. NumPy does it in this thread
-    alone: those that PyTorch would share it among would be in the way of the model's.
+    One pass over the channels with what was best so far takes an eighth of the time of NumPy's `argmax`, and in one thread a
+    twelfth of PyTorch's. NumPy does it in this thread alone: others would be in the way of the model's.
     """
     best = values[0].copy()
     is_better = np.empty(best.shape, dtype=bool)
