@@ -14,9 +14,7 @@ the volume, and of the largest error, and writes all measurements to bench/aggre
 import argparse
 import gc
 import json
-import multiprocessing
 import os
-import platform
 import statistics
 import sys
 import time
@@ -25,6 +23,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+
+from alternating import forget_peak, machine, memory_in_kilobytes, side_by_side
 
 CHANNELS = 4
 BATCH = 4
@@ -144,11 +144,6 @@ SYSTEMS = {
 }
 
 
-def memory_in_kilobytes(entry):
-    with Path("/proc/self/status").open() as lines:
-        return next(int(line.split()[1]) for line in lines if line.startswith(entry))
-
-
 def serve(name, size, patch, overlap, mode, connection):
     """Run one system whenever it is asked for, and answer with what was measured."""
     warnings.simplefilter("ignore")
@@ -163,7 +158,7 @@ def serve(name, size, patch, overlap, mode, connection):
     while connection.recv():
         gc.collect()
         model = Model(copies).eval()
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+        forget_peak()
         began = time.perf_counter()
         output = run(model)
         seconds = time.perf_counter() - began - model.seconds
@@ -171,28 +166,6 @@ def serve(name, size, patch, overlap, mode, connection):
         error = None if name == "bare loop" else float((output.float() - volume).abs().max())
         del output
         connection.send({"seconds": seconds, "megabytes": megabytes, "error": error})
-
-
-def measure(names, size, patch, overlap, mode, rounds):
-    """Give a list of measurements for each system, in the order of the rounds."""
-    context = multiprocessing.get_context("spawn")
-    pipes, processes = {}, []
-    for name in names:
-        pipes[name], theirs = context.Pipe()
-        processes.append(context.Process(target=serve, args=(name, size, patch, overlap, mode, theirs), daemon=True))
-        processes[-1].start()
-        assert pipes[name].recv() == "ready"
-    results = {name: [] for name in names}
-    for number in range(rounds + 1):
-        for name in names if number % 2 else reversed(names):
-            pipes[name].send(True)
-            answer = pipes[name].recv()
-            if number:  # the first round warms up
-                results[name].append(answer)
-    for name, process in zip(names, processes, strict=True):
-        pipes[name].send(False)
-        process.join()
-    return results
 
 
 def ratio(results, name, other):
@@ -225,7 +198,7 @@ def main():
     parser.add_argument("--modes", nargs="+", default=["gaussian", "hann", "average", "crop"], help="overlap modes of voxloom")
     parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), help="what to compare")
     arguments = parser.parse_args()
-    print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, PyTorch {torch.__version__}")
+    print(machine())
     print(
         f"{arguments.size}³, {CHANNELS} channels of float32, patch {arguments.patch}, overlap {arguments.overlap},"
         f" batches of {BATCH}"
@@ -235,7 +208,8 @@ def main():
         # Only TorchIO crops and has a Hann window; only MONAI and nnU-Net a Gaussian, for which TorchIO stands with Hann.
         absent = {"hann": {"MONAI", "nnU-Net"}, "crop": {"MONAI", "nnU-Net"}}.get(mode, set())
         names = [name for name in arguments.systems if name not in absent]
-        everything[mode] = measure(names, arguments.size, arguments.patch, arguments.overlap, mode, arguments.rounds)
+        found = side_by_side(names, arguments.rounds + 1, serve, arguments.size, arguments.patch, arguments.overlap, mode)
+        everything[mode] = {name: rounds[1:] for name, rounds in found.items()}  # the first round warms up
         report(everything[mode], arguments.size, mode)
     target = Path("bench") / "aggregation.json"
     target.parent.mkdir(exist_ok=True)

@@ -15,9 +15,7 @@ scores of all classes would take 127 GB.
 import argparse
 import gc
 import json
-import multiprocessing
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -27,6 +25,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+
+from alternating import forget_peak, machine, memory_in_kilobytes, side_by_side, start
 
 
 class Model(torch.nn.Module):
@@ -104,11 +104,6 @@ def prepare_nnunet(options):
 SYSTEMS = {"voxloom": prepare_voxloom, "MONAI": prepare_monai, "nnU-Net": prepare_nnunet}
 
 
-def memory_in_kilobytes(entry):
-    with Path("/proc/self/status").open() as lines:
-        return next(int(line.split()[1]) for line in lines if line.startswith(entry))
-
-
 def number_of_patches(size, patch, overlap):
     return (-(-(size - patch) // (patch - overlap)) + 1) ** 3
 
@@ -131,7 +126,7 @@ def serve(name, options, connection):
     while connection.recv():
         gc.collect()
         model = Model(options.classes).eval()
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+        forget_peak()
         began = time.perf_counter()
         labels = run(model, volume)
         seconds = time.perf_counter() - began - model.seconds * necessary / model.patches
@@ -139,26 +134,6 @@ def serve(name, options, connection):
         wrong = int((labels != expected).sum())
         del labels
         connection.send({"seconds": seconds, "megabytes": megabytes, "wrong": wrong, "patches": model.patches})
-
-
-def measure(names, options):
-    """Give a list of measurements for each system, in the order of the rounds."""
-    context = multiprocessing.get_context("spawn")
-    pipes, processes = {}, []
-    for name in names:
-        pipes[name], theirs = context.Pipe()
-        processes.append(context.Process(target=serve, args=(name, options, theirs), daemon=True))
-        processes[-1].start()
-        assert pipes[name].recv() == "ready"
-    results = {name: [] for name in names}
-    for number in range(options.rounds):
-        for name in names if number % 2 else reversed(names):
-            pipes[name].send(True)
-            results[name].append(pipes[name].recv())
-    for name, process in zip(names, processes, strict=True):
-        pipes[name].send(False)
-        process.join()
-    return results
 
 
 def report(results):
@@ -187,7 +162,8 @@ def serve_large(options, connection):
         vx.Predictor(model, 16, reduce="argmax")(torch.rand(1, 24, 24, 24))
         gc.collect()
         at_rest = memory_in_kilobytes("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")
+        connection.send("ready")
+        forget_peak()
         target = Path(folder) / "labels.nii.gz"
         plan = predictor.plan(scan, output=target)
         print(plan, flush=True)
@@ -207,10 +183,7 @@ def serve_large(options, connection):
 
 
 def measure_large(options):
-    context = multiprocessing.get_context("spawn")
-    pipe, theirs = context.Pipe()
-    process = context.Process(target=serve_large, args=(options, theirs), daemon=True)
-    process.start()
+    process, pipe = start(serve_large, options)
     found = pipe.recv()
     process.join()
     print(
@@ -237,16 +210,13 @@ def main():
     parser.add_argument("--large-overlap", type=int, default=24)
     parser.add_argument("--limit", default="4GiB", help="memory_limit for the large volume")
     options = parser.parse_args()
-    print(
-        f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, PyTorch {torch.__version__}",
-        flush=True,
-    )
+    print(machine(), flush=True)
     everything = {}
     if not options.large:
         print(
             f"{options.size}³, {options.classes} classes, patch {options.patch}, overlap {options.overlap}, batch {options.batch}"
         )
-        everything["labels"] = measure(options.systems, options)
+        everything["labels"] = side_by_side(options.systems, options.rounds, serve, options)
         report(everything["labels"])
     if options.large:
         everything["large"] = measure_large(options)

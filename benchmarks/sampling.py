@@ -11,9 +11,6 @@ import argparse
 import functools
 import gc
 import importlib
-import multiprocessing
-import os
-import platform
 import statistics
 import sys
 import time
@@ -21,7 +18,7 @@ import warnings
 
 import torch
 
-from aggregation import memory_in_kilobytes
+from alternating import machine, memory_in_kilobytes, side_by_side
 
 MORE_PATCHES = 20
 KINDS = ("label", "weighted", "uniform")
@@ -113,38 +110,19 @@ def serve(name, size, patch, kind, connection):
         connection.send({"first": to_first, "megabytes": peak, "each": each, "copy": copy})
 
 
-def measure(size, patch, kind, rounds):
-    context = multiprocessing.get_context("spawn")
-    pipes, processes = {}, []
-    for name in SYSTEMS:
-        pipes[name], theirs = context.Pipe()
-        processes.append(context.Process(target=serve, args=(name, size, patch, kind, theirs), daemon=True))
-        processes[-1].start()
-        assert pipes[name].recv() == "ready"
-    results = {name: [] for name in SYSTEMS}
-    for number in range(rounds):
-        for name in SYSTEMS if number % 2 else reversed(SYSTEMS):
-            pipes[name].send(True)
-            results[name].append(pipes[name].recv())
-    for name, process in zip(SYSTEMS, processes, strict=True):
-        pipes[name].send(False)
-        process.join()
-    return results
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 400], help="voxels of the volumes on each axis")
     parser.add_argument("--patch", type=int, default=96, help="voxels of a patch on each axis")
     parser.add_argument("--rounds", type=int, default=5, help="rounds")
     arguments = parser.parse_args()
-    print(f"\n{platform.machine()}, {os.cpu_count()} cores, PyTorch {torch.__version__}")
+    print(f"\n{machine()}")
     print(f"Patches of {arguments.patch}³ of an image of float32 and a label map of uint8")
     for size in arguments.sizes:
         for kind in KINDS:
             print(f"\n{kind}, {size}³\n")
             print("| | first patch, s | extra memory, MB | each patch, ms | × copying it |\n|---|---|---|---|---|")
-            for name, rows in measure(size, arguments.patch, kind, arguments.rounds).items():
+            for name, rows in side_by_side(list(SYSTEMS), arguments.rounds, serve, size, arguments.patch, kind).items():
                 first, each, megabytes = (statistics.median(row[key] for row in rows) for key in ("first", "each", "megabytes"))
                 times = statistics.median(row["each"] / row["copy"] for row in rows)
                 print(f"| {name} | {first:.3f} | {megabytes:.0f} | {1000 * each:.2f} | {times:.1f} |", flush=True)

@@ -13,8 +13,6 @@ import argparse
 import gc
 import importlib
 import multiprocessing
-import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -25,6 +23,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
+from alternating import end, machine, side_by_side, start
 
 BATCH = 16
 POLL_SECONDS = 0.02
@@ -154,32 +154,14 @@ def watch(pid, stop, peaks):
         stop.wait(POLL_SECONDS)
 
 
-def start(name, pairs, settings):
-    context = multiprocessing.get_context("spawn")
-    pipe, theirs = context.Pipe()
-    process = context.Process(target=serve, args=(name, pairs, settings, theirs))
-    process.start()
-    assert pipe.recv() == "ready"
-    return process, pipe
-
-
 def measure_times(pairs, settings):
-    started = {name: start(name, pairs, settings) for name in SYSTEMS}
-    results = {name: [] for name in SYSTEMS}
-    for number in range(settings.rounds):
-        for name in SYSTEMS if number % 2 else reversed(SYSTEMS):
-            pipe = started[name][1]
-            pipe.send(True)
-            results[name].append(pipe.recv())
-    for process, pipe in started.values():
-        pipe.send(False)
-        process.join()
+    results = side_by_side(list(SYSTEMS), settings.rounds, serve, pairs, settings)
     return {name: {key: statistics.median(row[key] for row in rows) for key in rows[0]} for name, rows in results.items()}
 
 
 def measure_memory(name, pairs, settings):
     """In a process that has done nothing else yet."""
-    process, pipe = start(name, pairs, settings)
+    process, pipe = start(serve, name, pairs, settings)
     rest, stop = bytes_of_main(process.pid), threading.Event()
     peaks = {"main": rest, "workers": 0}
     watcher = threading.Thread(target=watch, args=(process.pid, stop, peaks))
@@ -188,8 +170,7 @@ def measure_memory(name, pairs, settings):
     pipe.recv()
     stop.set()
     watcher.join()
-    pipe.send(False)
-    process.join()
+    end(process, pipe)
     return {"main": (peaks["main"] - rest) / 1e6, "workers": peaks["workers"] / 1e6}
 
 
@@ -217,7 +198,7 @@ def main():
     parser.add_argument("--workers", type=int, default=2, help="processes")
     parser.add_argument("--rounds", type=int, default=5, help="rounds")
     settings = parser.parse_args()
-    print(f"\n{platform.machine()}, {os.cpu_count()} cores, PyTorch {torch.__version__}, {settings.workers} workers")
+    print(f"\n{machine()}, {settings.workers} workers")
     print(
         f"{settings.subjects} pairs of {settings.size}³ (.nii.gz, int16 and uint8), {settings.samples} patches of"
         f" {settings.patch}³ each, {settings.max_length} held, batches of {BATCH}, steps of {settings.step} s\n"
