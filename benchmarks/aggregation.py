@@ -169,9 +169,11 @@ def serve(name, size, patch, overlap, mode, connection):
 
 
 def ratio(results, name, other):
-    """Median of the ratios of two systems, round by round."""
+    """Median of the ratios of two systems, round by round, as text."""
+    if other not in results:
+        return "-"
     pairs = zip(results[name], results[other], strict=True)
-    return statistics.median(one["seconds"] / two["seconds"] for one, two in pairs)
+    return f"{statistics.median(one['seconds'] / two['seconds'] for one, two in pairs):.2f}"
 
 
 def report(results, size, mode):
@@ -184,7 +186,7 @@ def report(results, size, mode):
         megabytes = statistics.median(item["megabytes"] for item in measurements)
         error = max((item["error"] for item in measurements if item["error"] is not None), default=None)
         print(
-            f"| {name} | {seconds:.3f} | {ratio(results, name, 'bare loop'):.2f} | {ratio(results, name, 'voxloom'):.2f}"
+            f"| {name} | {seconds:.3f} | {ratio(results, name, 'bare loop')} | {ratio(results, name, 'voxloom')}"
             f" | {megabytes:.0f} | {megabytes / output:.2f} | {'-' if error is None else f'{error:.1e}'} |"
         )
 

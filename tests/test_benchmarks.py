@@ -1,7 +1,12 @@
 """Benchmarks run, at a small size; what they measure is no matter of tests."""
 
 import importlib.util
+import json
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -24,3 +29,18 @@ def test_the_benchmark_for_gpus_runs_on_the_cpu_and_agrees_with_it(tmp_path, mon
         assert all(result["unlike_cpu"] < 0.01 for result in results.values())
     assert "| voxloom |" in capsys.readouterr().out
     assert (tmp_path / "bench" / "gpu.json").exists()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux says what the peak of a process was")
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("aggregation", "--size 64 --patch 32 --overlap 16 --rounds 1 --modes gaussian --systems voxloom voxloom.predict"),
+        ("prediction", "--size 48 --patch 32 --overlap 16 --rounds 1 --classes 3 --systems voxloom"),
+        ("prediction", "--large --large-shape 40 48 64 --patch 32 --large-classes 3"),
+    ],
+)
+def test_benchmarks_that_compare_processes_run(tmp_path, name, options):
+    subprocess.run([sys.executable, BENCHMARKS / f"{name}.py", *options.split()], cwd=tmp_path, check=True)
+    measured = json.loads((tmp_path / "bench" / f"{name}.json").read_text())["results"]
+    assert measured
