@@ -26,7 +26,7 @@ from torch import nn
 import voxloom as vx
 from voxloom.core.boxes import Box
 from voxloom.errors import RecordError, SaveError, TargetExistsError, UnsupportedImageError
-from voxloom.inference import files
+from voxloom.inference import files, spooling
 from voxloom.volumes.formats import NiftiWriter, SpaceCodes
 
 from strategies import MODES, geometries
@@ -114,7 +114,8 @@ def test_shape_affine_and_form_codes_of_a_real_scan_are_kept(mni_path, tmp_path)
 def test_the_sidecar_says_how_the_result_came_to_be(scan, tmp_path):
     model = network()
     options = {"output": tmp_path / "out.nii.gz", "reduce": "argmax"}
-    limit = vx.plan(model, scan, 8, 4, **options).peak_bytes - 1
+    memory = vx.plan(model, scan, 8, 4, **options).memory
+    limit = memory.peak - memory.volume - 1
     with pytest.warns(RuntimeWarning, match="blocks"):
         vx.predict(model, scan, 8, 4, **options, memory_limit=limit)
     said = json.loads((tmp_path / "out.json").read_text())
@@ -625,6 +626,67 @@ def test_an_input_that_is_truncated_is_named_and_leaves_nothing(scan, tmp_path):
 
 
 # A compressed input that is larger than the memory
+
+
+def test_a_process_that_is_killed_while_a_layer_is_brought_to_the_disk(tmp_path):
+    script = """
+        import os, sys, time
+        import torch
+        import voxloom as vx
+        from voxloom.volumes.formats import NiftiWriter
+
+        flush = NiftiWriter.flush
+        NiftiWriter.flush = lambda writer: (time.sleep(0.3), flush(writer))
+        calls = int(sys.argv[1])
+
+        def model(batch):
+            global calls
+            calls -= 1
+            with open("calls", "a") as file:
+                file.write("x")
+            if calls == 0:
+                os.kill(os.getpid(), 9)
+            return batch
+
+        options = {"model_name": "a", "output": "out.nii"}
+        plan = vx.plan(lambda batch: batch, torch.zeros(1, 48, 16, 64), 16, 0, **options)
+        print(plan.forward_passes + plan.restart_passes, flush=True)
+        vx.predict(model, torch.zeros(1, 48, 16, 64), 16, 0, **options)
+    """
+    (tmp_path / "script.py").write_text(textwrap.dedent(script))
+    for kill_at in (5, 6, 8):
+        for calls in (kill_at, 0):
+            command = [sys.executable, "-W", "ignore", "script.py", str(calls)]
+            done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+            assert done.returncode == (-signal.SIGKILL if calls else 0), done.stderr
+        assert len((tmp_path / "calls").read_text()) <= int(done.stdout)
+        for name in ("calls", "out.nii", "out.json"):
+            (tmp_path / name).unlink()
+
+
+def test_files_are_unpacked_where_that_saves_passes(tmp_path):
+    vx.ScalarImage(torch.rand(1, 128, 128, 128)).save(tmp_path / "scan.nii.gz")
+    passes, spooled = [], []
+    for limit in range(16, 64, 4):
+        with contextlib.suppress(vx.errors.SizeError):
+            model = lambda batch: batch.repeat(1, 12, 1, 1, 1)  # noqa: E731
+            plan = vx.plan(model, tmp_path / "scan.nii.gz", 32, 0.25, reduce="argmax", memory_limit=f"{limit}MiB")
+            assert plan.peak_bytes <= limit * 2**20
+            passes.append(plan.forward_passes)
+            spooled.append(plan.spooled_bytes > 0)
+    assert passes == sorted(passes, reverse=True)
+    assert spooled == sorted(spooled, reverse=True)
+    assert set(spooled) == {True, False}
+
+
+@pytest.mark.parametrize(("mask", "times"), [(0.5, 1), (torch.ones(24, 24, 20000, dtype=torch.bool), 1)])
+def test_a_compressed_input_is_unpacked_once(tmp_path, monkeypatch, mask, times):
+    vx.ScalarImage(torch.rand(1, 24, 24, 20000)).save(tmp_path / "scan.nii.gz")
+    unpacked = []
+    copy = spooling.shutil.copyfileobj
+    monkeypatch.setattr(spooling.shutil, "copyfileobj", lambda *args: (unpacked.append(1), copy(*args)))
+    vx.predict(network(), tmp_path / "scan.nii.gz", (24, 24, 40), 0, reduce="argmax", mask=mask, memory_limit="36MiB")
+    assert len(unpacked) == times
 
 
 def test_a_compressed_input_that_is_too_large_is_unpacked_to_a_temporary_file(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ SCRIPT = """
     import torch
     import voxloom as vx
 
-    shape, classes, patch, limit, output, reduce = json.loads(sys.argv[1])
+    shape, classes, patch, limit, output, reduce, channels, more = json.loads(sys.argv[1])
     warnings.simplefilter("ignore", RuntimeWarning)  # of blocks
 
     def resident(entry):
@@ -25,18 +25,21 @@ SCRIPT = """
             self.factors = torch.nn.Parameter(torch.rand(classes, 1, 1, 1))
 
         def forward(self, batch):
-            return batch * self.factors
+            return batch[:, :1] * self.factors
 
-    values = torch.rand(1, *shape)
+    model = [Model()] * more.pop("models", 1)
+    if more.pop("is_half", False):
+        model = [lambda batch, each=each: torch.mul(batch.bfloat16(), each.factors.detach().bfloat16()) for each in model]
+    values = torch.rand(channels, *shape)
     if output is None:
         image = vx.ScalarImage(values)
     else:
         vx.ScalarImage((values * 1000).to(torch.int16)).save("scan.nii.gz")
         image = "scan.nii.gz"
         del values
-    predictor = vx.Predictor(Model(), patch, reduce=reduce, memory_limit=limit)
+    predictor = vx.Predictor(model, patch, reduce=reduce, memory_limit=limit, **more)
     # A small one first, so that code which is loaded late does not count.
-    vx.Predictor(Model(), 16, reduce=reduce)(torch.rand(1, 16, 16, 16))
+    vx.Predictor(model, 16, reduce=reduce, **more)(torch.rand(channels, 16, 16, 16))
     gc.collect()
     at_rest = resident("VmRSS")
     with open("/proc/self/clear_refs", "w") as file:
@@ -47,8 +50,12 @@ SCRIPT = """
 """
 
 
+MIRRORED = {"shape": (96, 96, 96), "classes": 60, "patch": 64, "reduce": "argmax"}
+
+
 def measured(tmp_path, **case):
-    options = [case["shape"], case["classes"], case["patch"], case.get("limit"), case.get("output"), case.get("reduce")]
+    options = [case.get(name) for name in ("shape", "classes", "patch", "limit", "output", "reduce")]
+    options += [case.get("channels", 1), case.get("more", {})]
     command = [sys.executable, "-c", textwrap.dedent(SCRIPT), json.dumps(options)]
     return json.loads(subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout)
 
@@ -62,6 +69,10 @@ def measured(tmp_path, **case):
         # Outputs that the C library would take from its heap, and not give back.
         ({"shape": (200, 200, 200), "classes": 20, "patch": 64, "reduce": "argmax", "limit": "120MiB"}, 3),
         ({"shape": (200, 200, 200), "classes": 3, "patch": 64, "output": "o.nii"}, 1),
+        (MIRRORED | {"more": {"mirror_axes": [0, 1, 2], "batch_size": 2}}, 1),
+        (MIRRORED | {"more": {"models": 3, "batch_size": 2}}, 1),
+        ({"shape": (128,) * 3, "classes": 2, "patch": 64, "channels": 32, "more": {"models": 2, "batch_size": 4}}, 1),
+        ({"shape": (128,) * 3, "classes": 60, "patch": 128, "reduce": "argmax", "more": {"is_half": True}}, 1),
     ],
 )
 def test_the_peak_stays_within_what_was_stated(tmp_path, case, blocks):

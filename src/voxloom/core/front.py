@@ -177,8 +177,11 @@ class Front:
             cell.weights[target].add_(1 if weights is None else weights)
 
     def _clear(self, cell: _Cell, stop: int) -> None:
-        """Set to 0 what no patch has been added to."""
-        cell.values.narrow(self._sweep.axes[2] - 3, cell.reached, stop - cell.reached).zero_()
+        """Set to 0 what no patch has been added to.
+
+        To -0, to be exact: unlike 0 it leaves every number as it is that is added to it, -0 too.
+        """
+        cell.values.narrow(self._sweep.axes[2] - 3, cell.reached, stop - cell.reached).fill_(-0.0)
         cell.reached = stop
 
     def _open(self, place: Place) -> _Cell:
@@ -190,16 +193,26 @@ class Front:
                 values = torch.empty(shape, dtype=self._dtype, device=self._device)
             else:
                 values = self._allocate(shape, self._dtype)
-            weights = torch.zeros(box.shape, dtype=sum_dtype(self._dtype), device=self._device) if self._is_partial(box) else None
+            weights = (
+                torch.zeros(box.shape, dtype=sum_dtype(self._dtype), device=self._device) if len(self._left_out(box)) else None
+            )
             self._cells[place] = cell = _Cell(box, values, weights)
         return cell
 
-    def _is_partial(self, box: Box) -> bool:
-        """Whether a patch that holds a voxel of a box is left out."""
+    def _left_out(self, box: Box) -> np.ndarray:
+        """Give the patches that hold a voxel of a box and are left out: a row of numbers for each."""
         if self._needed is None:
-            return False
-        touching = map(type(self._sweep.grid.axes[0]).touching, self._sweep.grid.axes, box.start, box.stop)
-        return not bool(self._needed[tuple(slice(numbers.start, numbers.stop) for numbers in touching)].all())
+            return np.empty((0, 3), dtype=int)
+        touching = [axis.touching(*ends) for axis, *ends in zip(self._sweep.grid.axes, box.start, box.stop, strict=True)]
+        needed = self._needed[tuple(slice(numbers.start, numbers.stop) for numbers in touching)]
+        return np.argwhere(~needed) + [numbers.start for numbers in touching]
+
+    def _has_all(self, box: Box) -> Tensor:
+        """Whether no patch that holds a voxel is left out, for each voxel of a box."""
+        result = torch.ones(box.shape, dtype=torch.bool)
+        for numbers in self._left_out(box).tolist():
+            result[(self._sweep.span(tuple(numbers)) & box).relative_to(box.start).slices] = False
+        return result.to(self._device)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -224,7 +237,8 @@ class Front:
             if cell.weights is not None:
                 uncovered = cell.weights == 0
                 if self._weights is not None:
-                    cell.values.div_(cell.weights.masked_fill_(uncovered, 1))
+                    # Where all patches were added, weights sum to 1, and which cell a voxel is in must not show in its bits.
+                    cell.values.div_(cell.weights.masked_fill_(uncovered | self._has_all(cell.box), 1))
             yield Finished(cell.box, cell.values, uncovered)
 
 

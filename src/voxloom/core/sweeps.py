@@ -67,7 +67,7 @@ class AxisSweep:
 
     @cached_property
     def spans(self) -> list[Ends]:
-        """Voxels of the volume that each patch adds to; there may be none in a patch of padding."""
+        """Voxels of the volume that each patch adds to; a patch may be cropped to none."""
         if self.is_cropped:
             weave = AxisWeave(self.grid, None)
             spans = [weave.core(number) for number in range(len(self.grid))]
@@ -226,7 +226,7 @@ class Sweep:
     def split(self, rows: int, thirds: int) -> list[Column]:
         """Cut the volume into columns: so many along the second axis, and so many along the third.
 
-        Patches of nothing but padding finish no voxel; columns of such patches alone are left out.
+        Rows of padding may finish no voxel; columns of such rows alone are left out.
         """
         whole = self.whole
         for groups, parts in ((whole.rows, rows), (whole.thirds, thirds)):

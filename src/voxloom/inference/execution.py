@@ -23,6 +23,7 @@ from .inputs import PatchReader
 from .models import Models, is_out_of_memory
 from .outputs import Result, Stream, called
 from .plans import PredictionPlan, ResultForm, SumForm
+from .reductions import Function
 from .sinks import Sink
 
 __all__ = ["Execution", "Progress"]
@@ -125,7 +126,8 @@ class Execution:
             column = self.plan.columns[step.column]
             if step.is_first:
                 fronts = [self._front(column, number) for number in range(len(self.sums))]
-            if not self._unfinished:
+            begins_layer = not self._unfinished
+            if begins_layer:
                 self._unfinished.extend((step.layer, row) for row in self.plan.sweep.rows_of(column))
             is_wanted = self._is_wanted(step, layers_done)
             if batch is None:
@@ -133,8 +135,10 @@ class Execution:
                 if is_wanted:
                     self._submit(self.layer_finished)
                 continue
-            outputs = self._outputs(batch, fronts)
+            outputs = self._outputs(batch, step, fronts)
             self._check_forms(outputs)
+            if begins_layer:
+                self._wait()  # until the layer before is recorded, so that no more than one batch beyond it is ever lost
             for number, numbers in enumerate(step.patches):
                 self._finish_before(self.plan.sweep.place(numbers), fronts, is_wanted)
                 for front, output in zip(fronts, outputs, strict=True):
@@ -165,14 +169,17 @@ class Execution:
             self._move_to_host(fronts)
             front.add(patch, numbers)
 
-    def _outputs(self, batch: Tensor, fronts: list[Front]) -> list[Tensor]:
+    def _outputs(self, batch: Tensor, step: _Step, fronts: list[Front]) -> list[Tensor]:
+        def read_again() -> Tensor:
+            return self._read(step.patches)
+
         try:
-            return self.models.run(batch, self.streams)
+            return self.models.run(batch, self.streams, read_again)
         except DeviceMemoryError:
             if self.front_device == HOST:
                 raise
             self._move_to_host(fronts)
-            return self.models.run(batch, self.streams)
+            return self.models.run(read_again(), self.streams, read_again)
 
     def _move_to_host(self, fronts: list[Front]) -> None:
         self._warn(
@@ -291,6 +298,8 @@ class Execution:
                 f"reduce gave {block.dtype} of shape {tuple(block.shape)} for a block of shape {tuple(finished.values.shape)}; by"
                 f" what it gave for a single voxel, {form.dtype} of shape {shape} was expected"
             )
+        if isinstance(result.reduction, Function) and block.is_floating_point() and bool(block.isnan().any()):
+            raise OutputError(f"the function that was given as reduce made NaN of a block of {self.name} without any")
         if finished.uncovered is not None:
             block = block.masked_fill(finished.uncovered.to(block.device), self.fill)
         return block.cpu()
@@ -312,18 +321,24 @@ class Execution:
         sweep = self.sums[found.stream].sweep
         box = Box(found.voxel, tuple(index + 1 for index in found.voxel))
         what = f"{called(self.streams[found.stream].source)} of the model for {self.name}"
-        grid = sweep.grid
+        grid, has_infinity = sweep.grid, False
         for index in grid.touching(box):
             numbers = grid.unravel(index)
             if self.needed is not None and not self.needed[numbers]:
                 continue
-            batch = self.reader.read([numbers], self.plan.batch_size, False)
-            output = self.models.run(batch, [self.streams[found.stream]])[0][0]
+
+            def read(numbers: Ints = numbers) -> Tensor:
+                return self.reader.read([numbers], self.plan.batch_size, False)
+
+            output = self.models.run(read(), [self.streams[found.stream]], read)[0][0]
+            has_infinity = has_infinity or bool(output.isinf().any())
             if bool(output.isnan().any()):
                 location = self.plan.grid.location(numbers)
                 of_input = "; the patch itself holds NaN" if bool(self.reader.read([numbers], 1, False).isnan().any()) else ""
                 return OutputError(f"{what} holds NaN for the patch {location.index} to {location.index_fin}{of_input}")
-        return OutputError(f"{what} holds infinities of both signs, or one too large to sum, at voxel {found.voxel}")
+        if has_infinity:
+            return OutputError(f"{what} holds infinities of both signs, or one too large to sum, at voxel {found.voxel}")
+        return OutputError(f"{what} held NaN at voxel {found.voxel}, but not when its patches were computed once more")
 
 
 def _use_one_thread(helpers: Sequence[ThreadPoolExecutor]) -> None:

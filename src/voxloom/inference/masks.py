@@ -16,13 +16,18 @@ from ..sampling.padded import Voxels
 from ..volumes.image import Image, LabelMap
 from ..volumes.space import Affine
 
-__all__ = ["needed_patches"]
+__all__ = ["looks_at_volumes", "needed_patches"]
 
 # Voxels that are looked at together.
 CHUNK_VOXELS = 2**20
 
 InBox = Callable[[Box], Tensor]
 """Gives the mask `(i, j, k)` of a box, as booleans."""
+
+
+def looks_at_volumes(mask: Any) -> bool:
+    """Whether a mask is made of the input: a threshold or a function."""
+    return isinstance(mask, Real) or (callable(mask) and not isinstance(mask, Image))
 
 
 def needed_patches(mask: Any, volumes: dict[str, Voxels], affine: Affine, grid: PatchGrid) -> np.ndarray | None:

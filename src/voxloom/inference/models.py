@@ -119,12 +119,13 @@ class Models:
                 if home is not None and home != device:
                     module.to(home)
 
-    def run(self, batch: Tensor, streams: Sequence[Stream]) -> list[Tensor]:
+    def run(self, batch: Tensor, streams: Sequence[Stream], read_again: Callable[[], Tensor]) -> list[Tensor]:
         """Give the outputs for a batch: one tensor `(B, C, I, J, K)` for each stream.
 
         Args:
             batch: a batch; models may write to it.
             streams: which outputs, and their activations.
+            read_again: gives the batch once more, as it was.
 
         Raises:
             OutputError: if a model returns something else than it should.
@@ -133,7 +134,7 @@ class Models:
         while True:
             size = min(len(batch), self.largest_batch or len(batch))
             try:
-                parts = [self._average(part.to(self.device, non_blocking=True), streams) for part in torch.split(batch, size)]
+                return self._in_parts(batch, size, streams)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -142,16 +143,34 @@ class Models:
                         f"there is too little memory on {self.device} for a single patch of {tuple(batch.shape[2:])}: use a"
                         " smaller patch_size, or amp=True"
                     ) from error
-            else:
-                return parts[0] if len(parts) == 1 else [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
             self.largest_batch = size // 2
             self.free()
+            batch = read_again()
             warnings.warn(
                 f"there was too little memory on {self.device} for a batch of {size}: the run goes on with batches of"
                 f" {self.largest_batch}, whose outputs may differ in the last bits from those of larger ones",
                 RuntimeWarning,
                 stacklevel=2,
             )
+
+    def _in_parts(self, batch: Tensor, size: int, streams: Sequence[Stream]) -> list[Tensor]:
+        """Run a batch, so many patches at a time."""
+        if size >= len(batch):
+            return self._average(batch.to(self.device, non_blocking=True), streams)
+        whole: list[Tensor] = []
+        for start in range(0, len(batch), size):
+            part = batch[start : start + size]
+            # Copied, since a model may return the same memory each time.
+            outputs = self._average(part.to(self.device, non_blocking=True), streams)
+            whole = whole or [output.new_empty((len(batch), *output.shape[1:])) for output in outputs]
+            for stream, target, output in zip(streams, whole, outputs, strict=True):
+                if output.shape[1:] != target.shape[1:] or output.dtype != target.dtype:
+                    raise OutputError(
+                        f"{called(stream.source)} of the model changed, from {target.dtype} of shape {tuple(target.shape[1:])}"
+                        f" for a patch to {output.dtype} of shape {tuple(output.shape[1:])}"
+                    )
+                target[start : start + size] = output
+        return whole
 
     def free(self) -> None:
         """Give back memory of the device that is kept for later."""
@@ -167,7 +186,7 @@ class Models:
         check_output(stream.source, outputs[stream.source], batch_size)
         value = self._activated(outputs[stream.source], stream, True)
         dtype = value.dtype if self.num_passes == 1 else sum_dtype(value.dtype)
-        copies = 1 + 2 * int(value is not outputs[stream.source]) + int(self.num_passes > 1)
+        copies = 1 + 2 * int(value is not outputs[stream.source]) + int(self.num_passes > 1) + int(len(self.flips) > 1)
         return Form(value.shape[1], tuple(value.shape[2:]), dtype, copies, value[:1, :, :1, :1, :1].to("cpu", copy=True))
 
     def _average(self, batch: Tensor, streams: Sequence[Stream]) -> list[Tensor]:
@@ -176,8 +195,8 @@ class Models:
             given = batch.flip(flip) if flip else batch.clone() if self.num_passes > 1 else batch
             outputs = self._call(model, given, streams)
             for index, stream in enumerate(streams):
-                is_shared = sum(other.source == stream.source for other in streams) > 1
-                value = self._activated(outputs[stream.source], stream, is_shared)
+                # Outputs of two names may be one tensor.
+                value = self._activated(outputs[stream.source], stream, is_shared=len(streams) > 1)
                 if flip:
                     value = value.flip(flip)
                 if self.num_passes == 1:
@@ -191,6 +210,8 @@ class Models:
                     )
                 else:
                     sums[index] += value
+                del value
+            del given, outputs  # before those of the next call are made
         return sums if self.num_passes == 1 else [total.div_(self.num_passes) for total in sums]
 
     def _call(self, model: Model, batch: Tensor, streams: Sequence[Stream] | None) -> dict[Name, Any]:

@@ -13,6 +13,11 @@ from .reductions import Activation, Reduction, as_activation, as_reduction
 
 __all__ = ["Form", "Name", "Result", "Stream", "Wanted", "outputs_of"]
 
+# Types of outputs.
+DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool} | {
+    getattr(torch, f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)
+}
+
 Name = str | None
 """Name of an output or a result; None where there is only one, without a name."""
 
@@ -88,6 +93,13 @@ def check_output(name: Name, value: Any, batch_size: int) -> None:
         )
     if value.is_complex():
         raise OutputError(f"{what} of the model is {value.dtype}: return its real and imaginary parts as two outputs")
+    if not value.numel():
+        raise OutputError(f"{what} of the model has shape {tuple(value.shape)}, which holds nothing")
+    if value.layout != torch.strided or value.is_meta or value.is_quantized or value.dtype not in DTYPES:
+        raise OutputError(
+            f"{what} of the model is a tensor of {value.dtype} and {value.layout} on {value.device}, which cannot be summed:"
+            " return a dense one of floats or whole numbers"
+        )
 
 
 def called(name: Name) -> str:

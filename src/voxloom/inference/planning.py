@@ -9,15 +9,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..core.memory import pretty_bytes
 from ..core.sweeps import Column, Sweep
 from ..core.values import can_hold
-from ..errors import OutputError
+from ..errors import OutputError, SizeError
 from ..sampling.padded import Voxels
 from ..volumes.formats import SpaceCodes
 from ..volumes.image import Image
 from ..volumes.space import Affine, scaled
 from .limits import free_bytes
-from .masks import needed_patches
+from .masks import looks_at_volumes, needed_patches
 from .models import Models
 from .options import Options
 from .outputs import Form, Name, Result, Stream, called
@@ -65,6 +66,8 @@ class Job:
     output: Any
     bytes_to_load: dict[str, int]
     """Memory that each image takes because it cannot be read in parts."""
+    unpacked: dict[str, Voxels] | None = None
+    """The volumes with temporary files in place of the compressed ones, if these have been unpacked already."""
 
     def volume_form(self, form: ResultForm) -> VolumeForm:
         """Say what a result will be as a volume."""
@@ -81,8 +84,11 @@ class Planner:
         self._outputs: dict[_Setting, list[Name]] = {}
         self._forms: dict[tuple[_Setting, Stream], Form] = {}
 
-    def job(self, volumes: dict[str, Voxels], name: str, mask: Any, output: Any) -> Job:
-        """Plan the prediction of some volumes, whose channels lie one after the other."""
+    def job(self, volumes: dict[str, Voxels], name: str, mask: Any, output: Any, stack: contextlib.ExitStack) -> Job:
+        """Plan the prediction of some volumes, whose channels lie one after the other.
+
+        If that takes unpacking a file, the temporary one stays until the stack is closed.
+        """
         first = next(iter(volumes.values()))
         affine, codes = (first.affine, first.codes) if isinstance(first, Image) else (np.eye(4), SpaceCodes())
         grid = self._options.grid_of(first.spatial_shape)
@@ -95,8 +101,9 @@ class Planner:
         to_load = {key: 0 if volume.can_be_sliced else volume.memory for key, volume in _images_of(volumes).items()}
         job = Job(volumes, name, affine, codes, sweep, None, streams, sums, forms, output, to_load)
         if mask is not None:
-            with spooled(volumes) if self._bytes_to_spool(job) else contextlib.nullcontext(volumes) as readable:
-                job.needed = needed_patches(mask, readable, affine, grid)
+            if looks_at_volumes(mask) and self._columns(job)[1]:
+                job.unpacked = stack.enter_context(spooled(volumes))
+            job.needed = needed_patches(mask, job.unpacked or volumes, affine, grid)
         return job
 
     def _look_at(self, setting: _Setting, name: str, output: Any) -> tuple[list[Stream], list[Result]]:
@@ -134,7 +141,7 @@ class Planner:
     def _result_form(self, result: Result, results: list[Result], sums: list[SumForm]) -> ResultForm:
         each = sums[result.stream]
         with torch.no_grad():
-            reduced = result.reduction(each.form.sample[0].to(each.dtype(), copy=True))
+            reduced = result.reduction(each.form.sample[0].to(each.dtype(), copy=True).nan_to_num_())
         is_labels = result.reduction.is_labels or not reduced.dtype.is_floating_point
         if not can_hold(reduced.dtype, self._options.fill):
             raise OutputError(f"fill is {self._options.fill}, which a result of {reduced.dtype} cannot hold: choose another one")
@@ -156,14 +163,7 @@ class Planner:
         forms = [form for _, form in job.results]
         kept = sum(form.num_bytes for form in forms if of_name(job.output, form.name) is None)
         loaded = sum(job.bytes_to_load.values())
-        spooled_bytes = self._bytes_to_spool(job)
-
-        def memory_of(column: Column) -> Memory:
-            return self._memory_of(job, column, loaded - spooled_bytes)
-
-        if columns is None:
-            limit, is_given = self._limit()
-            columns = best_split(sweep, lambda column: memory_of(column).peak, limit, is_given, options.batch_size)
+        columns, spooled_bytes = self._columns(job, columns)
         made, computed = passes_of(sweep, columns, options.batch_size, needed)
         times = self._models.num_passes
         in_parts = [volume for name, volume in job.volumes.items() if spooled_bytes or not job.bytes_to_load.get(name)]
@@ -179,15 +179,53 @@ class Planner:
             restart_passes=repeated_passes(sweep, columns, options.batch_size, needed) * times + 1,
             bytes_read=loaded + patch_bytes * computed,
             bytes_written=sum(form.num_bytes for form in forms) - kept,
-            memory=max(map(memory_of, columns), key=lambda memory: memory.peak),
+            memory=max((self._memory_of(job, column, spooled_bytes) for column in columns), key=lambda memory: memory.peak),
             spooled_bytes=spooled_bytes,
         )
 
-    def _memory_of(self, job: Job, column: Column, loaded: int) -> Memory:
+    def _columns(self, job: Job, given: list[Column] | None = None) -> tuple[list[Column], int]:
+        """Find columns that fit, unless they are given, and how many bytes of the input are unpacked to files for that.
+
+        Files are unpacked if otherwise nothing fits, or more passes were needed.
+
+        Raises:
+            SizeError: if nothing fits; says the least that would do.
+        """
+        limit, is_given = self._limit()
+        images = _images_of(job.volumes)
+        spoolable = sum(size for name, size in job.bytes_to_load.items() if size and can_be_spooled(images[name]))
+
+        def split(spooled_bytes: int) -> list[Column]:
+            def peak(column: Column) -> int:
+                return self._memory_of(job, column, spooled_bytes).peak
+
+            if given is None:
+                return best_split(job.sweep, peak, limit, is_given, self._options.batch_size)
+            if limit is not None and not spooled_bytes and max(map(peak, given)) > limit:
+                raise SizeError(f"the plan takes more than {pretty_bytes(limit)}")
+            return given
+
+        if not spoolable or job.unpacked is not None:
+            return split(spoolable), spoolable
+        try:
+            columns = split(0)
+        except SizeError:
+            return split(spoolable), spoolable
+        if len(columns) > 1:
+            others = split(spoolable)
+            passes = [passes_of(job.sweep, each, self._options.batch_size, job.needed)[0] for each in (columns, others)]
+            if passes[1] < passes[0]:
+                return others, spoolable
+        return columns, 0
+
+    def _memory_of(self, job: Job, column: Column, spooled_bytes: int) -> Memory:
         options = self._options
+        loaded = sum(job.bytes_to_load.values()) - spooled_bytes
         forms = [form for _, form in job.results]
         channels = sum(volume.num_channels for volume in job.volumes.values())
-        batches = batch_bytes(options.patch_size, options.batch_size, channels, self._models.dtype, job.sums)
+        batches = batch_bytes(
+            options.patch_size, options.batch_size, channels, self._models.dtype, job.sums, self._models.num_passes
+        )
         batches += sum(map(self._bytes_mapped, job.volumes.values()))
         kept = sum(form.num_bytes for form in forms if of_name(job.output, form.name) is None)
         return Memory(loaded, batches, sum_bytes(job.sums, forms, column, job.needed is not None), kept)
@@ -198,15 +236,6 @@ class Planner:
             return self._options.memory_limit, True
         free = free_bytes()
         return None if free is None else int(free * USED_PART), False
-
-    def _bytes_to_spool(self, job: Job) -> int:
-        """Say how much of the input is unpacked to a file: nothing if all fits, or if it is small beside the limit."""
-        limit, images = self._limit()[0], _images_of(job.volumes)
-        loaded = sum(job.bytes_to_load.values())
-        if limit is None or self._memory_of(job, job.sweep.whole, loaded).peak <= limit:
-            return 0
-        num_bytes = sum(size for name, size in job.bytes_to_load.items() if size and can_be_spooled(images[name]))
-        return num_bytes if num_bytes > limit // 4 else 0
 
     def _bytes_mapped(self, volume: Voxels) -> int:
         """Memory for the part of a file that is mapped while a patch is read: whole rows of voxels, in two steps of planes."""

@@ -99,7 +99,7 @@ class PredictionPlan:
     computed_patches: int
     """Patches that are computed, those counted again that are computed again."""
     forward_passes: int
-    """Calls of models, the first of which finds out what their outputs look like."""
+    """Calls of models. One of them finds out what the outputs look like, which a `Predictor` does once only."""
     restart_passes: int
     """Calls of models that are made again, at most, if a run is interrupted and taken up again."""
     bytes_read: int
@@ -138,7 +138,7 @@ class PredictionPlan:
         lines = {
             "volume": f"{_times(grid.spatial_shape)} voxels",
             "patches": f"{grid.num_patches} of {_times(grid.patch_size)}{some}, each computed {self.redundancy:.3g} times",
-            "model": f"{self.forward_passes} forward passes of {self.batch_size}, the first to see what the output looks like",
+            "model": f"{self.forward_passes} forward passes of {self.batch_size}, one of them to see what the output looks like",
             "order": f"{parts}, along {order}; an interrupted run repeats at most {self.restart_passes} passes",
             "files": f"reads {pretty_bytes(self.bytes_read)}, writes {pretty_bytes(self.bytes_written)}",
             "memory": f"{pretty_bytes(memory.peak)} at most: input {pretty_bytes(memory.volume)}, batches"
@@ -160,13 +160,16 @@ def passes_of(sweep: Sweep, columns: Sequence[Column], batch_size: int, needed: 
 
 
 def repeated_passes(sweep: Sweep, columns: Sequence[Column], batch_size: int, needed: np.ndarray | None) -> int:
-    """Count the batches that are computed again if a run ends at the worst moment: at the end of a layer, before it is kept."""
+    """Count the batches that are computed again if a run ends at the worst moment.
+
+    That is after the first batch of a layer, when the layer before it has not been recorded yet.
+    """
     worst = 0
     for column in columns:
         batches = [-(-count // batch_size) for count in sweep.num_patches(column, needed)]
         for layer in range(sweep.num_layers):
             again = sweep.steps[0].added_by(range(layer, layer + 1))
-            worst = max(worst, sum(batches[again.start : again.stop]))
+            worst = max(worst, sum(batches[again.start : again.stop]) + 1)
     return worst
 
 
@@ -186,13 +189,18 @@ def sum_bytes(sums: Sequence[SumForm], results: Sequence[ResultForm], column: Co
     return total
 
 
-def batch_bytes(patch_size: Ints, batch_size: int, channels: int, dtype: torch.dtype, sums: Sequence[SumForm]) -> int:
+def batch_bytes(
+    patch_size: Ints, batch_size: int, channels: int, dtype: torch.dtype, sums: Sequence[SumForm], num_passes: int
+) -> int:
     """Bytes of batches on their way into a model, of its outputs, and of the weights of patches."""
-    total = 3 * batch_size * channels * math.prod(patch_size) * dtype.itemsize
+    # One is read, one waits, one is in the model, and where it is used more than once, a copy of it.
+    total = (3 + int(num_passes > 1)) * batch_size * channels * math.prod(patch_size) * dtype.itemsize
     for each in sums:
         voxels = math.prod(each.form.size)
         total += voxels * batch_size * each.form.channels * each.form.dtype.itemsize * each.form.copies
         total += voxels * (KEPT_WEIGHTS + 1) * each.dtype().itemsize
+        if each.dtype() != each.form.dtype:
+            total += voxels * each.form.channels * each.dtype().itemsize  # a patch in the type of the sum
     return total
 
 

@@ -122,7 +122,8 @@ class Predictor:
         Of the image only the header is read, unless there is a mask. The model is called once, the first time, to see what its
         output looks like.
         """
-        return self._planner.plan(self._job(image, image_name, mask, output))
+        with contextlib.ExitStack() as stack:
+            return self._planner.plan(self._job(image, image_name, mask, output, stack))
 
     def __call__(
         self,
@@ -159,8 +160,12 @@ class Predictor:
             RecordError: if an interrupted run is found that is of another image, model or option; says in what.
             SaveError: if a file cannot be written. What is finished stays, and the same call goes on from there.
         """
-        job = self._job(image, image_name, mask, output)
-        sinks = [_sink_of(of_name(output, result.name)) for result, _ in job.results]
+        with contextlib.ExitStack() as stack:
+            return self._made(self._job(image, image_name, mask, output, stack), resume, overwrite, progress)
+
+    def _made(self, job: Job, resume: bool, overwrite: bool, progress: bool | str) -> Any:
+        """Carry out a job, and give what `__call__` returns."""
+        sinks = [_sink_of(of_name(job.output, result.name)) for result, _ in job.results]
         if len(set(map(id, sinks))) < len(sinks):
             raise OutputError("one sink was given for several results: give a dict with one for each")
         files = {result.name: sink for (result, _), sink in zip(job.results, sinks, strict=True) if isinstance(sink, NiftiSink)}
@@ -168,7 +173,7 @@ class Predictor:
             made = self._run_into_files(job, sinks, UnfinishedRun(files, overwrite), resume, progress)
         else:
             self._run(job, self._planner.plan(job), sinks, progress)
-            made = [sink.close() for sink in sinks]
+            made = _closed(sinks)
         by_name = {result.name: each for (result, _), each in zip(job.results, made, strict=True)}
         return by_name[None] if list(by_name) == [None] else by_name
 
@@ -183,7 +188,8 @@ class Predictor:
         target = as_target(output)
         if is_ready_to_publish(target):
             return False
-        job = self._job(image, image_name, mask, output)
+        with contextlib.ExitStack() as stack:
+            job = self._job(image, image_name, mask, output, stack)
         difference = difference_of_made(target, identity_of(self._models, self.options, self.model_name, job))
         if difference:
             raise TargetExistsError(
@@ -191,8 +197,10 @@ class Predictor:
             )
         return difference is not None
 
-    def _job(self, image: Any, image_name: str | Sequence[str] | None, mask: Any, output: Any) -> Job:
-        return self._planner.job(volumes_of(image, image_name), _name_of(image), mask, output)
+    def _job(
+        self, image: Any, image_name: str | Sequence[str] | None, mask: Any, output: Any, stack: contextlib.ExitStack
+    ) -> Job:
+        return self._planner.job(volumes_of(image, image_name), _name_of(image), mask, output, stack)
 
     def _run_into_files(self, job: Job, sinks: list[Sink], run: UnfinishedRun, resume: bool, progress: bool | str) -> list[Any]:
         """Run with a record beside the files, from which another call can go on."""
@@ -215,7 +223,7 @@ class Predictor:
                     columns = [Column(range(*each[:2]), range(*each[2:])) for each in recorded["columns"]]
                     plan = self._planner.plan(job, columns)
                 notes = self._run(job, plan, sinks, progress, run)
-                made = [sink.close() for sink in sinks]
+                made = _closed(sinks)
                 sidecar = sidecar_of_run(identity, job, plan, self._models, notes)
                 run.publish(sidecar)
         forms = [job.volume_form(form) for _, form in job.results]
@@ -230,7 +238,7 @@ class Predictor:
         """Carry out a plan, and give the warnings that there were."""
         notes = [] if plan.num_blocks == 1 else [_warn_of_blocks(job, plan)]
         with contextlib.ExitStack() as stack:
-            volumes = stack.enter_context(spooled(job.volumes)) if plan.spooled_bytes else job.volumes
+            volumes = job.unpacked or (stack.enter_context(spooled(job.volumes)) if plan.spooled_bytes else job.volumes)
             padding = 0 if self.options.padding_mode is None else self.options.padding_mode
             execution = Execution(
                 plan=plan,
@@ -377,6 +385,19 @@ def _sink_of(given: Any) -> Sink:
     if isinstance(given, Sink):
         return given
     raise OutputError(f"output is {given!r}: it must be None, the name of a file, or a sink with open, write, close and abort")
+
+
+def _closed(sinks: list[Sink]) -> list[Any]:
+    """Close all sinks, or abort those that are left after an error."""
+    made: list[Any] = []
+    try:
+        for sink in sinks:
+            made.append(sink.close())
+    except BaseException:
+        for sink in sinks[len(made) :]:
+            sink.abort()
+        raise
+    return made
 
 
 def _name_of(image: Any) -> str:

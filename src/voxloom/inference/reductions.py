@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.accumulator import sum_dtype
 from ..core.sizes import as_int
 from ..core.values import as_number
 from ..errors import ModeError, OutputError, SizeError
@@ -161,9 +162,9 @@ class Entropy:
 
     def __call__(self, block: Tensor) -> Tensor:
         """See `Reduction`."""
-        total = torch.zeros_like(block[0])
+        total = torch.zeros(block.shape[1:], dtype=sum_dtype(block.dtype), device=block.device)
         for channel in block:
-            total += torch.special.entr(channel.clamp(min=0))  # sums of rounded numbers may be less than 0
+            total += torch.special.entr(channel.to(total.dtype).clamp(min=0))  # sums of rounded numbers may be less than 0
         return total[None]
 
 
@@ -198,8 +199,6 @@ class Function:
                 f"reduce was called with a block of shape {tuple(block.shape)} and must return a tensor with the same last three"
                 f" sizes, but it returned one of {what}"
             )
-        if result.is_floating_point() and bool(result.isnan().any()):
-            raise OutputError("the function that was given as reduce made NaN of a block without any")
         return result
 
 

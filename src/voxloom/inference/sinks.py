@@ -50,7 +50,7 @@ class Sink(Protocol):
 
         Args:
             box: voxels `(I, J, K)`.
-            values: tensor `(C, *box.shape)` on the CPU, which the sink may keep.
+            values: tensor `(C, *box.shape)` on the CPU, which the sink may keep, but not change.
         """
         ...
 
@@ -69,7 +69,8 @@ class MemorySink:
     def open(self, form: VolumeForm) -> None:
         """See `Sink`."""
         self._form = form
-        self._data: Tensor | None = memory.empty(form.shape, form.dtype)
+        with torch.inference_mode(False):  # blocks are written by a thread that is not in the mode of the caller's
+            self._data: Tensor | None = memory.empty(form.shape, form.dtype)
 
     def write(self, box: Box, values: Tensor) -> None:
         """See `Sink`."""
