@@ -2,18 +2,22 @@
 
 import contextlib
 import filecmp
+import importlib
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
+import time
 import warnings
 import zipfile
 from pathlib import Path
 
 import numpy as np
+import pydicom.data
 import pytest
 import safetensors.torch
 import torch
@@ -91,7 +95,7 @@ def test_one_image_to_one_file(here, run):
     torch.testing.assert_close(data_of("out.nii.gz"), -data_of("scans/a.nii.gz").float())
     assert done.out == "a.nii.gz: out.nii.gz\n"
     assert "a.nii.gz: 100%" in done.err
-    assert json.loads(Path("out.json").read_text())["models"] == [{"name": "mymodels:negative"}]
+    assert json.loads(Path("out.json").read_text())["models"][0]["name"].startswith("mymodels:negative ")
 
 
 def test_folders_keep_their_paths_and_stems(here, run):
@@ -159,8 +163,11 @@ def test_one_case_that_fails_does_not_stop_the_others(here, run):
         (["scans/a.nii.gz", "scans"], "would both go to out/a.nii.gz"),
         (["scans/a.nii.gz", "-o", "scans/a.nii.gz"], "would replace the input scans/a.nii.gz"),
         (["scans", "-o", "scans"], "would replace the input scans/a.nii.gz"),
-        (["scans/a.nii.gz", "scans/b/c.mha", "-o", "x.nii.gz"], "x.nii.gz is the name of one file"),
-        (["scans", "-o", "x.nii"], "x.nii is the name of one file"),
+        (["scans/a.nii.gz", "scans/b/c.mha", "-o", "x.nii.gz"], "x.nii.gz is the name of a file"),
+        (["scans", "-o", "x.nii"], "x.nii is the name of a file"),
+        (["scans/a.nii.gz", "-o", "x.mha"], "x.mha is the name of a file"),
+        (["--table", "two.csv", "-o", "x.nii.gz"], "x.nii.gz is the name of a file"),
+        (["--table", "twice.csv"], "each must have a name of its own"),
         (["--table", "empty"], "the table empty cannot be read: Is a directory"),
         (["scans", "--batch-size", "0"], "batch_size is 0"),
         (["missing.nii"], "there is no file"),
@@ -183,6 +190,8 @@ def test_mistakes_are_explained_before_anything_starts(here, run, arguments, mes
     Path("empty.csv").write_text("")
     Path("short.csv").write_text("t1,t2\na.nii,b.nii\nx.nii\n")
     Path("outside.csv").write_text("t1\n../x.nii\n")
+    Path("two.csv").write_text("t1\nscans/a.nii.gz\n")
+    Path("twice.csv").write_text("t1,t1\na.nii,b.nii\n")
     output = [] if "-o" in arguments else ["-o", "out"]
     size = [] if "--patch-size" in arguments else ["--patch-size", 8]
     done = run("predict", "mymodels:negative", *arguments, *output, *size, code=1)
@@ -338,6 +347,12 @@ MALICIOUS = {
     "guard": graph(lambda tree: tree.update(guards_code=["__import__('os').system('touch ran')"])),
     "expression": graph(lambda tree: tree.update(x={"expr_str": "__import__('os').system('touch ran')"})),
     "structure": graph(lambda tree: tree["graph_module"]["module_call_graph"][0]["signature"].update(out_spec=DEFAULTDICT)),
+    "value": graph(lambda tree: tree.update(x={"as_operator": "torch.serialization.os.system"})),
+    # Names become part of the source of a function.
+    "name": (
+        "models/model.json",
+        lambda content: content.replace(b'"p_weight"', b"\"p_weight=__import__('os').system('touch ran'),*\""),
+    ),
     "ending": ("models/evil.JSON", b"{}"),
     "library": ("data/aotinductor/model/x.so", b"\x7fELF"),
 }
@@ -404,13 +419,130 @@ def test_a_network_is_known_by_its_weights_and_not_by_its_name(here, run):
     Path("c:").mkdir()
     os.rename("model.pt2", "c:/model.pt2")
     run("predict", "c:/model.pt2", "scans/a.nii.gz", "-o", "out.nii.gz")
-    assert "sha256" in json.loads(Path("out.json").read_text())["models"][0]
+    assert json.loads(Path("out.json").read_text())["models"][0]["name"].startswith("sha256 ")
     torch.save(network.state_dict(), "w.pt")
     arguments = ["predict", "mymodels:network", "scans/a.nii.gz", "-o", "n.nii.gz", "--patch-size", 8, "--weights", "w.pt"]
     run(*arguments)
     network.bias.data += 1
     torch.save(network.state_dict(), "w.pt")
     assert "models was" in run(*arguments, code=1).err
+
+
+class Shifted(nn.Module):
+    """Keeps a number where no checkpoint has it."""
+
+    def __init__(self, shift):
+        super().__init__()
+        self.shift = torch.tensor(float(shift))
+
+    def forward(self, batch):
+        return batch + self.shift
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of TorchScript as such
+@pytest.mark.parametrize("kind", ["program", "script", "function"])
+def test_another_model_of_the_same_name_is_another_model(here, run, kind):
+    example = torch.zeros(1, 1, 8, 8, 8)
+
+    def make(shift):
+        if kind == "program":
+            torch.export.save(torch.export.export(Shifted(shift), (example,)), "model.pt2")
+        elif kind == "script":
+            torch.jit.trace(Shifted(shift), example).save("model.ts")
+        else:
+            Path("mymodels.py").write_text(f"def model(batch):\n    return batch + {shift}\n")
+            sys.modules.pop("mymodels", None)
+            importlib.invalidate_caches()
+
+    name = {"program": "model.pt2", "script": "model.ts", "function": "mymodels:model"}[kind]
+    arguments = ["predict", name, "scans/a.nii.gz", "-o", "out.nii.gz", "--patch-size", 8]
+    make(1)
+    run(*arguments)
+    assert "is complete" in run(*arguments).out
+    make(100)
+    assert "is of something else: models was" in run(*arguments, code=1).err
+
+
+def test_folders_of_dicom_files(here, run):
+    dicom = pydicom.data.get_testdata_file("CT_small.dcm")
+    for name in ("1.2.840.1", "1.2.840.2"):
+        (here / "dicom" / name).mkdir(parents=True)
+        shutil.copy(dicom, here / "dicom" / name / "1.3.6.1.4")
+    run("predict", "mymodels:negative", "dicom", "-o", "out", "--patch-size", "32,32,1", "--overlap", 0)
+    assert sorted(os.listdir("out")) == ["1.2.840.1.json", "1.2.840.1.nii.gz", "1.2.840.2.json", "1.2.840.2.nii.gz"]
+    shutil.copy("scans/a.nii.gz", "dicom/1.2.840.1")
+    done = run("predict", "mymodels:negative", "dicom/1.2.840.1", "-o", "more", "--patch-size", 8, code=1)
+    assert "holds DICOM files and a.nii.gz" in done.err
+
+
+def test_links_that_lead_back_are_followed_once(here, run):
+    os.symlink(here / "scans", here / "scans" / "b" / "loop")
+    done = run("predict", "mymodels:negative", "scans", "-o", "out", "--patch-size", 16)
+    assert done.out.endswith("3 done, 0 complete already, 0 failed\n")
+
+
+def test_what_help_says_in_brackets(here, run):
+    text = " ".join(run("predict", "--help").out.replace("│", " ").split())
+    assert "[default: where the weights are]" in text
+    assert "[default: what is free]" in text
+
+
+def test_a_batch_that_the_model_cannot_take_is_explained(here, run):
+    exported("model.pt2")
+    vx.ScalarImage(torch.rand(3, 10, 10, 10)).save("three.nii")
+    done = run("predict", "model.pt2", "three.nii", "-o", "out.nii", code=1)
+    assert "three.nii has 3 channels, but the model takes 1: give as many" in done.err
+    assert "Traceback" not in done.err
+    torch.save(nn.Conv3d(1, 2, 3, padding=1).state_dict(), "w.pt")
+    arguments = ["mymodels:network", "three.nii", "-o", "out.nii", "--patch-size", 8]
+    assert "3 channels as the subject has" in run("predict", *arguments, "--weights", "w.pt", code=1).err
+    assert "mymodels:network takes no batch, and so is no model" in run("predict", *arguments, code=1).err
+
+
+@pytest.mark.parametrize("content", [b"", b"x", b"PK\x03\x04", b"PK\x05\x06" + bytes(18)])
+def test_damaged_weights_and_models_are_explained(here, run, content):
+    for name in ("bad.pt", "bad.pt2", "bad.ts", "bad.safetensors"):
+        Path(name).write_bytes(content)
+        given = [name] if name != "bad.safetensors" else ["mymodels:network", "--weights", name]
+        for arguments in (given, ["mymodels:network", "--weights", name]):
+            done = run("predict", *arguments, "scans/a.nii.gz", "-o", "out.nii", "--patch-size", 8, code=1)
+            assert name in done.err
+            assert "Traceback" not in done.err
+
+
+def test_names_of_any_bytes(here, run):
+    name = os.fsdecode(b"bad_\xfc.nii")
+    shutil.copy("scans/b/a.nii", name)
+    run("predict", "mymodels:negative", name, "-o", "out", "--patch-size", 16)
+    assert sorted(os.listdir(b"out")) == [b"bad_\xfc.json", b"bad_\xfc.nii.gz"]
+
+
+def test_a_command_that_is_ended_removes_what_it_unpacked(here):
+    vx.ScalarImage(torch.rand(1, 24, 24, 20000)).save("long.nii.gz")
+    Path("slow.py").write_text("import time\ndef model(batch):\n    time.sleep(0.05)\n    return batch\n")
+    (here / "spool").mkdir()
+    command = [
+        sys.executable,
+        "-m",
+        "voxloom",
+        "predict",
+        "slow:model",
+        "long.nii.gz",
+        "-o",
+        "out.nii",
+        "--patch-size",
+        "24,24,40",
+    ]
+    command += ["--overlap", "0", "--memory-limit", "24MiB"]
+    with subprocess.Popen(command, env=os.environ | {"TMPDIR": str(here / "spool")}, stderr=subprocess.PIPE) as process:
+        while process.poll() is None and not list((here / "spool").rglob("*.nii")):
+            time.sleep(0.01)
+        assert process.poll() is None
+        time.sleep(1)
+        process.terminate()
+        process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert os.listdir("spool") == []
 
 
 def test_a_result_that_was_interrupted_while_it_was_published_is_published(here, run, monkeypatch):
@@ -429,7 +561,7 @@ def test_a_result_that_was_interrupted_while_it_was_published_is_published(here,
     run(*arguments)
     assert Path("out.json").exists()
     assert run(*arguments).out == "a.nii.gz: out.nii.gz is complete\n"
-    assert not Path(".out.nii.gz.voxloom").exists()
+    assert not Path(".out.voxloom").exists()
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,13 @@
 import enum
 import functools
 import inspect
+import signal
+import sys
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from tqdm import tqdm
 
@@ -21,6 +22,7 @@ from .inference import Predictor
 from .inference.cases import Case, cases_of, cases_of_table
 from .inference.model_files import LoadedModel, load_model
 from .volumes.image import ScalarImage
+from .volumes.subject import Subject
 
 __all__ = ["app", "main"]
 
@@ -45,7 +47,7 @@ def _voxloom(
 # What predict and plan have in common
 
 RESULTS = Path("predictions")
-MakePredictor = Callable[[], Predictor]
+MakePredictor = Callable[[], tuple[Predictor, LoadedModel]]
 
 
 class Activation(enum.StrEnum):
@@ -64,16 +66,27 @@ ModelName = Annotated[
 Images = Annotated[
     list[Path] | None, typer.Argument(metavar="[IMAGE]...", help="Files, folders of files, or folders of a DICOM series.")
 ]
-Table = Annotated[Path | None, typer.Option(help="Table of cases in place of images: each column is a channel, 'case' a name.")]
+Table = Annotated[
+    Path | None,
+    typer.Option(
+        help="Table (.csv, or .tsv with tabs) in place of images: a channel in each column, a name in 'case'; paths are"
+        " relative to the table."
+    ),
+]
 Weights = Annotated[Path | None, typer.Option(help="Weights for a factory: .safetensors, or a checkpoint.")]
 AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Let files of models run the code that they bring.")]
 PatchSizes = Annotated[str | None, typer.Option(help="Voxels of a patch: a number, or three such as 160,160,64.")]
 Overlap = Annotated[str, typer.Option(help="What neighbours share: a fraction of the patch, or an even number of voxels.")]
 Mode = Annotated[str, typer.Option(help="crop, average, hann or gaussian.")]
 BatchSize = Annotated[
-    int | None, typer.Option(help="Patches that the model is given at a time.  [default: 1]", show_default=False)
+    int | None,
+    typer.Option(
+        help="Patches that the model is given at a time.  \\[default: 1, or what a .pt2 was exported for]", show_default=False
+    ),
 ]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 or mps.  [default: cpu]", show_default=False)]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:1 or mps.  \\[default: where the weights are]", show_default=False)
+]
 Amp = Annotated[bool, typer.Option("--amp", help="Run the model in mixed precision.")]
 ActivationName = Annotated[Activation | None, typer.Option(help="Act on each patch before patches are summed.")]
 Labels = Annotated[bool, typer.Option("--labels", help="Write the number of the largest channel, not all channels.")]
@@ -83,7 +96,7 @@ Padding = Annotated[str | None, typer.Option(help="Pad the volume by half the ov
 Mirror = Annotated[str | None, typer.Option(help="Mirror patches along these axes too, such as 0,1,2, and average.")]
 Mask = Annotated[Path | None, typer.Option(help="Image of where to compute; matched to each input by its affine.")]
 MaskAbove = Annotated[float | None, typer.Option(help="Compute only patches in which the input is above this value.")]
-MemoryLimit = Annotated[str | None, typer.Option(help="Memory beside the model's own, such as 2GiB.  [default: what is free]")]
+MemoryLimit = Annotated[str | None, typer.Option(help="Memory beside the model's own, such as 2GiB.  \\[default: what is free]")]
 
 
 def _predictor(
@@ -103,8 +116,8 @@ def _predictor(
     padding: Padding = None,
     mirror: Mirror = None,
     memory_limit: MemoryLimit = None,
-) -> Predictor:
-    """Make a predictor of what was given on the command line."""
+) -> tuple[Predictor, LoadedModel]:
+    """Make a predictor of what was given on the command line, and give what is known of its model."""
     loaded = load_model(model, weights, allow_pickle)
     given = ("argmax" if labels else None, threshold, _numbers(channels, int, "channels"))
     reductions = [value for value in given if value is not None]
@@ -112,7 +125,7 @@ def _predictor(
         raise ModeError("of --labels, --threshold and --channels only one can be given")
     size, number = _sizes_of(loaded, _numbers(patch_size, int, "patch-size"), batch_size)
     overlaps = _numbers(overlap, lambda text: float(text) if "." in text else int(text), "overlap")
-    return Predictor(
+    predictor = Predictor(
         loaded.model,
         size,
         overlaps[0] if len(overlaps) == 1 else overlaps,
@@ -125,9 +138,9 @@ def _predictor(
         padding_mode=_number_or_text(padding),
         mirror_axes=_numbers(mirror, int, "mirror") or (),
         memory_limit=memory_limit,
-        # A function has no weights to be known by.
-        model_name=None if isinstance(loaded.model, torch.nn.Module) else model,
+        model_name=loaded.name,
     )
+    return predictor, loaded
 
 
 def _with_predictor(command: Callable[..., None]) -> Callable[..., None]:
@@ -218,33 +231,45 @@ def predict(
     """
     cases = _cases(images, table, output)
     where = _mask(mask, mask_above)
-    predictor = make()
+    predictor, model = make()
     done, skipped, failed = 0, 0, []
     for case in cases:
         try:
-            if _predict_case(predictor, case, where, resume, overwrite):
+            if _predict_case(predictor, _subject(case, model), case, where, resume, overwrite):
                 done += 1
-                typer.echo(f"{case.name}: {case.target}")
+                _say(f"{case.name}: {case.target}")
             else:
                 skipped += 1
-                typer.echo(f"{case.name}: {case.target} is complete")
+                _say(f"{case.name}: {case.target} is complete")
         except KeyboardInterrupt:
-            typer.echo(f"{case.name}: interrupted; the same command goes on from what is finished", err=True)
+            _say(f"{case.name}: interrupted; the same command goes on from what is finished", err=True)
             raise typer.Exit(130) from None
         except Exception as error:  # noqa: BLE001 - one case that fails, by whatever, must not stop the others
             failed.append(case.name)
             if not isinstance(error, VoxloomError):
                 traceback.print_exception(error)
-            typer.echo(f"voxloom: {case.name} failed: {str(error) or type(error).__name__}", err=True)
+            text = ". ".join([str(error) or type(error).__name__, *getattr(error, "__notes__", ())])
+            _say(f"voxloom: {case.name} failed: {text}", err=True)
     if len(cases) > 1:
-        typer.echo(f"{done} done, {skipped} complete already, {len(failed)} failed" + "".join(f"\n  {name}" for name in failed))
+        _say(f"{done} done, {skipped} complete already, {len(failed)} failed" + "".join(f"\n  {name}" for name in failed))
     if failed:
         raise typer.Exit(1)
 
 
-def _predict_case(predictor: Predictor, case: Case, mask: Any, resume: bool, overwrite: bool) -> bool:
-    """Predict a case, unless its result is there."""
+def _subject(case: Case, model: LoadedModel) -> Subject:
+    """Make a subject of a case, and check that a model takes as many channels."""
     subject = case.subject()
+    channels = sum(image.num_channels for image in subject.images.values())
+    if model.channels not in (None, channels):
+        raise SizeError(
+            f"{', '.join(map(str, case.files))} has {channels} channel{'s' if channels > 1 else ''}, but the model takes"
+            f" {model.channels}: give as many, in one file or in the columns of a --table"
+        )
+    return subject
+
+
+def _predict_case(predictor: Predictor, subject: Subject, case: Case, mask: Any, resume: bool, overwrite: bool) -> bool:
+    """Predict a case, unless its result is there."""
     names = list(subject.images)
     _make_folder(case.target.parent)
     if not overwrite and predictor.is_made(subject, image_name=names, output=case.target, mask=mask):
@@ -256,7 +281,7 @@ def _predict_case(predictor: Predictor, case: Case, mask: Any, resume: bool, ove
         mask=mask,
         resume=resume,
         overwrite=overwrite,
-        progress=case.name,
+        progress=_printable(case.name),
     )
     return True
 
@@ -269,11 +294,11 @@ def plan(
     """Say what predict would do, and how much memory it would take."""
     cases = _cases(images, table, RESULTS)
     where = _mask(mask, mask_above)
-    predictor = make()
+    predictor, model = make()
     for case in cases:
-        subject = case.subject()
+        subject = _subject(case, model)
         found = predictor.plan(subject, image_name=list(subject.images), mask=where, output=case.target)
-        typer.echo(f"{case.name}\n{found}\n" if len(cases) > 1 else str(found))
+        _say(f"{case.name}\n{found}\n" if len(cases) > 1 else str(found))
 
 
 @app.command()
@@ -284,16 +309,16 @@ def info(
     failed = False
     for path in files:
         try:
-            typer.echo(_description(path))
+            _say(_description(path))
         except VoxloomError as error:
-            typer.echo(f"voxloom: {error}", err=True)
+            _say(f"voxloom: {error}", err=True)
             failed = True
     if failed:
         raise typer.Exit(1)
 
 
 def _description(path: Path) -> str:
-    if path.suffix in (".pt2", ".pt", ".ts"):
+    if path.suffix.lower() in (".pt2", ".pt", ".ts", ".pth"):
         loaded = load_model(str(path))
         lines = {"batch size": loaded.batch_size or "any", "patch size": loaded.patch_size or "any"}
     else:
@@ -342,6 +367,15 @@ def demo(
     typer.echo(f"Again:   voxloom predict {result.model_file} {result.image_file} {options}")
 
 
+def _say(text: str, err: bool = False) -> None:
+    typer.echo(_printable(text), err=err)
+
+
+def _printable(text: str) -> str:
+    """Give a text without the bytes of names of files that are no text."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def _make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -355,8 +389,10 @@ def _progress(batches: Iterable) -> Iterable:
 
 def main() -> None:
     """Run the command; an error that voxloom explains is printed without a traceback."""
+    # Ended by a scheduler: temporary files are removed all the same.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         app()
     except VoxloomError as error:
-        typer.echo(f"voxloom: {error}", err=True)
+        _say(f"voxloom: {error}", err=True)
         raise SystemExit(1) from None

@@ -211,7 +211,7 @@ def test_two_at_once_do_not_write_to_one_file(scan, tmp_path):
     first.start()
     try:
         assert entered.wait(20)
-        while not (tmp_path / ".out.nii.voxloom").exists():
+        while not (tmp_path / ".out.voxloom").exists():
             leave.set()
             time.sleep(0.001)
     finally:
@@ -236,7 +236,7 @@ class Interrupted(Exception):  # noqa: N818 - it stands for a power cut
 class Fragile(nn.Module):
     """A network that fails at its n-th call, and counts them."""
 
-    def __init__(self, fails_at=None):
+    def __init__(self, fails_at=-1):
         super().__init__()
         self.network = network()
         self.fails_at, self.calls = fails_at, 0
@@ -290,7 +290,7 @@ def test_nothing_is_left_of_a_run_that_has_finished_nothing(scan, tmp_path):
 def test_another_model_image_or_option_is_refused_by_name(scan, tmp_path):
     target = tmp_path / "out.nii"
     interrupt(scan, target, at=100)
-    assert names(tmp_path) == [".out.nii.voxloom", "scan.nii.gz"]
+    assert names(tmp_path) == [".out.voxloom", "scan.nii.gz"]
     assert not target.exists()
     other = Fragile()
     with torch.no_grad():
@@ -371,7 +371,7 @@ def test_files_of_different_runs_are_not_mixed(scan, tmp_path):
     with pytest.raises(RecordError, match="is recorded in"):
         vx.predict(Fragile(), scan, 8, 4, reduce="argmax", output=b)
     interrupt(scan, b, at=100, reduce="argmax", overlap_mode="hann", resume=False)
-    with pytest.raises(RecordError, match=".b.nii.voxloom is not of the unfinished run"):
+    with pytest.raises(RecordError, match=".b.voxloom is not of the unfinished run"):
         vx.predict(Fragile(), scan, 8, 4, reduce=reduce, output={"x": a, "y": b})
     result = vx.predict(Fragile(), scan, 8, 4, reduce=reduce, output={"x": a, "y": b}, resume=False)
     assert torch.equal(result["y"].data[0], result["x"].data.argmax(0).to(torch.uint8))
@@ -454,13 +454,13 @@ def test_it_is_said_how_much_is_done_again(scan, tmp_path):
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_a_damaged_record_is_an_error(scan, tmp_path):
     interrupt(scan, tmp_path / "out.nii", at=100)
-    record = tmp_path / ".out.nii.voxloom" / "record.json"
+    record = tmp_path / ".out.voxloom" / "record.json"
     text = record.read_text()
     record.write_text(text[: len(text) // 2])
     with pytest.raises(RecordError, match="is damaged: begin anew with resume=False"):
         vx.predict(Fragile(), scan, 8, 4, output=tmp_path / "out.nii")
     record.write_text(text)
-    volume = tmp_path / ".out.nii.voxloom" / "volume.nii"
+    volume = tmp_path / ".out.voxloom" / "volume.nii"
     volume.write_bytes(volume.read_bytes()[:-10])
     with pytest.raises(RecordError, match="has .* bytes in place of"):
         vx.predict(Fragile(), scan, 8, 4, output=tmp_path / "out.nii")
@@ -496,6 +496,98 @@ def test_a_run_that_ends_while_it_is_published_is_published_the_next_time(scan, 
         assert model.calls <= calls + vx.plan(model, scan, 8, 4).restart_passes
     assert names(tmp_path) == ["out.json", target.name, "scan.nii.gz"]
     assert torch.equal(vx.ScalarImage(target).data, vx.predict(model.network, scan, 8, 4).data)
+
+
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+@pytest.mark.parametrize("step", range(11))
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_process_that_is_killed_while_it_publishes_leaves_what_the_next_one_finishes(scan, tmp_path, monkeypatch, ending, step):
+    target = tmp_path / f"out{ending}"
+    steps = []
+
+    def killed_after(function):
+        def inner(*arguments, **options):
+            if any(".out.voxloom" in str(argument) for argument in arguments):
+                steps.append(1)
+                function(*arguments, **options)
+                if len(steps) == step + 1:
+                    raise Interrupted
+                return None
+            return function(*arguments, **options)
+
+        return inner
+
+    publish = files.UnfinishedRun.publish
+
+    def watched(run, *arguments):
+        with monkeypatch.context() as patch:
+            for place, name in ((files.os, "link"), (Path, "unlink"), (Path, "replace")):
+                patch.setattr(place, name, killed_after(getattr(place, name)))
+            publish(run, *arguments)
+
+    predictor = vx.Predictor(network(), 8, 4, reduce="argmax")
+    with monkeypatch.context() as patch:
+        patch.setattr(files.UnfinishedRun, "publish", watched)
+        # What is killed lets go of its locks, and does nothing else.
+        patch.setattr(files.UnfinishedRun, "close", lambda run: [lock.release(force=True) for _, lock in run._locks])
+        with contextlib.suppress(Interrupted):
+            predictor(scan, output=target)
+    if not predictor.is_made(scan, output=target):
+        predictor(scan, output=target)
+    assert predictor.is_made(scan, output=target)
+    assert names(tmp_path) == ["out.json", target.name, "scan.nii.gz"]
+    assert torch.equal(vx.ScalarImage(target).data, predictor(scan).data)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("progress", b"x\n" * 200),
+        ("progress", b"\n\n\n"),
+        ("progress", b"0\n1\nready\n"),
+        ("progress", b"\xff\xfe\n"),
+        ("progress", "".join(f"{number}\n" for number in range(99)).encode()),
+        ("record.json", {"plan": {}}),
+        ("record.json", {"plan": {"columns": [[0, 1]]}}),
+        ("record.json", {"plan": {"columns": []}}),
+        ("record.json", {"plan": {"columns": [[0, 1, 0, 1]]}}),
+        ("record.json", {"identity": None}),
+        ("record.json", b"[]"),
+    ],
+)
+def test_a_damaged_record_is_never_believed(scan, tmp_path, name, content):
+    interrupt(scan, tmp_path / "out.nii", at=100)
+    path = tmp_path / ".out.voxloom" / name
+    path.write_bytes(content if isinstance(content, bytes) else json.dumps(json.loads(path.read_text()) | content).encode())
+    with pytest.raises(RecordError, match=r"begin anew with resume=False"):
+        vx.predict(Fragile(), scan, 8, 4, output=tmp_path / "out.nii")
+    vx.predict(Fragile(), scan, 8, 4, output=tmp_path / "out.nii", resume=False)
+    assert torch.equal(vx.ScalarImage(tmp_path / "out.nii").data, vx.predict(Fragile().network, scan, 8, 4).data)
+
+
+def test_a_line_that_was_not_finished_is_no_line(scan, tmp_path):
+    interrupt(scan, tmp_path / "out.nii", at=100)
+    with (tmp_path / ".out.voxloom" / "progress").open("a") as file:
+        file.write("1")
+    with pytest.warns(RuntimeWarning, match="is taken up"):
+        vx.predict(Fragile(), scan, 8, 4, output=tmp_path / "out.nii")
+    assert torch.equal(vx.ScalarImage(tmp_path / "out.nii").data, vx.predict(Fragile().network, scan, 8, 4).data)
+
+
+def test_an_input_is_never_replaced(tmp_path):
+    vx.ScalarImage(torch.rand(1, 9, 9, 9)).save(tmp_path / "a.nii")
+    before = (tmp_path / "a.nii").read_bytes()
+    with pytest.raises(SaveError, match="the result would replace the input"):
+        vx.predict(nn.Identity(), tmp_path / "a.nii", 8, output=tmp_path / "a.nii", overwrite=True)
+    assert (tmp_path / "a.nii").read_bytes() == before
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:-4], lambda content: content[: len(content) // 2]])
+def test_a_compressed_input_that_is_cut_off_is_named_where_it_is_unpacked(tmp_path, damage):
+    vx.ScalarImage(torch.rand(1, 24, 24, 20000)).save(tmp_path / "scan.nii.gz")
+    (tmp_path / "scan.nii.gz").write_bytes(damage((tmp_path / "scan.nii.gz").read_bytes()))
+    with pytest.raises(vx.errors.VoxloomError, match=r"scan.nii.gz"):
+        vx.predict(network(), tmp_path / "scan.nii.gz", (24, 24, 40), 0, reduce="argmax", memory_limit="36MiB")
 
 
 SCRIPT = """
@@ -593,7 +685,7 @@ def test_a_disk_that_is_full_in_the_middle_keeps_what_is_finished(scan, tmp_path
 
     with monkeypatch.context() as patch:
         patch.setattr(NiftiWriter, "write", full)
-        with pytest.raises(SaveError, match="No space left on device.*What is finished stays in .out.nii.voxloom"):
+        with pytest.raises(SaveError, match="No space left on device.*What is finished stays in .out.voxloom"):
             vx.predict(model, scan, 8, 4, output=target)
     model.calls = 0
     vx.predict(model, scan, 8, 4, output=target)
@@ -712,6 +804,6 @@ def test_a_compressed_input_that_is_too_large_is_unpacked_to_a_temporary_file(tm
     model.register_forward_pre_hook(look)
     result = vx.predict(model, given, patch, 0, **options)
     assert torch.equal(result.data, expected)
-    assert set(seen) == {"image_0.nii"}
+    assert set(seen) == {"image0_0.nii"}
     assert not given.is_loaded
     assert names(tmp_path / "temporary") == []

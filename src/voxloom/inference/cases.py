@@ -42,8 +42,7 @@ def cases_of(images: Sequence[Path], output: Path) -> list[Case]:
     """
     if len(images) == 1 and not _is_folder_of_images(images[0]) and output.name.lower().endswith(TARGETS):
         return _checked([Case(images[0].name, (images[0],), output)])
-    if output.name.lower().endswith(TARGETS):
-        raise SaveError(f"{output} is the name of one file, but there may be several results: give the name of a folder")
+    _check_folder(output)
     cases = []
     for path in images:
         if not path.exists():
@@ -53,7 +52,7 @@ def cases_of(images: Sequence[Path], output: Path) -> list[Case]:
             raise ImageNotFoundError(f"the folder {path} holds no image ({', '.join(ENDINGS)}, or a folder of DICOM files)")
         for file in found:
             place = file.relative_to(path).parent if file != path else Path()
-            cases.append(Case(str(place / file.name), (file,), output / place / f"{stem_of(file)}{DEFAULT_ENDING}"))
+            cases.append(Case(str(place / file.name), (file,), output / place / f"{_stem_of(file)}{DEFAULT_ENDING}"))
     return _checked(cases)
 
 
@@ -70,15 +69,18 @@ def cases_of_table(table: Path, output: Path) -> list[Case]:
     """
     try:
         with table.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file, delimiter="\t" if table.suffix == ".tsv" else ",")
+            reader = csv.reader(file, delimiter="\t" if table.suffix.lower() == ".tsv" else ",")
             (_, header), *rows = [(reader.line_num, row) for row in reader if row]
     except FileNotFoundError as error:
         raise ImageNotFoundError(f"there is no table {table}") from error
     except OSError as error:
         raise SubjectError(f"the table {table} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, csv.Error) as error:
         raise SubjectError(f"the table {table} is empty, or is not text: its first line names the columns") from error
     columns = [name.strip() for name in header]
+    if len(set(columns)) < len(columns):
+        raise SubjectError(f"the table {table} has columns {columns}: each must have a name of its own")
+    _check_folder(output)
     channels = [number for number, name in enumerate(columns) if name != "case"]
     if not channels or not rows:
         raise SubjectError(f"the table {table} has columns {columns} and {len(rows)} lines: it needs a channel, and a line")
@@ -86,15 +88,15 @@ def cases_of_table(table: Path, output: Path) -> list[Case]:
     for line, row in rows:
         if len(row) != len(columns) or not all(row[number].strip() for number in channels):
             raise SubjectError(f"line {line} of {table} is {row}: it must have a value for each of the columns {columns}")
-        given = [Path(row[number].strip()) for number in channels]
+        given = [Path(row[number].strip()).expanduser() for number in channels]
         name = row[columns.index("case")].strip() if "case" in columns else None
         first = given[0]
-        place = Path(name) if name else (Path() if first.is_absolute() else first.parent) / stem_of(first)
+        place = Path(name) if name else (Path() if first.is_absolute() else first.parent) / _stem_of(table.parent / first)
         if place.is_absolute() or ".." in place.parts:
             raise SubjectError(
                 f"line {line} of {table} would put its result at {place}, outside of {output}: name it with a column case"
             )
-        files = tuple((table.parent / path).expanduser() for path in given)
+        files = tuple(table.parent / path for path in given)
         cases.append(Case(str(place), files, output / f"{place}{DEFAULT_ENDING}"))
     return _checked(cases)
 
@@ -104,16 +106,54 @@ def _is_folder_of_images(path: Path) -> bool:
 
 
 def _is_series(folder: Path) -> bool:
-    return any(file.suffix.lower() in (".dcm", ".ima") for file in folder.iterdir() if file.is_file())
+    """Whether a folder is of DICOM files, which often have no ending, or the last part of an identifier for one.
+
+    Raises:
+        SubjectError: if it holds other images too.
+    """
+    files = [file for file in folder.iterdir() if file.is_file() and not file.name.startswith(".")]
+    images = [file for file in files if file.name.lower().endswith(ENDINGS)]
+    if not any(map(_is_dicom, (file for file in files if file not in images))):
+        return False
+    if images:
+        raise SubjectError(
+            f"the folder {folder} holds DICOM files and {images[0].name}: move one or the other to a folder of its own"
+        )
+    return True
 
 
-def _images_in(folder: Path, output: Path) -> Iterator[Path]:
+def _is_dicom(file: Path) -> bool:
+    if file.suffix.lower() in (".dcm", ".ima"):
+        return True
+    try:
+        with file.open("rb") as opened:
+            return opened.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
+
+
+def _stem_of(path: Path) -> str:
+    return path.name if path.is_dir() else stem_of(path)
+
+
+def _check_folder(output: Path) -> None:
+    if output.name.lower().endswith(ENDINGS) and not output.is_dir():
+        raise SaveError(
+            f"{output} is the name of a file: results are {' or '.join(TARGETS)}, and where there may be several, give the name"
+            " of a folder"
+        )
+
+
+def _images_in(folder: Path, output: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
     """Give the images in a folder, but for those in the folder of results, if that is inside."""
+    if folder.resolve() in above:
+        return  # a link that leads back
+    above = (*above, folder.resolve())
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or (path.is_dir() and path.resolve() == output.resolve() != folder.resolve()):
             continue
         if path.is_dir():
-            yield from [path] if _is_series(path) else _images_in(path, output)
+            yield from [path] if _is_series(path) else _images_in(path, output, above)
         elif path.name.lower().endswith(ENDINGS):
             yield path
 

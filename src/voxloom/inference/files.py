@@ -1,13 +1,14 @@
 """Results in files: written in place beside their target, recorded so that a run can be taken up again, and published when whole.
 
-Beside a target `NAME` there is, while a run is unfinished, a hidden folder `.NAME.voxloom`:
+Beside a target `STEM.nii` or `STEM.nii.gz` there is, while a run is unfinished, a hidden folder `.STEM.voxloom`; the sidecar goes
+by the stem too:
 
     lock          held by the process that is at it
     run           what tells one run from another: the same beside all targets of a run
     record.json   what the run is: targets, input, models, options and plan (beside the first target only)
     progress      a line for each layer that is on the disk, and one when all is ready to be published
     volume.nii    the result
-    sidecar.json  what becomes `NAME.json`
+    sidecar.json  what becomes `STEM.json`
 """
 
 import contextlib
@@ -15,7 +16,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,25 @@ from ..volumes.formats import NiftiWriter, as_save_error, compressing, stem_of
 from .identity import differences
 from .sinks import VolumeForm
 
-__all__ = ["NiftiSink", "UnfinishedRun", "as_target", "difference_of_made", "is_ready_to_publish", "sidecar_of"]
+__all__ = [
+    "BEGIN_ANEW",
+    "NiftiSink",
+    "UnfinishedRun",
+    "as_target",
+    "difference_of_made",
+    "is_ready_to_publish",
+    "remove_leftovers",
+    "sidecar_of",
+]
 
 ENDINGS = (".nii", ".nii.gz")
 CHUNK_BYTES = 2**22
 READY = "ready"
+RECORD_FILES = ("record.json", "progress")
+SCRATCH_FILES = ("volume.nii", "whole.nii.gz", "sidecar.json", "run")
+# What is said in Python and on the command line.
+BEGIN_ANEW = "begin anew with resume=False (--no-resume)"
+OVERWRITE = "overwrite=True (--overwrite)"
 
 Json = Any
 
@@ -46,7 +61,10 @@ def as_target(path: Any) -> Path:
     """
     target = Path(path).expanduser()
     if target.is_symlink():
-        target = target.resolve()  # the file is made beside where it will be
+        try:
+            target = target.resolve()  # the file is made beside where it will be
+        except RuntimeError as error:
+            raise SaveError(f"{target} cannot be written: it is a link to itself") from error
     if not target.name.lower().endswith(ENDINGS):
         raise UnsupportedImageError(
             f"{target} cannot be written block by block: its name must end in {' or '.join(ENDINGS)}. For other formats leave out"
@@ -84,7 +102,7 @@ class NiftiSink:
 
     def __init__(self, target: Path) -> None:
         self.target = target
-        self.folder = target.with_name(f".{target.name}.voxloom")
+        self.folder = target.with_name(f".{stem_of(target)}.voxloom")
         self.is_new = True
         self.is_kept = False
         """Whether anything of it has been recorded as finished."""
@@ -109,13 +127,13 @@ class NiftiSink:
         """See `Sink`."""
         self._form = form
         if not self.is_new and not self.volume.exists():
-            raise RecordError(f"the unfinished file {self.volume} is gone: begin anew with resume=False")
+            raise RecordError(f"the unfinished file {self.volume} is gone: {BEGIN_ANEW}")
         with self._explained():
             self._writer = NiftiWriter(self.volume, form.shape, form.dtype, form.affine, form.codes, self.is_new)
             if self.volume.stat().st_size != self._writer.num_bytes:
                 raise RecordError(
                     f"the unfinished file {self.volume} has {self.volume.stat().st_size} bytes in place of"
-                    f" {self._writer.num_bytes}: begin anew with resume=False"
+                    f" {self._writer.num_bytes}: {BEGIN_ANEW}"
                 )
 
     def write(self, box: Box, values: Tensor) -> None:
@@ -213,18 +231,18 @@ class UnfinishedRun:
         try:
             record = json.loads(path.read_text())
             run, targets, then, plan = (record[key] for key in ("run", "targets", "identity", "plan"))
+            recorded = {"targets": targets} | then
         except (ValueError, KeyError, TypeError) as error:
-            raise RecordError(f"{path} is damaged: begin anew with resume=False") from error
-        self._check_same({"targets": targets} | then, {"targets": self.targets} | identity)
+            raise RecordError(f"{path} is damaged: {BEGIN_ANEW}") from error
+        self._check_same(recorded, {"targets": self.targets} | identity)
         for sink in self.sinks:
             if _text_of(sink.folder / "run") != run and not self.is_ready:
                 raise RecordError(
-                    f"{sink.folder} is not of the unfinished run that {path} records: begin anew with"
-                    " resume=False, or move it away"
+                    f"{sink.folder} is not of the unfinished run that {path} records: {BEGIN_ANEW}, or move it away"
                 )
         if not self.is_ready:
             self._check_targets()
-        self.layers_done = len([line for line in self._lines() if line != READY])
+        self.layers_done = self._layers_recorded()
         for sink in self.sinks:
             sink.is_new, sink.is_kept = False, self.layers_done > 0
         return plan
@@ -235,8 +253,7 @@ class UnfinishedRun:
             run, _, place = _text_of(sink.folder / "run").partition(" ")
             if place and Path(place) != self.folder.resolve() and run in _text_of(Path(place) / "record.json"):
                 raise RecordError(
-                    f"{sink.folder} is of an unfinished run that is recorded in {place}: go on with that one, or begin anew with"
-                    " resume=False"
+                    f"{sink.folder} is of an unfinished run that is recorded in {place}: go on with that one, or {BEGIN_ANEW}"
                 )
 
     def begin(self, identity: Json, plan: Json) -> None:
@@ -257,7 +274,7 @@ class UnfinishedRun:
         for sink in self.sinks:
             sidecar = sidecar_of(sink.target)
             if not self.overwrite and (found := next((path for path in (sink.target, sidecar) if path.exists()), None)):
-                raise TargetExistsError(f"{found} exists, and is kept: remove it, choose another name, or give overwrite=True")
+                raise TargetExistsError(f"{found} exists, and is kept: remove it, choose another name, or give {OVERWRITE}")
             if sidecar.exists() and not _is_sidecar(sidecar):
                 raise TargetExistsError(f"{sidecar} exists, and is not of voxloom's: move it away, or choose another name")
 
@@ -266,17 +283,27 @@ class UnfinishedRun:
         if what:
             raise RecordError(
                 f"{self.folder} holds an unfinished run of something else: {'; '.join(what)}. Go on with what it was begun with,"
-                " give another output, or begin anew with resume=False"
+                f" give another output, or {BEGIN_ANEW}"
             )
         if None in now["models"]:
             raise RecordError(
                 f"{self.folder} holds an unfinished run, but whether it is of the same model cannot be told of a function: give"
-                " model_name, or begin anew with resume=False"
+                f" model_name, or {BEGIN_ANEW}"
             )
 
     def _lines(self) -> list[str]:
         # A line is only complete with its end.
         return _text_of(self.folder / "progress").split("\n")[:-1]
+
+    def _layers_recorded(self) -> int:
+        """Number of layers that are on the disk; what was left of a line that was not finished is removed."""
+        path, lines = self.folder / "progress", self._lines()
+        done = len(lines) - int(self.is_ready)
+        if lines != [*map(str, range(done)), *([READY] if self.is_ready else [])]:
+            raise RecordError(f"{path} is damaged: {BEGIN_ANEW}")
+        if path.exists():
+            _write_safely(path, "".join(f"{line}\n" for line in lines))
+        return done
 
     @property
     def is_ready(self) -> bool:
@@ -323,7 +350,10 @@ class UnfinishedRun:
                 raise
             except OSError as error:
                 raise as_save_error(sink.target, error) from error
-        for sink in reversed(self.sinks):  # the record goes last
+        # While the record is there, all of this is done once more after an interruption; so it goes last.
+        for sink in self.sinks:
+            self._remove_files(sink, SCRATCH_FILES)
+        for sink in reversed(self.sinks):
             self._remove_files(sink)
 
     def _put(self, source: Path, target: Path) -> None:
@@ -333,9 +363,12 @@ class UnfinishedRun:
                 source.unlink()
                 return
             except FileExistsError:
+                if target.samefile(source):  # interrupted in between
+                    source.unlink()
+                    return
                 raise TargetExistsError(
                     f"{target} has appeared while its result was made, and is kept. The result is in {source.parent.name}:"
-                    " the same call with overwrite=True puts it there, and so does this one once the file is gone"
+                    f" the same call with {OVERWRITE} puts it there, and so does this one once the file is gone"
                 ) from None
             except OSError:
                 pass  # a file system without links
@@ -350,16 +383,16 @@ class UnfinishedRun:
                 self._remove_files(sink)
 
     @staticmethod
-    def _remove_files(sink: NiftiSink) -> None:
+    def _remove_files(sink: NiftiSink, names: Sequence[str] = RECORD_FILES + SCRATCH_FILES) -> None:
         # The record first: without it the others mean nothing.
-        for name in ("record.json", "progress", "volume.nii", "whole.nii.gz", "sidecar.json", "run"):
+        for name in names:
             (sink.folder / name).unlink(missing_ok=True)
 
     def close(self) -> None:
         """Let others at the files."""
         for sink, lock in self._locks:
             # While the lock is held nobody else looks into the folder.
-            is_empty = not any((sink.folder / name).exists() for name in ("record.json", "volume.nii"))
+            is_empty = not _is_recorded(sink.folder)
             if is_empty and os.name == "posix":
                 shutil.rmtree(sink.folder, ignore_errors=True)
             lock.release(force=True)
@@ -370,7 +403,22 @@ class UnfinishedRun:
 
 def is_ready_to_publish(target: Path) -> bool:
     """Whether a run for a target was interrupted while it was published."""
-    return READY in _text_of(NiftiSink(target).folder / "progress").split("\n")[:-1]
+    folder = NiftiSink(target).folder
+    return _is_recorded(folder) and READY in _text_of(folder / "progress").split("\n")[:-1]
+
+
+def remove_leftovers(target: Path) -> None:
+    """Remove what a run that was interrupted in its last moment has left of its hidden folder."""
+    sink = NiftiSink(target)
+    if sink.folder.exists() and not _is_recorded(sink.folder):
+        with contextlib.suppress(RecordError):  # another process is at it
+            UnfinishedRun({None: sink}, overwrite=False).close()
+
+
+def _is_recorded(folder: Path) -> bool:
+    """Whether a hidden folder is of an unfinished run, whose record may be in the folder of another of its results."""
+    _, _, place = _text_of(folder / "run").partition(" ")
+    return (folder / "record.json").exists() or bool(place and (Path(place) / "record.json").exists())
 
 
 def _locked(sink: NiftiSink) -> FileLock:
@@ -412,7 +460,7 @@ def _is_sidecar(path: Path) -> bool:
 
 def _text_of(path: Path) -> str:
     try:
-        return path.read_text()
+        return path.read_text(encoding="utf-8", errors="surrogateescape")  # names of files may be of any bytes
     except OSError:
         return ""
 
@@ -420,7 +468,7 @@ def _text_of(path: Path) -> str:
 def _write_safely(path: Path, text: str) -> None:
     unfinished = path.with_suffix(".unfinished")
     try:
-        with unfinished.open("w") as file:
+        with unfinished.open("w", encoding="utf-8", errors="surrogateescape") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

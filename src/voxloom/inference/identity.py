@@ -76,13 +76,48 @@ def identity_of_model(model: Callable, name: str | None) -> Json:
         return {"name": name}
     if not isinstance(model, nn.Module):
         return None
-    # Of exported and scripted modules the code is not that of the class.
-    digest = hashlib.sha256(_without_addresses(f"{model!r} {getattr(model, 'code', '')}").encode())
+    digest = hashlib.sha256(_without_addresses(repr(model)).encode())
+    for name, part in model.named_modules():
+        # Of exported and scripted modules the code is not that of the class. They keep constants where no checkpoint has them.
+        digest.update(f"{name} {getattr(part, 'code', '')} {json.dumps(_attributes_of(part))}".encode())
+    if isinstance(model, torch.jit.ScriptModule):
+        digest.update(json.dumps(_constants_of(model)).encode())
     values = dict(model.state_dict()) | dict(model.named_buffers())  # with those that are not part of a checkpoint
     for key, value in sorted(values.items()):
         digest.update(f"{key} {getattr(value, 'dtype', type(value))} {getattr(value, 'shape', '')}".encode())
         digest.update(_raw(value) if isinstance(value, Tensor) else repr(value).encode())
     return {"class": f"{type(model).__module__}.{type(model).__qualname__}", "sha256": digest.hexdigest()}
+
+
+def _attributes_of(part: nn.Module) -> Json:
+    """Write down what a module does, and the values that it keeps beside its parameters, buffers and modules.
+
+    Whole numbers are left out: some count. Those of PyTorch's own layers are in how they print.
+    """
+    forward = type(part).forward
+    code = _text_of(forward.__code__) if inspect.isfunction(forward) else ""
+    own = {name: value for name, value in vars(part).items() if name not in vars(nn.Module()) and type(value) is not int}
+    return [_hash([code]), {name: identity_of_option(value) for name, value in sorted(own.items()) if _is_value(value)}]
+
+
+def _is_value(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return all(map(_is_value, value))
+    if isinstance(value, Mapping):
+        return all(map(_is_value, value.values()))
+    return isinstance(value, bool | int | float | complex | str | np.ndarray | Tensor) or value is None
+
+
+def _constants_of(model: torch.jit.ScriptModule) -> Json:
+    found = {}
+    for name, part in model.named_modules():
+        script = part._c
+        constants = part.code_with_constants[1].const_mapping if hasattr(part, "forward") else {}
+        found[name] = [
+            {key: identity_of_option(value) for key, value in sorted(constants.items())},
+            {key: identity_of_option(value) for key, value in sorted(script.named_attributes()) if _is_value(value)},
+        ]
+    return found
 
 
 def identity_of_option(value: Any) -> Json:

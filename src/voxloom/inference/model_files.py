@@ -1,6 +1,9 @@
 """Models from files and from code. What would run code that a file brings is refused, unless that is allowed."""
 
+import hashlib
 import importlib
+import inspect
+import json
 import pickle
 import sys
 import warnings
@@ -15,6 +18,7 @@ from torch import Tensor, nn
 
 from ..core.sizes import Ints
 from ..errors import MissingDependencyError, ModelFileError
+from .identity import identity_of_option
 from .program_check import ProgramRefusedError, inspected, is_program
 
 __all__ = ["LoadedModel", "load_model"]
@@ -29,8 +33,11 @@ class LoadedModel:
     """A model, and the sizes that it is fixed to, if it is."""
 
     model: Callable
+    name: str | None = None
+    """By what it is known: the hash of its file, or the code of a function. None for a module that is known by its weights."""
     batch_size: int | None = None
     patch_size: Ints | None = None
+    channels: int | None = None
 
 
 def load_model(name: str, weights: Path | None = None, allow_pickle: bool = False) -> LoadedModel:
@@ -56,7 +63,13 @@ def load_model(name: str, weights: Path | None = None, allow_pickle: bool = Fals
     if weights is None:
         if isinstance(found, type):
             raise ModelFileError(f"{name} is a class, which makes networks: give its weights with --weights, or name a network")
-        return LoadedModel(found)
+        if not _takes_a_batch(found):
+            raise ModelFileError(
+                f"{name} takes no batch, and so is no model. If it makes a network, give its weights with --weights"
+            )
+        if isinstance(found, nn.Module):
+            return LoadedModel(found)
+        return LoadedModel(found, f"{name} {json.dumps(identity_of_option(found))}")
     try:
         network = found()
     except TypeError as error:
@@ -65,6 +78,16 @@ def load_model(name: str, weights: Path | None = None, allow_pickle: bool = Fals
         raise ModelFileError(f"{name} returned {type(network).__name__}: with weights it must make a torch.nn.Module")
     _load_weights(network, weights, allow_pickle)
     return LoadedModel(network.eval())
+
+
+def _takes_a_batch(function: Callable) -> bool:
+    try:
+        inspect.signature(function).bind(None)
+    except TypeError:
+        return False
+    except ValueError:
+        pass  # a built-in function that does not say what it takes
+    return True
 
 
 def _imported(name: str) -> Any:
@@ -133,10 +156,13 @@ def _unpickled(path: Path, allow_pickle: bool) -> Any:
             warnings.simplefilter("ignore")  # of old ways to pickle
             return torch.load(path, map_location="cpu", weights_only=not allow_pickle)
     except pickle.UnpicklingError as error:
-        what = str(error).strip().splitlines()[0]
-        raise ModelFileError(f"{path} holds more than weights, and {ALLOW}. ({what})") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, ImportError) as error:
-        raise ModelFileError(f"{path} cannot be read: {str(error).strip().splitlines()[0]}") from error
+        raise ModelFileError(f"{path} holds more than weights, and {ALLOW}. ({_first_line(error)})") from error
+    except Exception as error:  # whatever a damaged file makes torch stumble over
+        raise ModelFileError(f"{path} cannot be read: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 # Whole models
@@ -149,7 +175,7 @@ def _of_file(path: Path, allow_pickle: bool) -> LoadedModel:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error:
         if path.suffix == ".pt2":
             raise ModelFileError(f"{path} is damaged or truncated, or no torch.export program: {error}") from error
     if is_program(names):
@@ -158,9 +184,9 @@ def _of_file(path: Path, allow_pickle: bool) -> LoadedModel:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)  # of TorchScript as such
-                return LoadedModel(torch.jit.load(path, map_location="cpu").eval())
-        except RuntimeError as error:
-            raise ModelFileError(f"{path} cannot be loaded as TorchScript: {str(error).strip().splitlines()[0]}") from error
+                return LoadedModel(torch.jit.load(path, map_location="cpu").eval(), _name_of(path))
+        except Exception as error:  # see above
+            raise ModelFileError(f"{path} cannot be loaded as TorchScript: {_first_line(error)}") from error
     if not allow_pickle:
         raise ModelFileError(
             f"{path} is neither a torch.export program nor TorchScript. If it is a pickled model, {ALLOW}; if it holds weights,"
@@ -182,8 +208,7 @@ def _of_program(path: Path, allow_pickle: bool) -> LoadedModel:
     except ProgramRefusedError as error:
         raise ModelFileError(f"{path}: {error}; {ALLOW}") from None
     except Exception as error:  # whatever a damaged file makes torch stumble over
-        what = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelFileError(f"{path} cannot be loaded: {what[0]}") from error
+        raise ModelFileError(f"{path} cannot be loaded: {_first_line(error)}") from error
     inputs = set(program.graph_signature.user_inputs)
     shapes = [node.meta["val"].shape for node in program.graph.nodes if node.op == "placeholder" and node.name in inputs]
     if len(shapes) != 1 or len(shapes[0]) != 5:
@@ -191,6 +216,12 @@ def _of_program(path: Path, allow_pickle: bool) -> LoadedModel:
             f"{path} takes {len(shapes)} inputs, of {', '.join(str(len(shape)) for shape in shapes)} dimensions: a model takes"
             " one batch (B, C, I, J, K)"
         )
-    batch, _, *patch = (size if isinstance(size, int) else None for size in shapes[0])
+    batch, channels, *patch = (size if isinstance(size, int) else None for size in shapes[0])
     sizes = tuple(size for size in patch if size is not None)
-    return LoadedModel(program.module(), batch, sizes if len(sizes) == 3 else None)
+    return LoadedModel(program.module(), _name_of(path), batch, sizes if len(sizes) == 3 else None, channels)
+
+
+def _name_of(path: Path) -> str:
+    """Know a model by its file, since not all of what it is can be seen once it is loaded."""
+    with path.open("rb") as file:
+        return f"sha256 {hashlib.file_digest(file, 'sha256').hexdigest()}"

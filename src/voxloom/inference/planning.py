@@ -115,7 +115,15 @@ class Planner:
                 return streams, results
         batch = torch.zeros((options.batch_size, setting[0], *options.patch_size), dtype=self._models.dtype)
         with self._models.ready():
-            outputs = self._models.trial(batch)
+            try:
+                outputs = self._models.trial(batch)
+            except Exception as error:
+                error.add_note(
+                    f"The model was called with zeros of shape {tuple(batch.shape)}, to see what its output looks like: it must"
+                    f" take batches of {options.batch_size}, {setting[0]} channels as {name} has, and patches of"
+                    f" {options.patch_size}"
+                )
+                raise
             self._outputs[setting] = list(outputs)
             streams, results = options.wanted.resolve(self._outputs[setting], output)
             for stream in streams:

@@ -1,9 +1,10 @@
 """A whole volume through a model in one call, in bounded memory."""
 
 import contextlib
+import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,11 +17,19 @@ from ..core.sizes import as_int, as_sizes
 from ..core.sweeps import Column
 from ..core.values import as_number
 from ..core.windows import OverlapMode, resolve_window
-from ..errors import OutputError, RecordError, TargetExistsError
+from ..errors import OutputError, RecordError, SaveError, TargetExistsError
 from ..volumes.image import Image
 from ..volumes.subject import Subject
 from .execution import Execution
-from .files import NiftiSink, UnfinishedRun, as_target, difference_of_made, is_ready_to_publish
+from .files import (
+    BEGIN_ANEW,
+    NiftiSink,
+    UnfinishedRun,
+    as_target,
+    difference_of_made,
+    is_ready_to_publish,
+    remove_leftovers,
+)
 from .inputs import PatchReader, volumes_of
 from .limits import as_bytes, home_of_front
 from .models import Models, as_models
@@ -30,7 +39,7 @@ from .planning import Job, Planner, of_name
 from .plans import PredictionPlan
 from .provenance import identity_of, sidecar_of_run
 from .sinks import MemorySink, Sink
-from .spooling import spooled
+from .spooling import paths_of, spooled
 
 __all__ = ["Predictor", "plan", "predict"]
 
@@ -169,6 +178,7 @@ class Predictor:
         if len(set(map(id, sinks))) < len(sinks):
             raise OutputError("one sink was given for several results: give a dict with one for each")
         files = {result.name: sink for (result, _), sink in zip(job.results, sinks, strict=True) if isinstance(sink, NiftiSink)}
+        _check_inputs(job, files.values())
         if files:
             made = self._run_into_files(job, sinks, UnfinishedRun(files, overwrite), resume, progress)
         else:
@@ -188,6 +198,7 @@ class Predictor:
         target = as_target(output)
         if is_ready_to_publish(target):
             return False
+        remove_leftovers(target)
         with contextlib.ExitStack() as stack:
             job = self._job(image, image_name, mask, output, stack)
         difference = difference_of_made(target, identity_of(self._models, self.options, self.model_name, job))
@@ -210,18 +221,16 @@ class Predictor:
             if recorded is not None and len(run.sinks) < len(sinks):
                 raise RecordError(
                     f"{run.folder} holds an unfinished run, but what was finished of the results that are not in files is gone:"
-                    " let all of them be files, or begin anew with resume=False"
+                    f" let all of them be files, or {BEGIN_ANEW}"
                 )
             made: list[Any] = [None] * len(sinks)
-            if recorded is not None and run.is_ready:  # it was interrupted in the last moment
+            columns = None if recorded is None else _columns_of(recorded, job, run)
+            if columns is not None and run.is_ready:  # it was interrupted in the last moment
                 run.publish()
             else:
-                if recorded is None:
-                    plan = self._planner.plan(job)
+                plan = self._planner.plan(job, columns)
+                if columns is None:
                     run.begin(identity, plan.to_json())
-                else:
-                    columns = [Column(range(*each[:2]), range(*each[2:])) for each in recorded["columns"]]
-                    plan = self._planner.plan(job, columns)
                 notes = self._run(job, plan, sinks, progress, run)
                 made = _closed(sinks)
                 sidecar = sidecar_of_run(identity, job, plan, self._models, notes)
@@ -385,6 +394,37 @@ def _sink_of(given: Any) -> Sink:
     if isinstance(given, Sink):
         return given
     raise OutputError(f"output is {given!r}: it must be None, the name of a file, or a sink with open, write, close and abort")
+
+
+def _columns_of(recorded: Any, job: Job, run: UnfinishedRun) -> list[Column]:
+    """Give the columns of a plan that was recorded.
+
+    Raises:
+        RecordError: if they are not those of a plan for this job, or more or less is done than there is.
+    """
+    sweep = job.sweep
+    try:
+        columns = [Column(range(*each[:2]), range(*each[2:])) for each in recorded["columns"]]
+        num_voxels = sum(sweep.column_box(column).numel for column in columns)
+    except (LookupError, TypeError, ValueError) as error:
+        raise RecordError(f"the plan that {run.folder} records is damaged: {BEGIN_ANEW}") from error
+    num_layers = len(columns) * sweep.num_layers
+    is_done = run.layers_done == num_layers
+    is_possible = is_done if run.is_ready else run.layers_done <= num_layers
+    if num_voxels != math.prod(sweep.grid.spatial_shape) or not is_possible:
+        raise RecordError(
+            f"{run.folder} records a plan of {num_layers} layers and {num_voxels} voxels, and {run.layers_done} layers that are"
+            f" done, which does not fit {job.name}: {BEGIN_ANEW}"
+        )
+    return columns
+
+
+def _check_inputs(job: Job, files: Iterable[NiftiSink]) -> None:
+    """Refuse to write over what is read."""
+    inputs = {path.resolve() for volume in job.volumes.values() if isinstance(volume, Image) for path in paths_of(volume)}
+    for sink in files:
+        if sink.target.resolve() in inputs:
+            raise SaveError(f"the result would replace the input {sink.target}: choose another output")
 
 
 def _closed(sinks: list[Sink]) -> list[Any]:

@@ -35,6 +35,18 @@ ENTRIES = re.compile(
 # Names in expressions of sizes: classes of sympy, and symbols such as s0, u1 and int_oo.
 SYMBOLS = re.compile(r"[A-Z]\w*|[a-z]{1,3}\d+|int_oo|oo|zoo")
 ATTRIBUTES = {"size", "stride", "storage_offset", "shape", "ndim", "dim", "dtype", "device"}
+OTHER_TEXT = {
+    "as_operator",
+    "as_string",
+    "as_strings",
+    "expr_str",
+    "guards_code",
+    "in_spec",
+    "metadata",
+    "out_spec",
+    "target",
+    "torch_version",
+}
 EXPRESSION_NODES = (
     ast.Expression,
     ast.BinOp,
@@ -113,8 +125,9 @@ def _of_payload(name: str, content: Any) -> Iterator[str]:
 
 
 def _of_graph(name: str, content: Any) -> Iterator[str]:
+    yield from (f"{name} holds the name {text!r}" for text in _names(content) if not re.fullmatch(r"[\w.]*", text, re.ASCII))
     for key, value in _items(content):
-        if key == "target" and isinstance(value, str) and not TARGETS.fullmatch(value):
+        if key in ("target", "as_operator") and isinstance(value, str) and not TARGETS.fullmatch(value):
             yield f"{name} calls {value!r}"
         elif key == "expr_str" and not _is_plain(str(value), ()):
             yield f"{name} holds the expression {value!r}"
@@ -122,6 +135,23 @@ def _of_graph(name: str, content: Any) -> Iterator[str]:
             yield f"{name} has inputs or outputs of the kind {value!r}"
         elif key == "guards_code":
             yield from (f"{name} holds the check {text!r}" for text in value if not _is_plain(str(text), ATTRIBUTES))
+
+
+def _names(content: Any) -> Iterator[str]:
+    """Give all text but that which is looked into otherwise, is only ever a value, or is for people to read.
+
+    Names become part of the source that is run.
+    """
+    if isinstance(content, dict):
+        for key, value in content.items():
+            yield key
+            if key not in OTHER_TEXT:
+                yield from _names(value)
+    elif isinstance(content, list):
+        for part in content:
+            yield from _names(part)
+    elif isinstance(content, str):
+        yield content
 
 
 def _items(content: Any) -> Iterator[tuple[str, Any]]:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from ..errors import SaveError
 from ..sampling.padded import Voxels
-from ..volumes.formats import as_save_error, open_compressed
+from ..volumes.formats import READ_ERRORS, as_save_error, open_compressed
 from ..volumes.image import Image
 
-__all__ = ["can_be_spooled", "spooled"]
+__all__ = ["can_be_spooled", "paths_of", "spooled"]
 
 # Endings of compressed files, and of what is in them.
 UNPACKED = {".nii.gz": ".nii", ".nii.bz2": ".nii", ".mgz": ".mgh"}
@@ -21,11 +21,12 @@ CHUNK_BYTES = 2**22
 def can_be_spooled(volume: Voxels) -> bool:
     """Whether an image is of compressed files that need only be unpacked to be read in parts."""
     return (
-        isinstance(volume, Image) and not volume.can_be_sliced and all(_ending_of(path) is not None for path in _paths_of(volume))
+        isinstance(volume, Image) and not volume.can_be_sliced and all(_ending_of(path) is not None for path in paths_of(volume))
     )
 
 
-def _paths_of(image: Image) -> list[Path]:
+def paths_of(image: Image) -> list[Path]:
+    """Files that an image is read from."""
     return image.path if isinstance(image.path, list) else [image.path] if image.path else []
 
 
@@ -42,22 +43,22 @@ def spooled(volumes: dict[str, Voxels]) -> Iterator[dict[str, Voxels]]:
     """
     with tempfile.TemporaryDirectory(prefix="voxloom-", ignore_cleanup_errors=True) as folder:
         yield {
-            name: _unpacked(volume, Path(folder) / name) if isinstance(volume, Image) and can_be_spooled(volume) else volume
-            for name, volume in volumes.items()
+            name: _unpacked(volume, Path(folder), number) if isinstance(volume, Image) and can_be_spooled(volume) else volume
+            for number, (name, volume) in enumerate(volumes.items())
         }
 
 
-def _unpacked(image: Image, target: Path) -> Image:
+def _unpacked(image: Image, folder: Path, number: int) -> Image:
     paths = []
-    for number, path in enumerate(_paths_of(image)):
+    for part, path in enumerate(paths_of(image)):
         ending = _ending_of(path)
         assert ending is not None
-        paths.append(target.with_name(f"{target.name}_{number}{UNPACKED[ending]}"))
+        paths.append(folder / f"image{number}_{part}{UNPACKED[ending]}")
         try:
             with open_compressed(path) as stream, paths[-1].open("wb") as file:
                 shutil.copyfileobj(stream, file, CHUNK_BYTES)
-        except OSError as error:
-            if error.errno is None:
+        except READ_ERRORS as error:
+            if not isinstance(error, OSError) or error.errno is None:
                 image.load()  # which says what is wrong with the file
                 raise
             raise SaveError(f"{as_save_error(paths[-1], error)}. Set TMPDIR to a folder with more room") from error

@@ -18,11 +18,12 @@ from pathlib import Path
 from ...errors import ImageNotFoundError, UnsupportedImageError
 from .base import SpaceCodes, VolumeInfo, VolumeReader
 from .itk_files import ItkFile, open_series
-from .nibabel_files import NibabelFile, open_compressed
+from .nibabel_files import READ_ERRORS, NibabelFile, open_compressed
 from .saving import as_save_error, atomic_write, compressing, save_volume
 from .streaming import NiftiWriter
 
 __all__ = [
+    "READ_ERRORS",
     "NiftiWriter",
     "SpaceCodes",
     "VolumeInfo",
