@@ -27,6 +27,7 @@ import voxloom as vx
 from voxloom.core.boxes import Box
 from voxloom.errors import RecordError, SaveError, TargetExistsError, UnsupportedImageError
 from voxloom.inference import files, spooling
+from voxloom.inference.identity import identity_of_model
 from voxloom.volumes.formats import NiftiWriter, SpaceCodes
 
 from strategies import MODES, geometries
@@ -572,6 +573,38 @@ def test_a_line_that_was_not_finished_is_no_line(scan, tmp_path):
     with pytest.warns(RuntimeWarning, match="is taken up"):
         vx.predict(Fragile(), scan, 8, 4, output=tmp_path / "out.nii")
     assert torch.equal(vx.ScalarImage(tmp_path / "out.nii").data, vx.predict(Fragile().network, scan, 8, 4).data)
+
+
+class Scaled(nn.Module):
+    """Keeps numbers where no checkpoint has them."""
+
+    def __init__(self, factor, shift):
+        super().__init__()
+        self.layer = nn.Conv3d(1, 1, 1, bias=False)
+        nn.init.ones_(self.layer.weight)
+        self.factor, self.shift = float(factor), torch.tensor(float(shift))
+
+    def forward(self, batch):
+        return self.layer(batch) * self.factor + self.shift
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of TorchScript as such
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda model: model,
+        lambda model: torch.jit.script(model),
+        lambda model: torch.jit.trace(model, torch.zeros(1, 1, 4, 4, 4)),
+        lambda model: torch.export.export(model, (torch.zeros(1, 1, 4, 4, 4),)).module(),
+    ],
+    ids=["eager", "scripted", "traced", "exported"],
+)
+def test_models_are_known_by_all_that_they_keep(make):
+    first, again, *others = (
+        identity_of_model(make(Scaled(*numbers).eval()), None) for numbers in ((1, 2), (1, 2), (3, 2), (1, 5))
+    )
+    assert first == again
+    assert all(other != first for other in others)
 
 
 def test_an_input_is_never_replaced(tmp_path):

@@ -3,10 +3,12 @@
 import functools
 import hashlib
 import inspect
+import io
 import json
 import math
 import re
 import types
+import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,8 @@ __all__ = ["content_hashes", "differences", "identity_of_model", "identity_of_op
 
 # Voxels of an array that are hashed at a time.
 CHUNK_VOXELS = 2**20
+# Numbers that tell scripted classes and functions of one process apart.
+PASSING = re.compile(r"___torch_mangle_\d+|0x[0-9a-f]+|\d{12,}")
 
 Json = Any
 
@@ -81,7 +85,7 @@ def identity_of_model(model: Callable, name: str | None) -> Json:
         # Of exported and scripted modules the code is not that of the class. They keep constants where no checkpoint has them.
         digest.update(f"{name} {getattr(part, 'code', '')} {json.dumps(_attributes_of(part))}".encode())
     if isinstance(model, torch.jit.ScriptModule):
-        digest.update(json.dumps(_constants_of(model)).encode())
+        digest.update(_hash(_parts_of_script(model)).encode())
     values = dict(model.state_dict()) | dict(model.named_buffers())  # with those that are not part of a checkpoint
     for key, value in sorted(values.items()):
         digest.update(f"{key} {getattr(value, 'dtype', type(value))} {getattr(value, 'shape', '')}".encode())
@@ -94,7 +98,7 @@ def _attributes_of(part: nn.Module) -> Json:
 
     Whole numbers are left out: some count. Those of PyTorch's own layers are in how they print.
     """
-    forward = type(part).forward
+    forward = inspect.getattr_static(type(part), "forward", None)
     code = _text_of(forward.__code__) if inspect.isfunction(forward) else ""
     own = {name: value for name, value in vars(part).items() if name not in vars(nn.Module()) and type(value) is not int}
     return [_hash([code]), {name: identity_of_option(value) for name, value in sorted(own.items()) if _is_value(value)}]
@@ -108,16 +112,13 @@ def _is_value(value: Any) -> bool:
     return isinstance(value, bool | int | float | complex | str | np.ndarray | Tensor) or value is None
 
 
-def _constants_of(model: torch.jit.ScriptModule) -> Json:
-    found = {}
-    for name, part in model.named_modules():
-        script = part._c
-        constants = part.code_with_constants[1].const_mapping if hasattr(part, "forward") else {}
-        found[name] = [
-            {key: identity_of_option(value) for key, value in sorted(constants.items())},
-            {key: identity_of_option(value) for key, value in sorted(script.named_attributes()) if _is_value(value)},
-        ]
-    return found
+def _parts_of_script(model: torch.jit.ScriptModule) -> Iterable[str | bytes]:
+    """Give what a scripted model would be saved as, without what differs each time that it is scripted."""
+    with zipfile.ZipFile(io.BytesIO(model.save_to_buffer())) as archive:
+        for name in archive.namelist():
+            if re.search(r"/(data|constants)(/|\.pkl$)|/code/.*\.py$", name):
+                yield PASSING.sub("", name.partition("/")[2])
+                yield PASSING.sub("", archive.read(name).decode("latin-1"))
 
 
 def identity_of_option(value: Any) -> Json:
