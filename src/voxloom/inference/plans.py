@@ -84,7 +84,7 @@ class PredictionPlan:
         >>> import torch, voxloom as vx
         >>> plan = vx.plan(torch.nn.Identity(), torch.zeros(1, 100, 100, 100), patch_size=64, batch_size=2)
         >>> plan.num_patches, plan.forward_passes, plan.num_blocks, plan.redundancy
-        (27, 16, 1, 1.0)
+        (27, 15, 1, 1.0)
     """
 
     grid: PatchGrid
