@@ -214,13 +214,7 @@ def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(here):
         sys.executable,
         "-m",
         "voxloom",
-        "predict",
-        "slow:model",
-        "scans/a.nii.gz",
-        "-o",
-        "out.nii.gz",
-        "--patch-size",
-        "8",
+        *["predict", "slow:model", "scans/a.nii.gz", "-o", "out.nii.gz", "--patch-size", "8"],
     ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for _ in range(52):
@@ -525,13 +519,7 @@ def test_a_command_that_is_ended_removes_what_it_unpacked(here):
         sys.executable,
         "-m",
         "voxloom",
-        "predict",
-        "slow:model",
-        "long.nii.gz",
-        "-o",
-        "out.nii",
-        "--patch-size",
-        "24,24,40",
+        *["predict", "slow:model", "long.nii.gz", "-o", "out.nii", "--patch-size", "24,24,40"],
     ]
     command += ["--overlap", "0", "--memory-limit", "24MiB"]
     with subprocess.Popen(command, env=os.environ | {"TMPDIR": str(here / "spool")}, stderr=subprocess.PIPE) as process:

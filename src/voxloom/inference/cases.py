@@ -113,7 +113,7 @@ def _is_series(folder: Path) -> bool:
     """
     files = [file for file in folder.iterdir() if file.is_file() and not file.name.startswith(".")]
     images = [file for file in files if file.name.lower().endswith(ENDINGS)]
-    if not any(map(_is_dicom, (file for file in files if file not in images))):
+    if not any(map(_is_dicom, set(files).difference(images))):
         return False
     if images:
         raise SubjectError(

@@ -106,23 +106,23 @@ class Execution:
             layers_done: layers that were finished earlier, counted over all columns.
             progress: is told of patches that have been computed.
         """
-        with ThreadPoolExecutor(1, "voxloom-read") as reading, ThreadPoolExecutor(1, "voxloom-write") as self._writer:
-            _use_one_thread([reading, self._writer])
+        with ThreadPoolExecutor(1, "voxloom-read") as self._reading, ThreadPoolExecutor(1, "voxloom-write") as self._writer:
+            _use_one_thread([self._reading, self._writer])
             try:
                 with self.models.ready():
-                    self._go(layers_done, reading, progress)
+                    self._go(layers_done, progress)
                 self._wait()
             except _NanFound as found:
                 with self.models.ready():
                     raise self._explained(found) from None
             finally:
-                reading.shutdown(cancel_futures=True)
+                self._reading.shutdown(cancel_futures=True)
                 self._writer.shutdown(cancel_futures=True)
 
-    def _go(self, layers_done: int, reading: ThreadPoolExecutor, progress: Progress) -> None:
+    def _go(self, layers_done: int, progress: Progress) -> None:
         fronts: list[Front] = []
         trimmer = Trimmer(self.plan.peak_bytes - self.plan.memory.batches)
-        for step, batch in self._with_batches(self._steps(layers_done), reading):
+        for step, batch in self._with_batches(self._steps(layers_done)):
             column = self.plan.columns[step.column]
             if step.is_first:
                 fronts = [self._front(column, number) for number in range(len(self.sums))]
@@ -171,7 +171,7 @@ class Execution:
 
     def _outputs(self, batch: Tensor, step: _Step, fronts: list[Front]) -> list[Tensor]:
         def read_again() -> Tensor:
-            return self._read(step.patches)
+            return self._reading.submit(self._read, step.patches).result()  # a file is read by one thread only
 
         try:
             return self.models.run(batch, self.streams, read_again)
@@ -215,11 +215,11 @@ class Execution:
                     is_first = False
                 yield _Step(number, layer, (), is_first)
 
-    def _with_batches(self, steps: Iterator[_Step], reading: ThreadPoolExecutor) -> Iterator[tuple[_Step, Tensor | None]]:
+    def _with_batches(self, steps: Iterator[_Step]) -> Iterator[tuple[_Step, Tensor | None]]:
         """Read each batch while the one before it is in the model."""
         waiting: list[tuple[_Step, Future | None]] = []
         for step in steps:
-            waiting.append((step, reading.submit(self._read, step.patches) if step.patches else None))
+            waiting.append((step, self._reading.submit(self._read, step.patches) if step.patches else None))
             while sum(future is not None for _, future in waiting) > 1:
                 first, future = waiting.pop(0)
                 yield first, None if future is None else future.result()
