@@ -2,6 +2,8 @@
 
 import itertools
 import threading
+import time
+import weakref
 
 import numpy as np
 import pytest
@@ -12,7 +14,9 @@ from torch import nn
 
 import voxloom as vx
 from voxloom.core.front import Front
+from voxloom.core.memory import FreedMemory
 from voxloom.core.weave import AxisWeave
+from voxloom.inference import plans
 from voxloom.inference.plans import BASE_BYTES
 
 from strategies import FLOATS, INTEGERS, MODES, geometries, random_values
@@ -637,6 +641,33 @@ def test_images_that_cannot_be_used(subject):
 
 
 # Errors and other threads
+
+
+class SlowSink(vx.inference.MemorySink):
+    """Takes its time."""
+
+    def write(self, box, values):
+        time.sleep(0.002)
+        super().write(box, values)
+
+
+def test_what_waits_to_be_written_counts_as_memory(monkeypatch):
+    monkeypatch.setattr(plans, "WAITING_BYTES", 0)
+    used = []
+    empty = FreedMemory.empty
+
+    def counting(self, shape, dtype):
+        tensor = empty(self, shape, dtype)
+        used.append(sum(tensor.nbytes for tensor in alive) + tensor.nbytes)
+        alive.add(tensor)
+        return tensor
+
+    alive = weakref.WeakSet()
+    monkeypatch.setattr(FreedMemory, "empty", counting)
+    arguments = (lambda batch: batch.repeat(1, 5, 1, 1, 1), torch.rand(1, 30, 30, 30), 12, 6)
+    vx.predict(*arguments, reduce="argmax", output=SlowSink())
+    plan = vx.plan(*arguments, reduce="argmax")
+    assert max(used) == plan.sweep.open_voxels(plan.sweep.whole) * 5 * 4
 
 
 class FailingSink(vx.inference.MemorySink):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import voxloom as vx
-from voxloom.inference import planning
+from voxloom.inference import plans
 
 import reference
 from strategies import MODES, geometries
@@ -64,7 +64,7 @@ def cases(draw):
         "reduce": draw(st.sampled_from([None, "argmax", 0.5])),
         "sink": draw(st.sampled_from(["memory", ".nii", ".nii.gz", "own"])),
         "room": draw(st.none() | st.floats(0, 1)),
-        "is_cut": draw(st.booleans()),
+        "waits": draw(st.booleans()),
     }
 
 
@@ -122,9 +122,8 @@ def test_whatever_is_asked_for_is_what_the_definition_says(geometry, case):
     }
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patched, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that several blocks cost more
-        if case["is_cut"]:
-            patched.setattr(planning, "CELL_BYTES", 1)
-            patched.setattr(planning, "CELL_VOXELS", 1)
+        if case["waits"]:
+            patched.setattr(plans, "WAITING_BYTES", 0)
         arguments = (model, data, patch, overlap, case["mode"])
         if case["room"] is not None:
             whole = vx.plan(*arguments, **options, reduce=case["reduce"]).peak_bytes

@@ -2,13 +2,14 @@
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from . import memory
 from .accumulator import sum_dtype
 from .boxes import Box
 from .sizes import Ints
@@ -35,6 +36,11 @@ class Finished:
     """Tensor `(C, *box.shape)`, or None if no patch was added to any of them."""
     uncovered: Tensor | None
     """Boolean tensor of the box's shape: voxels that no patch was added to; None if there are none."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the values."""
+        return 0 if self.values is None else self.values.nbytes
 
 
 class WeightsOfPatches:
@@ -66,9 +72,11 @@ class WeightsOfPatches:
         if names not in self._products:
             rest = vectors[1][:, None] * vectors[2]
             first, rest = (factor.to(self._device, self._dtype) for factor in (vectors[0], rest))
-            self._products[names] = first[:, None, None] * rest
-            if len(self._products) > KEPT_WEIGHTS:
+            if len(self._products) == KEPT_WEIGHTS:
                 self._products.popitem(last=False)
+            shape = (len(first), *rest.shape)
+            product = memory.empty(shape, self._dtype) if self._device.type == "cpu" else rest.new_empty(shape)
+            self._products[names] = torch.mul(first[:, None, None], rest, out=product)
         self._products.move_to_end(names)
         return self._products[names]
 
@@ -93,6 +101,11 @@ class _Cell:
     """Sum of the weights that were added, where some patches are left out; None where none is."""
     reached: int = 0
     """How far along the third axis of the sweep values have been set; clearing all of them first would be a pass of its own."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that it takes."""
+        return self.values.nbytes + (0 if self.weights is None else self.weights.nbytes)
 
 
 class Front:
@@ -130,8 +143,22 @@ class Front:
         self._needed = needed
         self._box = sweep.column_box(column)
         self._cells: dict[Place, _Cell] = {}
-        rows = sweep.steps[1]
-        self._rows = range(rows.finished_with(column.rows.start).start, rows.finished_with(column.rows.stop - 1).stop)
+        groups = (range(sweep.num_layers), column.rows, column.thirds)
+        # Intervals of each axis that lie in the column.
+        self._intervals = [
+            range(part.finished_with(numbers.start).start, part.finished_with(numbers.stop - 1).stop)
+            for part, numbers in zip(sweep.parts, groups, strict=True)
+        ]
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that open sums take."""
+        return sum(cell.num_bytes for cell in self._cells.values())
+
+    def bytes_to_open(self, numbers: Ints) -> int:
+        """Memory that it will take in addition to add a patch."""
+        places = [place for place in self._added_to(numbers) if place not in self._cells]
+        return sum(self._bytes_per_voxel(box) * box.numel for box in map(self._sweep.cell, places))
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -148,24 +175,32 @@ class Front:
         origin = sweep.grid.location(numbers).index
         piece = patch[(slice(None), *box.relative_to(origin).slices)].to(self._device, self._dtype)
         weights = None if self._weights is None else self._weights.of(numbers)[box.relative_to(whole.start).slices]
-        layers, rows, _ = (step.adds_to(numbers[axis]) for step, axis in zip(sweep.steps, sweep.axes, strict=True))
         # Everything that takes memory comes first.
-        for cell in [self._open(place) for place in self._places(layers, rows)]:
+        for cell in [self._open(place) for place in self._added_to(numbers)]:
             part = box & cell.box
             target = part.relative_to(cell.box.start).slices
             source = part.relative_to(box.start).slices
             self._add(cell, piece[(slice(None), *source)], target, None if weights is None else weights[source])
 
-    def _places(self, layers: range, rows: range) -> Iterator[Place]:
-        """Give the cells of this column that lie in some intervals of two axes."""
-        rows_here = range(max(rows.start, self._rows.start), min(rows.stop, self._rows.stop))
-        return itertools.product(layers, rows_here)
+    def _added_to(self, numbers: Ints) -> Iterable[Place]:
+        """Give the cells that a patch adds to."""
+        sweep = self._sweep
+        return self._places([part.adds_to(numbers[axis]) for part, axis in zip(sweep.parts, sweep.axes, strict=True)])
+
+    def _places(self, intervals: Iterable[range]) -> Iterable[Place]:
+        """Give the cells of this column that lie in some intervals of each axis."""
+        layers, rows, thirds = (
+            range(max(one.start, other.start), min(one.stop, other.stop))
+            for one, other in zip(intervals, self._intervals, strict=True)
+        )
+        return itertools.product(layers, rows, thirds)
 
     def _add(self, cell: _Cell, piece: Tensor, target: tuple[slice, ...], weights: Tensor | None) -> None:
-        third = self._sweep.axes[2]
+        first, second, third = self._sweep.axes
         start, stop = target[third].start, target[third].stop
-        if start > cell.reached:
-            self._clear(cell, start)
+        # A patch of several that are gathered together may be the first in a cell without filling its cross-section.
+        is_whole = all(piece.shape[1 + axis] == cell.box.shape[axis] for axis in (first, second))
+        self._clear(cell, start if is_whole else stop)
         old = min(max(cell.reached - start, 0), stop - start)
         values = cell.values[(slice(None), *target)]
         if weights is None:
@@ -177,27 +212,33 @@ class Front:
             cell.weights[target].add_(1 if weights is None else weights)
 
     def _clear(self, cell: _Cell, stop: int) -> None:
-        """Set to 0 what no patch has been added to.
+        """Set to 0 what no patch has been added to, up to some place.
 
         To -0, to be exact: unlike 0 it leaves every number as it is that is added to it, -0 too.
         """
-        cell.values.narrow(self._sweep.axes[2] - 3, cell.reached, stop - cell.reached).fill_(-0.0)
-        cell.reached = stop
+        if stop > cell.reached:
+            cell.values.narrow(self._sweep.axes[2] - 3, cell.reached, stop - cell.reached).fill_(-0.0)
+            cell.reached = stop
+
+    def _bytes_per_voxel(self, box: Box) -> int:
+        return self._channels * self._dtype.itemsize + sum_dtype(self._dtype).itemsize * self._is_partial(box)
 
     def _open(self, place: Place) -> _Cell:
         cell = self._cells.get(place)
         if cell is None:
-            box = self._sweep.cell(place, self.column)
+            box = self._sweep.cell(place)
             shape = (self._channels, *box.shape)
             if self._allocate is None:
                 values = torch.empty(shape, dtype=self._dtype, device=self._device)
             else:
                 values = self._allocate(shape, self._dtype)
-            weights = (
-                torch.zeros(box.shape, dtype=sum_dtype(self._dtype), device=self._device) if len(self._left_out(box)) else None
-            )
+            weights = torch.zeros(box.shape, dtype=sum_dtype(self._dtype), device=self._device) if self._is_partial(box) else None
             self._cells[place] = cell = _Cell(box, values, weights)
         return cell
+
+    def _is_partial(self, box: Box) -> bool:
+        """Whether a patch that holds a voxel of a box is left out."""
+        return len(self._left_out(box)) > 0
 
     def _left_out(self, box: Box) -> np.ndarray:
         """Give the patches that hold a voxel of a box and are left out: a row of numbers for each."""
@@ -226,11 +267,11 @@ class Front:
     @torch.inference_mode(False)
     @torch.no_grad()
     def finish(self, place: Place) -> Iterator[Finished]:
-        """Give what is finished with a row of a layer, and forget it."""
-        for each in self._places(*(step.finished_with(group) for step, group in zip(self._sweep.steps, place, strict=False))):
+        """Give what is finished with a step of a row of a layer, and forget it."""
+        for each in self._places(part.finished_with(group) for part, group in zip(self._sweep.parts, place, strict=True)):
             cell = self._cells.pop(each, None)
             if cell is None:
-                yield Finished(self._sweep.cell(each, self.column), None, None)
+                yield Finished(self._sweep.cell(each), None, None)
                 continue
             self._clear(cell, cell.box.shape[self._sweep.axes[2]])
             uncovered = None

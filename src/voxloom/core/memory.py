@@ -20,12 +20,13 @@ from torch import Tensor
 
 __all__ = ["FreedMemory", "Trimmer", "copy_alone", "empty", "pretty_bytes"]
 
-# Smaller blocks the C library keeps and hands out again by itself.
-LARGE_BYTES = 32 * 2**20
-# Larger blocks are asked of the system, each on its own.
-MAPPED_BYTES = 2**20
+# Larger blocks are asked of the system, each on its own. From the C library they would leave gaps when they are freed: PyTorch
+# asks for memory at round addresses, for which a gap of the same size is often too small.
+LARGE_BYTES = 2**20
 # What is kept for the next tensor of the same size: room for the images of a usual batch.
 KEPT_BYTES = 128 * 2**20
+# By how much a process may grow at least before it is looked for gaps once more.
+TRIM_BYTES = 8 * 2**20
 
 
 class FreedMemory:
@@ -97,7 +98,7 @@ class FreedMemory:
 
 def _fresh(num_bytes: int) -> np.ndarray:
     """Ask the system for memory, rather than the C library: that would keep gaps between blocks when they are freed."""
-    if num_bytes < MAPPED_BYTES or not hasattr(mmap, "MAP_ANONYMOUS"):
+    if num_bytes < LARGE_BYTES or not hasattr(mmap, "MAP_ANONYMOUS"):
         return np.empty(num_bytes, dtype=np.uint8)
     mapped = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
@@ -109,15 +110,15 @@ def _fresh(num_bytes: int) -> np.ndarray:
 class Trimmer:
     """Keeps the C library from holding on to memory that was freed, while a bound is kept to.
 
-    Blocks below 32 MiB, as outputs of models often are, leave gaps when they are freed, which the C library does not give back by
-    itself; they can come to several times of what is in use.
+    Outputs of models, say, leave gaps when they are freed, which the C library does not give back by itself; they can come to
+    several times of what is in use.
 
     Args:
         num_bytes: by how much the process may grow before it is looked for such gaps.
     """
 
     def __init__(self, num_bytes: int) -> None:
-        self._step = max(num_bytes // 20, LARGE_BYTES // 4)
+        self._step = max(num_bytes // 100, TRIM_BYTES)
         self._trim: Callable[[int], int] | None = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
         self._bound = _resident_bytes() + num_bytes
 

@@ -1,11 +1,12 @@
 """In what order the patches of a grid are gathered, so that little of the sum is open at any time.
 
-A sweep goes through a grid layer by layer along one axis, and through a layer row by row along a second. What lies before the
-next layer or row on its axis is finished with the one at hand: so a row of a layer finishes the voxels that are finished on both
-axes, whatever else is still open.
+A sweep goes through a grid layer by layer along one axis, through a layer row by row along a second, and through a row step by
+step along the third. What lies before the next layer, row or step on its axis is finished with the one at hand: so a step
+finishes the voxels that are finished on all three axes, whatever else is still open.
 
 Most layers and rows are one patch deep. The last two patches of an axis often overlap by nearly their whole size, since the last
-one ends where the volume does: joined to one layer, gathered row by row together, they keep less open.
+one ends where the volume does: joined to one layer, gathered row by row together, they keep less open. Steps along the third axis
+are half a patch long at least: shorter ones would keep little less open, and cut each patch into many short pieces.
 """
 
 import bisect
@@ -31,13 +32,13 @@ Ends = tuple[int, int]
 Groups = tuple[range, ...]
 """Numbers of the patches of an axis, group by group."""
 
-Place = tuple[int, int]
-"""Numbers on the axis of the layers and on that of the rows: of groups of patches, or of intervals."""
+Place = tuple[int, int, int]
+"""Numbers on the axes of layers, rows and steps: of groups of patches, or of intervals."""
 
 
 @dataclass(frozen=True)
 class AxisSweep:
-    """What a sweep finishes along one axis, which is cut into intervals wherever a patch begins or ends.
+    """What a sweep finishes along one axis, which is cut into intervals.
 
     Example:
         >>> axis = AxisSweep.of(AxisGrid(start=0, stop=10, patch=5, stride=3), size=10, is_cropped=False)
@@ -54,8 +55,8 @@ class AxisSweep:
     """Whether a patch adds only the voxels that lie nearest to its centre."""
     groups: Groups
     """Patches that are gathered together."""
-    longest: int | None = None
-    """What is longer than so many voxels is cut further; None not to."""
+    is_coarse: bool = False
+    """Whether the axis is cut only where groups begin, rather than also where they end."""
 
     @classmethod
     @functools.lru_cache(maxsize=64)
@@ -64,6 +65,18 @@ class AxisSweep:
         alone = max(1, len(grid) - 2 * is_joined)
         groups = (*(range(number, number + 1) for number in range(alone)), range(alone, len(grid)))
         return cls(grid, size, is_cropped, tuple(filter(len, groups)))
+
+    @classmethod
+    @functools.lru_cache(maxsize=64)
+    def in_long_steps(cls, grid: AxisGrid, size: int, is_cropped: bool) -> "AxisSweep":
+        """Group the patches such that groups begin half a patch apart at least."""
+        groups: list[range] = []
+        for number, start in enumerate(grid):
+            if groups and 2 * (start - grid[groups[-1].start]) < grid.patch:
+                groups[-1] = range(groups[-1].start, number + 1)
+            else:
+                groups.append(range(number, number + 1))
+        return cls(grid, size, is_cropped, tuple(groups), is_coarse=True)
 
     @cached_property
     def spans(self) -> list[Ends]:
@@ -87,11 +100,8 @@ class AxisSweep:
 
     @cached_property
     def _bounds(self) -> list[int]:
-        bounds = sorted({0, self.size, *itertools.chain.from_iterable(self.spans)})
-        if self.longest is None:
-            return bounds
-        parts = (_cut(range(*ends), -(-(ends[1] - ends[0]) // self.longest)) for ends in itertools.pairwise(bounds))
-        return [*(part.start for part in itertools.chain.from_iterable(parts)), self.size]
+        ends = () if self.is_coarse else (self.spans[group.stop - 1][1] for group in self.groups)
+        return sorted({*self._starts, *ends})
 
     @cached_property
     def intervals(self) -> list[Ends]:
@@ -100,7 +110,8 @@ class AxisSweep:
 
     def adds_to(self, patch: int) -> range:
         """Numbers of the intervals that a patch adds to."""
-        return range(*(bisect.bisect_left(self._bounds, end) for end in self.spans[patch]))
+        start, stop = self.spans[patch]
+        return range(bisect.bisect_right(self._bounds, start) - 1, bisect.bisect_left(self._bounds, stop) if stop > start else 0)
 
     def finished_with(self, group: int) -> range:
         """Numbers of the intervals that no later group adds to, but a later one than the group before."""
@@ -109,6 +120,25 @@ class AxisSweep:
     def ends(self, groups: range) -> Ends:
         """The voxels that are finished with some groups that follow one another."""
         return self._starts[groups.start], self._starts[groups.stop]
+
+    def cut(self, parts: int) -> list[range]:
+        """Cut the groups into so many parts at most, such that the longest in voxels is as short as can be.
+
+        Raises:
+            SizeError: if there are fewer groups.
+        """
+        count = len(self.groups)
+        if not 1 <= parts <= count:
+            raise SizeError(f"{count} rows of patches cannot be cut into {parts} parts")
+
+        def cut_to(longest: int) -> list[range]:
+            ends = [0]
+            while ends[-1] < count:
+                ends.append(max(ends[-1] + 1, bisect.bisect_right(self._starts, self._starts[ends[-1]] + longest) - 1))
+            return [range(start, stop) for start, stop in itertools.pairwise(ends)]
+
+        lengths = range(self.size + 1)
+        return cut_to(lengths[bisect.bisect_left(lengths, True, key=lambda longest: len(cut_to(longest)) <= parts)])
 
     def added_by(self, groups: range) -> range:
         """Numbers of the groups that add to what is finished with some groups that follow one another."""
@@ -127,9 +157,9 @@ class AxisSweep:
 
         Returns:
             A row for each group, once its patches have been added and before anything is finished with them. In voxels from the
-            first that is finished with the groups: where what it finishes begins and ends, how far groups before it have
-            reached, and how far it has reached. Of several groups that follow one another, of which each advances all four by
-            the same, only the first and the last are there.
+            first that is finished with the groups: where what it finishes begins and ends, how far the intervals reach that
+            groups before it have added to, and those that it has added to. Of several groups that follow one another, of which
+            each advances all four by the same, only the first and the last are there.
         """
         begin, end = self.ends(groups)
         rows = []
@@ -138,6 +168,7 @@ class AxisSweep:
             start, stop = self._starts[group], self._starts[group + 1]
             before = max(reached, start)
             reached = max(before, stop, self.spans[self.groups[group].stop - 1][1])
+            reached = self._bounds[bisect.bisect_left(self._bounds, reached)]
             rows.append((start, stop, before, reached))
         found = np.clip(rows, begin, end) - begin
         turns = (np.diff(found, 2, axis=0) != 0).any(1)
@@ -160,8 +191,8 @@ class Sweep:
 
     Args:
         grid: the patches.
-        axes: the axis along which the sweep goes, that of the rows, and the third.
-        steps: what is finished along these.
+        axes: those of the layers, of the rows, and of the steps through a row.
+        parts: what is finished along these.
 
     Example:
         >>> grid = PatchGrid.cover((10, 20, 60), patch_size=10, patch_overlap=4)
@@ -172,16 +203,14 @@ class Sweep:
 
     grid: PatchGrid
     axes: Ints
-    steps: tuple[AxisSweep, AxisSweep, AxisSweep]
+    parts: tuple[AxisSweep, AxisSweep, AxisSweep]
 
     @classmethod
     def of(cls, grid: PatchGrid, is_cropped: bool, axes: Ints, joined: Sequence[bool] = (False, False)) -> "Sweep":
         """Make a sweep along some axes; the last two layers and the last two rows may be joined."""
-        layers, rows, thirds = (
-            AxisSweep.of(grid.axes[axis], grid.spatial_shape[axis], is_cropped, is_joined)
-            for axis, is_joined in zip(axes, (*joined, False), strict=True)
-        )
-        return cls(grid, axes, (layers, rows, thirds))
+        first, second, third = ((grid.axes[axis], grid.spatial_shape[axis], is_cropped) for axis in axes)
+        layers, rows = (AxisSweep.of(*each, is_joined) for each, is_joined in zip((first, second), joined, strict=True))
+        return cls(grid, axes, (layers, rows, AxisSweep.in_long_steps(*third)))
 
     @classmethod
     @functools.lru_cache(maxsize=16)
@@ -197,42 +226,32 @@ class Sweep:
     @property
     def is_cropped(self) -> bool:
         """Whether each voxel is taken from one patch alone."""
-        return self.steps[0].is_cropped
+        return self.parts[0].is_cropped
 
     def scaled(self, grid: PatchGrid) -> "Sweep":
         """Make the same sweep through a grid of outputs of another scale."""
         layers, rows, thirds = (
-            replace(step, grid=grid.axes[axis], size=grid.spatial_shape[axis])
-            for step, axis in zip(self.steps, self.axes, strict=True)
+            replace(part, grid=grid.axes[axis], size=grid.spatial_shape[axis])
+            for part, axis in zip(self.parts, self.axes, strict=True)
         )
         return Sweep(grid, self.axes, (layers, rows, thirds))
-
-    def cut(self, num_voxels: int) -> "Sweep":
-        """Make the same sweep with cells of no more than so many voxels, as far as cutting rows can do it."""
-        layers, rows, thirds = self.steps
-        depth = max(stop - start for start, stop in layers.intervals)
-        return replace(self, steps=(layers, replace(rows, longest=max(1, num_voxels // (depth * thirds.size))), thirds))
 
     @property
     def num_layers(self) -> int:
         """Number of layers."""
-        return len(self.steps[0].groups)
+        return len(self.parts[0].groups)
 
     @property
     def whole(self) -> Column:
         """The whole volume as one column."""
-        return Column(*(range(len(step.groups)) for step in self.steps[1:]))
+        return Column(*(range(len(part.groups)) for part in self.parts[1:]))
 
     def split(self, rows: int, thirds: int) -> list[Column]:
-        """Cut the volume into columns: so many along the second axis, and so many along the third.
+        """Cut the volume into columns: so many at most along the second axis, and so many along the third.
 
         Rows of padding may finish no voxel; columns of such rows alone are left out.
         """
-        whole = self.whole
-        for groups, parts in ((whole.rows, rows), (whole.thirds, thirds)):
-            if not 1 <= parts <= len(groups):
-                raise SizeError(f"{len(groups)} rows of patches cannot be cut into {parts} parts")
-        columns = itertools.starmap(Column, itertools.product(_cut(whole.rows, rows), _cut(whole.thirds, thirds)))
+        columns = itertools.starmap(Column, itertools.product(self.parts[1].cut(rows), self.parts[2].cut(thirds)))
         return [column for column in columns if self.column_box(column).numel]
 
     def ordered(self, values: Sequence[int]) -> Ints:
@@ -247,45 +266,43 @@ class Sweep:
         starts, stops = zip(*spans, strict=True)
         return Box(self.ordered(starts), self.ordered(stops))
 
-    def cell(self, place: Place, column: Column) -> Box:
-        """Voxels of an interval of the first axis and one of the second, in a column."""
-        layers, rows, thirds = self.steps
-        return self.box(layers.intervals[place[0]], rows.intervals[place[1]], thirds.ends(column.thirds))
+    def cell(self, place: Place) -> Box:
+        """Voxels of an interval of each axis."""
+        return self.box(*(part.intervals[number] for part, number in zip(self.parts, place, strict=True)))
 
     def column_box(self, column: Column, layer: int | None = None) -> Box:
         """Voxels of a column, or those that are finished with one layer of it."""
-        layers, rows, thirds = self.steps
+        layers, rows, thirds = self.parts
         ends = (0, layers.size) if layer is None else layers.ends(range(layer, layer + 1))
         return self.box(ends, rows.ends(column.rows), thirds.ends(column.thirds))
 
     def span(self, numbers: Ints) -> Box:
         """Voxels of the volume that a patch adds to, by its numbers on the axes of the volume."""
-        return self.box(*(step.spans[numbers[axis]] for step, axis in zip(self.steps, self.axes, strict=True)))
+        return self.box(*(part.spans[numbers[axis]] for part, axis in zip(self.parts, self.axes, strict=True)))
 
-    def rows_of(self, column: Column) -> range:
-        """Rows that add to a column."""
-        return self.steps[1].added_by(column.rows)
+    def places(self, layer: int, column: Column) -> Iterator[Place]:
+        """Give the steps of a layer that add to a column, row by row."""
+        _, rows, thirds = self.parts
+        return itertools.product((layer,), rows.added_by(column.rows), thirds.added_by(column.thirds))
 
     def place(self, numbers: Ints) -> Place:
-        """Say in which layer and which row a patch is, by its numbers on the axes of the volume."""
-        layers, rows, _ = self.steps
-        return layers.group_of[numbers[self.axes[0]]], rows.group_of[numbers[self.axes[1]]]
+        """Say in which layer, row and step a patch is, by its numbers on the axes of the volume."""
+        layer, row, third = (part.group_of[numbers[axis]] for part, axis in zip(self.parts, self.axes, strict=True))
+        return layer, row, third
 
     def patches(self, layer: int, column: Column, needed: np.ndarray | None = None) -> Iterator[Ints]:
-        """Give the patches of a layer that add to a column, row by row, by their numbers on the axes of the volume.
+        """Give the patches of a layer that add to a column, step by step, by their numbers on the axes of the volume.
 
         Args:
             layer: number of the layer.
             column: the column.
             needed: which patches of the grid are to be computed, by their numbers; None for all.
         """
-        in_layers, in_rows, in_thirds = self._adding_to(column)
-        layers, rows, _ = self.steps
-        of_layer = [number for number in layers.groups[layer] if in_layers[number]]
-        of_thirds = in_thirds.nonzero()[0].tolist()
-        for row in self.rows_of(column):
-            of_row = [number for number in rows.groups[row] if in_rows[number]]
-            for each in itertools.product(of_layer, of_row, of_thirds):
+        adding = self._adding_to(column)
+        for place in self.places(layer, column):
+            groups = (part.groups[group] for part, group in zip(self.parts, place, strict=True))
+            chosen = ([number for number in group if adds[number]] for group, adds in zip(groups, adding, strict=True))
+            for each in itertools.product(*chosen):
                 numbers = self.ordered(each)
                 if needed is None or needed[numbers]:
                     yield numbers
@@ -297,29 +314,24 @@ class Sweep:
             counts = layers * int(rows.sum() * thirds.sum())
         else:
             counts = (needed.transpose(self.axes) & layers[:, None, None] & rows[:, None] & thirds).sum((1, 2))
-        return [int(counts[group.start : group.stop].sum()) for group in self.steps[0].groups]
+        return [int(counts[group.start : group.stop].sum()) for group in self.parts[0].groups]
 
     def _adding_to(self, column: Column) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Whether each patch adds to a column, as far as that is a matter of each axis."""
-        layers, rows, thirds = self.steps
+        layers, rows, thirds = self.parts
         every_layer = range(self.num_layers)
         return layers.adds_to_any(every_layer), rows.adds_to_any(column.rows), thirds.adds_to_any(column.thirds)
 
     def open_voxels(self, column: Column) -> int:
         """The most voxels that are open at a time while a column is swept."""
-        layers, rows, thirds = self.steps
-        own, own_end, before, reached = layers.states(range(self.num_layers)).T[:, :, None]
-        row, _, _, row_reached = rows.states(column.rows).T
-        start, stop = rows.ends(column.rows)
-        # Planes that earlier layers reached are open all over, others as far as this layer has come. Of either, those that are
-        # finished with this layer are finished as far as it has come. That is linear on each axis, so that ends are enough.
-        opened = (before - own) * (stop - start) + (reached - before) * row_reached
-        finished = (own_end - own) * row
-        start, stop = thirds.ends(column.thirds)
-        return int((opened - finished).max()) * (stop - start)
-
-
-def _cut(numbers: range, parts: int) -> list[range]:
-    """Cut numbers into parts of nearly the same length."""
-    ends = [numbers.start + len(numbers) * number // parts for number in range(parts + 1)]
-    return [range(start, stop) for start, stop in itertools.pairwise(ends)]
+        layers, rows, thirds = self.parts
+        num_rows, num_thirds = (stop - start for start, stop in (rows.ends(column.rows), thirds.ends(column.thirds)))
+        own, own_end, before, reached = layers.states(range(self.num_layers)).T[:, :, None, None]
+        row, row_end, row_before, row_reached = rows.states(column.rows).T[:, :, None]
+        third, _, _, third_reached = thirds.states(column.thirds).T
+        # What earlier layers or rows reached is open all over, the rest as far as this one has come; and what is finished with
+        # this layer is finished as far as it has come. That is linear on each axis, so that ends are enough.
+        reached_area = row_before * num_thirds + (row_reached - row_before) * third_reached
+        finished_area = row * num_thirds + (row_end - row) * third
+        opened = (before - own) * num_rows * num_thirds + (reached - before) * reached_area
+        return int((opened - (own_end - own) * finished_area).max())

@@ -22,13 +22,15 @@ from ..errors import DeviceMemoryError, OutputError
 from .inputs import PatchReader
 from .models import Models, is_out_of_memory
 from .outputs import Result, Stream, called
-from .plans import PredictionPlan, ResultForm, SumForm
+from .plans import PredictionPlan, ResultForm, SumForm, open_bytes
 from .reductions import Function
 from .sinks import Sink
 
 __all__ = ["Execution", "Progress"]
 
 HOST = torch.device("cpu")
+# Blocks that may wait for the writer, so that what has no size, such as blocks without patches, is bounded too.
+MOST_WAITING = 32
 
 Progress = Callable[[int], object]
 """Is told of each batch how many patches it had."""
@@ -36,14 +38,16 @@ Progress = Callable[[int], object]
 
 @dataclass(frozen=True)
 class _Step:
-    """A batch of patches of one layer, or the end of a layer."""
+    """A batch of patches of one layer."""
 
     column: int
     layer: int
     patches: tuple[Ints, ...]
-    """Empty at the end of the layer."""
-    is_first: bool = False
-    """Whether the step is the first of its column."""
+    """Empty for a layer without any."""
+    next_patch: Ints | None
+    """The first patch of the layer that is not in the batch; None at the end of the layer."""
+    begins_column: bool
+    begins_layer: bool
 
 
 class _NanFound(Exception):  # noqa: N818 - it never leaves this file
@@ -80,7 +84,8 @@ class Execution:
 
     def __post_init__(self) -> None:
         self.warnings: list[str] = []
-        self._writing: Future | None = None
+        # What the writer is at or has yet to do, and the bytes of the sums in each.
+        self._writing: deque[tuple[Future, int]] = deque()
         self._unfinished: deque[Place] = deque()  # of the layer that is at hand
         self._weights = [
             None if self.window is None else WeightsOfPatches(each.sweep, self.window, each.dtype(), self.front_device)
@@ -124,28 +129,31 @@ class Execution:
         trimmer = Trimmer(self.plan.peak_bytes - self.plan.memory.batches)
         for step, batch in self._with_batches(self._steps(layers_done)):
             column = self.plan.columns[step.column]
-            if step.is_first:
+            if step.begins_column:
                 fronts = [self._front(column, number) for number in range(len(self.sums))]
-            begins_layer = not self._unfinished
-            if begins_layer:
-                self._unfinished.extend((step.layer, row) for row in self.plan.sweep.rows_of(column))
+                room = open_bytes(self.sums, column, self.needed is not None)
+            if step.begins_layer:
+                self._unfinished.extend(self.plan.sweep.places(step.layer, column))
             is_wanted = self._is_wanted(step, layers_done)
             if batch is None:
                 self._finish_before(None, fronts, is_wanted)
-                if is_wanted:
-                    self._submit(self.layer_finished)
-                continue
-            outputs = self._outputs(batch, step, fronts)
-            self._check_forms(outputs)
-            if begins_layer:
-                self._wait()  # until the layer before is recorded, so that no more than one batch beyond it is ever lost
-            for number, numbers in enumerate(step.patches):
-                self._finish_before(self.plan.sweep.place(numbers), fronts, is_wanted)
-                for front, output in zip(fronts, outputs, strict=True):
-                    self._add(fronts, front, output[number], numbers)
-            del batch, outputs, output  # before those of the next step are made
-            trimmer.check()
-            progress(len(step.patches))
+            else:
+                outputs = self._outputs(batch, step, fronts)
+                self._check_forms(outputs)
+                if step.begins_layer:
+                    self._wait()  # until the layer before is recorded, so that no more than one batch beyond it is ever lost
+                for number, (numbers, following) in enumerate(
+                    zip(step.patches, (*step.patches[1:], step.next_patch), strict=True)
+                ):
+                    self._make_room(fronts, numbers, room)
+                    for front, output in zip(fronts, outputs, strict=True):
+                        self._add(fronts, front, output[number], numbers)
+                    self._finish_before(following, fronts, is_wanted)
+                del batch, outputs, output  # before those of the next step are made
+                trimmer.check()
+                progress(len(step.patches))
+            if step.next_patch is None and is_wanted:
+                self._submit(self.layer_finished)
 
     def _front(self, column: Column, number: int) -> Front:
         each = self.sums[number]
@@ -206,14 +214,15 @@ class Execution:
             if first >= sweep.num_layers:
                 continue
             # What is finished with the first layer that is wanted began to be summed some layers earlier.
-            begin = sweep.steps[0].added_by(range(first, first + 1)).start if first > 0 else 0
+            begin = sweep.parts[0].added_by(range(first, first + 1)).start if first > 0 else 0
             for layer in range(begin, sweep.num_layers):
                 patches = sweep.patches(layer, column, self.needed)
-                is_first = layer == begin
-                while batch := tuple(itertools.islice(patches, self.plan.batch_size)):
-                    yield _Step(number, layer, batch, is_first)
-                    is_first = False
-                yield _Step(number, layer, (), is_first)
+                batches = iter(lambda: tuple(itertools.islice(patches, self.plan.batch_size)), ())  # noqa: B023 - used at once
+                batch, is_first = next(batches, ()), True
+                while is_first or batch:
+                    following = next(batches, ())
+                    yield _Step(number, layer, batch, following[0] if following else None, is_first and layer == begin, is_first)
+                    batch, is_first = following, False
 
     def _with_batches(self, steps: Iterator[_Step]) -> Iterator[tuple[_Step, Tensor | None]]:
         """Read each batch while the one before it is in the model."""
@@ -254,28 +263,39 @@ class Execution:
 
     # What is finished
 
-    def _finish_before(self, place: Place | None, fronts: list[Front], is_wanted: bool) -> None:
-        """Hand over what is finished with the rows of the layer, or with those before one, as far as that has not been done."""
+    def _finish_before(self, patch: Ints | None, fronts: list[Front], is_wanted: bool) -> None:
+        """Hand over what is finished with the steps before a patch, or with all of the layer, as far as that is not done yet."""
+        place = None if patch is None else self.plan.sweep.place(patch)
         while self._unfinished and (place is None or self._unfinished[0] < place):
             done = self._unfinished.popleft()
             for number, front in enumerate(fronts):
                 for finished in front.finish(done):
                     if is_wanted:
-                        self._submit(self._deliver, number, finished)
+                        self._submit(self._deliver, number, [finished], num_bytes=finished.num_bytes)
                     del finished  # the writer alone holds it now
 
-    def _submit(self, function: Callable, *arguments: object) -> None:
-        """Let the writer do something, once it has done what it is at."""
-        self._wait()
-        self._writing = self._writer.submit(function, *arguments)
+    def _make_room(self, fronts: list[Front], numbers: Ints, room: int) -> None:
+        """Wait for the writer until there is room for what a patch adds to, and so for what is finished with it."""
+        wanted = sum(front.num_bytes + front.bytes_to_open(numbers) for front in fronts)
+        while self._writing and wanted + sum(size for _, size in self._writing) > room:
+            self._wait_for_one()
+
+    def _submit(self, function: Callable, *arguments: object, num_bytes: int = 0) -> None:
+        """Let the writer do something, once it has done all but some of what it was given."""
+        while len(self._writing) >= MOST_WAITING or (self._writing and self._writing[0][0].done()):
+            self._wait_for_one()
+        self._writing.append((self._writer.submit(function, *arguments), num_bytes))
 
     def _wait(self) -> None:
-        writing, self._writing = self._writing, None
-        if writing is not None:
-            writing.result()
+        while self._writing:
+            self._wait_for_one()
 
-    def _deliver(self, number: int, finished: Finished) -> None:
-        """Reduce and write a block."""
+    def _wait_for_one(self) -> None:
+        self._writing.popleft()[0].result()
+
+    def _deliver(self, number: int, handed_over: list[Finished]) -> None:
+        """Reduce and write a block, of which nothing is left when that is done: the writer keeps its arguments for longer."""
+        finished = handed_over.pop()
         if finished.values is not None:
             self._check_values(number, finished)
         for result, form, sink in self.results:

@@ -29,9 +29,10 @@ from .plans import (
     SumForm,
     batch_bytes,
     best_split,
+    open_bytes,
     passes_of,
+    reduced_bytes,
     repeated_passes,
-    sum_bytes,
 )
 from .reductions import Function
 from .sinks import VolumeForm
@@ -41,8 +42,6 @@ __all__ = ["Job", "Planner", "of_name"]
 
 # Of the memory that is free, what a prediction takes at most if no limit is given.
 USED_PART = 0.9
-# What is handed to the writer at a time. Less would be more steps, which cost time; of few voxels, too.
-CELL_BYTES, CELL_VOXELS = 64 * 2**20, 2**18
 
 
 _Setting = tuple[int, torch.dtype, torch.device]
@@ -143,8 +142,7 @@ class Planner:
     def _sum(stream: Stream, form: Form, sweep: Sweep) -> SumForm:
         is_plain = all(factor == 1 for factor in stream.scale)
         scaled_sweep = sweep if is_plain else sweep.scaled(sweep.grid.scaled(stream.scale))
-        num_bytes = form.channels * form.dtype.itemsize
-        return SumForm(form, stream.scale, scaled_sweep.cut(max(CELL_VOXELS, CELL_BYTES // num_bytes)))
+        return SumForm(form, stream.scale, scaled_sweep)
 
     def _result_form(self, result: Result, results: list[Result], sums: list[SumForm]) -> ResultForm:
         each = sums[result.stream]
@@ -236,7 +234,9 @@ class Planner:
         )
         batches += sum(map(self._bytes_mapped, job.volumes.values()))
         kept = sum(form.num_bytes for form in forms if of_name(job.output, form.name) is None)
-        return Memory(loaded, batches, sum_bytes(job.sums, forms, column, job.needed is not None), kept)
+        is_partial = job.needed is not None
+        front = open_bytes(job.sums, column, is_partial) + reduced_bytes(job.sums, forms, is_partial)
+        return Memory(loaded, batches, front, kept)
 
     def _limit(self) -> tuple[int | None, bool]:
         """Give how much memory may be used, and whether the user said so."""

@@ -1,6 +1,5 @@
 """What a prediction will do, and how much memory it will take: worked out before it begins."""
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,10 +17,12 @@ from ..core.sweeps import Column, Sweep
 from ..errors import SizeError
 from .outputs import Form
 
-__all__ = ["Memory", "PredictionPlan", "ResultForm", "SumForm", "best_split", "passes_of", "sum_bytes"]
+__all__ = ["Memory", "PredictionPlan", "ResultForm", "SumForm", "best_split", "open_bytes", "passes_of", "reduced_bytes"]
 
 # What threads, buffers of files and the allocator take in addition.
 BASE_BYTES = 16 * 2**20
+# Finished sums that may wait for the writer beside all that is open, at most. Less would make small sums wait for one another.
+WAITING_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,10 @@ class SumForm:
     def dtype(self) -> torch.dtype:
         """Type of the sum."""
         return self.form.dtype if self.sweep.is_cropped else sum_dtype(self.form.dtype)
+
+    def bytes_per_voxel(self, is_partial: bool) -> int:
+        """Bytes of the sum, and of the weights where patches are left out."""
+        return self.form.channels * self.dtype().itemsize + sum_dtype(self.dtype()).itemsize * is_partial
 
 
 @dataclass(frozen=True)
@@ -168,25 +173,28 @@ def repeated_passes(sweep: Sweep, columns: Sequence[Column], batch_size: int, ne
     for column in columns:
         batches = [-(-count // batch_size) for count in sweep.num_patches(column, needed)]
         for layer in range(sweep.num_layers):
-            again = sweep.steps[0].added_by(range(layer, layer + 1))
+            again = sweep.parts[0].added_by(range(layer, layer + 1))
             worst = max(worst, sum(batches[again.start : again.stop]) + 1)
     return worst
 
 
-def sum_bytes(sums: Sequence[SumForm], results: Sequence[ResultForm], column: Column, is_partial: bool) -> int:
-    """Bytes of the open sums of all outputs while a column is swept, and of the cell that is being reduced and written."""
-    total = 0
+def open_bytes(sums: Sequence[SumForm], column: Column, is_partial: bool) -> int:
+    """Bytes of the open sums of all outputs while a column is swept, and of what waits to be reduced and written."""
+    size = sum(each.sweep.open_voxels(column) * each.bytes_per_voxel(is_partial) for each in sums)
+    return size + min(size // 8, WAITING_BYTES)
+
+
+def reduced_bytes(sums: Sequence[SumForm], results: Sequence[ResultForm], is_partial: bool) -> int:
+    """Bytes of what is made of the sums that are finished together: the most that one cell comes to."""
+    most = 0
     for number, each in enumerate(sums):
-        layers, rows, thirds = each.sweep.steps
-        start, stop = thirds.ends(column.thirds)
-        cell = math.prod(max(stop - start for start, stop in step.intervals) for step in (layers, rows)) * (stop - start)
-        size = (each.form.channels + int(is_partial)) * each.dtype().itemsize
-        # The cell that is with the writer, and what it makes of it: twice the result, as reduced and as it is stored.
+        cell = math.prod(max(stop - start for start, stop in part.intervals) for part in each.sweep.parts)
         made = [result for result in results if result.stream == number]
-        reduced = sum(2 * result.shape[0] * result.dtype.itemsize for result in made)
-        reduced += size * int(any(result.needs_copy for result in made))
-        total += each.sweep.open_voxels(column) * size + cell * (size + reduced)
-    return total
+        # Twice the result, as reduced and as it is stored.
+        size = sum(2 * result.shape[0] * result.dtype.itemsize for result in made)
+        size += each.bytes_per_voxel(is_partial) * any(result.needs_copy for result in made)
+        most = max(most, cell * size)
+    return most
 
 
 def batch_bytes(
@@ -241,11 +249,11 @@ def _peak(sweep: Sweep, rows: int, thirds: int, memory_of: Callable[[Column], in
     whole = sweep.whole
     kinds = {}
     for column in sweep.split(rows, thirds):
+        shape = sweep.column_box(column).shape
         ends = [
-            (len(part), part.start == 0, part.stop == len(all_of))
-            for part, all_of in ((column.rows, whole.rows), (column.thirds, whole.thirds))
+            (part.start == 0, part.stop == len(of)) for part, of in ((column.rows, whole.rows), (column.thirds, whole.thirds))
         ]
-        kinds[tuple(itertools.chain(*ends))] = column
+        kinds[shape, *ends] = column
     return max(map(memory_of, kinds.values()))
 
 
