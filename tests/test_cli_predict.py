@@ -278,12 +278,27 @@ def test_a_program_fixes_its_sizes(here, run):
     done = run("plan", "model.pt2", "scans/a.nii.gz", "--overlap", 4)
     assert "of 8 × 8 × 8" in done.out
     assert "forward passes of 3" in done.out
-    assert "exported for [8, 8, 8]: leave out --patch-size" in run("plan", "model.pt2", "scans", "--patch-size", 16, code=1).err
+    assert "exported for 8 × 8 × 8: ask for that" in run("plan", "model.pt2", "scans", "--patch-size", 16, code=1).err
     assert "exported for 3: leave out --batch-size" in run("plan", "model.pt2", "scans", "--batch-size", 1, code=1).err
     run("plan", "model.pt2", "scans", "--patch-size", "8,8,8", "--batch-size", 3)
     exported("free.pt2", batch=2, dynamic=({0: torch.export.Dim("batch")},))
     assert "forward passes of 5" in run("plan", "free.pt2", "scans/a.nii.gz", "--batch-size", 5).out
-    assert "batch size:  any\n  patch size:  (8, 8, 8)" in run("info", "free.pt2").out
+    assert "batch size:  any\n  patch size:  8 × 8 × 8" in run("info", "free.pt2").out
+
+
+def test_a_program_may_fix_some_of_its_sizes_or_what_they_may_be(here, run):
+    exported("model.pt2", batch=2, dynamic=({0: torch.export.Dim("batch", max=4), 2: torch.export.Dim("size", max=10)},))
+    assert "patch size:  any × 8 × 8" in run("info", "model.pt2").out
+    plan = ("plan", "model.pt2", "scans/a.nii.gz")
+    assert "of 6 × 8 × 8" in run(*plan, "--patch-size", "6,8,8").out
+    assert "missing, and the model was exported for any × 8 × 8" in run(*plan, code=1).err
+    assert "is 8 × 8 × 6, but the model was exported for any × 8 × 8" in run(*plan, "--patch-size", "8,8,6", code=1).err
+    assert "other sizes than a batch (B, C, I, J, K) of (1, 1, 12, 8, 8)" in run(*plan, "--patch-size", "12,8,8", code=1).err
+    run(*plan, "--patch-size", 8, "--batch-size", 4)
+    assert (
+        "other sizes than a batch (B, C, I, J, K) of (5, 1, 8, 8, 8)"
+        in run(*plan, "--patch-size", 8, "--batch-size", 5, code=1).err
+    )
 
 
 class RunsCode:

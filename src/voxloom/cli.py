@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from . import plot
 from ._version import __version__
+from .core.sizes import pretty_sizes
 from .datasets import HeadPhantom
 from .demo import FilterNetwork, run_demo
 from .errors import ModeError, SaveError, SizeError, VoxloomError
@@ -164,10 +165,11 @@ def _sizes_of(loaded: LoadedModel, patch_size: list[int] | None, batch_size: int
     """Give the sizes that are asked for, or else those that the model is fixed to."""
     if patch_size is not None and len(patch_size) == 1:
         patch_size *= 3
-    fixed = None if loaded.patch_size is None else list(loaded.patch_size)
-    if patch_size is not None and fixed is not None and patch_size != fixed:
+    fixed = loaded.patch_size
+    if patch_size is not None and any(own not in (None, asked) for own, asked in zip(fixed, patch_size, strict=False)):
         raise SizeError(
-            f"the patch size is {patch_size}, but the model was exported for {fixed}: leave out --patch-size, or export it anew"
+            f"the patch size is {pretty_sizes(patch_size)}, but the model was exported for {pretty_sizes(fixed)}: ask for that,"
+            " or export it anew"
         )
     if batch_size is not None and loaded.batch_size not in (None, batch_size):
         raise SizeError(
@@ -175,10 +177,9 @@ def _sizes_of(loaded: LoadedModel, patch_size: list[int] | None, batch_size: int
             " export it anew"
         )
     size = patch_size or fixed
-    if size is None:
-        raise SizeError(
-            "the patch size is missing, and the model has none of its own: give --patch-size, such as --patch-size 128"
-        )
+    if None in size:
+        own = "has none of its own" if set(fixed) == {None} else f"was exported for {pretty_sizes(fixed)}"
+        raise SizeError(f"the patch size is missing, and the model {own}: give --patch-size, such as --patch-size 128")
     return size, next(number for number in (batch_size, loaded.batch_size, 1) if number is not None)
 
 
@@ -320,7 +321,7 @@ def info(
 def _description(path: Path) -> str:
     if path.suffix.lower() in (".pt2", ".pt", ".ts", ".pth"):
         loaded = load_model(str(path))
-        lines = {"batch size": loaded.batch_size or "any", "patch size": loaded.patch_size or "any"}
+        lines = {"batch size": loaded.batch_size or "any", "patch size": pretty_sizes(loaded.patch_size)}
     else:
         image = ScalarImage(path)
         size = image.memory / 2**20

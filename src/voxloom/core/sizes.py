@@ -1,14 +1,14 @@
 """Checks of sizes, overlaps and scales as users write them: one number for all axes, or one for each."""
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from numbers import Rational, Real
 from typing import Any
 
 from ..errors import ScaleError, SizeError
 
-__all__ = ["Ints", "Scale", "as_int", "as_overlap", "as_scale", "as_shape", "as_sizes", "axis_name"]
+__all__ = ["Ints", "Scale", "as_int", "as_overlap", "as_scale", "as_shape", "as_sizes", "axis_name", "pretty_sizes"]
 
 type_names = {bool: "a bool", float: "a float", str: "a string"}
 
@@ -22,6 +22,16 @@ Scale = tuple[Fraction, ...]
 def axis_name(axis: int, ndim: int) -> str:
     """Name a spatial axis for a message: I, J and K in three dimensions, a number otherwise."""
     return f"axis {'IJK'[axis]}" if ndim <= 3 else f"axis {axis}"
+
+
+def pretty_sizes(sizes: Iterable[int | None]) -> str:
+    """Say sizes for people; None is any size.
+
+    Example:
+        >>> pretty_sizes((64, 64, None))
+        '64 × 64 × any'
+    """
+    return " × ".join("any" if size is None else str(size) for size in sizes)
 
 
 def as_int(value: Any, name: str, minimum: int) -> int:

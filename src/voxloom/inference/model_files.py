@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.sizes import Ints
 from ..errors import MissingDependencyError, ModelFileError
 from .identity import identity_of_option
 from .program_check import ProgramRefusedError, inspected, is_program
@@ -30,13 +29,13 @@ ALLOW = "it would run code from the file: give --allow-pickle if you trust where
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model, and the sizes that it is fixed to, if it is."""
+    """A model, and the sizes that it is fixed to; None for any size."""
 
     model: Callable
     name: str | None = None
     """By what it is known: the hash of its file, or the code of a function. None for a module that is known by its weights."""
     batch_size: int | None = None
-    patch_size: Ints | None = None
+    patch_size: tuple[int | None, ...] = (None, None, None)
     channels: int | None = None
 
 
@@ -217,8 +216,7 @@ def _of_program(path: Path, allow_pickle: bool) -> LoadedModel:
             " one batch (B, C, I, J, K)"
         )
     batch, channels, *patch = (size if isinstance(size, int) else None for size in shapes[0])
-    sizes = tuple(size for size in patch if size is not None)
-    return LoadedModel(program.module(), _name_of(path), batch, sizes if len(sizes) == 3 else None, channels)
+    return LoadedModel(program.module(), _name_of(path), batch, tuple(patch), channels)
 
 
 def _name_of(path: Path) -> str:

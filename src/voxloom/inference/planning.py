@@ -117,6 +117,11 @@ class Planner:
             try:
                 outputs = self._models.trial(batch)
             except Exception as error:
+                if isinstance(error, AssertionError) and str(error).startswith("Guard failed"):  # so exported programs refuse
+                    raise SizeError(
+                        f"the model was exported for other sizes than a batch (B, C, I, J, K) of {tuple(batch.shape)}:"
+                        f" {str(error).splitlines()[0]}. Choose others, or export it anew"
+                    ) from error
                 error.add_note(
                     f"The model was called with zeros of shape {tuple(batch.shape)}, to see what its output looks like: it must"
                     f" take batches of {options.batch_size}, {setting[0]} channels as {name} has, and patches of"

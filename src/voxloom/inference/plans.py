@@ -12,7 +12,7 @@ from ..core.accumulator import sum_dtype
 from ..core.front import KEPT_WEIGHTS
 from ..core.grids import PatchGrid
 from ..core.memory import pretty_bytes
-from ..core.sizes import Ints, Scale
+from ..core.sizes import Ints, Scale, pretty_sizes
 from ..core.sweeps import Column, Sweep
 from ..errors import SizeError
 from .outputs import Form
@@ -141,8 +141,8 @@ class PredictionPlan:
         order = " then ".join("IJK"[axis] for axis in self.sweep.axes)
         parts = "one block" if self.num_blocks == 1 else f"{self.num_blocks} blocks"
         lines = {
-            "volume": f"{_times(grid.spatial_shape)} voxels",
-            "patches": f"{grid.num_patches} of {_times(grid.patch_size)}{some}, each computed {self.redundancy:.3g} times",
+            "volume": f"{pretty_sizes(grid.spatial_shape)} voxels",
+            "patches": f"{grid.num_patches} of {pretty_sizes(grid.patch_size)}{some}, each computed {self.redundancy:.3g} times",
             "model": f"{self.forward_passes} forward passes of {self.batch_size}, one of them to see what the output looks like",
             "order": f"{parts}, along {order}; an interrupted run repeats at most {self.restart_passes} passes",
             "files": f"reads {pretty_bytes(self.bytes_read)}, writes {pretty_bytes(self.bytes_written)}",
@@ -152,10 +152,6 @@ class PredictionPlan:
         if self.spooled_bytes:
             lines["disk"] = f"{pretty_bytes(self.spooled_bytes)} for the unpacked input, in the folder for temporary files"
         return "\n".join(f"{name + ':':<9}{text}" for name, text in lines.items())
-
-
-def _times(sizes: Ints) -> str:
-    return " × ".join(map(str, sizes))
 
 
 def passes_of(sweep: Sweep, columns: Sequence[Column], batch_size: int, needed: np.ndarray | None) -> tuple[int, int]:
