@@ -552,10 +552,10 @@ def test_a_result_that_was_interrupted_while_it_was_published_is_published(here,
     arguments = ["predict", "mymodels:negative", "scans/a.nii.gz", "-o", "out.nii.gz", "--patch-size", 8]
     put = files.UnfinishedRun._put
 
-    def killed(self, source, target):
+    def killed(source, target, overwrite):
         if target.suffix == ".json":
             raise KeyboardInterrupt
-        put(self, source, target)
+        put(source, target, overwrite)
 
     with monkeypatch.context() as patch:
         patch.setattr(files.UnfinishedRun, "_put", killed)
@@ -652,6 +652,10 @@ def test_plan_says_what_predict_would_do(here, run):
     assert done.out.count("patches: ") == 3
     assert done.out.count("memory: ") == 3
     assert not Path("predictions").exists()
+    Path("scans/a.nii.gz").write_bytes(b"damaged")
+    done = run("plan", "mymodels:two_channels", "scans", "--patch-size", 8, code=1)
+    assert done.out.count("patches: ") == 2
+    assert "voxloom: a.nii.gz failed: " in done.err
 
 
 def test_info_says_what_a_file_is(here, run):

@@ -296,10 +296,17 @@ def plan(
     cases = _cases(images, table, RESULTS)
     where = _mask(mask, mask_above)
     predictor, model = make()
+    failed = False
     for case in cases:
-        subject = _subject(case, model)
-        found = predictor.plan(subject, image_name=list(subject.images), mask=where, output=case.target)
-        _say(f"{case.name}\n{found}\n" if len(cases) > 1 else str(found))
+        try:
+            subject = _subject(case, model)
+            found = predictor.plan(subject, image_name=list(subject.images), mask=where, output=case.target)
+            _say(f"{case.name}\n{found}\n" if len(cases) > 1 else str(found))
+        except VoxloomError as error:
+            _say(f"voxloom: {case.name} failed: {error}", err=True)
+            failed = True
+    if failed:
+        raise typer.Exit(1)
 
 
 @app.command()

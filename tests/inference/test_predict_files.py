@@ -155,8 +155,10 @@ def test_several_results_of_one_pass_in_files(scan, tmp_path):
 # What is there already
 
 
-@pytest.mark.parametrize("there", ["out.nii.gz", "out.json"])
-def test_what_exists_is_kept_unless_it_is_to_be_replaced(scan, tmp_path, there):
+@pytest.mark.parametrize(
+    ("there", "why"), [("out.nii.gz", "exists, and is kept"), ("out.json", "exists, and is not of voxloom's")]
+)
+def test_what_exists_is_kept_unless_it_is_to_be_replaced(scan, tmp_path, there, why):
     (tmp_path / there).write_text("mine")
     calls = []
 
@@ -164,7 +166,7 @@ def test_what_exists_is_kept_unless_it_is_to_be_replaced(scan, tmp_path, there):
         calls.append(1)
         return batch
 
-    with pytest.raises(TargetExistsError, match=f"{there} exists, and is kept"):
+    with pytest.raises(TargetExistsError, match=f"{there} {why}"):
         vx.predict(model, scan, 16, output=tmp_path / "out.nii.gz")
     assert len(calls) == 1  # to see what the output looks like
     assert (tmp_path / there).read_text() == "mine"
@@ -176,6 +178,16 @@ def test_what_exists_is_kept_unless_it_is_to_be_replaced(scan, tmp_path, there):
     for _ in range(2):
         vx.predict(model, scan, 16, output=tmp_path / "out.nii.gz", overwrite=True)
     assert vx.ScalarImage(tmp_path / "out.nii.gz").shape == (1, 30, 26, 22)
+
+
+def test_a_sidecar_without_its_file_is_replaced(scan, tmp_path):
+    first, second = tmp_path / "out.nii.gz", tmp_path / "out.nii"
+    vx.predict(Fragile(), scan, 8, 4, output=first)
+    with pytest.raises(TargetExistsError, match="out.nii.gz exists, and is kept"):
+        vx.predict(Fragile(), scan, 8, 4, output=second)
+    first.unlink()
+    vx.predict(Fragile(), scan, 8, 4, output=second)
+    assert names(tmp_path) == ["out.json", "out.nii", "scan.nii.gz"]
 
 
 @pytest.mark.parametrize(

@@ -273,10 +273,11 @@ class UnfinishedRun:
     def _check_targets(self) -> None:
         for sink in self.sinks:
             sidecar = sidecar_of(sink.target)
-            if not self.overwrite and (found := next((path for path in (sink.target, sidecar) if path.exists()), None)):
-                raise TargetExistsError(f"{found} exists, and is kept: remove it, choose another name, or give {OVERWRITE}")
             if sidecar.exists() and not _is_sidecar(sidecar):
                 raise TargetExistsError(f"{sidecar} exists, and is not of voxloom's: move it away, or choose another name")
+            found = sink.target if sink.target.exists() else _described(sink.target) if sidecar.exists() else None
+            if found is not None and not self.overwrite:
+                raise TargetExistsError(f"{found} exists, and is kept: remove it, choose another name, or give {OVERWRITE}")
 
     def _check_same(self, recorded: Json, now: Json) -> None:
         what = differences(recorded, now)
@@ -328,24 +329,25 @@ class UnfinishedRun:
         except OSError as error:
             raise as_save_error(self.sinks[0].target, error) from error
 
-    def publish(self, sidecar: Json | None = None) -> None:
+    def publish(self, contents: Json | None = None) -> None:
         """Put whole files under their names, with a sidecar each.
 
         Args:
-            sidecar: what the sidecars say; None where they were written before the run was interrupted.
+            contents: what the sidecars say; None where they were written before the run was interrupted.
 
         Raises:
             TargetExistsError: if a file has appeared there in the meantime, and must not be replaced.
         """
-        if sidecar is not None:
+        if contents is not None:
             for sink in self.sinks:
-                _write_safely(sink.folder / "sidecar.json", json.dumps(sidecar, indent=1))
+                _write_safely(sink.folder / "sidecar.json", json.dumps(contents, indent=1))
             self._add_line(READY)
         for sink in self.sinks:
             try:
-                for source, target in ((sink.whole, sink.target), (sink.folder / "sidecar.json", sidecar_of(sink.target))):
-                    if source.exists():
-                        self._put(source, target)
+                self._put(sink.whole, sink.target, self.overwrite)
+                sidecar = sidecar_of(sink.target)
+                is_left_over = _is_sidecar(sidecar) and _described(sink.target) is None
+                self._put(sink.folder / "sidecar.json", sidecar, self.overwrite or is_left_over)
             except VoxloomError:
                 raise
             except OSError as error:
@@ -356,8 +358,11 @@ class UnfinishedRun:
         for sink in reversed(self.sinks):
             self._remove_files(sink)
 
-    def _put(self, source: Path, target: Path) -> None:
-        if not self.overwrite:
+    @staticmethod
+    def _put(source: Path, target: Path, overwrite: bool) -> None:
+        if not source.exists():  # that was done before an interruption
+            return
+        if not overwrite:
             try:
                 os.link(source, target)  # unlike a renaming, this replaces nothing
                 source.unlink()
@@ -449,6 +454,12 @@ def _is_of_lock(lock: FileLock, path: Path) -> bool:
         return file is not None and os.path.samestat(os.fstat(file), path.stat())
     except OSError:
         return False
+
+
+def _described(target: Path) -> Path | None:
+    """Find another file that the sidecar of a target may be of, since it has the same stem."""
+    others = (target.with_name(stem_of(target) + ending) for ending in ENDINGS)
+    return next((path for path in others if path != target and path.exists()), None)
 
 
 def _is_sidecar(path: Path) -> bool:
