@@ -550,7 +550,7 @@ def test_a_command_that_is_ended_removes_what_it_unpacked(here):
 
 def test_a_result_that_was_interrupted_while_it_was_published_is_published(here, run, monkeypatch):
     arguments = ["predict", "mymodels:negative", "scans/a.nii.gz", "-o", "out.nii.gz", "--patch-size", 8]
-    put = files.UnfinishedRun._put
+    put = files._put
 
     def killed(source, target, overwrite):
         if target.suffix == ".json":
@@ -558,7 +558,7 @@ def test_a_result_that_was_interrupted_while_it_was_published_is_published(here,
         put(source, target, overwrite)
 
     with monkeypatch.context() as patch:
-        patch.setattr(files.UnfinishedRun, "_put", killed)
+        patch.setattr(files, "_put", killed)
         run(*arguments, code=130)
     assert not Path("out.json").exists()
     run(*arguments)

@@ -344,10 +344,10 @@ class UnfinishedRun:
             self._add_line(READY)
         for sink in self.sinks:
             try:
-                self._put(sink.whole, sink.target, self.overwrite)
+                _put(sink.whole, sink.target, self.overwrite)
                 sidecar = sidecar_of(sink.target)
                 is_left_over = _is_sidecar(sidecar) and _described(sink.target) is None
-                self._put(sink.folder / "sidecar.json", sidecar, self.overwrite or is_left_over)
+                _put(sink.folder / "sidecar.json", sidecar, self.overwrite or is_left_over)
             except VoxloomError:
                 raise
             except OSError as error:
@@ -357,29 +357,6 @@ class UnfinishedRun:
             self._remove_files(sink, SCRATCH_FILES)
         for sink in reversed(self.sinks):
             self._remove_files(sink)
-
-    @staticmethod
-    def _put(source: Path, target: Path, overwrite: bool) -> None:
-        if not source.exists():  # that was done before an interruption
-            return
-        if not overwrite:
-            try:
-                os.link(source, target)  # unlike a renaming, this replaces nothing
-                source.unlink()
-                return
-            except FileExistsError:
-                if target.samefile(source):  # interrupted in between
-                    source.unlink()
-                    return
-                raise TargetExistsError(
-                    f"{target} has appeared while its result was made, and is kept. The result is in {source.parent.name}:"
-                    f" the same call with {OVERWRITE} puts it there, and so does this one once the file is gone"
-                ) from None
-            except OSError:
-                pass  # a file system without links
-        if target.exists():
-            source.chmod(target.stat().st_mode & 0o777)
-        source.replace(target)
 
     def discard_if_empty(self) -> None:
         """Remove the files of a run of which nothing is finished."""
@@ -454,6 +431,29 @@ def _is_of_lock(lock: FileLock, path: Path) -> bool:
         return file is not None and os.path.samestat(os.fstat(file), path.stat())
     except OSError:
         return False
+
+
+def _put(source: Path, target: Path, overwrite: bool) -> None:
+    if not source.exists():  # that was done before an interruption
+        return
+    if not overwrite:
+        try:
+            os.link(source, target)  # unlike a renaming, this replaces nothing
+            source.unlink()
+            return
+        except FileExistsError:
+            if target.samefile(source):  # interrupted in between
+                source.unlink()
+                return
+            raise TargetExistsError(
+                f"{target} has appeared while its result was made, and is kept. The result is in {source.parent.name}:"
+                f" the same call with {OVERWRITE} puts it there, and so does this one once the file is gone"
+            ) from None
+        except OSError:
+            pass  # a file system without links
+    if target.exists():
+        source.chmod(target.stat().st_mode & 0o777)
+    source.replace(target)
 
 
 def _described(target: Path) -> Path | None:
