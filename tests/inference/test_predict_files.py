@@ -738,6 +738,29 @@ def test_a_disk_that_is_full_in_the_middle_keeps_what_is_finished(scan, tmp_path
     assert torch.equal(vx.ScalarImage(target).data, vx.predict(model.network, scan, 8, 4).data)
 
 
+def test_a_layer_is_not_recorded_whose_last_block_could_not_be_written(scan, tmp_path, monkeypatch):
+    target, model, writes = tmp_path / "out.nii", Fragile(), []
+    layers, rows, thirds = vx.plan(model, scan, 8, 4).sweep.parts
+    of_layer = [len(layers.finished_with(layer)) * len(rows.intervals) * len(thirds.intervals) for layer in range(2)]
+    write = NiftiWriter.write
+
+    def failing(self, box, values):
+        writes.append(1)
+        if len(writes) == sum(of_layer):
+            time.sleep(0.2)  # meanwhile the layer is at its end
+            raise OSError(28, "No space left on device")
+        write(self, box, values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(NiftiWriter, "write", failing)
+        with pytest.raises(SaveError, match="No space left on device"):
+            vx.predict(model, scan, 8, 4, output=target)
+    assert (tmp_path / ".out.voxloom" / "progress").read_text() == "0\n"
+    with pytest.warns(RuntimeWarning, match="1 of 6 layers finished"):
+        vx.predict(model, scan, 8, 4, output=target)
+    assert torch.equal(vx.ScalarImage(target).data, vx.predict(model.network, scan, 8, 4).data)
+
+
 def test_ctrl_c_leaves_what_can_be_taken_up(scan, tmp_path):
     model = Fragile()
 

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,8 +63,8 @@ class _NanFound(Exception):  # noqa: N818 - it never leaves this file
 class Execution:
     """Carries out a plan.
 
-    The model runs in the caller's thread; one thread reads the next batch, and another reduces and writes what is finished. Each
-    is at most one step away from the caller, and an error in any of them stops the others.
+    The model runs in the caller's thread; one thread reads the next batch, and another reduces and writes what is finished, as
+    far behind as memory lets it be. An error in any of them stops the others.
     """
 
     plan: PredictionPlan
@@ -84,9 +85,12 @@ class Execution:
 
     def __post_init__(self) -> None:
         self.warnings: list[str] = []
+        self._fronts: list[Front] = []  # of the column that is at hand, one for each sum
+        self._room = 0  # bytes for them and for what waits to be written
+        self._unfinished: deque[Place] = deque()  # of the layer that is at hand
         # What the writer is at or has yet to do, and the bytes of the sums in each.
         self._writing: deque[tuple[Future, int]] = deque()
-        self._unfinished: deque[Place] = deque()  # of the layer that is at hand
+        self._has_failed = False
         self._weights = [
             None if self.window is None else WeightsOfPatches(each.sweep, self.window, each.dtype(), self.front_device)
             for each in self.sums
@@ -125,35 +129,37 @@ class Execution:
                 self._writer.shutdown(cancel_futures=True)
 
     def _go(self, layers_done: int, progress: Progress) -> None:
-        fronts: list[Front] = []
         trimmer = Trimmer(self.plan.peak_bytes - self.plan.memory.batches)
         for step, batch in self._with_batches(self._steps(layers_done)):
             column = self.plan.columns[step.column]
             if step.begins_column:
-                fronts = [self._front(column, number) for number in range(len(self.sums))]
-                room = open_bytes(self.sums, column, self.needed is not None)
+                self._fronts = [self._front(column, number) for number in range(len(self.sums))]
+                self._room = open_bytes(self.sums, column, self.needed is not None)
             if step.begins_layer:
                 self._unfinished.extend(self.plan.sweep.places(step.layer, column))
             is_wanted = self._is_wanted(step, layers_done)
             if batch is None:
-                self._finish_before(None, fronts, is_wanted)
+                self._finish_before(None, is_wanted)
             else:
-                outputs = self._outputs(batch, step, fronts)
+                outputs = self._outputs(batch, step)
                 self._check_forms(outputs)
                 if step.begins_layer:
                     self._wait()  # until the layer before is recorded, so that no more than one batch beyond it is ever lost
-                for number, (numbers, following) in enumerate(
-                    zip(step.patches, (*step.patches[1:], step.next_patch), strict=True)
-                ):
-                    self._make_room(fronts, numbers, room)
-                    for front, output in zip(fronts, outputs, strict=True):
-                        self._add(fronts, front, output[number], numbers)
-                    self._finish_before(following, fronts, is_wanted)
-                del batch, outputs, output  # before those of the next step are made
+                self._gather(outputs, step, is_wanted)
+                del batch, outputs  # before those of the next step are made
                 trimmer.check()
                 progress(len(step.patches))
             if step.next_patch is None and is_wanted:
                 self._submit(self.layer_finished)
+
+    def _gather(self, outputs: list[Tensor], step: _Step, is_wanted: bool) -> None:
+        """Add a batch to the sums, and hand over what is finished with each of its patches."""
+        following = (*step.patches[1:], step.next_patch)
+        for number, (patch, next_patch) in enumerate(zip(step.patches, following, strict=True)):
+            self._make_room(patch)
+            for front, output in zip(self._fronts, outputs, strict=True):
+                self._add(front, output[number], patch)
+            self._finish_before(next_patch, is_wanted)
 
     def _front(self, column: Column, number: int) -> Front:
         each = self.sums[number]
@@ -168,16 +174,16 @@ class Execution:
             self.allocate,
         )
 
-    def _add(self, fronts: list[Front], front: Front, patch: Tensor, numbers: Ints) -> None:
+    def _add(self, front: Front, patch: Tensor, numbers: Ints) -> None:
         try:
             front.add(patch, numbers)
         except RuntimeError as error:
             if not is_out_of_memory(error) or self.front_device == HOST:
                 raise
-            self._move_to_host(fronts)
+            self._move_to_host()
             front.add(patch, numbers)
 
-    def _outputs(self, batch: Tensor, step: _Step, fronts: list[Front]) -> list[Tensor]:
+    def _outputs(self, batch: Tensor, step: _Step) -> list[Tensor]:
         def read_again() -> Tensor:
             return self._reading.submit(self._read, step.patches).result()  # a file is read by one thread only
 
@@ -186,16 +192,16 @@ class Execution:
         except DeviceMemoryError:
             if self.front_device == HOST:
                 raise
-            self._move_to_host(fronts)
+            self._move_to_host()
             return self.models.run(read_again(), self.streams, read_again)
 
-    def _move_to_host(self, fronts: list[Front]) -> None:
+    def _move_to_host(self) -> None:
         self._warn(
             f"there was too little memory on {self.front_device} for the sum of patches: the run goes on with it in the memory"
             " of the host, so that its last bits may differ from those of another run"
         )
         self.front_device = HOST
-        for front in fronts:
+        for front in self._fronts:
             front.move_to(HOST)
         for weights in filter(None, self._weights):
             weights.move_to(HOST)
@@ -263,28 +269,38 @@ class Execution:
 
     # What is finished
 
-    def _finish_before(self, patch: Ints | None, fronts: list[Front], is_wanted: bool) -> None:
+    def _finish_before(self, patch: Ints | None, is_wanted: bool) -> None:
         """Hand over what is finished with the steps before a patch, or with all of the layer, as far as that is not done yet."""
         place = None if patch is None else self.plan.sweep.place(patch)
         while self._unfinished and (place is None or self._unfinished[0] < place):
             done = self._unfinished.popleft()
-            for number, front in enumerate(fronts):
+            for number, front in enumerate(self._fronts):
                 for finished in front.finish(done):
                     if is_wanted:
                         self._submit(self._deliver, number, [finished], num_bytes=finished.num_bytes)
                     del finished  # the writer alone holds it now
 
-    def _make_room(self, fronts: list[Front], numbers: Ints, room: int) -> None:
-        """Wait for the writer until there is room for what a patch adds to, and so for what is finished with it."""
-        wanted = sum(front.num_bytes + front.bytes_to_open(numbers) for front in fronts)
-        while self._writing and wanted + sum(size for _, size in self._writing) > room:
+    def _make_room(self, patch: Ints) -> None:
+        """Wait for the writer until there is room for what a patch adds to."""
+        wanted = sum(front.num_bytes + front.bytes_to_open(patch) for front in self._fronts)
+        while self._writing and wanted + sum(size for _, size in self._writing) > self._room:
             self._wait_for_one()
 
     def _submit(self, function: Callable, *arguments: object, num_bytes: int = 0) -> None:
         """Let the writer do something, once it has done all but some of what it was given."""
         while len(self._writing) >= MOST_WAITING or (self._writing and self._writing[0][0].done()):
             self._wait_for_one()
-        self._writing.append((self._writer.submit(function, *arguments), num_bytes))
+        self._writing.append((self._writer.submit(self._unless_failed, function, *arguments), num_bytes))
+
+    def _unless_failed(self, function: Callable, *arguments: Any) -> None:
+        """Do nothing after an error: a layer of which a block is missing must not be recorded."""
+        if self._has_failed:
+            return
+        try:
+            function(*arguments)
+        except BaseException:
+            self._has_failed = True
+            raise
 
     def _wait(self) -> None:
         while self._writing:
