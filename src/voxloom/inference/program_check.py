@@ -25,15 +25,32 @@ TARGETS = re.compile(
     rf"torch\.ops\.(aten|prims)\.(?!({REACHING})\b|__)\w+(\.(?!__)\w+)?|torch\.ops\.higher_order\.({HIGHER_ORDER})"
     rf"|_?operator\.({ARITHMETIC})|math\.[a-z]\w*|torch\._?sym_\w+"
 )
-# What torch.export writes, below a folder of the program's name, and what it wrote before version 2.8.
-ENTRIES = re.compile(
-    r"([^/]+/)?(models/[^/]+\.json|data/weights/(weight_\d+|[^/]+_weights_config\.json)"
-    r"|data/constants/(tensor_\d+|[^/]+_constants_config\.json)|data/sample_inputs/[^/]+\.pt|archive_format|archive_version"
-    r"|byteorder|version|\.data/version|\.data/serialization_id|extra/[^/]+)"
-    r"|serialized_exported_program\.json|serialized_(state_dict|constants|example_inputs)\.(pt|json)|version|extra_files/[^/]+"
+# What torch.export writes, below a folder of the program's name, by what is to be looked for in it.
+ENTRIES = {
+    "graph": re.compile(r"models/[^/]+\.json"),
+    "payload": re.compile(r"data/(weights/[^/]+_weights|constants/[^/]+_constants)_config\.json"),
+    "tensors": re.compile(r"data/sample_inputs/[^/]+\.pt"),
+    "plain": re.compile(
+        r"data/weights/weight_\d+|data/constants/tensor_\d+|archive_format|archive_version|byteorder|version|\.data/version"
+        r"|\.data/serialization_id|extra/[^/]+"
+    ),
+}
+# What it wrote before version 2.8.
+OLD_ENTRIES = {
+    "graph": re.compile(r"serialized_exported_program\.json"),
+    "tensors": re.compile(r"serialized_(state_dict|constants|example_inputs)\.(pt|json)"),
+    "plain": re.compile(r"version|extra_files/[^/]+"),
+}
+# Names of modules and weights become part of the source that is run, between quotes; those of values without.
+NAMES = re.compile(r"[\w.\- ]*")
+# Symbols in expressions of sizes, and functions of sympy, of torch and of Python that are no more than arithmetic.
+SYMBOLS = re.compile(r"[a-z]{1,3}\d+|int_oo|oo|zoo|true|false")
+FUNCTIONS = re.compile(
+    "Abs|Add|And|CeilDiv|CeilToInt|CleanDiv|Eq|Equality|FloatPow|FloatTrueDiv|FloorDiv|FloorToInt|Ge|GreaterThan|Gt|Identity"
+    "|IntTrueDiv|Integer|LShift|Le|LessThan|Lt|Max|Min|Mod|ModularIndexing|Mul|Ne|Not|Or|Piecewise|Pow|PowByNatural|PythonMod"
+    "|RShift|Rational|RoundDecimal|RoundToInt|StrictGreaterThan|StrictLessThan|ToFloat|TruncToFloat|TruncToInt|Unequality|Where"
+    "|abs|bool|ceiling|float|floor|int|max|min"
 )
-# Names in expressions of sizes: classes of sympy, and symbols such as s0, u1 and int_oo.
-SYMBOLS = re.compile(r"[A-Z]\w*|[a-z]{1,3}\d+|int_oo|oo|zoo")
 ATTRIBUTES = {"size", "stride", "storage_offset", "shape", "ndim", "dim", "dtype", "device"}
 OTHER_TEXT = {
     "as_operator",
@@ -47,23 +64,6 @@ OTHER_TEXT = {
     "target",
     "torch_version",
 }
-EXPRESSION_NODES = (
-    ast.Expression,
-    ast.BinOp,
-    ast.UnaryOp,
-    ast.BoolOp,
-    ast.Compare,
-    ast.Call,
-    ast.keyword,
-    ast.Name,
-    ast.Constant,
-    ast.Tuple,
-    ast.operator,
-    ast.unaryop,
-    ast.boolop,
-    ast.cmpop,
-    ast.expr_context,
-)
 
 
 def is_program(names: list[str]) -> bool:
@@ -85,13 +85,14 @@ def inspected(path: Path) -> io.BytesIO:
     copy = io.BytesIO()
     with zipfile.ZipFile(path) as archive, zipfile.ZipFile(copy, "w", zipfile.ZIP_STORED) as target:
         names = archive.namelist()
+        kinds = _kinds_of(names)
         if len({name.lower() for name in names}) < len(names):
             raise ProgramRefusedError("it holds two entries of one name, of which only one can be looked into")
         reasons = []
         for name in names:
             content = archive.read(name)
             try:
-                reasons += list(_of_entry(name, content))
+                reasons += list(_of_entry(name, kinds[name], content))
             except (AttributeError, LookupError, TypeError, RecursionError) as error:
                 raise ValueError(f"{name} is damaged ({error})") from error
             target.writestr(name, content)
@@ -101,14 +102,25 @@ def inspected(path: Path) -> io.BytesIO:
     return copy
 
 
-def _of_entry(name: str, content: bytes) -> Iterator[str]:
-    if not ENTRIES.fullmatch(name):
+def _kinds_of(names: list[str]) -> dict[str, str | None]:
+    """Say what each entry is, as torch sees it: it leaves out the folder that all are in."""
+    roots = {name.partition("/")[0] for name in names}
+    is_old = len(roots) > 1 or not all("/" in name for name in names)
+    patterns = OLD_ENTRIES if is_old else ENTRIES
+    inner = {name: name if is_old else name.partition("/")[2] for name in names}
+    return {
+        name: next((kind for kind, pattern in patterns.items() if pattern.fullmatch(part)), None) for name, part in inner.items()
+    }
+
+
+def _of_entry(name: str, kind: str | None, content: bytes) -> Iterator[str]:
+    if kind is None:
         yield f"{name} is none of the entries of a program"
-    elif name.endswith("_config.json"):
+    elif kind == "payload":
         yield from _of_payload(name, json.loads(content))
-    elif name.endswith(".json") and not name.startswith("extra_files/"):
+    elif kind == "graph":
         yield from _of_graph(name, json.loads(content))
-    elif name.endswith(".pt") and content:
+    elif kind == "tensors" and content:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of old ways to pickle
@@ -125,27 +137,28 @@ def _of_payload(name: str, content: Any) -> Iterator[str]:
 
 
 def _of_graph(name: str, content: Any) -> Iterator[str]:
-    yield from (f"{name} holds the name {text!r}" for text in _names(content) if not re.fullmatch(r"[\w.]*", text, re.ASCII))
+    yield from (f"{name} holds the name {text!r}" for text in _names(content) if not NAMES.fullmatch(text))
     for key, value in _items(content):
         if key in ("target", "as_operator") and isinstance(value, str) and not TARGETS.fullmatch(value):
             yield f"{name} calls {value!r}"
-        elif key == "expr_str" and not _is_plain(str(value), ()):
+        elif key == "expr_str" and not _is_plain(str(value)):
             yield f"{name} holds the expression {value!r}"
         elif key in ("in_spec", "out_spec") and isinstance(value, str) and not _is_plain_tree(json.loads(value)):
             yield f"{name} has inputs or outputs of the kind {value!r}"
         elif key == "guards_code":
-            yield from (f"{name} holds the check {text!r}" for text in value if not _is_plain(str(text), ATTRIBUTES))
+            yield from (f"{name} holds the check {text!r}" for text in value if not _is_plain(str(text)))
+        elif key == "range_constraints":
+            yield from (f"{name} holds the expression {text!r}" for text in value if not _is_plain(str(text)))
 
 
 def _names(content: Any) -> Iterator[str]:
-    """Give all text but that which is looked into otherwise, is only ever a value, or is for people to read.
-
-    Names become part of the source that is run.
-    """
+    """Give all text but that which is looked into otherwise, is only ever a value, or is for people to read."""
     if isinstance(content, dict):
         for key, value in content.items():
             yield key
-            if key not in OTHER_TEXT:
+            if key == "range_constraints":
+                yield from _names(list(value.values()))
+            elif key not in OTHER_TEXT:
                 yield from _names(value)
     elif isinstance(content, list):
         for part in content:
@@ -170,29 +183,56 @@ def _is_plain_tree(spec: Any) -> bool:
     if isinstance(spec, list):
         return all(isinstance(part, int) or _is_plain_tree(part) for part in spec)
     kind, context = spec.get("type"), spec.get("context")
-    if kind not in (None, "builtins.tuple", "builtins.list", "builtins.dict", "builtins.NoneType"):
+    if kind not in (None, "builtins.tuple", "builtins.list", "builtins.dict", "builtins.NoneType", "collections.OrderedDict"):
         return False
     keys = json.loads(context) if isinstance(context, str) else context
-    is_plain_context = keys is None or (isinstance(keys, list) and all(isinstance(key, str | int) for key in keys))
+    # Keys of inputs become names of parameters in the source that is run.
+    is_plain_context = keys is None or (
+        isinstance(keys, list) and all(isinstance(key, int) or (isinstance(key, str) and NAMES.fullmatch(key)) for key in keys)
+    )
     return is_plain_context and all(map(_is_plain_tree, spec.get("children_spec") or ()))
 
 
-def _is_plain(text: str, attributes: Any) -> bool:
+def _is_plain(text: str) -> bool:
     """Whether an expression is arithmetic on sizes, and can do nothing else."""
     try:
-        nodes = list(ast.walk(ast.parse(text, mode="eval")))
+        return _is_arithmetic(ast.parse(text, mode="eval").body)
     except (SyntaxError, ValueError, RecursionError):
         return False
-    called = {id(node.func) for node in nodes if isinstance(node, ast.Call)}
-    for node in nodes:
-        if isinstance(node, ast.Attribute):
-            is_allowed = node.attr in attributes
-        elif isinstance(node, ast.Name):
-            is_allowed = bool(SYMBOLS.fullmatch(node.id)) or (bool(attributes) and id(node) not in called and "__" not in node.id)
-        elif isinstance(node, ast.Constant):
-            is_allowed = not isinstance(node.value, str) or bool(re.fullmatch(r"\w+", node.value))
-        else:
-            is_allowed = isinstance(node, EXPRESSION_NODES) or (bool(attributes) and isinstance(node, ast.Subscript))
-        if not is_allowed:
-            return False
-    return True
+
+
+def _is_arithmetic(node: ast.AST) -> bool:
+    match node:
+        case ast.Constant(value=value):
+            return isinstance(value, int | float)
+        case ast.Name(id=name):
+            return SYMBOLS.fullmatch(name) is not None
+        case ast.UnaryOp(operand=operand):
+            return _is_arithmetic(operand)
+        case ast.BinOp(left=left, right=right):
+            return _is_arithmetic(left) and _is_arithmetic(right)
+        case ast.BoolOp(values=values):
+            return all(map(_is_arithmetic, values))
+        case ast.Compare(left=left, comparators=others):
+            return _is_arithmetic(left) and all(map(_is_arithmetic, others))
+        case ast.Tuple(elts=elements):
+            return all(map(_is_arithmetic, elements))
+        case ast.Call(func=ast.Name(id="Symbol"), args=[ast.Constant(value=str(name))], keywords=assumptions):
+            return re.fullmatch(r"\w+", name) is not None and all(_is_arithmetic(keyword.value) for keyword in assumptions)
+        case ast.Call(func=ast.Name(id="Float"), args=[ast.Constant(value=str(digits))], keywords=precision):
+            return re.fullmatch(r"[\d.e+-]+", digits) is not None and all(_is_arithmetic(keyword.value) for keyword in precision)
+        case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]):
+            return FUNCTIONS.fullmatch(name) is not None and all(map(_is_arithmetic, arguments))
+        case ast.Subscript(value=sizes, slice=ast.Constant(value=int())):
+            return _is_of_input(sizes)
+    return _is_of_input(node)
+
+
+def _is_of_input(node: ast.AST) -> bool:
+    """Whether something is `NAME.attribute`, `NAME.attribute()` or one of `NAME['name']`."""
+    match node:
+        case ast.Call(func=called, args=arguments, keywords=[]):
+            return isinstance(called, ast.Attribute) and _is_of_input(called) and all(map(_is_arithmetic, arguments))
+        case ast.Attribute(value=ast.Name() | ast.Subscript(value=ast.Name(), slice=ast.Constant()), attr=name):
+            return name in ATTRIBUTES
+    return False
