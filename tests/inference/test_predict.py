@@ -4,6 +4,7 @@ import itertools
 import threading
 import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -14,9 +15,11 @@ from torch import nn
 
 import voxloom as vx
 from voxloom.core.front import Front
+from voxloom.core.grids import PatchGrid
 from voxloom.core.memory import FreedMemory
+from voxloom.core.sweeps import Sweep
 from voxloom.core.weave import AxisWeave
-from voxloom.inference import plans
+from voxloom.inference import planning, plans
 from voxloom.inference.plans import BASE_BYTES
 
 from strategies import FLOATS, INTEGERS, MODES, geometries, random_values
@@ -651,23 +654,92 @@ class SlowSink(vx.inference.MemorySink):
         super().write(box, values)
 
 
-def test_what_waits_to_be_written_counts_as_memory(monkeypatch):
+@given(geometries(largest=30, may_exceed=False), st.floats(0, 1))
+def test_blocks_are_cut_such_that_the_fewest_passes_are_made(geometry, room):
+    sweep = Sweep.smallest(PatchGrid.cover(*geometry), is_cropped=False)
+    counts = (range(1, len(groups) + 1) for groups in (sweep.whole.rows, sweep.whole.thirds))
+    splits = [sweep.split(*each) for each in itertools.product(*counts)]
+    least = max(map(sweep.open_voxels, splits[-1]))
+    limit = int(least + (sweep.open_voxels(sweep.whole) - least) * room)
+    found = plans.best_split(sweep, sweep.open_voxels, limit, True, 1)
+    fitting = [columns for columns in splits if max(map(sweep.open_voxels, columns)) <= limit]
+    assert found in fitting
+    assert plans.passes_of(sweep, found, 1, None) == min(plans.passes_of(sweep, columns, 1, None) for columns in fitting)
+
+
+@pytest.fixture
+def sums(monkeypatch):
+    """Bytes of all sums together, whenever one is made."""
     monkeypatch.setattr(plans, "WAITING_BYTES", 0)
-    used = []
-    empty = FreedMemory.empty
+    used, alive, empty = [], weakref.WeakSet(), FreedMemory.empty
 
     def counting(self, shape, dtype):
         tensor = empty(self, shape, dtype)
-        used.append(sum(tensor.nbytes for tensor in alive) + tensor.nbytes)
         alive.add(tensor)
+        used.append(sum(tensor.nbytes for tensor in alive))
         return tensor
 
-    alive = weakref.WeakSet()
     monkeypatch.setattr(FreedMemory, "empty", counting)
+    return used
+
+
+def test_what_waits_to_be_written_counts_as_memory(sums):
     arguments = (lambda batch: batch.repeat(1, 5, 1, 1, 1), torch.rand(1, 30, 30, 30), 12, 6)
     vx.predict(*arguments, reduce="argmax", output=SlowSink())
     plan = vx.plan(*arguments, reduce="argmax")
-    assert max(used) == plan.sweep.open_voxels(plan.sweep.whole) * 5 * 4
+    assert max(sums) == plan.sweep.open_voxels(plan.sweep.whole) * 5 * 4
+
+
+def test_what_is_finished_before_the_first_patch_of_a_mask_is_not_open(sums):
+    mask = torch.zeros(5, 18, 10, dtype=torch.bool)
+    mask[[2, 4, 1, 0, 0, 4], [4, 10, 8, 2, 0, 12], [1, 9, 2, 2, 1, 7]] = True
+    arguments = (lambda batch: batch.repeat(1, 20, 1, 1, 1), torch.rand(1, 5, 18, 10), 6, (4, 2, 2), "average")
+    vx.predict(*arguments, padding_mode=0, mask=mask)
+    plan = vx.plan(*arguments, padding_mode=0, mask=mask)
+    assert max(sums) <= plan.sweep.open_voxels(plan.sweep.whole) * 20 * 4
+
+
+def test_memory_that_is_kept_counts_as_free(monkeypatch):
+    data = torch.rand(1, 40, 40, 40)
+    predictor = vx.Predictor(lambda batch: batch.repeat(1, 30, 1, 1, 1), 16, 0.5, reduce="argmax")
+    room = predictor.plan(data).peak_bytes
+    monkeypatch.setattr(planning, "free_bytes", lambda: int(room / 0.9) + 1000 - predictor._memory.num_bytes)
+    for _ in range(3):
+        assert predictor.plan(data).num_blocks == 1
+        predictor(data)
+    assert predictor._memory.num_bytes > 0.1 * room
+
+
+def test_threads_that_share_a_module_take_turns():
+    model = nn.Sequential(nn.Dropout(0.5), nn.Identity()).train()
+    data = torch.ones(1, 40, 40, 40)
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(3) as pool:
+        results = list(pool.map(lambda _: vx.predict(model, data, 8, 4).data, range(6)))
+    assert all(torch.allclose(result, data) for result in results)
+    assert model.training
+    assert model[0].training
+    assert torch.get_num_threads() == threads
+
+
+class ReadByOne:
+    """An array that two threads must not read at a time."""
+
+    shape, dtype = (64, 24, 24), np.dtype(np.float32)
+
+    def __init__(self):
+        self.lock = threading.Lock()
+
+    def __getitem__(self, key):
+        assert self.lock.acquire(blocking=False), "two threads read at a time"
+        time.sleep(0.002)
+        self.lock.release()
+        return np.zeros(self.shape, dtype=self.dtype)[key]
+
+
+def test_an_input_is_read_by_one_thread_also_when_nan_is_traced():
+    with pytest.raises(vx.errors.OutputError, match="holds NaN for the patch"):
+        vx.predict(lambda batch: batch + torch.nan, ReadByOne(), 8, 4)
 
 
 class FailingSink(vx.inference.MemorySink):

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +33,7 @@ __all__ = ["Execution", "Progress"]
 HOST = torch.device("cpu")
 # Blocks that may wait for the writer, so that what has no size, such as blocks without patches, is bounded too.
 MOST_WAITING = 32
+SETTING_THREADS = threading.Lock()
 
 Progress = Callable[[int], object]
 """Is told of each batch how many patches it had."""
@@ -90,7 +92,7 @@ class Execution:
         self._unfinished: deque[Place] = deque()  # of the layer that is at hand
         # What the writer is at or has yet to do, and the bytes of the sums in each.
         self._writing: deque[tuple[Future, int]] = deque()
-        self._has_failed = False
+        self._has_ended = False
         self._weights = [
             None if self.window is None else WeightsOfPatches(each.sweep, self.window, each.dtype(), self.front_device)
             for each in self.sums
@@ -125,6 +127,7 @@ class Execution:
                 with self.models.ready():
                     raise self._explained(found) from None
             finally:
+                self._has_ended = True
                 self._reading.shutdown(cancel_futures=True)
                 self._writer.shutdown(cancel_futures=True)
 
@@ -145,6 +148,7 @@ class Execution:
                 self._check_forms(outputs)
                 if step.begins_layer:
                     self._wait()  # until the layer before is recorded, so that no more than one batch beyond it is ever lost
+                    self._finish_before(step.patches[0], is_wanted)
                 self._gather(outputs, step, is_wanted)
                 del batch, outputs  # before those of the next step are made
                 trimmer.check()
@@ -185,7 +189,7 @@ class Execution:
 
     def _outputs(self, batch: Tensor, step: _Step) -> list[Tensor]:
         def read_again() -> Tensor:
-            return self._reading.submit(self._read, step.patches).result()  # a file is read by one thread only
+            return self._read_in_turn(step.patches)
 
         try:
             return self.models.run(batch, self.streams, read_again)
@@ -242,6 +246,10 @@ class Execution:
             first, future = waiting.pop(0)
             yield first, None if future is None else future.result()
 
+    def _read_in_turn(self, patches: tuple[Ints, ...]) -> Tensor:
+        """Read in the thread that reads all else, since a file may not be read by two at a time."""
+        return self._reading.submit(self._read, patches).result()
+
     def _read(self, patches: tuple[Ints, ...]) -> Tensor:
         """Read a batch, and bring it to the device while that computes."""
         device = self.models.device
@@ -294,12 +302,12 @@ class Execution:
 
     def _unless_failed(self, function: Callable, *arguments: Any) -> None:
         """Do nothing after an error: a layer of which a block is missing must not be recorded."""
-        if self._has_failed:
+        if self._has_ended:
             return
         try:
             function(*arguments)
         except BaseException:
-            self._has_failed = True
+            self._has_ended = True
             raise
 
     def _wait(self) -> None:
@@ -364,13 +372,13 @@ class Execution:
                 continue
 
             def read(numbers: Ints = numbers) -> Tensor:
-                return self.reader.read([numbers], self.plan.batch_size, False)
+                return self._read_in_turn((numbers,))
 
             output = self.models.run(read(), [self.streams[found.stream]], read)[0][0]
             has_infinity = has_infinity or bool(output.isinf().any())
             if bool(output.isnan().any()):
                 location = self.plan.grid.location(numbers)
-                of_input = "; the patch itself holds NaN" if bool(self.reader.read([numbers], 1, False).isnan().any()) else ""
+                of_input = "; the patch itself holds NaN" if bool(read()[0].isnan().any()) else ""
                 return OutputError(f"{what} holds NaN for the patch {location.index} to {location.index_fin}{of_input}")
         if has_infinity:
             return OutputError(f"{what} holds infinities of both signs, or one too large to sum, at voxel {found.voxel}")
@@ -379,7 +387,8 @@ class Execution:
 
 def _use_one_thread(helpers: Sequence[ThreadPoolExecutor]) -> None:
     """Let PyTorch not share out work of helpers: its threads wait by spinning, and would be in the way of the model's."""
-    threads = torch.get_num_threads()
-    for helper in helpers:
-        helper.submit(torch.set_num_threads, 1).result()
-    torch.set_num_threads(threads)  # it is a matter of each thread, but new ones begin with what was set last
+    with SETTING_THREADS:
+        threads = torch.get_num_threads()
+        for helper in helpers:
+            helper.submit(torch.set_num_threads, 1).result()
+        torch.set_num_threads(threads)  # it is a matter of each thread, but new ones begin with what was set last

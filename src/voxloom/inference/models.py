@@ -2,7 +2,9 @@
 
 import contextlib
 import itertools
+import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -18,6 +20,9 @@ from .reductions import ACTIVATIONS
 __all__ = ["Models", "as_models"]
 
 Model = Callable[[Tensor], Any]
+
+_locks: "weakref.WeakKeyDictionary[nn.Module, threading.RLock]" = weakref.WeakKeyDictionary()
+_making_locks = threading.Lock()
 
 
 def as_models(model: Any) -> tuple[Model, ...]:
@@ -100,24 +105,31 @@ class Models:
 
     @contextlib.contextmanager
     def ready(self) -> Iterator[None]:
-        """Let all modules be on the device and in evaluation mode; afterwards they are as they were."""
-        modes = [(part, part.training) for module in self.modules for part in module.modules()]
-        homes = [(module, _home_of(module)) for module in self.modules]
-        device = self.device
-        try:
-            for module, home in homes:
-                if home is not None and home != device:
-                    module.to(device)
-                if any(part.training for part in module.modules()):
-                    with contextlib.suppress(NotImplementedError):  # exported programs have no modes
-                        module.eval()
-            yield
-        finally:
-            for part, mode in modes:
-                part.training = mode
-            for module, home in homes:
-                if home is not None and home != device:
-                    module.to(home)
+        """Let all modules be on the device and in evaluation mode; afterwards they are as they were.
+
+        Another thread that wants one of them waits: it would find them as they are now, and leave them so.
+        """
+        with contextlib.ExitStack() as stack:
+            locks = {_lock_of(module) for module in self.modules}
+            for lock in sorted(locks, key=id):  # in one order, so that two threads never wait for one another
+                stack.enter_context(lock)
+            modes = [(part, part.training) for module in self.modules for part in module.modules()]
+            homes = [(module, _home_of(module)) for module in self.modules]
+            device = self.device
+            try:
+                for module, home in homes:
+                    if home is not None and home != device:
+                        module.to(device)
+                    if any(part.training for part in module.modules()):
+                        with contextlib.suppress(NotImplementedError):  # exported programs have no modes
+                            module.eval()
+                yield
+            finally:
+                for part, mode in modes:
+                    part.training = mode
+                for module, home in homes:
+                    if home is not None and home != device:
+                        module.to(home)
 
     def run(self, batch: Tensor, streams: Sequence[Stream], read_again: Callable[[], Tensor]) -> list[Tensor]:
         """Give the outputs for a batch: one tensor `(B, C, I, J, K)` for each stream.
@@ -244,6 +256,11 @@ class Models:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that a device has no memory left."""
     return isinstance(error, torch.cuda.OutOfMemoryError) or "MPS backend out of memory" in str(error)
+
+
+def _lock_of(module: nn.Module) -> threading.RLock:
+    with _making_locks:
+        return _locks.setdefault(module, threading.RLock())
 
 
 def _home_of(module: nn.Module) -> torch.device | None:

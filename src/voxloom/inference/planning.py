@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,10 +75,16 @@ class Job:
 
 
 class Planner:
-    """Plans predictions of one model; what is known of its outputs is kept from one to the next."""
+    """Plans predictions of one model; what is known of its outputs is kept from one to the next.
 
-    def __init__(self, models: Models, options: Options) -> None:
-        self._models, self._options = models, options
+    Args:
+        models: the model.
+        options: how it is applied.
+        kept_bytes: tells how much memory is kept for the next prediction, and is as good as free.
+    """
+
+    def __init__(self, models: Models, options: Options, kept_bytes: Callable[[], int] = lambda: 0) -> None:
+        self._models, self._options, self._kept_bytes = models, options, kept_bytes
         # By what the model was given, and where and in what type it ran.
         self._outputs: dict[_Setting, list[Name]] = {}
         self._forms: dict[tuple[_Setting, Stream], Form] = {}
@@ -248,7 +254,7 @@ class Planner:
         if self._options.memory_limit is not None:
             return self._options.memory_limit, True
         free = free_bytes()
-        return None if free is None else int(free * USED_PART), False
+        return None if free is None else int((free + self._kept_bytes()) * USED_PART), False
 
     def _bytes_mapped(self, volume: Voxels) -> int:
         """Memory for the part of a file that is mapped while a patch is read: whole rows of voxels, in two steps of planes."""

@@ -13,7 +13,7 @@ from ..core.front import KEPT_WEIGHTS
 from ..core.grids import PatchGrid
 from ..core.memory import pretty_bytes
 from ..core.sizes import Ints, Scale, pretty_sizes
-from ..core.sweeps import Column, Sweep
+from ..core.sweeps import AxisSweep, Column, Sweep
 from ..errors import SizeError
 from .outputs import Form
 
@@ -220,9 +220,9 @@ def best_split(
     if limit is None or memory_of(whole) <= limit:
         return [whole]
     best: tuple[int, list[Column]] | None = None
-    for rows in _parts(len(whole.rows)):
-        options = _parts(len(whole.thirds))
-        fitting = next((thirds for thirds in options if _peak(sweep, rows, thirds, memory_of) <= limit), None)
+    _, of_rows, of_thirds = (_counts_of_parts(part) for part in sweep.parts)
+    for rows in of_rows:
+        fitting = next((thirds for thirds in of_thirds if _peak(sweep, rows, thirds, memory_of) <= limit), None)
         if fitting is not None:
             columns = sweep.split(rows, fitting)
             passes = passes_of(sweep, columns, batch_size, None)[0]
@@ -253,6 +253,6 @@ def _peak(sweep: Sweep, rows: int, thirds: int, memory_of: Callable[[Column], in
     return max(map(memory_of, kinds.values()))
 
 
-def _parts(count: int) -> list[int]:
-    """Numbers of parts worth trying: each makes the largest part smaller."""
-    return sorted({-(-count // size) for size in range(1, count + 1)})
+def _counts_of_parts(part: AxisSweep) -> list[int]:
+    """Numbers of parts that an axis can be cut into, such that each makes the longest of them shorter."""
+    return sorted({len(part.cut(count)) for count in range(1, len(part.groups) + 1)})

@@ -120,8 +120,8 @@ class Predictor:
         )
         self.model_name = model_name
         self._models = Models(as_models(model), device, amp, mirror_axes)
-        self._planner = Planner(self._models, self.options)
-        self._memory: FreedMemory | None = None
+        self._memory = FreedMemory(0)
+        self._planner = Planner(self._models, self.options, lambda: self._memory.num_bytes)
 
     def plan(
         self, image: Any, *, image_name: str | Sequence[str] | None = None, mask: Any = None, output: Any = None
@@ -290,8 +290,6 @@ class Predictor:
 
     def _allocate(self, num_bytes: int) -> Allocate:
         """Give memory for sums that is kept from volume to volume."""
-        if self._memory is None:
-            self._memory = FreedMemory(num_bytes, num_bytes)
         self._memory.kept_bytes = self._memory.total_bytes = num_bytes
         return self._memory.empty
 
