@@ -180,6 +180,96 @@ def test_what_exists_is_kept_unless_it_is_to_be_replaced(scan, tmp_path, there, 
     assert vx.ScalarImage(tmp_path / "out.nii.gz").shape == (1, 30, 26, 22)
 
 
+def test_a_sidecar_is_of_the_file_that_it_names(scan, tmp_path):
+    mine, model = tmp_path / "out.nii.gz", Fragile()
+    mine.write_text("mine")
+    vx.predict(model, scan, 8, 4, output=tmp_path / "out.nii")
+    predictor = vx.Predictor(model, 8, 4)
+    assert predictor.is_made(scan, output=tmp_path / "out.nii")
+    with pytest.raises(TargetExistsError, match="out.json is not of it as it is now, but of .*'out.nii'"):
+        predictor.is_made(scan, output=mine)
+    (tmp_path / "out.nii").write_text("changed")
+    with pytest.raises(TargetExistsError, match="out.json is not of it as it is now"):
+        predictor.is_made(scan, output=tmp_path / "out.nii")
+
+
+def test_a_mask_is_not_replaced_by_the_result(scan, tmp_path):
+    mask = tmp_path / "mask.nii.gz"
+    vx.LabelMap(vx.ScalarImage(scan).data > 0).save(mask)
+    before = mask.read_bytes()
+    for each in (mask, vx.LabelMap(mask)):
+        with pytest.raises(SaveError, match="would replace the input"):
+            vx.predict(Fragile(), scan, 8, 4, mask=each, output=mask, overwrite=True)
+    assert mask.read_bytes() == before
+
+
+def test_what_others_keep_in_the_hidden_folder_stays(scan, tmp_path):
+    folder = tmp_path / ".out.voxloom"
+    folder.mkdir()
+    (folder / "precious.txt").write_text("mine")
+    vx.predict(Fragile(), scan, 8, 4, output=tmp_path / "out.nii")
+    assert names(folder) == ["precious.txt"]
+
+
+def test_a_sidecar_of_others_that_appears_is_kept(scan, tmp_path):
+    mine, calls = tmp_path / "out.json", []
+
+    def model(batch):
+        calls.append(1)
+        if len(calls) == 5:
+            mine.write_text("mine")
+        return batch
+
+    with pytest.raises(TargetExistsError, match="has appeared while the result was made, and is not of voxloom's"):
+        vx.predict(model, scan, 8, 4, output=tmp_path / "out.nii", overwrite=True, model_name="one")
+    assert mine.read_text() == "mine"
+    mine.unlink()
+    vx.predict(lambda batch: batch, scan, 8, 4, output=tmp_path / "out.nii", model_name="one", overwrite=True)
+    assert names(tmp_path) == ["out.json", "out.nii", "scan.nii.gz"]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("damage", ["header", "cut", "gone"])
+def test_a_damaged_unfinished_file_is_refused(scan, tmp_path, damage):
+    target = tmp_path / "out.nii"
+    interrupt(scan, target, at=150)
+    volume = tmp_path / ".out.voxloom" / "volume.nii"
+    content = volume.read_bytes()
+    if damage == "gone":
+        volume.unlink()
+    else:
+        volume.write_bytes(bytes(352) + content[352:] if damage == "header" else content[:500])
+    with pytest.raises(RecordError, match="volume.nii is (damaged|gone).*begin anew with resume=False"):
+        vx.predict(Fragile(), scan, 8, 4, output=target)
+    vx.predict(Fragile(), scan, 8, 4, output=target, resume=False)
+    assert torch.equal(vx.ScalarImage(target).data, vx.predict(Fragile().network, scan, 8, 4).data)
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_a_damaged_file_that_was_ready_is_not_published(scan, tmp_path, monkeypatch, damage):
+    target = tmp_path / "out.nii"
+
+    def killed(source, target, overwrite):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "_put", killed)
+        with pytest.raises(KeyboardInterrupt):
+            vx.predict(Fragile(), scan, 8, 4, output=target)
+    volume = tmp_path / ".out.voxloom" / "volume.nii"
+    volume.write_bytes(volume.read_bytes()[:500])
+    if damage == "gone":
+        volume.unlink()
+        target.write_text("mine")
+    with pytest.raises(RecordError, match="is gone or damaged"):
+        vx.predict(Fragile(), scan, 8, 4, output=target)
+    if damage == "gone":
+        assert target.read_text() == "mine"
+        target.unlink()
+    vx.predict(Fragile(), scan, 8, 4, output=target, resume=False)
+    assert torch.equal(vx.ScalarImage(target).data, vx.predict(Fragile().network, scan, 8, 4).data)
+
+
 def test_a_sidecar_without_its_file_is_replaced(scan, tmp_path):
     first, second = tmp_path / "out.nii.gz", tmp_path / "out.nii"
     vx.predict(Fragile(), scan, 8, 4, output=first)

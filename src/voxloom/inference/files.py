@@ -7,7 +7,7 @@ by the stem too:
     run           what tells one run from another: the same beside all targets of a run
     record.json   what the run is: targets, input, models, options and plan (beside the first target only)
     progress      a line for each layer that is on the disk, and one when all is ready to be published
-    volume.nii    the result
+    volume.nii    the result; whole.nii.gz is what becomes of it where it is compressed
     sidecar.json  what becomes `STEM.json`
 """
 
@@ -43,6 +43,7 @@ __all__ = [
 ENDINGS = (".nii", ".nii.gz")
 CHUNK_BYTES = 2**22
 READY = "ready"
+UNFINISHED = ".unfinished"
 RECORD_FILES = ("record.json", "progress")
 SCRATCH_FILES = ("volume.nii", "whole.nii.gz", "sidecar.json", "run")
 # What is said in Python and on the command line.
@@ -90,11 +91,19 @@ def difference_of_made(target: Path, identity: Json) -> str | None:
     try:
         made = json.loads(sidecar.read_text())
         recorded = {key: made.get(key) for key in identity}
+        written = made.get("written")
     except (OSError, ValueError, AttributeError):
         return f"nothing beside it says how it was made ({sidecar.name})"
+    if written != _written(target, target):
+        return f"{sidecar.name} is not of it as it is now, but of {written}"
     if None in identity["models"]:
         return "whether it is of the same model cannot be told of a function without a name"
     return "; ".join(differences(recorded, identity))
+
+
+def _written(path: Path, target: Path) -> Json:
+    """Say what a sidecar tells a result by, which is under its own name or still under another one."""
+    return {"name": target.name, "bytes": path.stat().st_size}
 
 
 class NiftiSink:
@@ -129,12 +138,10 @@ class NiftiSink:
         if not self.is_new and not self.volume.exists():
             raise RecordError(f"the unfinished file {self.volume} is gone: {BEGIN_ANEW}")
         with self._explained():
-            self._writer = NiftiWriter(self.volume, form.shape, form.dtype, form.affine, form.codes, self.is_new)
-            if self.volume.stat().st_size != self._writer.num_bytes:
-                raise RecordError(
-                    f"the unfinished file {self.volume} has {self.volume.stat().st_size} bytes in place of"
-                    f" {self._writer.num_bytes}: {BEGIN_ANEW}"
-                )
+            try:
+                self._writer = NiftiWriter(self.volume, form.shape, form.dtype, form.affine, form.codes, self.is_new)
+            except RecordError as error:
+                raise RecordError(f"{error}: {BEGIN_ANEW}") from error
 
     def write(self, box: Box, values: Tensor) -> None:
         """See `Sink`."""
@@ -337,11 +344,21 @@ class UnfinishedRun:
 
         Raises:
             TargetExistsError: if a file has appeared there in the meantime, and must not be replaced.
+            RecordError: if what was whole is not so any more.
         """
         if contents is not None:
             for sink in self.sinks:
-                _write_safely(sink.folder / "sidecar.json", json.dumps(contents, indent=1))
+                described = contents | {"written": _written(sink.whole, sink.target)}
+                _write_safely(sink.folder / "sidecar.json", json.dumps(described, indent=1))
             self._add_line(READY)
+        for sink in self.sinks:
+            _check_whole(sink)
+            sidecar = sidecar_of(sink.target)
+            if sidecar.exists() and not _is_sidecar(sidecar):
+                raise TargetExistsError(
+                    f"{sidecar} has appeared while the result was made, and is not of voxloom's: move it away, and give the same"
+                    " call again"
+                )
         for sink in self.sinks:
             try:
                 _put(sink.whole, sink.target, self.overwrite)
@@ -373,13 +390,13 @@ class UnfinishedRun:
     def close(self) -> None:
         """Let others at the files."""
         for sink, lock in self._locks:
-            # While the lock is held nobody else looks into the folder.
+            # While the lock is held nobody else looks into the folder; but not everywhere what is open can be removed.
             is_empty = not _is_recorded(sink.folder)
             if is_empty and os.name == "posix":
-                shutil.rmtree(sink.folder, ignore_errors=True)
+                _remove_folder(sink.folder)
             lock.release(force=True)
-            if is_empty and os.name != "posix":  # where what is open cannot be removed
-                shutil.rmtree(sink.folder, ignore_errors=True)
+            if is_empty and os.name != "posix":
+                _remove_folder(sink.folder)
         self._locks = []
 
 
@@ -395,6 +412,15 @@ def remove_leftovers(target: Path) -> None:
     if sink.folder.exists() and not _is_recorded(sink.folder):
         with contextlib.suppress(RecordError):  # another process is at it
             UnfinishedRun({None: sink}, overwrite=False).close()
+
+
+def _remove_folder(folder: Path) -> None:
+    """Remove a hidden folder, unless somebody else has put something there."""
+    unfinished = (Path(name).with_suffix(UNFINISHED).name for name in RECORD_FILES + SCRATCH_FILES)
+    with contextlib.suppress(OSError):
+        for name in (*RECORD_FILES, *SCRATCH_FILES, *unfinished, "lock"):
+            (folder / name).unlink(missing_ok=True)
+        folder.rmdir()
 
 
 def _is_recorded(folder: Path) -> bool:
@@ -433,7 +459,17 @@ def _is_of_lock(lock: FileLock, path: Path) -> bool:
         return False
 
 
+def _check_whole(sink: NiftiSink) -> None:
+    """Check that a result is as long as it was when it was whole, whether it is still in the hidden folder or under its name."""
+    paths = (sink.folder / "sidecar.json", sidecar_of(sink.target))
+    found: Json = next((json.loads(path.read_text()) for path in paths if _is_sidecar(path)), {})
+    place = sink.whole if sink.whole.exists() else sink.target
+    if not place.exists() or _written(place, sink.target) != found.get("written"):
+        raise RecordError(f"the result that was ready to be put at {sink.target} is gone or damaged ({place}): {BEGIN_ANEW}")
+
+
 def _put(source: Path, target: Path, overwrite: bool) -> None:
+    """Put a file under its name; what is there is only replaced if it may be."""
     if not source.exists():  # that was done before an interruption
         return
     if not overwrite:
@@ -477,7 +513,7 @@ def _text_of(path: Path) -> str:
 
 
 def _write_safely(path: Path, text: str) -> None:
-    unfinished = path.with_suffix(".unfinished")
+    unfinished = path.with_suffix(UNFINISHED)
     try:
         with unfinished.open("w", encoding="utf-8", errors="surrogateescape") as file:
             file.write(text)

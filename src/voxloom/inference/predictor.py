@@ -4,7 +4,8 @@ import contextlib
 import math
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -170,15 +171,18 @@ class Predictor:
             SaveError: if a file cannot be written. What is finished stays, and the same call goes on from there.
         """
         with contextlib.ExitStack() as stack:
-            return self._made(self._job(image, image_name, mask, output, stack), resume, overwrite, progress)
+            job = self._job(image, image_name, mask, output, stack)
+            return self._made(job, _inputs_of(job, mask), resume, overwrite, progress)
 
-    def _made(self, job: Job, resume: bool, overwrite: bool, progress: bool | str) -> Any:
+    def _made(self, job: Job, inputs: set[Path], resume: bool, overwrite: bool, progress: bool | str) -> Any:
         """Carry out a job, and give what `__call__` returns."""
         sinks = [_sink_of(of_name(job.output, result.name)) for result, _ in job.results]
         if len(set(map(id, sinks))) < len(sinks):
             raise OutputError("one sink was given for several results: give a dict with one for each")
         files = {result.name: sink for (result, _), sink in zip(job.results, sinks, strict=True) if isinstance(sink, NiftiSink)}
-        _check_inputs(job, files.values())
+        for sink in files.values():
+            if sink.target.resolve() in inputs:
+                raise SaveError(f"the result would replace the input {sink.target}: choose another output")
         if files:
             made = self._run_into_files(job, sinks, UnfinishedRun(files, overwrite), resume, progress)
         else:
@@ -417,12 +421,11 @@ def _columns_of(recorded: Any, job: Job, run: UnfinishedRun) -> list[Column]:
     return columns
 
 
-def _check_inputs(job: Job, files: Iterable[NiftiSink]) -> None:
-    """Refuse to write over what is read."""
-    inputs = {path.resolve() for volume in job.volumes.values() if isinstance(volume, Image) for path in paths_of(volume)}
-    for sink in files:
-        if sink.target.resolve() in inputs:
-            raise SaveError(f"the result would replace the input {sink.target}: choose another output")
+def _inputs_of(job: Job, mask: Any) -> set[Path]:
+    """Give the files that are read, which must not be written to."""
+    paths = [path for volume in (*job.volumes.values(), mask) if isinstance(volume, Image) for path in paths_of(volume)]
+    paths += [Path(mask)] if isinstance(mask, str | os.PathLike) else []
+    return {path.expanduser().resolve() for path in paths}
 
 
 def _closed(sinks: list[Sink]) -> list[Any]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...core.boxes import Box
-from ...errors import UnsupportedImageError
+from ...errors import RecordError, UnsupportedImageError
 from ..space import Affine
 from .base import SpaceCodes
 from .saving import nifti_of
@@ -33,6 +33,7 @@ class NiftiWriter:
 
     Raises:
         OSError: if it cannot be written, or there is no room for it.
+        RecordError: if the file that is there is not of that size and header.
     """
 
     def __init__(
@@ -49,6 +50,8 @@ class NiftiWriter:
         header = _header(shape, self.dtype, affine, codes)
         self.offset = len(header)
         self.num_bytes = self.offset + math.prod(shape) * self.dtype.itemsize
+        if not is_new:
+            _check_begin(path, header, self.num_bytes)
         flags = os.O_RDWR | getattr(os, "O_BINARY", 0) | (os.O_CREAT | os.O_TRUNC if is_new else 0)
         self._file = os.open(path, flags, 0o666)
         try:
@@ -119,6 +122,14 @@ def _header(shape: tuple[int, int, int, int], dtype: np.dtype, affine: Affine, c
     buffer = io.BytesIO()
     header.write_to(buffer)
     return buffer.getvalue().ljust(offset, b"\0")
+
+
+def _check_begin(path: Path, header: bytes, num_bytes: int) -> None:
+    with path.open("rb") as file:
+        found, size = file.read(len(header)), path.stat().st_size
+    if size != num_bytes or found != header:
+        what = f"has {size} bytes in place of {num_bytes}" if size != num_bytes else "has another header than it was given"
+        raise RecordError(f"the unfinished file {path} is damaged: it {what}")
 
 
 def _reserve(file: int, num_bytes: int) -> None:
