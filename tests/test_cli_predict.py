@@ -26,7 +26,7 @@ from torch import nn
 
 import voxloom as vx
 from voxloom import cli
-from voxloom.inference import files
+from voxloom.inference import files, model_files
 from voxloom.inference.model_files import load_model
 from voxloom.inference.program_check import _is_plain
 
@@ -163,7 +163,7 @@ def test_one_case_that_fails_does_not_stop_the_others(here, run):
         (["scans/a.nii.gz", "scans/b/a.nii"], "the results of scans/a.nii.gz and of scans/b/a.nii would both go to out/a.nii.gz"),
         (["scans/a.nii.gz", "scans"], "would both go to out/a.nii.gz"),
         (["scans/a.nii.gz", "-o", "scans/a.nii.gz"], "would replace the input scans/a.nii.gz"),
-        (["scans", "-o", "scans"], "would replace the input scans/a.nii.gz"),
+        (["scans", "-o", "scans"], "scans is the folder of the images"),
         (["scans/a.nii.gz", "scans/b/c.mha", "-o", "x.nii.gz"], "x.nii.gz is the name of a file"),
         (["scans", "-o", "x.nii"], "x.nii is the name of a file"),
         (["scans/a.nii.gz", "-o", "x.mha"], "x.mha is the name of a file"),
@@ -708,6 +708,84 @@ def test_models_that_cannot_be_had(here, run, model, options, message):
     done = run("predict", model, "scans/a.nii.gz", "-o", "out.nii.gz", "--patch-size", 8, *options, code=1)
     assert message in done.err
     assert "Traceback" not in done.err
+
+
+EDITED = """
+import torch
+from torch import nn
+
+THRESHOLD = 0.5
+network = nn.Conv3d(1, 1, 1)
+with torch.no_grad():
+    network.weight.fill_(1)
+    network.bias.fill_(0)
+
+def helper(batch):
+    return (batch > THRESHOLD).float()
+
+def model(batch, kind="a"):
+    return helper(network(batch)) if kind in {"alpha", "beta", "gamma", "delta", "a"} else batch
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.power, self.calls, self.last = 2, 0, None
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, batch):
+        self.calls += 1
+        self.last = batch
+        return (batch * self.weight) ** self.power
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "edit"),
+    [
+        ("model", ("0.5", "0.25")),
+        ("model", ("(batch > THRESHOLD)", "(batch < THRESHOLD)")),
+        ("model", ("fill_(1)", "fill_(2)")),
+        ("Net", ("self.power, self.calls, self.last = 2", "self.power, self.calls, self.last = 3")),
+    ],
+)
+def test_code_that_was_edited_is_another_model(here, name, edit):
+    Path("edited.py").write_text(EDITED)
+    torch.save({"weight": torch.ones(1)}, "w.pt")
+    given = ["--weights", "w.pt"] if name == "Net" else []
+    command = [sys.executable, "-m", "voxloom", "predict", f"edited:{name}", "scans", "-o", "o", "--patch-size", "8", *given]
+    done = [subprocess.run(command, capture_output=True, text=True) for _ in range(2)]
+    assert [each.returncode for each in done] == [0, 0], done
+    assert "0 done, 3 complete already, 0 failed" in done[1].stdout
+    Path("edited.py").write_text(EDITED.replace(*edit))
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 1
+    assert again.stderr.count("exists, and is of something else: models was") == 3
+
+
+def test_weights_of_wrapped_networks(here):
+    network = nn.Sequential(OrderedDict(module=nn.Conv3d(1, 2, 1)))
+    state = network.state_dict()
+    wrapped = {f"_orig_mod.module.{name}": value for name, value in state.items()}
+    for number, content in enumerate((state, wrapped, {"model": {"state_dict": wrapped}})):
+        torch.save(content, f"{number}.pt")
+        other = nn.Sequential(OrderedDict(module=nn.Conv3d(1, 2, 1)))
+        model_files._load_weights(other, Path(f"{number}.pt"), False)
+        assert torch.equal(other.module.weight, network.module.weight)
+    torch.save({1: torch.ones(1)}, "numbers.pt")
+    with pytest.raises(vx.errors.ModelFileError, match="holds no weights by name"):
+        model_files._load_weights(network, Path("numbers.pt"), False)
+
+
+def test_results_among_the_inputs_are_refused_before_anything_starts(here, run):
+    assert "is the folder of the images" in run("predict", "mymodels:negative", "scans", "-o", "scans", code=1).err
+    Path("plain").write_text("mine")
+    done = run("predict", "mymodels:negative", "scans", "-o", "plain", "--patch-size", 8, code=1)
+    assert "plain is a file: give the name of a folder" in done.err
+
+
+@pytest.mark.parametrize("option", ["--threshold", "--mask-above"])
+def test_numbers_that_are_none_are_refused(here, run, option):
+    assert "is nan" in run("predict", "mymodels:negative", "scans/a.nii.gz", "--patch-size", 8, option, "nan", code=1).err
 
 
 def test_a_model_without_a_patch_size_needs_one(here, run):

@@ -247,14 +247,18 @@ def predict(
             raise typer.Exit(130) from None
         except Exception as error:  # noqa: BLE001 - one case that fails, by whatever, must not stop the others
             failed.append(case.name)
-            if not isinstance(error, VoxloomError):
-                traceback.print_exception(error)
-            text = ". ".join([str(error) or type(error).__name__, *getattr(error, "__notes__", ())])
-            _say(f"voxloom: {case.name} failed: {text}", err=True)
+            _say_failure(case, error)
     if len(cases) > 1:
         _say(f"{done} done, {skipped} complete already, {len(failed)} failed" + "".join(f"\n  {name}" for name in failed))
     if failed:
         raise typer.Exit(1)
+
+
+def _say_failure(case: Case, error: Exception) -> None:
+    if not isinstance(error, VoxloomError | OSError):
+        traceback.print_exception(error)
+    text = ". ".join([str(error) or type(error).__name__, *getattr(error, "__notes__", ())])
+    _say(f"voxloom: {case.name} failed: {text}", err=True)
 
 
 def _subject(case: Case, model: LoadedModel) -> Subject:
@@ -302,8 +306,8 @@ def plan(
             subject = _subject(case, model)
             found = predictor.plan(subject, image_name=list(subject.images), mask=where, output=case.target)
             _say(f"{case.name}\n{found}\n" if len(cases) > 1 else str(found))
-        except VoxloomError as error:
-            _say(f"voxloom: {case.name} failed: {error}", err=True)
+        except Exception as error:  # noqa: BLE001 - see above
+            _say_failure(case, error)
             failed = True
     if failed:
         raise typer.Exit(1)
@@ -401,6 +405,6 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         app()
-    except VoxloomError as error:
+    except (VoxloomError, OSError) as error:
         _say(f"voxloom: {error}", err=True)
         raise SystemExit(1) from None

@@ -43,6 +43,11 @@ def cases_of(images: Sequence[Path], output: Path) -> list[Case]:
     if len(images) == 1 and not _is_folder_of_images(images[0]) and output.name.lower().endswith(TARGETS):
         return _checked([Case(images[0].name, (images[0],), output)])
     _check_folder(output)
+    for path in images:
+        if path.is_dir() and path.resolve() == output.resolve():
+            raise SaveError(
+                f"{output} is the folder of the images, and its results would be taken for images the next time: choose another"
+            )
     cases = []
     for path in images:
         if not path.exists():
@@ -142,6 +147,8 @@ def _check_folder(output: Path) -> None:
             f"{output} is the name of a file: results are {' or '.join(TARGETS)}, and where there may be several, give the name"
             " of a folder"
         )
+    if output.exists() and not output.is_dir():
+        raise SaveError(f"{output} is a file: give the name of a folder")
 
 
 def _images_in(folder: Path, output: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:

@@ -74,8 +74,14 @@ def _raw(values: Tensor) -> Any:
     return contiguous.view(-1).view(torch.uint8).numpy() if contiguous.numel() else b""
 
 
-def identity_of_model(model: Callable, name: str | None) -> Json:
-    """Identify a model: by a name that the user gives, or a module by its weights. None for a function without a name."""
+def identity_of_model(model: Callable, name: str | None, within: tuple[Any, ...] = ()) -> Json:
+    """Identify a model: by a name that the user gives, or a module by its weights. None for a function without a name.
+
+    Args:
+        model: the model.
+        name: by what it is known; None for nothing.
+        within: what it is a part of.
+    """
     if name is not None:
         return {"name": name}
     if not isinstance(model, nn.Module):
@@ -83,7 +89,7 @@ def identity_of_model(model: Callable, name: str | None) -> Json:
     digest = hashlib.sha256(_without_addresses(repr(model)).encode())
     for name, part in model.named_modules():
         # Of exported and scripted modules the code is not that of the class. They keep constants where no checkpoint has them.
-        digest.update(f"{name} {getattr(part, 'code', '')} {json.dumps(_attributes_of(part))}".encode())
+        digest.update(f"{name} {getattr(part, 'code', '')} {json.dumps(_attributes_of(part, (*within, model)))}".encode())
     if isinstance(model, torch.jit.ScriptModule):
         digest.update(_hash(_parts_of_script(model)).encode())
     values = dict(model.state_dict()) | dict(model.named_buffers())  # with those that are not part of a checkpoint
@@ -93,23 +99,32 @@ def identity_of_model(model: Callable, name: str | None) -> Json:
     return {"class": f"{type(model).__module__}.{type(model).__qualname__}", "sha256": digest.hexdigest()}
 
 
-def _attributes_of(part: nn.Module) -> Json:
+def _attributes_of(part: nn.Module, within: tuple[Any, ...]) -> Json:
     """Write down what a module does, and the values that it keeps beside its parameters, buffers and modules.
 
-    Whole numbers are left out: some count. Those of PyTorch's own layers are in how they print.
+    Whole numbers are left out but in PyTorch's own layers: others may count how often they are called.
     """
+    is_known = type(part).__module__.startswith("torch.")
     forward = inspect.getattr_static(type(part), "forward", None)
     code = _text_of(forward.__code__) if inspect.isfunction(forward) else ""
-    own = {name: value for name, value in vars(part).items() if name not in vars(nn.Module()) and type(value) is not int}
-    return [_hash([code]), {name: identity_of_option(value) for name, value in sorted(own.items()) if _is_value(value)}]
+    own = {
+        name: value
+        for name, value in vars(part).items()
+        if name not in vars(nn.Module()) and (is_known or type(value) is not int)
+    }
+    return [_hash([code]), {name: identity_of_option(value, within) for name, value in sorted(own.items()) if _is_value(value)}]
 
 
 def _is_value(value: Any) -> bool:
-    if isinstance(value, tuple | list):
+    if isinstance(value, tuple | list | set | frozenset):
         return all(map(_is_value, value))
     if isinstance(value, Mapping):
         return all(map(_is_value, value.values()))
-    return isinstance(value, bool | int | float | complex | str | np.ndarray | Tensor) or value is None
+    return (
+        inspect.isroutine(value)
+        or isinstance(value, torch.dtype | bool | int | float | complex | str | np.ndarray | Tensor)
+        or value is None
+    )
 
 
 def _parts_of_script(model: torch.jit.ScriptModule) -> Iterable[str | bytes]:
@@ -121,37 +136,52 @@ def _parts_of_script(model: torch.jit.ScriptModule) -> Iterable[str | bytes]:
                 yield PASSING.sub("", archive.read(name).decode("latin-1"))
 
 
-def identity_of_option(value: Any) -> Json:
-    """Write an option down: functions by their code and what it uses, objects by their class and state."""
+def identity_of_option(value: Any, within: tuple[Any, ...] = ()) -> Json:
+    """Write an option down: functions by their code and what it uses, objects by their class and state.
+
+    Args:
+        value: the option.
+        within: what it is a part of.
+    """
+    if any(value is each for each in within):
+        return "itself"
+    part = functools.partial(identity_of_option, within=(*within, value))
     if value is None or isinstance(value, bool | int | float | str):
         return value if not isinstance(value, float) or math.isfinite(value) else repr(value)
     if isinstance(value, Mapping):
-        return {str(key): identity_of_option(item) for key, item in value.items()}
+        return {str(key): part(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
-        return [identity_of_option(item) for item in value]
+        return [part(item) for item in value]
+    if isinstance(value, set | frozenset):  # whose order differs from process to process
+        return sorted(json.dumps(part(item)) for item in value)
     if isinstance(value, nn.Module):
-        return identity_of_model(value, None)
+        return identity_of_model(value, None, within)
     if isinstance(value, np.ndarray):
-        return _hash([repr(value.shape), np.ascontiguousarray(value).tobytes()])
+        return _hash([f"{value.dtype} {value.shape}", np.ascontiguousarray(value).tobytes()])
     if isinstance(value, Tensor):
-        return _hash([repr(value.shape), _raw(value)])
+        return _hash([f"{value.dtype} {value.shape}", _raw(value)])
     if inspect.isfunction(value):
         cells = [cell.cell_contents for cell in value.__closure__ or ()]
-        used = identity_of_option([value.__defaults__, value.__kwdefaults__, cells])
+        used = part([value.__defaults__, value.__kwdefaults__, cells])
         return f"{value.__module__}.{value.__qualname__} {_hash([_text_of(value.__code__), json.dumps(used)])[:16]}"
     if inspect.ismethod(value):
-        return [identity_of_option(value.__func__), identity_of_option(value.__self__)]
+        return [part(value.__func__), part(value.__self__)]
     if isinstance(value, functools.partial):
-        return [identity_of_option(part) for part in (value.func, value.args, value.keywords)]
+        return [part(each) for each in (value.func, value.args, value.keywords)]
     name = f"{type(value).__module__}.{type(value).__qualname__}"
     if hasattr(value, "__dict__") and not isinstance(value, type | types.ModuleType):
-        return {name: identity_of_option(vars(value))}
+        return {name: part(vars(value))}
     return _without_addresses(repr(value))
 
 
 def _text_of(code: types.CodeType) -> str:
-    constants = [_text_of(item) if isinstance(item, types.CodeType) else repr(item) for item in code.co_consts]
+    constants = [_text_of(item) if isinstance(item, types.CodeType) else _text_of_constant(item) for item in code.co_consts]
     return repr((code.co_code, code.co_names, constants))
+
+
+def _text_of_constant(value: Any) -> str:
+    # The order of a set differs from process to process.
+    return repr(sorted(map(repr, value))) if isinstance(value, frozenset) else repr(value)
 
 
 def _without_addresses(text: str) -> str:

@@ -1,5 +1,6 @@
 """Which patches need be computed: those that hold a voxel of a mask."""
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from numbers import Real
@@ -90,6 +91,8 @@ def _reader_of(mask: Any, volumes: dict[str, Voxels], affine: Affine, shape: tup
     if isinstance(mask, Image):
         return _of_image(mask, affine)
     if isinstance(mask, Real) and not isinstance(mask, bool):
+        if math.isnan(mask):
+            raise SubjectError("the mask is nan, which no voxel is above: give a number")
         return lambda box: torch.stack([(volume.read(box) > float(mask)).any(0) for volume in volumes.values()]).any(0)
     if callable(mask):
         return lambda box: _called(mask, torch.cat([volume.read(box) for volume in volumes.values()]))

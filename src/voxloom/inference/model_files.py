@@ -8,7 +8,7 @@ import pickle
 import sys
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MissingDependencyError, ModelFileError
-from .identity import identity_of_option
+from .identity import identity_of_model, identity_of_option
 from .program_check import ProgramRefusedError, inspected, is_program
 
 __all__ = ["LoadedModel", "load_model"]
@@ -33,7 +33,7 @@ class LoadedModel:
 
     model: Callable
     name: str | None = None
-    """By what it is known: the hash of its file, or the code of a function. None for a module that is known by its weights."""
+    """By what it is known: the hash of its file, or of the code and the weights. None for what was unpickled."""
     batch_size: int | None = None
     patch_size: tuple[int | None, ...] = (None, None, None)
     channels: int | None = None
@@ -66,9 +66,7 @@ def load_model(name: str, weights: Path | None = None, allow_pickle: bool = Fals
             raise ModelFileError(
                 f"{name} takes no batch, and so is no model. If it makes a network, give its weights with --weights"
             )
-        if isinstance(found, nn.Module):
-            return LoadedModel(found)
-        return LoadedModel(found, f"{name} {json.dumps(identity_of_option(found))}")
+        return LoadedModel(found, _name_of_code(name, found))
     try:
         network = found()
     except TypeError as error:
@@ -76,7 +74,23 @@ def load_model(name: str, weights: Path | None = None, allow_pickle: bool = Fals
     if not isinstance(network, nn.Module):
         raise ModelFileError(f"{name} returned {type(network).__name__}: with weights it must make a torch.nn.Module")
     _load_weights(network, weights, allow_pickle)
-    return LoadedModel(network.eval())
+    return LoadedModel(network.eval(), f"{_name_of_code(name, found)} {_hash_of_networks([network])}")
+
+
+def _name_of_code(name: str, found: Any) -> str:
+    """Know a function or class by all that is written where it is from, and by the networks that are kept there."""
+    places = {name.partition(":")[0], getattr(found, "__module__", None) or type(found).__module__}
+    modules = [sys.modules[place] for place in sorted(places) if place in sys.modules]
+    digest = hashlib.sha256(json.dumps(identity_of_option(found)).encode())
+    for module in modules:
+        source = Path(getattr(module, "__file__", None) or "")
+        digest.update(source.read_bytes() if source.is_file() else module.__name__.encode())
+        digest.update(_hash_of_networks([value for value in vars(module).values() if isinstance(value, nn.Module)]).encode())
+    return f"{name} sha256 {digest.hexdigest()}"
+
+
+def _hash_of_networks(networks: Sequence[nn.Module]) -> str:
+    return hashlib.sha256(json.dumps([identity_of_model(network, None) for network in networks]).encode()).hexdigest()
 
 
 def _takes_a_batch(function: Callable) -> bool:
@@ -111,7 +125,9 @@ def _imported(name: str) -> Any:
 
 
 def _load_weights(network: nn.Module, path: Path, allow_pickle: bool) -> None:
-    state = _without_prefix(_state_of(path, allow_pickle))
+    state = _state_of(path, allow_pickle)
+    while not set(state) & set(network.state_dict()) and (shorter := _without_prefix(state)) is not state:
+        state = shorter
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
@@ -132,21 +148,19 @@ def _state_of(path: Path, allow_pickle: bool) -> Mapping[str, Tensor]:
         except SafetensorError as error:
             raise ModelFileError(f"{path} is not a file of safetensors, or is damaged: {error}") from error
     found: Any = _unpickled(path, allow_pickle)
-    for key in STATE_KEYS:
-        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
-            found = found[key]
-    if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
+    while isinstance(found, Mapping) and (inner := [found[key] for key in STATE_KEYS if isinstance(found.get(key), Mapping)]):
+        found = inner[0]
+    if not isinstance(found, Mapping) or not all(isinstance(key, str) and isinstance(found[key], Tensor) for key in found):
         raise ModelFileError(f"{path} holds no weights by name, also not under {', '.join(STATE_KEYS)}")
     return found
 
 
-def _without_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Drop what wrappers such as DistributedDataParallel and torch.compile put before all names."""
-    names = dict(state)
+def _without_prefix(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Drop what a wrapper such as DistributedDataParallel or torch.compile puts before all names, if there is such a thing."""
     for prefix in ("module.", "_orig_mod."):
-        if names and all(name.startswith(prefix) for name in names):
-            names = {name.removeprefix(prefix): value for name, value in names.items()}
-    return names
+        if state and all(name.startswith(prefix) for name in state):
+            return {name.removeprefix(prefix): value for name, value in state.items()}
+    return state
 
 
 def _unpickled(path: Path, allow_pickle: bool) -> Any:

@@ -1,5 +1,6 @@
 """What is kept of a model's outputs: an activation before patches are summed, and a reduction of each finished voxel."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -222,6 +223,8 @@ def as_reduction(given: Any) -> Reduction:
     if isinstance(given, Regions):
         return given
     if isinstance(given, Real) and not isinstance(given, bool):
+        if math.isnan(given):
+            raise ModeError("reduce is nan, which nothing is larger than: give a number")
         return Threshold(float(given))
     if isinstance(given, np.ndarray | Tensor) and given.ndim == 1:
         given = given.tolist()
