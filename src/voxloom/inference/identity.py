@@ -26,7 +26,7 @@ __all__ = ["content_hashes", "differences", "identity_of_model", "identity_of_op
 # Voxels of an array that are hashed at a time.
 CHUNK_VOXELS = 2**20
 # Numbers that tell scripted classes and functions of one process apart.
-PASSING = re.compile(r"___torch_mangle_\d+|0x[0-9a-f]+|\d{12,}")
+PASSING = re.compile(r"[./]?___torch_mangle_\d+|0x[0-9a-f]+|\d{12,}")
 
 Json = Any
 
@@ -102,17 +102,21 @@ def identity_of_model(model: Callable, name: str | None, within: tuple[Any, ...]
 def _attributes_of(part: nn.Module, within: tuple[Any, ...]) -> Json:
     """Write down what a module does, and the values that it keeps beside its parameters, buffers and modules.
 
-    Whole numbers are left out but in PyTorch's own layers: others may count how often they are called.
+    Whole numbers are left out but in PyTorch's own layers: others may count how often they are called. Functions are left out in
+    what PyTorch makes when it exports or traces, where they are its own.
     """
-    is_known = type(part).__module__.startswith("torch.")
+    home = type(part).__module__
+    is_layer = home.startswith("torch.nn.")
+    is_made = home.startswith("torch.") and not is_layer
     forward = inspect.getattr_static(type(part), "forward", None)
     code = _text_of(forward.__code__) if inspect.isfunction(forward) else ""
-    own = {
-        name: value
-        for name, value in vars(part).items()
-        if name not in vars(nn.Module()) and (is_known or type(value) is not int)
+    own = {name: value for name, value in sorted(vars(part).items()) if name not in vars(nn.Module()) and _is_value(value)}
+    told = {
+        name: identity_of_option(value, within)
+        for name, value in own.items()
+        if (is_layer or type(value) is not int) and not (is_made and callable(value))
     }
-    return [_hash([code]), {name: identity_of_option(value, within) for name, value in sorted(own.items()) if _is_value(value)}]
+    return [_hash([code]), told]
 
 
 def _is_value(value: Any) -> bool:
@@ -120,10 +124,9 @@ def _is_value(value: Any) -> bool:
         return all(map(_is_value, value))
     if isinstance(value, Mapping):
         return all(map(_is_value, value.values()))
+    is_function = inspect.isroutine(value) and not inspect.ismethod(value)
     return (
-        inspect.isroutine(value)
-        or isinstance(value, torch.dtype | bool | int | float | complex | str | np.ndarray | Tensor)
-        or value is None
+        is_function or value is None or isinstance(value, torch.dtype | bool | int | float | complex | str | np.ndarray | Tensor)
     )
 
 
