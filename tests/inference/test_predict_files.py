@@ -588,7 +588,7 @@ def test_a_run_that_ends_while_it_is_published_is_published_the_next_time(scan, 
     model = Fragile()
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", failing(Path.replace))
-        patch.setattr(files.shutil, "rmtree", failing(files.shutil.rmtree))
+        patch.setattr(Path, "rmdir", failing(Path.rmdir))
         patch.setattr(files.shutil, "copyfileobj", failing(files.shutil.copyfileobj))
         with contextlib.suppress(Interrupted):
             vx.predict(model, scan, 8, 4, output=target)

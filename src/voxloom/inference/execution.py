@@ -295,7 +295,7 @@ class Execution:
             self._wait_for_one()
 
     def _submit(self, function: Callable, *arguments: object, num_bytes: int = 0) -> None:
-        """Let the writer do something, once it has done all but some of what it was given."""
+        """Let the writer do something after what it was given before; waits only if too many things wait already."""
         while len(self._writing) >= MOST_WAITING or (self._writing and self._writing[0][0].done()):
             self._wait_for_one()
         self._writing.append((self._writer.submit(self._unless_failed, function, *arguments), num_bytes))
