@@ -4,6 +4,7 @@ import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from . import memory
 from .accumulator import sum_dtype
 from .boxes import Box
+from .sharing import Share, Work
 from .sizes import Ints
 from .sweeps import Column, Place, Sweep
 from .weave import AxisWeave
@@ -24,6 +26,10 @@ Allocate = Callable[[Sequence[int], torch.dtype], Tensor]
 
 # Weights of patches that are kept: the first, the middle and the last of a row differ.
 KEPT_WEIGHTS = 3
+# Patches that are smaller than this are added at once: sharing out would take longer.
+SHARED_BYTES = 16 * 2**20
+# What is shared out at a time, at most: with less, threads would wait for Python's lock more often than for memory.
+PIECE_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -108,6 +114,44 @@ class _Cell:
         return self.values.nbytes + (0 if self.weights is None else self.weights.nbytes)
 
 
+@dataclass(frozen=True)
+class _Addition:
+    """A piece of a patch that is added to a cell."""
+
+    values: Tensor
+    """Where it is added."""
+    patch: Tensor
+    weights: Tensor | None
+    axis: int
+    old: int
+    """To how many planes along the axis something was added before; others are set."""
+
+    @torch.no_grad()  # which is a matter of each thread
+    def carry_out(self, channels: slice) -> None:
+        """Add some channels."""
+        values, patch = self.values[channels], self.patch[channels]
+        if self.weights is None:
+            values.copy_(patch)
+            return
+        new = values.shape[self.axis] - self.old
+        if self.old:
+            target, *factors = (each.narrow(self.axis, 0, self.old) for each in (values, patch, self.weights))
+            target.addcmul_(*factors)
+        if new:
+            target, *factors = (each.narrow(self.axis, self.old, new) for each in (values, patch, self.weights))
+            torch.mul(*factors, out=target)
+
+
+def _cut(additions: Sequence[_Addition]) -> list[Work]:
+    """Cut additions into some that take about as long, those of the same channels one after the other."""
+    pieces = []
+    for number, each in enumerate(additions):
+        channels = len(each.patch)
+        step = max(1, PIECE_BYTES * channels // each.patch.nbytes)
+        pieces += [(start, number, partial(each.carry_out, slice(start, start + step))) for start in range(0, channels, step)]
+    return [work for _, _, work in sorted(pieces, key=lambda piece: piece[:2])]
+
+
 class Front:
     """Sums the patches of one column, and gives what is finished.
 
@@ -122,6 +166,7 @@ class Front:
         weights: those of the patches; None to crop, that is to copy the centres.
         needed: which patches will be added, by their numbers; None for all.
         allocate: makes memory for sums on the CPU.
+        share: does the work of a large patch on the CPU.
     """
 
     def __init__(
@@ -134,9 +179,10 @@ class Front:
         weights: WeightsOfPatches | None,
         needed: np.ndarray | None = None,
         allocate: Allocate | None = None,
+        share: Share | None = None,
     ) -> None:
         self._sweep, self.column = sweep, column
-        self._allocate = allocate if device.type == "cpu" else None
+        self._allocate, self._share = (allocate, share) if device.type == "cpu" else (None, None)
         self._channels, self._device = channels, device
         self._dtype = dtype if weights is None else sum_dtype(dtype)
         self._weights = weights
@@ -175,12 +221,20 @@ class Front:
         origin = sweep.grid.location(numbers).index
         piece = patch[(slice(None), *box.relative_to(origin).slices)].to(self._device, self._dtype)
         weights = None if self._weights is None else self._weights.of(numbers)[box.relative_to(whole.start).slices]
+        additions = []
         # Everything that takes memory comes first.
         for cell in [self._open(place) for place in self._added_to(numbers)]:
             part = box & cell.box
             target = part.relative_to(cell.box.start).slices
             source = part.relative_to(box.start).slices
-            self._add(cell, piece[(slice(None), *source)], target, None if weights is None else weights[source])
+            additions.append(
+                self._addition(cell, piece[(slice(None), *source)], target, None if weights is None else weights[source])
+            )
+        if self._share is None or piece.nbytes < SHARED_BYTES:
+            for each in additions:
+                each.carry_out(slice(None))
+        else:
+            self._share(_cut(additions))
 
     def _added_to(self, numbers: Ints) -> Iterable[Place]:
         """Give the cells that a patch adds to."""
@@ -195,7 +249,8 @@ class Front:
         )
         return itertools.product(layers, rows, thirds)
 
-    def _add(self, cell: _Cell, piece: Tensor, target: tuple[slice, ...], weights: Tensor | None) -> None:
+    def _addition(self, cell: _Cell, piece: Tensor, target: tuple[slice, ...], weights: Tensor | None) -> "_Addition":
+        """Say how to add a piece of a patch to a cell, of which that counts as done."""
         first, second, third = self._sweep.axes
         start, stop = target[third].start, target[third].stop
         # A patch of several that are gathered together may be the first in a cell without filling its cross-section.
@@ -203,13 +258,10 @@ class Front:
         self._clear(cell, start if is_whole else stop)
         old = min(max(cell.reached - start, 0), stop - start)
         values = cell.values[(slice(None), *target)]
-        if weights is None:
-            values.copy_(piece)
-        else:
-            _sum_up(values, piece, weights, third - 3, old)
         cell.reached = max(cell.reached, stop)
         if cell.weights is not None:
             cell.weights[target].add_(1 if weights is None else weights)
+        return _Addition(values, piece, weights, third - 3, old)
 
     def _clear(self, cell: _Cell, stop: int) -> None:
         """Set to 0 what no patch has been added to, up to some place.
@@ -281,12 +333,3 @@ class Front:
                     # Where all patches were added, weights sum to 1, and which cell a voxel is in must not show in its bits.
                     cell.values.div_(cell.weights.masked_fill_(uncovered | self._has_all(cell.box), 1))
             yield Finished(cell.box, cell.values, uncovered)
-
-
-def _sum_up(values: Tensor, patch: Tensor, weights: Tensor, axis: int, old: int) -> None:
-    """Add a weighted patch to the first `old` planes along an axis, and set the others to it."""
-    new = values.shape[axis] - old
-    if old:
-        values.narrow(axis, 0, old).addcmul_(patch.narrow(axis, 0, old), weights.narrow(axis, 0, old))
-    if new:
-        torch.mul(patch.narrow(axis, old, new), weights.narrow(axis, old, new), out=values.narrow(axis, old, new))

@@ -1,5 +1,6 @@
 """Doing what a plan says: reading, the model, the sum, and reducing and writing, side by side."""
 
+import contextlib
 import itertools
 import math
 import threading
@@ -17,6 +18,7 @@ from torch import Tensor
 from ..core.boxes import Box
 from ..core.front import Allocate, Finished, Front, WeightsOfPatches
 from ..core.memory import Trimmer
+from ..core.sharing import Share, SharedOut
 from ..core.sizes import Ints
 from ..core.sweeps import Column, Place
 from ..core.windows import Window
@@ -33,6 +35,8 @@ __all__ = ["Execution", "Progress"]
 HOST = torch.device("cpu")
 # Blocks that may wait for the writer, so that what has no size, such as blocks without patches, is bounded too.
 MOST_WAITING = 32
+# Threads that add patches to sums, at most: more would not be faster, since memory is not.
+MOST_ADDING = 16
 SETTING_THREADS = threading.Lock()
 
 Progress = Callable[[int], object]
@@ -65,8 +69,8 @@ class _NanFound(Exception):  # noqa: N818 - it never leaves this file
 class Execution:
     """Carries out a plan.
 
-    The model runs in the caller's thread; one thread reads the next batch, and another reduces and writes what is finished, as
-    far behind as memory lets it be. An error in any of them stops the others.
+    The model runs in the caller's thread; one thread reads the next batch, some add patches to sums, and another reduces and
+    writes what is finished, as far behind as memory lets it be. An error in any of them stops the others.
     """
 
     plan: PredictionPlan
@@ -93,6 +97,7 @@ class Execution:
         # What the writer is at or has yet to do, and the bytes of the sums in each.
         self._writing: deque[tuple[Future, int]] = deque()
         self._has_ended = False
+        self._share: Share | None = None
         self._weights = [
             None if self.window is None else WeightsOfPatches(each.sweep, self.window, each.dtype(), self.front_device)
             for each in self.sums
@@ -117,8 +122,12 @@ class Execution:
             layers_done: layers that were finished earlier, counted over all columns.
             progress: is told of patches that have been computed.
         """
-        with ThreadPoolExecutor(1, "voxloom-read") as self._reading, ThreadPoolExecutor(1, "voxloom-write") as self._writer:
-            _use_one_thread([self._reading, self._writer])
+        with contextlib.ExitStack() as stack:
+            names = ["read", "write", *["add"] * min(torch.get_num_threads(), MOST_ADDING)]
+            threads = [stack.enter_context(ThreadPoolExecutor(1, f"voxloom-{name}")) for name in names]
+            _use_one_thread(threads)
+            self._reading, self._writer, *adding = threads
+            self._share = SharedOut(adding) if len(adding) > 1 else None
             try:
                 with self.models.ready():
                     self._go(layers_done, progress)
@@ -176,6 +185,7 @@ class Execution:
             self._weights[number],
             self.needed,
             self.allocate,
+            self._share,
         )
 
     def _add(self, front: Front, patch: Tensor, numbers: Ints) -> None:
