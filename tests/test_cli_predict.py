@@ -287,6 +287,34 @@ def test_a_program_fixes_its_sizes(here, run):
     assert "batch size:  any\n  patch size:  8 × 8 × 8" in run("info", "free.pt2").out
 
 
+@pytest.mark.parametrize(
+    ("batch", "least"),
+    [
+        (torch.export.Dim("batch", min=2), 2),
+        (torch.export.Dim("batch", min=3, max=6), 3),
+        (2 * torch.export.Dim("half"), 4),
+        (torch.export.Dim.AUTO, 2),
+    ],
+)
+def test_a_program_with_a_smallest_batch_is_given_that(here, run, batch, least):
+    class Pairs(nn.Module):
+        def forward(self, batch):
+            pairs = batch.reshape(2, -1, *batch.shape[2:]) if batch.shape[0] % 2 == 0 else batch
+            return pairs.reshape(batch.shape)
+
+    network = Pairs() if least == 4 else nn.Conv3d(1, 2, 3, padding=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.export.export(network.eval(), (torch.zeros(4, 1, 8, 8, 8),), dynamic_shapes=({0: batch},))
+        torch.export.save(program, "model.pt2")
+    assert f"batch size:  {least} or more" in run("info", "model.pt2").out
+    assert f"forward passes of {least}" in run("plan", "model.pt2", "scans/a.nii.gz").out
+    run("predict", "model.pt2", "scans/a.nii.gz", "-o", "out.nii.gz")
+    if least > 2:
+        error = run("predict", "model.pt2", "scans/a.nii.gz", "-o", "one.nii.gz", "--batch-size", 1, code=1).err
+        assert "other sizes than a batch (B, C, I, J, K) of (1, 1, 8, 8, 8)" in error
+
+
 def test_a_program_may_fix_some_of_its_sizes_or_what_they_may_be(here, run):
     exported("model.pt2", batch=2, dynamic=({0: torch.export.Dim("batch", max=4), 2: torch.export.Dim("size", max=10)},))
     assert "patch size:  any × 8 × 8" in run("info", "model.pt2").out

@@ -180,7 +180,7 @@ def _sizes_of(loaded: LoadedModel, patch_size: list[int] | None, batch_size: int
     if None in size:
         own = "has none of its own" if set(fixed) == {None} else f"was exported for {pretty_sizes(fixed)}"
         raise SizeError(f"the patch size is missing, and the model {own}: give --patch-size, such as --patch-size 128")
-    return size, next(number for number in (batch_size, loaded.batch_size, 1) if number is not None)
+    return size, next(number for number in (batch_size, loaded.batch_size, loaded.least_batch_size) if number is not None)
 
 
 def _numbers(text: str | None, convert: Any, name: str) -> Any:
@@ -332,7 +332,8 @@ def info(
 def _description(path: Path) -> str:
     if path.suffix.lower() in (".pt2", ".pt", ".ts", ".pth"):
         loaded = load_model(str(path))
-        lines = {"batch size": loaded.batch_size or "any", "patch size": pretty_sizes(loaded.patch_size)}
+        free = "any" if loaded.least_batch_size == 1 else f"{loaded.least_batch_size} or more"
+        lines = {"batch size": loaded.batch_size or free, "patch size": pretty_sizes(loaded.patch_size)}
     else:
         image = ScalarImage(path)
         size = image.memory / 2**20

@@ -37,6 +37,8 @@ class LoadedModel:
     batch_size: int | None = None
     patch_size: tuple[int | None, ...] = (None, None, None)
     channels: int | None = None
+    least_batch_size: int = 1
+    """The smallest batch that a model was made for which takes some of any size."""
 
 
 def load_model(name: str, weights: Path | None = None, allow_pickle: bool = False) -> LoadedModel:
@@ -230,7 +232,16 @@ def _of_program(path: Path, allow_pickle: bool) -> LoadedModel:
             " one batch (B, C, I, J, K)"
         )
     batch, channels, *patch = (size if isinstance(size, int) else None for size in shapes[0])
-    return LoadedModel(program.module(), _name_of(path), batch, tuple(patch), channels)
+    return LoadedModel(program.module(), _name_of(path), batch, tuple(patch), channels, _least(shapes[0][0], program))
+
+
+def _least(size: Any, program: torch.export.ExportedProgram) -> int:
+    """Say what a size is at least. PyTorch checks no declared minimum of 2, though what it exported may hold from there only."""
+    if isinstance(size, int):
+        return size
+    expression = size.node.expr
+    bounds = {symbol: program.range_constraints[symbol].lower for symbol in expression.free_symbols}
+    return max(1, int(expression.subs(bounds)))  # such expressions are a multiple of a size, and a constant
 
 
 def _name_of(path: Path) -> str:
