@@ -1,8 +1,11 @@
 """predict, against the aggregator and against the formula, however it is run."""
 
 import itertools
+import multiprocessing
+import os
 import threading
 import time
+import warnings
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -19,6 +22,8 @@ from voxloom.core.grids import PatchGrid
 from voxloom.core.memory import FreedMemory
 from voxloom.core.sweeps import Sweep
 from voxloom.core.weave import AxisWeave
+from voxloom.inference import execution as execution_of_voxloom
+from voxloom.inference import models as models_of_voxloom
 from voxloom.inference import planning, plans
 from voxloom.inference.plans import BASE_BYTES
 
@@ -710,16 +715,80 @@ def test_memory_that_is_kept_counts_as_free(monkeypatch):
     assert predictor._memory.num_bytes > 0.1 * room
 
 
-def test_threads_that_share_a_module_take_turns():
-    model = nn.Sequential(nn.Dropout(0.5), nn.Identity()).train()
+def test_threads_may_share_modules_and_parts_of_them():
+    dropout = nn.Dropout(0.5)
+    models = [nn.Sequential(dropout, nn.Identity()).train(), nn.Sequential(nn.Sequential(dropout).eval(), nn.BatchNorm3d(1))]
+    dropout.train()
     data = torch.ones(1, 40, 40, 40)
-    threads = torch.get_num_threads()
     with ThreadPoolExecutor(3) as pool:
-        results = list(pool.map(lambda _: vx.predict(model, data, 8, 4).data, range(6)))
-    assert all(torch.allclose(result, data) for result in results)
-    assert model.training
-    assert model[0].training
-    assert torch.get_num_threads() == threads
+        results = list(pool.map(lambda number: vx.predict(models[number % 2], data, 8, 4).data, range(8)))
+    for result in results:
+        torch.testing.assert_close(result, data, atol=1e-4, rtol=0)
+    assert [part.training for part in models[0].modules()] == [True, True, True]
+    assert [part.training for part in models[1].modules()] == [True, False, True, True]
+    assert models[1][1].num_batches_tracked == 0
+
+
+def test_threads_keep_their_number_of_torch_threads():
+    torch.set_num_threads(2)
+    counts = []
+
+    def run(_):
+        vx.predict(lambda batch: batch, torch.ones(1, 20, 20, 20), 8)
+        counts.append(torch.get_num_threads())
+
+    for _ in range(10):
+        threads = [threading.Thread(target=run, args=(number,)) for number in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert set(counts) == {2}
+
+
+def test_a_reduction_may_make_a_prediction_with_the_same_model():
+    model = nn.Sequential(nn.Identity())
+
+    def twice(block):
+        return block + vx.predict(model, block, 8).data
+
+    result = vx.predict(model, torch.ones(1, 12, 12, 12), 8, reduce=twice)
+    torch.testing.assert_close(result.data, torch.full((1, 12, 12, 12), 2.0))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+def test_a_fork_during_a_prediction_can_make_one_too():
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=vx.predict, args=(nn.Identity(), torch.ones(1, 8, 8, 8), 8))
+    with models_of_voxloom._changing_modes, execution_of_voxloom.SETTING_THREADS:  # as another thread might hold them
+        process.start()
+    process.join(60)
+    alive = process.is_alive()
+    process.kill()
+    assert not alive
+    assert process.exitcode == 0
+
+
+def test_an_error_of_the_reader_arrives_as_it_is():
+    class Ends:
+        shape, dtype = (8, 8, 8), np.dtype(np.float32)
+
+        def __getitem__(self, key):
+            if threading.current_thread().name.startswith("voxloom-read"):
+                raise StopIteration("no more slices")
+            return np.zeros(self.shape, dtype=self.dtype)[key]
+
+    with pytest.raises(StopIteration, match="no more slices"):
+        vx.predict(lambda batch: batch, Ends(), 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_summed_without_becoming_infinite(dtype):
+    data = torch.full((1, 16, 16, 16), 300.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = vx.predict(lambda batch: batch.repeat(1, 3, 1, 1, 1).to(dtype), data, 8, overlap_mode="crop", reduce="argmax")
+    assert not result.data.any()
 
 
 class ReadByOne:

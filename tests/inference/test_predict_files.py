@@ -687,7 +687,10 @@ class Scaled(nn.Module):
         self.factor, self.shift = float(factor), torch.tensor(float(shift))
 
     def forward(self, batch):
-        return self.layer(batch) * self.factor + self.shift
+        return self.scaled(self.layer(batch)) + self.shift
+
+    def scaled(self, batch):
+        return batch * self.factor
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of TorchScript as such
@@ -704,10 +707,21 @@ class Scaled(nn.Module):
 def test_models_are_known_by_all_that_they_keep(make):
     first, again, *others = (
         identity_of_model(make(nn.Sequential(Scaled(*numbers), Scaled(4, 4)).eval()), None)
-        for numbers in ((1, 2), (1, 2), (3, 2), (1, 5))
+        for numbers in ((0.1, 2), (0.1, 2), (0.7, 2), (0.1, 5))
     )
     assert first == again
     assert all(other != first for other in others)
+
+
+def test_models_are_known_by_all_their_methods():
+    class Tripled(Scaled):
+        def scaled(self, batch):
+            return batch * 3
+
+    model, other = Scaled(1, 2), Scaled(1, 2)
+    Tripled.__qualname__, Tripled.__module__ = Scaled.__qualname__, Scaled.__module__
+    other.__class__ = Tripled
+    assert identity_of_model(model, None) != identity_of_model(other, None)
 
 
 def test_an_input_is_never_replaced(tmp_path):

@@ -13,16 +13,20 @@ from torch import Tensor
 from . import memory
 from .accumulator import sum_dtype
 from .boxes import Box
-from .sharing import Share, Work
 from .sizes import Ints
 from .sweeps import Column, Place, Sweep
 from .weave import AxisWeave
 from .windows import Window
 
-__all__ = ["KEPT_WEIGHTS", "Allocate", "Finished", "Front", "WeightsOfPatches"]
+__all__ = ["KEPT_WEIGHTS", "SHARED_BYTES", "Allocate", "Finished", "Front", "Share", "WeightsOfPatches", "Work"]
 
 Allocate = Callable[[Sequence[int], torch.dtype], Tensor]
 """Makes a tensor on the CPU whose values are not set."""
+
+Work = Callable[[], object]
+
+Share = Callable[[Sequence[Work]], None]
+"""Does pieces of work, in any order; comes back when all are done."""
 
 # Weights of patches that are kept: the first, the middle and the last of a row differ.
 KEPT_WEIGHTS = 3

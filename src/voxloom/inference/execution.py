@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import math
+import os
 import threading
 import warnings
 from collections import deque
@@ -15,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.accumulator import sum_dtype
 from ..core.boxes import Box
-from ..core.front import Allocate, Finished, Front, WeightsOfPatches
+from ..core.front import SHARED_BYTES, Allocate, Finished, Front, Share, WeightsOfPatches
 from ..core.memory import Trimmer
-from ..core.sharing import Share, SharedOut
 from ..core.sizes import Ints
 from ..core.sweeps import Column, Place
 from ..core.windows import Window
@@ -28,6 +29,7 @@ from .models import Models, is_out_of_memory
 from .outputs import Result, Stream, called
 from .plans import PredictionPlan, ResultForm, SumForm, open_bytes
 from .reductions import Function
+from .sharing import SharedOut
 from .sinks import Sink
 
 __all__ = ["Execution", "Progress"]
@@ -123,11 +125,11 @@ class Execution:
             progress: is told of patches that have been computed.
         """
         with contextlib.ExitStack() as stack:
-            names = ["read", "write", *["add"] * min(torch.get_num_threads(), MOST_ADDING)]
+            names = ["read", "write", *["add"] * self._num_adding()]
             threads = [stack.enter_context(ThreadPoolExecutor(1, f"voxloom-{name}")) for name in names]
             _use_one_thread(threads)
             self._reading, self._writer, *adding = threads
-            self._share = SharedOut(adding) if len(adding) > 1 else None
+            self._share = SharedOut(adding) if adding else None
             try:
                 with self.models.ready():
                     self._go(layers_done, progress)
@@ -140,9 +142,18 @@ class Execution:
                 self._reading.shutdown(cancel_futures=True)
                 self._writer.shutdown(cancel_futures=True)
 
+    def _num_adding(self) -> int:
+        """Number of threads that add patches; none if the caller's does it."""
+        largest = max(each.form.channels * math.prod(each.form.size) * each.dtype().itemsize for each in self.sums)
+        if self.front_device != HOST or largest < SHARED_BYTES:
+            return 0
+        with SETTING_THREADS:  # in between it says something else
+            threads = torch.get_num_threads()
+        return min(threads, MOST_ADDING) if threads > 1 else 0
+
     def _go(self, layers_done: int, progress: Progress) -> None:
         trimmer = Trimmer(self.plan.peak_bytes - self.plan.memory.batches)
-        for step, batch in self._with_batches(self._steps(layers_done)):
+        for step, reading in self._with_batches(self._steps(layers_done)):
             column = self.plan.columns[step.column]
             if step.begins_column:
                 self._fronts = [self._front(column, number) for number in range(len(self.sums))]
@@ -150,16 +161,17 @@ class Execution:
             if step.begins_layer:
                 self._unfinished.extend(self.plan.sweep.places(step.layer, column))
             is_wanted = self._is_wanted(step, layers_done)
-            if batch is None:
+            if reading is None:
                 self._finish_before(None, is_wanted)
             else:
+                batch = reading.result()
                 outputs = self._outputs(batch, step)
                 self._check_forms(outputs)
                 if step.begins_layer:
                     self._wait()  # until the layer before is recorded, so that no more than one batch beyond it is ever lost
                     self._finish_before(step.patches[0], is_wanted)
                 self._gather(outputs, step, is_wanted)
-                del batch, outputs  # before those of the next step are made
+                del reading, batch, outputs  # before those of the next step are made
                 trimmer.check()
                 progress(len(step.patches))
             if step.next_patch is None and is_wanted:
@@ -244,17 +256,15 @@ class Execution:
                     yield _Step(number, layer, batch, following[0] if following else None, is_first and layer == begin, is_first)
                     batch, is_first = following, False
 
-    def _with_batches(self, steps: Iterator[_Step]) -> Iterator[tuple[_Step, Tensor | None]]:
-        """Read each batch while the one before it is in the model."""
+    def _with_batches(self, steps: Iterator[_Step]) -> Iterator[tuple[_Step, Future | None]]:
+        """Read each batch while the one before it is in the model; there is none to be read for a layer without patches."""
         waiting: list[tuple[_Step, Future | None]] = []
         for step in steps:
             waiting.append((step, self._reading.submit(self._read, step.patches) if step.patches else None))
             while sum(future is not None for _, future in waiting) > 1:
-                first, future = waiting.pop(0)
-                yield first, None if future is None else future.result()
+                yield waiting.pop(0)
         while waiting:
-            first, future = waiting.pop(0)
-            yield first, None if future is None else future.result()
+            yield waiting.pop(0)
 
     def _read_in_turn(self, patches: tuple[Ints, ...]) -> Tensor:
         """Read in the thread that reads all else, since a file may not be read by two at a time."""
@@ -361,7 +371,8 @@ class Execution:
     def _check_values(self, number: int, finished: Finished) -> None:
         values = finished.values
         assert values is not None
-        if not values.is_floating_point() or math.isfinite(float(values.sum())):
+        # Channel by channel, since sums of another type are made of a copy; in half precision they would soon be infinite.
+        if not values.is_floating_point() or math.isfinite(sum(float(each.sum(dtype=sum_dtype(each.dtype))) for each in values)):
             return
         nans = values.isnan().any(0)
         if bool(nans.any()):
@@ -399,6 +410,18 @@ def _use_one_thread(helpers: Sequence[ThreadPoolExecutor]) -> None:
     """Let PyTorch not share out work of helpers: its threads wait by spinning, and would be in the way of the model's."""
     with SETTING_THREADS:
         threads = torch.get_num_threads()
-        for helper in helpers:
-            helper.submit(torch.set_num_threads, 1).result()
-        torch.set_num_threads(threads)  # it is a matter of each thread, but new ones begin with what was set last
+        try:
+            for helper in helpers:
+                helper.submit(torch.set_num_threads, 1).result()
+        finally:
+            torch.set_num_threads(threads)  # it is a matter of each thread, but new ones begin with what was set last
+
+
+def _start_anew() -> None:
+    """In a forked process: a lock may have been held by a thread that is not there any more."""
+    global SETTING_THREADS
+    SETTING_THREADS = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_start_anew)

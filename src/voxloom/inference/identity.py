@@ -25,8 +25,8 @@ __all__ = ["content_hashes", "differences", "identity_of_model", "identity_of_op
 
 # Voxels of an array that are hashed at a time.
 CHUNK_VOXELS = 2**20
-# Numbers that tell scripted classes and functions of one process apart.
-PASSING = re.compile(r"[./]?___torch_mangle_\d+|0x[0-9a-f]+|\d{12,}")
+# What tells scripted classes and functions of one process apart.
+PASSING = re.compile(r"[./]?___torch_mangle_\d+")
 
 Json = Any
 
@@ -102,21 +102,26 @@ def identity_of_model(model: Callable, name: str | None, within: tuple[Any, ...]
 def _attributes_of(part: nn.Module, within: tuple[Any, ...]) -> Json:
     """Write down what a module does, and the values that it keeps beside its parameters, buffers and modules.
 
-    Whole numbers are left out but in PyTorch's own layers: others may count how often they are called. Functions are left out in
-    what PyTorch makes when it exports or traces, where they are its own.
+    Objects are left out, which may change with each call. So are whole numbers but in PyTorch's own layers: others may count
+    calls. Functions are left out in what PyTorch makes when it exports or traces, where they are its own.
     """
     home = type(part).__module__
     is_layer = home.startswith("torch.nn.")
     is_made = home.startswith("torch.") and not is_layer
-    forward = inspect.getattr_static(type(part), "forward", None)
-    code = _text_of(forward.__code__) if inspect.isfunction(forward) else ""
+    code = [
+        f"{name} {_text_of(function.__code__)}"
+        for base in type(part).__mro__
+        if not base.__module__.startswith("torch.")
+        for name, function in sorted(vars(base).items())
+        if inspect.isfunction(function)
+    ]
     own = {name: value for name, value in sorted(vars(part).items()) if name not in vars(nn.Module()) and _is_value(value)}
     told = {
         name: identity_of_option(value, within)
         for name, value in own.items()
         if (is_layer or type(value) is not int) and not (is_made and callable(value))
     }
-    return [_hash([code]), told]
+    return [_hash(code), told]
 
 
 def _is_value(value: Any) -> bool:

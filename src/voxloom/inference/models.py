@@ -2,10 +2,11 @@
 
 import contextlib
 import itertools
+import os
 import threading
 import warnings
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,8 +22,20 @@ __all__ = ["Models", "as_models"]
 
 Model = Callable[[Tensor], Any]
 
-_locks: "weakref.WeakKeyDictionary[nn.Module, threading.RLock]" = weakref.WeakKeyDictionary()
-_making_locks = threading.Lock()
+
+@dataclass
+class _Use:
+    """How many make predictions with a module at a time, and what it was like before the first of them."""
+
+    was_training: bool
+    home: torch.device | None = None
+    """Where it was, if it was moved."""
+    count: int = 0
+
+
+_uses: dict[int, _Use] = {}
+"""By the modules' `id`, all parts of each model among them."""
+_changing_modes = threading.Lock()
 
 
 def as_models(model: Any) -> tuple[Model, ...]:
@@ -105,31 +118,39 @@ class Models:
 
     @contextlib.contextmanager
     def ready(self) -> Iterator[None]:
-        """Let all modules be on the device and in evaluation mode; afterwards they are as they were.
+        """Let all modules be on the device and in evaluation mode.
 
-        Another thread that wants one of them waits: it would find them as they are now, and leave them so.
+        When nobody makes predictions with them any more, which other threads may do meanwhile, they are as they were.
+
+        Raises:
+            ModeError: if one is in use on another device.
         """
-        with contextlib.ExitStack() as stack:
-            locks = {_lock_of(module) for module in self.modules}
-            for lock in sorted(locks, key=id):  # in one order, so that two threads never wait for one another
-                stack.enter_context(lock)
-            modes = [(part, part.training) for module in self.modules for part in module.modules()]
-            homes = [(module, _home_of(module)) for module in self.modules]
+        parts = {id(part): part for module in self.modules for part in module.modules()}
+        with _changing_modes:
             device = self.device
-            try:
-                for module, home in homes:
+            for module in self.modules:
+                if id(module) in _uses and _home_of(module) not in (None, device):
+                    raise ModeError(
+                        f"the model {type(module).__name__} is being used on {_home_of(module)} by another thread, and so cannot"
+                        f" be moved to {device}: wait for it, or use a copy"
+                    )
+            for number, part in parts.items():
+                _uses.setdefault(number, _Use(part.training)).count += 1
+        try:
+            with _changing_modes:
+                for module in self.modules:
+                    home = _home_of(module)
                     if home is not None and home != device:
                         module.to(device)
+                        _uses[id(module)].home = home
                     if any(part.training for part in module.modules()):
                         with contextlib.suppress(NotImplementedError):  # exported programs have no modes
                             module.eval()
-                yield
-            finally:
-                for part, mode in modes:
-                    part.training = mode
-                for module, home in homes:
-                    if home is not None and home != device:
-                        module.to(home)
+            yield
+        finally:
+            with _changing_modes:
+                for number, part in parts.items():
+                    _leave(number, part)
 
     def run(self, batch: Tensor, streams: Sequence[Stream], read_again: Callable[[], Tensor]) -> list[Tensor]:
         """Give the outputs for a batch: one tensor `(B, C, I, J, K)` for each stream.
@@ -258,9 +279,25 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.cuda.OutOfMemoryError) or "MPS backend out of memory" in str(error)
 
 
-def _lock_of(module: nn.Module) -> threading.RLock:
-    with _making_locks:
-        return _locks.setdefault(module, threading.RLock())
+def _leave(number: int, part: nn.Module) -> None:
+    """Stop using a module; the last to do so restores it."""
+    use = _uses[number]
+    use.count -= 1
+    if use.count == 0:
+        del _uses[number]
+        part.training = use.was_training
+        if use.home is not None:
+            part.to(use.home)
+
+
+def _start_anew() -> None:
+    """In a forked process: threads that make predictions, and may hold the lock, are not there any more."""
+    global _changing_modes
+    _changing_modes = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_start_anew)
 
 
 def _home_of(module: nn.Module) -> torch.device | None:

@@ -10,9 +10,9 @@ import torch
 from voxloom.core import front as fronts
 from voxloom.core.front import Front, WeightsOfPatches
 from voxloom.core.grids import PatchGrid
-from voxloom.core.sharing import SharedOut
 from voxloom.core.sweeps import Sweep
 from voxloom.core.windows import resolve_window
+from voxloom.inference.sharing import SharedOut
 
 
 @pytest.fixture

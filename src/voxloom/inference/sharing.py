@@ -5,16 +5,13 @@ cores one of them always has to wait for its turn. Threads that take the next pi
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
-__all__ = ["Share", "SharedOut", "Work"]
+from ..core.front import Work
 
-Work = Callable[[], object]
-
-Share = Callable[[Sequence[Work]], None]
-"""Does pieces of work, in any order; comes back when all are done."""
+__all__ = ["SharedOut"]
 
 
 @dataclass(frozen=True)
@@ -36,10 +33,13 @@ class SharedOut:
     threads: Sequence[Executor]
 
     def __call__(self, work: Sequence[Work]) -> None:
-        """See `Share`."""
+        """Do all of it."""
         waiting = deque(work)
         taking = [thread.submit(_take, waiting) for thread in self.threads]
-        errors = [each.exception() for each in taking]
+        try:
+            errors = [each.exception() for each in taking]
+        finally:
+            waiting.clear()  # after an interrupt
         for error in filter(None, errors):
             raise error
 
