@@ -3,9 +3,11 @@
 import contextlib
 import filecmp
 import importlib
+import io
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -315,6 +317,24 @@ def test_a_program_with_a_smallest_batch_is_given_that(here, run, batch, least):
         assert "other sizes than a batch (B, C, I, J, K) of (1, 1, 8, 8, 8)" in error
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_program_is_given_the_smallest_batch_that_its_checks_allow(here, run, strict):
+    class Halves(nn.Module):
+        def forward(self, batch):
+            half = batch[: batch.shape[0] // 2]
+            return torch.cat([half, half, batch[: batch.shape[0] - 2 * half.shape[0]]])
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.export.export(
+            Halves(), (torch.zeros(6, 1, 8, 8, 8),), dynamic_shapes=({0: torch.export.Dim.AUTO},), strict=strict
+        )
+        torch.export.save(program, "model.pt2")
+    plan = run("plan", "model.pt2", "scans/a.nii.gz").out
+    assert re.search(r"forward passes of [2-6]\b", plan)
+    run("predict", "model.pt2", "scans/a.nii.gz", "-o", "out.nii.gz")
+
+
 def test_a_program_may_fix_some_of_its_sizes_or_what_they_may_be(here, run):
     exported("model.pt2", batch=2, dynamic=({0: torch.export.Dim("batch", max=4), 2: torch.export.Dim("size", max=10)},))
     assert "patch size:  any × 8 × 8" in run("info", "model.pt2").out
@@ -391,6 +411,14 @@ EVIL_KEY = json.dumps(
         },
     ]
 )
+
+
+def saved(value):
+    buffer = io.BytesIO()
+    torch.save((value, {}), buffer)
+    return buffer.getvalue()
+
+
 MALICIOUS = {
     "sample": ("data/sample_inputs/model.pt", pickle.dumps(RunsCode())),
     "constant": ("model_constants_config.json", edited(pickled_constant)),
@@ -399,6 +427,16 @@ MALICIOUS = {
     "operator": calling("_operator.attrgetter"),
     "file": calling("torch.ops.aten.from_file.default"),
     "foreign": calling("torch.ops.mylib.run.default"),
+    "key of a check": graph(
+        lambda tree: tree.update(
+            guards_code=["""1 == 1 or L['" + str(__import__("os").system("touch ran")) + "'].size()[0] == 1"""]
+        )
+    ),
+    "key of a sample": (
+        "data/sample_inputs/model.pt",
+        saved(({"a\" + str(__import__('os').system('touch ran')) + \"": torch.ones(1)},)),
+    ),
+    "text for an input": graph(lambda tree: tree["graph_module"]["graph"]["inputs"].append({"as_string": "'"})),
     "guard": graph(lambda tree: tree.update(guards_code=["__import__('os').system('touch ran')"])),
     "expression": graph(lambda tree: tree.update(x={"expr_str": "__import__('os').system('touch ran')"})),
     "structure": graph(lambda tree: tree["graph_module"]["module_call_graph"][0]["signature"].update(out_spec=DEFAULTDICT)),
@@ -430,8 +468,9 @@ def test_a_program_is_looked_into_whatever_its_folder_is_called(here, run):
     assert "holds the check" in run("predict", "moved.pt2", "scans/a.nii.gz", code=1).err
 
 
+@pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("dynamic", [{2: 4 * torch.export.Dim("k", max=4)}, {2: torch.export.Dim.AUTO}])
-def test_ordinary_programs_are_not_refused(here, run, dynamic):
+def test_ordinary_programs_are_not_refused(here, run, dynamic, strict):
     class Network(nn.Module):
         def __init__(self):
             super().__init__()
@@ -441,12 +480,14 @@ def test_ordinary_programs_are_not_refused(here, run, dynamic):
         def forward(self, batch):
             found = getattr(self, "the second")(getattr(self, "größe-1")(batch))
             pooled = nn.functional.interpolate(nn.functional.max_pool3d(found, 2), size=batch.shape[2:])
-            return OrderedDict(scores=found, pooled=pooled)
+            return OrderedDict({"scores/all": found, "pooled": pooled})
 
     network = Network().eval()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.export.save(torch.export.export(network, (torch.zeros(1, 1, 8, 8, 8),), dynamic_shapes=(dynamic,)), "model.pt2")
+        torch.export.save(
+            torch.export.export(network, (torch.zeros(1, 1, 8, 8, 8),), dynamic_shapes=(dynamic,), strict=strict), "model.pt2"
+        )
     batch = torch.rand(1, 1, 12, 8, 8)
     torch.testing.assert_close(load_model("model.pt2").model(batch), network(batch))
 

@@ -176,11 +176,12 @@ def _sizes_of(loaded: LoadedModel, patch_size: list[int] | None, batch_size: int
             f"the batch size is {batch_size}, but the model was exported for {loaded.batch_size}: leave out --batch-size, or"
             " export it anew"
         )
-    size = patch_size or fixed
-    if None in size:
+    size = patch_size or [each for each in fixed if each is not None]
+    if len(size) < len(fixed):
         own = "has none of its own" if set(fixed) == {None} else f"was exported for {pretty_sizes(fixed)}"
         raise SizeError(f"the patch size is missing, and the model {own}: give --patch-size, such as --patch-size 128")
-    return size, next(number for number in (batch_size, loaded.batch_size, loaded.least_batch_size) if number is not None)
+    least = 1 if loaded.guards is None else loaded.guards.least_batch_size(size)
+    return size, least if batch_size is None else batch_size
 
 
 def _numbers(text: str | None, convert: Any, name: str) -> Any:
@@ -332,7 +333,8 @@ def info(
 def _description(path: Path) -> str:
     if path.suffix.lower() in (".pt2", ".pt", ".ts", ".pth"):
         loaded = load_model(str(path))
-        free = "any" if loaded.least_batch_size == 1 else f"{loaded.least_batch_size} or more"
+        least = 1 if loaded.guards is None else loaded.guards.least_batch_size()
+        free = "any" if least == 1 else f"{least} or more"
         lines = {"batch size": loaded.batch_size or free, "patch size": pretty_sizes(loaded.patch_size)}
     else:
         image = ScalarImage(path)

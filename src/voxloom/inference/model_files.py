@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MissingDependencyError, ModelFileError
+from .guards import Guards
 from .identity import identity_of_model, identity_of_option
 from .program_check import ProgramRefusedError, inspected, is_program
 
@@ -37,8 +38,8 @@ class LoadedModel:
     batch_size: int | None = None
     patch_size: tuple[int | None, ...] = (None, None, None)
     channels: int | None = None
-    least_batch_size: int = 1
-    """The smallest batch that a model was made for which takes some of any size."""
+    guards: Guards | None = None
+    """What is demanded of batches of free size."""
 
 
 def load_model(name: str, weights: Path | None = None, allow_pickle: bool = False) -> LoadedModel:
@@ -231,17 +232,14 @@ def _of_program(path: Path, allow_pickle: bool) -> LoadedModel:
             f"{path} takes {len(shapes)} inputs, of {', '.join(str(len(shape)) for shape in shapes)} dimensions: a model takes"
             " one batch (B, C, I, J, K)"
         )
+    guards = Guards(program, shapes[0])
+    try:
+        module = program.module(check_guards=False)
+    except TypeError:  # older versions have no such checks
+        module = program.module()
+    module.register_forward_pre_hook(lambda module, args: guards.check(args[0]), prepend=True)
     batch, channels, *patch = (size if isinstance(size, int) else None for size in shapes[0])
-    return LoadedModel(program.module(), _name_of(path), batch, tuple(patch), channels, _least(shapes[0][0], program))
-
-
-def _least(size: Any, program: torch.export.ExportedProgram) -> int:
-    """Say what a size is at least. PyTorch checks no declared minimum of 2, though what it exported may hold from there only."""
-    if isinstance(size, int):
-        return size
-    expression = size.node.expr
-    bounds = {symbol: program.range_constraints[symbol].lower for symbol in expression.free_symbols}
-    return max(1, int(expression.subs(bounds)))  # such expressions are a multiple of a size, and a constant
+    return LoadedModel(module, _name_of(path), batch, tuple(patch), channels, guards)
 
 
 def _name_of(path: Path) -> str:

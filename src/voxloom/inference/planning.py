@@ -122,6 +122,8 @@ class Planner:
         with self._models.ready():
             try:
                 outputs = self._models.trial(batch)
+            except SizeError:
+                raise
             except Exception as error:
                 if isinstance(error, AssertionError) and str(error).startswith("Guard failed"):  # so exported programs refuse
                     raise SizeError(

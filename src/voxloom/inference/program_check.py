@@ -124,9 +124,11 @@ def _of_entry(name: str, kind: str | None, content: bytes) -> Iterator[str]:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of old ways to pickle
-                torch.load(io.BytesIO(content), weights_only=True)
+                loaded = torch.load(io.BytesIO(content), weights_only=True)
         except Exception:  # noqa: BLE001 - whatever does not load as tensors alone would be unpickled
             yield f"{name} is pickled, and is more than tensors"
+        else:
+            yield from (f"{name} holds the name {text!r}" for text in _names(loaded) if not NAMES.fullmatch(text))
 
 
 def _of_payload(name: str, content: Any) -> Iterator[str]:
@@ -137,18 +139,26 @@ def _of_payload(name: str, content: Any) -> Iterator[str]:
 
 
 def _of_graph(name: str, content: Any) -> Iterator[str]:
+    if any(_is_text_input(key, value) for key, value in _items(content)):
+        yield f"{name} takes text, which would become part of the source that is run"
     yield from (f"{name} holds the name {text!r}" for text in _names(content) if not NAMES.fullmatch(text))
     for key, value in _items(content):
         if key in ("target", "as_operator") and isinstance(value, str) and not TARGETS.fullmatch(value):
             yield f"{name} calls {value!r}"
         elif key == "expr_str" and not _is_plain(str(value)):
             yield f"{name} holds the expression {value!r}"
-        elif key in ("in_spec", "out_spec") and isinstance(value, str) and not _is_plain_tree(json.loads(value)):
+        elif key in ("in_spec", "out_spec") and isinstance(value, str) and not _is_plain_tree(json.loads(value), key):
             yield f"{name} has inputs or outputs of the kind {value!r}"
         elif key == "guards_code":
             yield from (f"{name} holds the check {text!r}" for text in value if not _is_plain(str(text)))
         elif key == "range_constraints":
             yield from (f"{name} holds the expression {text!r}" for text in value if not _is_plain(str(text)))
+
+
+def _is_text_input(key: str, value: Any) -> bool:
+    if key == "inputs" and isinstance(value, list):
+        return any("as_string" in each or "as_strings" in each for each in value)
+    return key == "constant_input" or (key == "user_input" and "as_string" in value["arg"])
 
 
 def _names(content: Any) -> Iterator[str]:
@@ -160,7 +170,7 @@ def _names(content: Any) -> Iterator[str]:
                 yield from _names(list(value.values()))
             elif key not in OTHER_TEXT:
                 yield from _names(value)
-    elif isinstance(content, list):
+    elif isinstance(content, list | tuple):
         for part in content:
             yield from _names(part)
     elif isinstance(content, str):
@@ -178,19 +188,21 @@ def _items(content: Any) -> Iterator[tuple[str, Any]]:
             waiting.extend(part)
 
 
-def _is_plain_tree(spec: Any) -> bool:
+def _is_plain_tree(spec: Any, place: str) -> bool:
     """Whether a structure of inputs or outputs is of tuples, lists and dicts; others name classes that would be imported."""
     if isinstance(spec, list):
-        return all(isinstance(part, int) or _is_plain_tree(part) for part in spec)
+        return all(isinstance(part, int) or _is_plain_tree(part, place) for part in spec)
     kind, context = spec.get("type"), spec.get("context")
     if kind not in (None, "builtins.tuple", "builtins.list", "builtins.dict", "builtins.NoneType", "collections.OrderedDict"):
         return False
     keys = json.loads(context) if isinstance(context, str) else context
-    # Keys of inputs become names of parameters in the source that is run.
+    # Keys of inputs become names of parameters in the source that is run; those of outputs do not.
     is_plain_context = keys is None or (
-        isinstance(keys, list) and all(isinstance(key, int) or (isinstance(key, str) and NAMES.fullmatch(key)) for key in keys)
+        isinstance(keys, list)
+        and all(isinstance(key, int | str) for key in keys)
+        and (place == "out_spec" or all(NAMES.fullmatch(str(key)) for key in keys))
     )
-    return is_plain_context and all(map(_is_plain_tree, spec.get("children_spec") or ()))
+    return is_plain_context and all(_is_plain_tree(part, place) for part in spec.get("children_spec") or ())
 
 
 def _is_plain(text: str) -> bool:
@@ -229,10 +241,17 @@ def _is_arithmetic(node: ast.AST) -> bool:
 
 
 def _is_of_input(node: ast.AST) -> bool:
-    """Whether something is `NAME.attribute`, `NAME.attribute()` or one of `NAME['name']`."""
+    """Whether something is `NAME.attribute` or `NAME.attribute()`, or one of `NAME['name'][0]` and the like."""
     match node:
         case ast.Call(func=called, args=arguments, keywords=[]):
             return isinstance(called, ast.Attribute) and _is_of_input(called) and all(map(_is_arithmetic, arguments))
-        case ast.Attribute(value=ast.Name() | ast.Subscript(value=ast.Name(), slice=ast.Constant()), attr=name):
-            return name in ATTRIBUTES
+        case ast.Attribute(value=value, attr=name):
+            return name in ATTRIBUTES and _is_input(value)
     return False
+
+
+def _is_input(node: ast.AST) -> bool:
+    match node:
+        case ast.Subscript(value=value, slice=ast.Constant(value=key)):
+            return (type(key) is int or (isinstance(key, str) and NAMES.fullmatch(key) is not None)) and _is_input(value)
+    return isinstance(node, ast.Name)
