@@ -780,8 +780,11 @@ def test_models_that_cannot_be_had(here, run, model, options, message):
 
 
 EDITED = """
+import functools
 import torch
 from torch import nn
+
+from parts import SHIFT, shifted
 
 THRESHOLD = 0.5
 network = nn.Conv3d(1, 1, 1)
@@ -792,8 +795,15 @@ with torch.no_grad():
 def helper(batch):
     return (batch > THRESHOLD).float()
 
+@functools.cache
+def late():
+    from parts.late import factor
+    return factor
+
+networks = {"a": [network]}
+
 def model(batch, kind="a"):
-    return helper(network(batch)) if kind in {"alpha", "beta", "gamma", "delta", "a"} else batch
+    return shifted(helper(networks["a"][0](batch))) * late() if kind in {"alpha", "beta", "gamma", "delta", "a"} else batch
 
 class Net(nn.Module):
     def __init__(self):
@@ -808,24 +818,47 @@ class Net(nn.Module):
 """
 
 
+PARTS = """
+import torch
+SHIFT = 0
+shifts = torch.load("shifts.pt")
+
+def shifted(batch):
+    return batch + SHIFT + shifts[0]
+"""
+
+
 @pytest.mark.parametrize(
     ("name", "edit"),
     [
         ("model", ("0.5", "0.25")),
         ("model", ("(batch > THRESHOLD)", "(batch < THRESHOLD)")),
         ("model", ("fill_(1)", "fill_(2)")),
+        ("model", ("parts/__init__.py", "SHIFT = 1")),
+        ("model", ("parts/late.py", "factor = 3")),
+        ("model", ("shifts.pt", "")),
         ("Net", ("self.power, self.calls, self.last = 2", "self.power, self.calls, self.last = 3")),
     ],
 )
 def test_code_that_was_edited_is_another_model(here, name, edit):
     Path("edited.py").write_text(EDITED)
+    Path("parts").mkdir()
+    Path("parts/__init__.py").write_text(PARTS)
+    Path("parts/late.py").write_text("factor = 2")
+    torch.save([torch.zeros(1)], "shifts.pt")
     torch.save({"weight": torch.ones(1)}, "w.pt")
     given = ["--weights", "w.pt"] if name == "Net" else []
     command = [sys.executable, "-m", "voxloom", "predict", f"edited:{name}", "scans", "-o", "o", "--patch-size", "8", *given]
     done = [subprocess.run(command, capture_output=True, text=True) for _ in range(2)]
     assert [each.returncode for each in done] == [0, 0], done
     assert "0 done, 3 complete already, 0 failed" in done[1].stdout
-    Path("edited.py").write_text(EDITED.replace(*edit))
+    place, content = edit
+    if place == "shifts.pt":
+        torch.save([torch.ones(1)], place)
+    elif place.endswith(".py"):
+        Path(place).write_text(Path(place).read_text() + f"\n{content}\n")
+    else:
+        Path("edited.py").write_text(EDITED.replace(*edit))
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 1
     assert again.stderr.count("exists, and is of something else: models was") == 3
@@ -843,6 +876,43 @@ def test_weights_of_wrapped_networks(here):
     torch.save({1: torch.ones(1)}, "numbers.pt")
     with pytest.raises(vx.errors.ModelFileError, match="holds no weights by name"):
         model_files._load_weights(network, Path("numbers.pt"), False)
+
+
+def test_a_module_that_fails_when_it_is_imported(here, run):
+    Path("fails.py").write_text("1 / 0")
+    done = run("predict", "fails:model", "scans/a.nii.gz", "--patch-size", 8, code=1)
+    assert "fails:model cannot be imported, for it fails with ZeroDivisionError" in done.err
+
+
+def test_a_result_of_another_image_is_not_taken_for_complete(here, run):
+    vx.ScalarImage(torch.rand(1, 20, 18, 17)).save("other.nii")
+    arguments = ["predict", "mymodels:negative", "other.nii", "-o", "out/other.nii", "--patch-size", 8]
+    Path("out").mkdir()
+    run(*arguments)
+    run("predict", "mymodels:negative", "scans/b/a.nii", "-o", "out/a.nii", "--patch-size", 8)
+    Path("out/a.nii").replace("out/other.nii")
+    assert "other.json is not of it as it is now" in run(*arguments, code=1).err
+
+
+def test_overwriting_leaves_the_record_of_a_result_of_another_ending(here, run):
+    arguments = ["predict", "mymodels:negative", "scans/b/a.nii", "--patch-size", 8]
+    run(*arguments, "-o", "a.nii.gz")
+    before = Path("a.json").read_text()
+    assert "says how a.nii.gz was made" in run(*arguments, "-o", "a.nii", "--overwrite", code=1).err
+    assert Path("a.json").read_text() == before
+    assert "is complete" in run(*arguments, "-o", "a.nii.gz").out
+
+
+@pytest.mark.filterwarnings("ignore:.*is taken up")
+def test_what_an_interrupted_overwriting_left_is_named(here, run, monkeypatch):
+    arguments = ["predict", "mymodels:negative", "scans/a.nii.gz", "-o", "out.nii", "--patch-size", 8]
+    run(*arguments)
+    with monkeypatch.context() as patch:
+        patch.setattr(files.UnfinishedRun, "publish", lambda self, contents=None: (_ for _ in ()).throw(KeyboardInterrupt))
+        run(*arguments, "--overwrite", code=130)
+    assert "is complete; .out.voxloom is left of a run that was interrupted: --overwrite takes it up" in run(*arguments).out
+    run(*arguments, "--overwrite")
+    assert run(*arguments).out.endswith("is complete\n")
 
 
 def test_results_among_the_inputs_are_refused_before_anything_starts(here, run):

@@ -21,6 +21,7 @@ from .demo import FilterNetwork, run_demo
 from .errors import ModeError, SaveError, SizeError, VoxloomError
 from .inference import Predictor
 from .inference.cases import Case, cases_of, cases_of_table
+from .inference.files import left_behind
 from .inference.model_files import LoadedModel, load_model
 from .volumes.image import ScalarImage
 from .volumes.subject import Subject
@@ -242,7 +243,9 @@ def predict(
                 _say(f"{case.name}: {case.target}")
             else:
                 skipped += 1
-                _say(f"{case.name}: {case.target} is complete")
+                rest = left_behind(case.target)
+                of_rest = "" if rest is None else f"; {rest} is left of a run that was interrupted: --overwrite takes it up"
+                _say(f"{case.name}: {case.target} is complete{of_rest}")
         except KeyboardInterrupt:
             _say(f"{case.name}: interrupted; the same command goes on from what is finished", err=True)
             raise typer.Exit(130) from None

@@ -26,7 +26,7 @@ from torch import Tensor
 from ..core.boxes import Box
 from ..errors import RecordError, SaveError, TargetExistsError, UnsupportedImageError, VoxloomError
 from ..volumes.formats import NiftiWriter, as_save_error, compressing, stem_of
-from .identity import differences
+from .identity import differences, hash_of_file
 from .sinks import VolumeForm
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "as_target",
     "difference_of_made",
     "is_ready_to_publish",
+    "left_behind",
     "remove_leftovers",
     "sidecar_of",
 ]
@@ -92,18 +93,30 @@ def difference_of_made(target: Path, identity: Json) -> str | None:
         made = json.loads(sidecar.read_text())
         recorded = {key: made.get(key) for key in identity}
         written = made.get("written")
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return f"nothing beside it says how it was made ({sidecar.name})"
-    if written != _written(target, target):
+    if not _is_as_written(target, target, written):
         return f"{sidecar.name} is not of it as it is now, but of {written}"
     if None in identity["models"]:
         return "whether it is of the same model cannot be told of a function without a name"
     return "; ".join(differences(recorded, identity))
 
 
+def left_behind(target: Path) -> Path | None:
+    """Find what is left of a run for a target that was interrupted."""
+    folder = NiftiSink(target).folder
+    return folder if (folder / "record.json").exists() else None
+
+
 def _written(path: Path, target: Path) -> Json:
     """Say what a sidecar tells a result by, which is under its own name or still under another one."""
-    return {"name": target.name, "bytes": path.stat().st_size}
+    return {"name": target.name, "bytes": path.stat().st_size, "sha256": hash_of_file(path)}
+
+
+def _is_as_written(path: Path, target: Path, written: Json) -> bool:
+    if not isinstance(written, dict) or (written.get("name"), written.get("bytes")) != (target.name, path.stat().st_size):
+        return False
+    return written == _written(path, target)
 
 
 class NiftiSink:
@@ -280,8 +293,13 @@ class UnfinishedRun:
     def _check_targets(self) -> None:
         for sink in self.sinks:
             sidecar = sidecar_of(sink.target)
-            if sidecar.exists() and not _is_sidecar(sidecar):
+            if os.path.lexists(sidecar) and not _is_sidecar(sidecar):
                 raise TargetExistsError(f"{sidecar} exists, and is not of voxloom's: move it away, or choose another name")
+            other = _described(sink.target)
+            if other is not None and _name_in(sidecar) == other.name:
+                raise TargetExistsError(
+                    f"{sidecar} says how {other} was made, which has the same stem: move both away, or choose another name"
+                )
             found = sink.target if sink.target.exists() else _described(sink.target) if sidecar.exists() else None
             if found is not None and not self.overwrite:
                 raise TargetExistsError(f"{found} exists, and is kept: remove it, choose another name, or give {OVERWRITE}")
@@ -352,7 +370,8 @@ class UnfinishedRun:
                 _write_safely(sink.folder / "sidecar.json", json.dumps(described, indent=1))
             self._add_line(READY)
         for sink in self.sinks:
-            _check_whole(sink)
+            if contents is None:
+                _check_whole(sink)
             sidecar = sidecar_of(sink.target)
             if sidecar.exists() and not _is_sidecar(sidecar):
                 raise TargetExistsError(
@@ -460,11 +479,11 @@ def _is_of_lock(lock: FileLock, path: Path) -> bool:
 
 
 def _check_whole(sink: NiftiSink) -> None:
-    """Check that a result is as long as it was when it was whole, whether it is still in the hidden folder or under its name."""
+    """Check that a result is as it was when it was whole, whether it is still in the hidden folder or under its name."""
     paths = (sink.folder / "sidecar.json", sidecar_of(sink.target))
     found: Json = next((json.loads(path.read_text()) for path in paths if _is_sidecar(path)), {})
     place = sink.whole if sink.whole.exists() else sink.target
-    if not place.exists() or _written(place, sink.target) != found.get("written"):
+    if not place.exists() or not _is_as_written(place, sink.target, found.get("written")):
         raise RecordError(f"the result that was ready to be put at {sink.target} is gone or damaged ({place}): {BEGIN_ANEW}")
 
 
@@ -478,7 +497,7 @@ def _put(source: Path, target: Path, overwrite: bool) -> None:
             source.unlink()
             return
         except FileExistsError:
-            if target.samefile(source):  # interrupted in between
+            if target.exists() and target.samefile(source):  # interrupted in between
                 source.unlink()
                 return
             raise TargetExistsError(
@@ -501,8 +520,16 @@ def _described(target: Path) -> Path | None:
 def _is_sidecar(path: Path) -> bool:
     try:
         return "voxloom" in json.loads(path.read_text())["versions"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
+
+
+def _name_in(sidecar: Path) -> str | None:
+    """Name of the result that a sidecar is of."""
+    if not _is_sidecar(sidecar):
+        return None
+    written = json.loads(sidecar.read_text()).get("written")
+    return written.get("name") if isinstance(written, dict) else None
 
 
 def _text_of(path: Path) -> str:

@@ -21,7 +21,7 @@ from ..core.boxes import Box
 from ..sampling.padded import Voxels
 from ..volumes.image import Image
 
-__all__ = ["content_hashes", "differences", "identity_of_model", "identity_of_option", "identity_of_volume"]
+__all__ = ["content_hashes", "differences", "hash_of_file", "identity_of_model", "identity_of_option", "identity_of_volume"]
 
 # Voxels of an array that are hashed at a time.
 CHUNK_VOXELS = 2**20
@@ -49,7 +49,7 @@ def identity_of_volume(volume: Voxels) -> Json:
 def content_hashes(volumes: Iterable[Voxels]) -> dict[str, str]:
     """Hash the files that volumes are read from, by name; not those that are in memory."""
     files = [path for volume in volumes if isinstance(volume, Image) and volume.can_be_reloaded for path in _files_of(volume)]
-    return {str(path): _hash_of_file(path) for path in dict.fromkeys(files)}
+    return {str(path): hash_of_file(path) for path in dict.fromkeys(files)}
 
 
 def _files_of(image: Image) -> list[Path]:
@@ -74,13 +74,14 @@ def _raw(values: Tensor) -> Any:
     return contiguous.view(-1).view(torch.uint8).numpy() if contiguous.numel() else b""
 
 
-def identity_of_model(model: Callable, name: str | None, within: tuple[Any, ...] = ()) -> Json:
+def identity_of_model(model: Callable, name: str | None, within: tuple[Any, ...] = (), is_new: bool = False) -> Json:
     """Identify a model: by a name that the user gives, or a module by its weights. None for a function without a name.
 
     Args:
         model: the model.
         name: by what it is known; None for nothing.
         within: what it is a part of.
+        is_new: whether it has just been made, so that its whole numbers do not count calls.
     """
     if name is not None:
         return {"name": name}
@@ -89,7 +90,7 @@ def identity_of_model(model: Callable, name: str | None, within: tuple[Any, ...]
     digest = hashlib.sha256(_without_addresses(repr(model)).encode())
     for name, part in model.named_modules():
         # Of exported and scripted modules the code is not that of the class. They keep constants where no checkpoint has them.
-        digest.update(f"{name} {getattr(part, 'code', '')} {json.dumps(_attributes_of(part, (*within, model)))}".encode())
+        digest.update(f"{name} {getattr(part, 'code', '')} {json.dumps(_attributes_of(part, (*within, model), is_new))}".encode())
     if isinstance(model, torch.jit.ScriptModule):
         digest.update(_hash(_parts_of_script(model)).encode())
     values = dict(model.state_dict()) | dict(model.named_buffers())  # with those that are not part of a checkpoint
@@ -99,7 +100,7 @@ def identity_of_model(model: Callable, name: str | None, within: tuple[Any, ...]
     return {"class": f"{type(model).__module__}.{type(model).__qualname__}", "sha256": digest.hexdigest()}
 
 
-def _attributes_of(part: nn.Module, within: tuple[Any, ...]) -> Json:
+def _attributes_of(part: nn.Module, within: tuple[Any, ...], is_new: bool) -> Json:
     """Write down what a module does, and the values that it keeps beside its parameters, buffers and modules.
 
     Objects are left out, which may change with each call. So are whole numbers but in PyTorch's own layers: others may count
@@ -119,7 +120,7 @@ def _attributes_of(part: nn.Module, within: tuple[Any, ...]) -> Json:
     told = {
         name: identity_of_option(value, within)
         for name, value in own.items()
-        if (is_layer or type(value) is not int) and not (is_made and callable(value))
+        if (is_layer or is_new or type(value) is not int) and not (is_made and callable(value))
     }
     return [_hash(code), told]
 
@@ -177,8 +178,9 @@ def identity_of_option(value: Any, within: tuple[Any, ...] = ()) -> Json:
     if isinstance(value, functools.partial):
         return [part(each) for each in (value.func, value.args, value.keywords)]
     name = f"{type(value).__module__}.{type(value).__qualname__}"
-    if hasattr(value, "__dict__") and not isinstance(value, type | types.ModuleType):
-        return {name: part(vars(value))}
+    slots = [slot for base in type(value).__mro__ for slot in getattr(base, "__slots__", ()) if hasattr(value, slot)]
+    if (hasattr(value, "__dict__") or slots) and not isinstance(value, type | types.ModuleType):
+        return {name: part(getattr(value, "__dict__", {}) | {slot: getattr(value, slot) for slot in slots})}
     return _without_addresses(repr(value))
 
 
@@ -215,6 +217,7 @@ def _hash(parts: Iterable[Any]) -> str:
     return digest.hexdigest()
 
 
-def _hash_of_file(path: Path) -> str:
+def hash_of_file(path: Path) -> str:
+    """Hash all that is in a file (SHA-256)."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

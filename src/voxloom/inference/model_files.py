@@ -8,7 +8,7 @@ import pickle
 import sys
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from ..errors import MissingDependencyError, ModelFileError
 from .guards import Guards
-from .identity import identity_of_model, identity_of_option
+from .identity import hash_of_file, identity_of_model, identity_of_option
 from .program_check import ProgramRefusedError, inspected, is_program
+from .sources import files_of, weights_in
 
 __all__ = ["LoadedModel", "load_model"]
 
@@ -77,23 +78,22 @@ def load_model(name: str, weights: Path | None = None, allow_pickle: bool = Fals
     if not isinstance(network, nn.Module):
         raise ModelFileError(f"{name} returned {type(network).__name__}: with weights it must make a torch.nn.Module")
     _load_weights(network, weights, allow_pickle)
-    return LoadedModel(network.eval(), f"{_name_of_code(name, found)} {_hash_of_networks([network])}")
+    identity = json.dumps(identity_of_model(network.eval(), None, is_new=True))
+    return LoadedModel(network, f"{_name_of_code(name, found)} {hashlib.sha256(identity.encode()).hexdigest()}")
 
 
 def _name_of_code(name: str, found: Any) -> str:
-    """Know a function or class by all that is written where it is from, and by the networks that are kept there."""
+    """Know a function or class by all source of one's own that it may use, and by the networks and arrays that are kept there.
+
+    What is read later cannot be told, such as a file of settings.
+    """
     places = {name.partition(":")[0], getattr(found, "__module__", None) or type(found).__module__}
-    modules = [sys.modules[place] for place in sorted(places) if place in sys.modules]
-    digest = hashlib.sha256(json.dumps(identity_of_option(found)).encode())
-    for module in modules:
-        source = Path(getattr(module, "__file__", None) or "")
-        digest.update(source.read_bytes() if source.is_file() else module.__name__.encode())
-        digest.update(_hash_of_networks([value for value in vars(module).values() if isinstance(value, nn.Module)]).encode())
+    files = {each: path for place in sorted(places) for each, path in files_of(place).items()}
+    kept = {each: weights_in(sys.modules[each]) for each in sorted({*files, *places}) if each in sys.modules}
+    digest = hashlib.sha256(json.dumps([identity_of_option(found), identity_of_option(kept)]).encode())
+    for each, path in sorted(files.items()):
+        digest.update(f"{each} {hash_of_file(path)}".encode())
     return f"{name} sha256 {digest.hexdigest()}"
-
-
-def _hash_of_networks(networks: Sequence[nn.Module]) -> str:
-    return hashlib.sha256(json.dumps([identity_of_model(network, None) for network in networks]).encode()).hexdigest()
 
 
 def _takes_a_batch(function: Callable) -> bool:
@@ -119,6 +119,8 @@ def _imported(name: str) -> Any:
         raise ModelFileError(
             f"{name} cannot be imported: {error}. It is looked for here, and where packages are installed"
         ) from error
+    except Exception as error:  # whatever the module does when it is imported
+        raise ModelFileError(f"{name} cannot be imported, for it fails with {type(error).__name__}: {error}") from error
     if not callable(found):
         raise ModelFileError(f"{name} is of type {type(found).__name__}, which cannot be called")
     return found
