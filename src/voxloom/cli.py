@@ -126,7 +126,7 @@ def _predictor(
     if len(reductions) > 1:
         raise ModeError("of --labels, --threshold and --channels only one can be given")
     size, number = _sizes_of(loaded, _numbers(patch_size, int, "patch-size"), batch_size)
-    overlaps = _numbers(overlap, lambda text: float(text) if "." in text else int(text), "overlap")
+    overlaps = _numbers(overlap, lambda text: int(text) if text.strip().isdecimal() else float(text), "overlap")
     predictor = Predictor(
         loaded.model,
         size,
