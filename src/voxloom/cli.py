@@ -181,8 +181,9 @@ def _sizes_of(loaded: LoadedModel, patch_size: list[int] | None, batch_size: int
     if len(size) < len(fixed):
         own = "has none of its own" if set(fixed) == {None} else f"was exported for {pretty_sizes(fixed)}"
         raise SizeError(f"the patch size is missing, and the model {own}: give --patch-size, such as --patch-size 128")
-    least = 1 if loaded.guards is None else loaded.guards.least_batch_size(size)
-    return size, least if batch_size is None else batch_size
+    if batch_size is None:
+        batch_size = loaded.batch_size or (1 if loaded.guards is None else loaded.guards.least_batch_size(size))
+    return size, batch_size
 
 
 def _numbers(text: str | None, convert: Any, name: str) -> Any:

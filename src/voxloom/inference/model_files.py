@@ -40,7 +40,7 @@ class LoadedModel:
     patch_size: tuple[int | None, ...] = (None, None, None)
     channels: int | None = None
     guards: Guards | None = None
-    """What is demanded of batches of free size."""
+    """What an exported program demands of its batches, unless it may do whatever it wants."""
 
 
 def load_model(name: str, weights: Path | None = None, allow_pickle: bool = False) -> LoadedModel:
@@ -234,14 +234,21 @@ def _of_program(path: Path, allow_pickle: bool) -> LoadedModel:
             f"{path} takes {len(shapes)} inputs, of {', '.join(str(len(shape)) for shape in shapes)} dimensions: a model takes"
             " one batch (B, C, I, J, K)"
         )
-    guards = Guards(program, shapes[0])
-    try:
-        module = program.module(check_guards=False)
-    except TypeError:  # older versions have no such checks
-        module = program.module()
-    module.register_forward_pre_hook(lambda module, args: guards.check(args[0]), prepend=True)
+    guards = None if allow_pickle else Guards(program, shapes[0])  # only what was looked into is arithmetic
+    module = _module_of(program, guards)
     batch, channels, *patch = (size if isinstance(size, int) else None for size in shapes[0])
     return LoadedModel(module, _name_of(path), batch, tuple(patch), channels, guards)
+
+
+def _module_of(program: torch.export.ExportedProgram, guards: Guards | None) -> nn.Module:
+    if guards is None:
+        return program.module()
+    try:
+        module = program.module(check_guards=False)
+    except TypeError:  # older versions make no checks
+        module = program.module()
+    module.register_forward_pre_hook(lambda module, args: guards.check(args[0]), prepend=True)
+    return module
 
 
 def _name_of(path: Path) -> str:

@@ -281,7 +281,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def _leave(number: int, part: nn.Module) -> None:
     """Stop using a module; the last to do so restores it."""
-    use = _uses[number]
+    use = _uses.get(number)
+    if use is None:  # a process that was forked meanwhile
+        return
     use.count -= 1
     if use.count == 0:
         del _uses[number]
@@ -294,6 +296,7 @@ def _start_anew() -> None:
     """In a forked process: threads that make predictions, and may hold the lock, are not there any more."""
     global _changing_modes
     _changing_modes = threading.Lock()
+    _uses.clear()
 
 
 if hasattr(os, "register_at_fork"):
