@@ -480,7 +480,8 @@ def test_ordinary_programs_are_not_refused(here, run, dynamic, strict):
         def forward(self, batch):
             found = getattr(self, "the second")(getattr(self, "größe-1")(batch))
             pooled = nn.functional.interpolate(nn.functional.max_pool3d(found, 2), size=batch.shape[2:])
-            return OrderedDict({"scores/all": found, "pooled": pooled})
+            larger = nn.functional.interpolate(found, scale_factor=1.5)[..., : batch.shape[-1]]
+            return OrderedDict({"scores/all": found, "pooled": pooled, "larger": larger})
 
     network = Network().eval()
     with warnings.catch_warnings():
@@ -797,7 +798,7 @@ def helper(batch):
 
 @functools.cache
 def late():
-    from parts.late import factor
+    from later.on import factor
     return factor
 
 networks = {"a": [network]}
@@ -819,8 +820,13 @@ class Net(nn.Module):
 
 
 PARTS = """
+import logging
+import numpy as np
 import torch
 SHIFT = 0
+names = np.array(["liver", "spleen"], dtype=object)
+sparse = torch.eye(3).to_sparse()
+table = {print: torch.ones(3), "nowhere": torch.empty(3, device="meta"), "log": logging.getLogger("parts")}
 shifts = torch.load("shifts.pt")
 
 def shifted(batch):
@@ -835,7 +841,7 @@ def shifted(batch):
         ("model", ("(batch > THRESHOLD)", "(batch < THRESHOLD)")),
         ("model", ("fill_(1)", "fill_(2)")),
         ("model", ("parts/__init__.py", "SHIFT = 1")),
-        ("model", ("parts/late.py", "factor = 3")),
+        ("model", ("later/on.py", "factor = 3")),
         ("model", ("shifts.pt", "")),
         ("Net", ("self.power, self.calls, self.last = 2", "self.power, self.calls, self.last = 3")),
     ],
@@ -844,7 +850,8 @@ def test_code_that_was_edited_is_another_model(here, name, edit):
     Path("edited.py").write_text(EDITED)
     Path("parts").mkdir()
     Path("parts/__init__.py").write_text(PARTS)
-    Path("parts/late.py").write_text("factor = 2")
+    Path("later").mkdir()
+    Path("later/on.py").write_text("factor = 2")
     torch.save([torch.zeros(1)], "shifts.pt")
     torch.save({"weight": torch.ones(1)}, "w.pt")
     given = ["--weights", "w.pt"] if name == "Net" else []

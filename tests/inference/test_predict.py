@@ -25,6 +25,7 @@ from voxloom.core.weave import AxisWeave
 from voxloom.inference import execution as execution_of_voxloom
 from voxloom.inference import models as models_of_voxloom
 from voxloom.inference import planning, plans
+from voxloom.inference.models import Models
 from voxloom.inference.plans import BASE_BYTES
 
 from strategies import FLOATS, INTEGERS, MODES, geometries, random_values
@@ -727,6 +728,40 @@ def test_threads_may_share_modules_and_parts_of_them():
     assert [part.training for part in models[0].modules()] == [True, True, True]
     assert [part.training for part in models[1].modules()] == [True, False, True, True]
     assert models[1][1].num_batches_tracked == 0
+
+
+class Moved(nn.Module):
+    """Is moved between the CPU and the device of tensors without values; the last layer fails to arrive there."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv3d(1, 1, 1), nn.Conv3d(1, 1, 1)
+
+    def to(self, device):
+        if device.type != "cpu":
+            self.first.to(device)
+            raise RuntimeError("no room")
+        self.first = nn.Conv3d(1, 1, 1)
+        return self
+
+
+def test_a_module_that_could_not_be_moved_is_brought_back():
+    model = Moved().train()
+    with pytest.raises(RuntimeError, match="no room"), Models((model,), device="meta").ready():
+        pass
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+    assert models_of_voxloom._uses == {}
+
+
+def test_a_module_is_not_moved_while_a_part_of_it_is_in_use():
+    part = nn.Conv3d(1, 1, 1)
+    with (
+        Models((part,)).ready(),
+        pytest.raises(vx.errors.ModeError, match="is being used on cpu by another thread"),
+        Models((nn.Sequential(part),), device="meta").ready(),
+    ):
+        pass
+    assert models_of_voxloom._uses == {}
 
 
 def test_threads_keep_their_number_of_torch_threads():

@@ -296,13 +296,12 @@ class UnfinishedRun:
             if os.path.lexists(sidecar) and not _is_sidecar(sidecar):
                 raise TargetExistsError(f"{sidecar} exists, and is not of voxloom's: move it away, or choose another name")
             other = _described(sink.target)
-            if other is not None and _name_in(sidecar) == other.name:
+            if other is not None:
                 raise TargetExistsError(
                     f"{sidecar} says how {other} was made, which has the same stem: move both away, or choose another name"
                 )
-            found = sink.target if sink.target.exists() else _described(sink.target) if sidecar.exists() else None
-            if found is not None and not self.overwrite:
-                raise TargetExistsError(f"{found} exists, and is kept: remove it, choose another name, or give {OVERWRITE}")
+            if sink.target.exists() and not self.overwrite:
+                raise TargetExistsError(f"{sink.target} exists, and is kept: remove it, choose another name, or give {OVERWRITE}")
 
     def _check_same(self, recorded: Json, now: Json) -> None:
         what = differences(recorded, now)
@@ -512,9 +511,10 @@ def _put(source: Path, target: Path, overwrite: bool) -> None:
 
 
 def _described(target: Path) -> Path | None:
-    """Find another file that the sidecar of a target may be of, since it has the same stem."""
-    others = (target.with_name(stem_of(target) + ending) for ending in ENDINGS)
-    return next((path for path in others if path != target and path.exists()), None)
+    """Find another file that the sidecar of a target is of, since it has the same stem."""
+    name = _name_in(sidecar_of(target))
+    path = target.with_name(name) if name else target
+    return path if path != target and path.exists() else None
 
 
 def _is_sidecar(path: Path) -> bool:

@@ -5,8 +5,10 @@ but the arithmetic, which was looked into first.
 """
 
 import ast
+import math
 import re
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,7 +20,10 @@ __all__ = ["Guards"]
 
 # Batch sizes that are tried, from the least that was declared, for one that the program takes.
 TRIED = 64
-FUNCTIONS = {function.__name__: function for function in (abs, bool, float, int, max, min)}
+NAMES = {function.__name__: function for function in (abs, bool, float, int, max, min)} | {
+    "math": math,
+    "torch": SimpleNamespace(sym_float=float, sym_int=int),
+}
 
 
 class _Input:
@@ -83,7 +88,7 @@ class Guards:
             ):
                 return f"size {axis} must be from {allowed.lower} to {allowed.upper}"
         for text, check in self._checks:
-            names = dict.fromkeys(check.co_names, _Input(batch)) | FUNCTIONS
+            names = dict.fromkeys(check.co_names, _Input(batch)) | NAMES
             if not eval(check, {"__builtins__": {}}, names):  # noqa: S307 - it was looked into
                 return "it demands " + re.sub(r"\bL(\[[^]]*\])+", "batch", text)
         return None

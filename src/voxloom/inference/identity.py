@@ -5,6 +5,7 @@ import hashlib
 import inspect
 import io
 import json
+import logging
 import math
 import re
 import types
@@ -158,13 +159,17 @@ def identity_of_option(value: Any, within: tuple[Any, ...] = ()) -> Json:
     if value is None or isinstance(value, bool | int | float | str):
         return value if not isinstance(value, float) or math.isfinite(value) else repr(value)
     if isinstance(value, Mapping):
-        return {str(key): part(item) for key, item in value.items()}
+        return {_without_addresses(str(key)): part(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
         return [part(item) for item in value]
     if isinstance(value, set | frozenset):  # whose order differs from process to process
         return sorted(json.dumps(part(item)) for item in value)
     if isinstance(value, nn.Module):
         return identity_of_model(value, None, within)
+    if isinstance(value, logging.Logger):
+        return value.name
+    if isinstance(value, np.ndarray) and value.dtype.hasobject:
+        return part(value.tolist())
     if isinstance(value, np.ndarray):
         return _hash([f"{value.dtype} {value.shape}", np.ascontiguousarray(value).tobytes()])
     if isinstance(value, Tensor):

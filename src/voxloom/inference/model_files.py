@@ -89,11 +89,20 @@ def _name_of_code(name: str, found: Any) -> str:
     """
     places = {name.partition(":")[0], getattr(found, "__module__", None) or type(found).__module__}
     files = {each: path for place in sorted(places) for each, path in files_of(place).items()}
-    kept = {each: weights_in(sys.modules[each]) for each in sorted({*files, *places}) if each in sys.modules}
-    digest = hashlib.sha256(json.dumps([identity_of_option(found), identity_of_option(kept)]).encode())
+    digest = hashlib.sha256(json.dumps(identity_of_option(found)).encode())
+    for each in sorted({*files, *places} & set(sys.modules)):
+        for where, weights in weights_in(sys.modules[each]):
+            digest.update(f"{each} {where} {_identity_of_kept(weights)}".encode())
     for each, path in sorted(files.items()):
         digest.update(f"{each} {hash_of_file(path)}".encode())
     return f"{name} sha256 {digest.hexdigest()}"
+
+
+def _identity_of_kept(weights: Any) -> str:
+    try:
+        return json.dumps(identity_of_option(weights))
+    except Exception:  # noqa: BLE001 - of sparse and unset arrays, say, there is the source alone, which was looked at
+        return f"{type(weights).__module__}.{type(weights).__qualname__}"
 
 
 def _takes_a_batch(function: Callable) -> bool:
@@ -243,10 +252,8 @@ def _of_program(path: Path, allow_pickle: bool) -> LoadedModel:
 def _module_of(program: torch.export.ExportedProgram, guards: Guards | None) -> nn.Module:
     if guards is None:
         return program.module()
-    try:
-        module = program.module(check_guards=False)
-    except TypeError:  # older versions make no checks
-        module = program.module()
+    without = {"check_guards": False} if "check_guards" in inspect.signature(program.module).parameters else {}
+    module = program.module(**without)
     module.register_forward_pre_hook(lambda module, args: guards.check(args[0]), prepend=True)
     return module
 

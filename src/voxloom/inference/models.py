@@ -5,7 +5,7 @@ import itertools
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,7 +129,7 @@ class Models:
         with _changing_modes:
             device = self.device
             for module in self.modules:
-                if id(module) in _uses and _home_of(module) not in (None, device):
+                if _home_of(module) not in (None, device) and any(id(part) in _uses for part in module.modules()):
                     raise ModeError(
                         f"the model {type(module).__name__} is being used on {_home_of(module)} by another thread, and so cannot"
                         f" be moved to {device}: wait for it, or use a copy"
@@ -141,16 +141,15 @@ class Models:
                 for module in self.modules:
                     home = _home_of(module)
                     if home is not None and home != device:
+                        _uses[id(module)].home = home  # first, since it may fail halfway
                         module.to(device)
-                        _uses[id(module)].home = home
                     if any(part.training for part in module.modules()):
                         with contextlib.suppress(NotImplementedError):  # exported programs have no modes
                             module.eval()
             yield
         finally:
             with _changing_modes:
-                for number, part in parts.items():
-                    _leave(number, part)
+                _leave(parts)
 
     def run(self, batch: Tensor, streams: Sequence[Stream], read_again: Callable[[], Tensor]) -> list[Tensor]:
         """Give the outputs for a batch: one tensor `(B, C, I, J, K)` for each stream.
@@ -279,17 +278,21 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.cuda.OutOfMemoryError) or "MPS backend out of memory" in str(error)
 
 
-def _leave(number: int, part: nn.Module) -> None:
-    """Stop using a module; the last to do so restores it."""
-    use = _uses.get(number)
-    if use is None:  # a process that was forked meanwhile
-        return
-    use.count -= 1
-    if use.count == 0:
-        del _uses[number]
-        part.training = use.was_training
-        if use.home is not None:
-            part.to(use.home)
+def _leave(parts: Mapping[int, nn.Module]) -> None:
+    """Stop using modules; those that nobody uses any more are restored."""
+    moved = []
+    for number, part in parts.items():
+        use = _uses.get(number)
+        if use is None:  # in a process that was forked meanwhile
+            continue
+        use.count -= 1
+        if use.count == 0:
+            del _uses[number]
+            part.training = use.was_training
+            if use.home is not None:
+                moved.append((part, use.home))
+    for part, home in moved:
+        part.to(home)
 
 
 def _start_anew() -> None:

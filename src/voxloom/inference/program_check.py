@@ -235,6 +235,10 @@ def _is_arithmetic(node: ast.AST) -> bool:
             return re.fullmatch(r"[\d.e+-]+", digits) is not None and all(_is_arithmetic(keyword.value) for keyword in precision)
         case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]):
             return FUNCTIONS.fullmatch(name) is not None and all(map(_is_arithmetic, arguments))
+        case ast.Call(func=ast.Attribute(value=ast.Name(id="math"), attr="trunc" | "floor" | "ceil"), args=[value], keywords=[]):
+            return _is_arithmetic(value)
+        case ast.Call(func=ast.Attribute(value=ast.Name(id="torch"), attr="sym_float" | "sym_int"), args=[value], keywords=[]):
+            return _is_arithmetic(value)
         case ast.Subscript(value=sizes, slice=ast.Constant(value=int())):
             return _is_of_input(sizes)
     return _is_of_input(node)

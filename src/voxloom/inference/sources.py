@@ -4,7 +4,8 @@ import ast
 import importlib.util
 import sys
 import sysconfig
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,28 +30,37 @@ def files_of(name: str) -> dict[str, Path]:
         if path is not None:
             found[each] = path
             waiting += _imported_by(each, path)
+            waiting += [name for name in sys.modules if name.startswith(f"{each}.")]  # however a package imports its own
     return dict(sorted(found.items()))
 
 
-def weights_in(module: ModuleType) -> dict[str, Any]:
-    """Give what a module keeps that holds networks or arrays."""
-    return {name: value for name, value in sorted(vars(module).items()) if not name.startswith("__") and _holds_weights(value)}
+def weights_in(module: ModuleType) -> Iterator[tuple[str, Any]]:
+    """Give the networks and arrays that a module keeps, also within collections and objects, and where they are."""
+    values = {name: value for name, value in sorted(vars(module).items()) if not name.startswith("__")}
+    yield from _weights_of(values, "", set())
 
 
 def _file_of(name: str) -> Path | None:
-    module, parent = sys.modules.get(name), name.rpartition(".")[0]
-    place = getattr(module, "__file__", None)
-    if module is None and (not parent or parent in sys.modules):
-        try:
-            spec = importlib.util.find_spec(name)
-        except (ImportError, ValueError, AttributeError):
-            return None
-        place = None if spec is None or not spec.has_location else spec.origin
+    module = sys.modules.get(name)
+    spec = _spec_of(name) if module is None else None
+    place = getattr(module, "__file__", None) if spec is None else spec.origin
     if place is None or name.partition(".")[0] == OWN_NAME:
         return None
     path = Path(place).resolve()
-    is_installed = any(path.is_relative_to(folder) for folder in INSTALLED) or "site-packages" in path.parts
+    is_installed = any(map(path.is_relative_to, INSTALLED)) or not {"site-packages", "dist-packages"}.isdisjoint(path.parts)
     return None if is_installed or not path.is_file() else path
+
+
+def _spec_of(name: str) -> ModuleSpec | None:
+    """Find a module without importing the packages that it is in."""
+    parent = name.rpartition(".")[0]
+    try:
+        if not parent or parent in sys.modules:
+            return importlib.util.find_spec(name)
+        package = _spec_of(parent)
+        return None if package is None else PathFinder.find_spec(name, package.submodule_search_locations or [])
+    except (ImportError, ValueError, AttributeError):
+        return None
 
 
 def _imported_by(name: str, path: Path) -> Iterator[str]:
@@ -77,13 +87,15 @@ def _imported_by(name: str, path: Path) -> Iterator[str]:
         yield from (".".join(parts[:count]) for count in range(1, len(parts) + 1))
 
 
-def _holds_weights(value: Any, depth: int = 0) -> bool:
+def _weights_of(value: Any, where: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
+    if id(value) in seen or isinstance(value, type | ModuleType | str | bytes):
+        return
+    seen.add(id(value))
     if isinstance(value, Tensor | nn.Module | np.ndarray):
-        return True
-    if depth == DEEPEST or isinstance(value, type | ModuleType | str):
-        return False
-    if isinstance(value, Mapping):
-        return any(_holds_weights(each, depth + 1) for each in value.values())
-    if isinstance(value, list | tuple | set | frozenset):
-        return any(_holds_weights(each, depth + 1) for each in value)
-    return any(_holds_weights(each, depth + 1) for each in getattr(value, "__dict__", {}).values())
+        yield where, value
+    elif isinstance(value, dict | list | tuple):
+        parts = value.items() if isinstance(value, dict) else enumerate(value)
+        for number, (key, part) in enumerate(parts):
+            yield from _weights_of(part, f"{where}.{key if isinstance(key, str) else number}", seen)
+    elif isinstance(getattr(value, "__dict__", None), dict) and where.count(".") < DEEPEST:
+        yield from _weights_of(vars(value), where, seen)
