@@ -333,6 +333,15 @@ def test_a_program_is_given_the_smallest_batch_that_its_checks_allow(here, run, 
     plan = run("plan", "model.pt2", "scans/a.nii.gz").out
     assert re.search(r"forward passes of [2-6]\b", plan)
     run("predict", "model.pt2", "scans/a.nii.gz", "-o", "out.nii.gz")
+    replaced("model.pt2", "odd.pt2", *graph(lambda tree: tree.update(guards_code=["Mod(L['batch'].size()[0], 2) == 0"])))
+    error = run("plan", "odd.pt2", "scans/a.nii.gz", code=1).err
+    assert "calls Mod, which is not known here. Give --allow-pickle" in error
+
+
+def test_a_sidecar_that_names_another_file_is_only_asked_about_results(here, run):
+    Path("out.json").write_text(json.dumps({"versions": {"voxloom": "1"}, "written": {"name": "../other/file"}}))
+    run("predict", "mymodels:negative", "scans/a.nii.gz", "-o", "out.nii.gz", "--patch-size", 8)
+    assert json.loads(Path("out.json").read_text())["written"]["name"] == "out.nii.gz"
 
 
 def test_a_program_may_fix_some_of_its_sizes_or_what_they_may_be(here, run):

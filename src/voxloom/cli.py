@@ -181,9 +181,7 @@ def _sizes_of(loaded: LoadedModel, patch_size: list[int] | None, batch_size: int
     if len(size) < len(fixed):
         own = "has none of its own" if set(fixed) == {None} else f"was exported for {pretty_sizes(fixed)}"
         raise SizeError(f"the patch size is missing, and the model {own}: give --patch-size, such as --patch-size 128")
-    if batch_size is None:
-        batch_size = loaded.batch_size or (1 if loaded.guards is None else loaded.guards.least_batch_size(size))
-    return size, batch_size
+    return size, loaded.least_batch_size(size) if batch_size is None else batch_size
 
 
 def _numbers(text: str | None, convert: Any, name: str) -> Any:
@@ -337,7 +335,7 @@ def info(
 def _description(path: Path) -> str:
     if path.suffix.lower() in (".pt2", ".pt", ".ts", ".pth"):
         loaded = load_model(str(path))
-        least = 1 if loaded.guards is None else loaded.guards.least_batch_size()
+        least = loaded.least_batch_size()
         free = "any" if least == 1 else f"{least} or more"
         lines = {"batch size": loaded.batch_size or free, "patch size": pretty_sizes(loaded.patch_size)}
     else:

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .forks import in_forked_process
+
 __all__ = ["FreedMemory", "Trimmer", "copy_alone", "empty", "pretty_bytes"]
 
 # Larger blocks are asked of the system, each on its own. From the C library they would leave gaps when they are freed: PyTorch
@@ -175,12 +177,9 @@ def copy_alone(target: Tensor, source: Tensor) -> None:
         target.copy_(source)
 
 
+@in_forked_process
 def _start_anew() -> None:
     """In a forked process: locks may have been held by a thread that is not there any more."""
     for freed in tuple(_all):
         freed._lock = threading.RLock()
         freed._blocks = {}
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_start_anew)

@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import math
-import os
 import threading
 import warnings
 from collections import deque
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from ..core.accumulator import sum_dtype
 from ..core.boxes import Box
+from ..core.forks import in_forked_process
 from ..core.front import SHARED_BYTES, Allocate, Finished, Front, Share, WeightsOfPatches
 from ..core.memory import Trimmer
 from ..core.sizes import Ints
@@ -417,11 +417,8 @@ def _use_one_thread(helpers: Sequence[ThreadPoolExecutor]) -> None:
             torch.set_num_threads(threads)  # it is a matter of each thread, but new ones begin with what was set last
 
 
+@in_forked_process
 def _start_anew() -> None:
     """In a forked process: a lock may have been held by a thread that is not there any more."""
     global SETTING_THREADS
     SETTING_THREADS = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_start_anew)

@@ -26,7 +26,8 @@ from torch import Tensor
 from ..core.boxes import Box
 from ..errors import RecordError, SaveError, TargetExistsError, UnsupportedImageError, VoxloomError
 from ..volumes.formats import NiftiWriter, as_save_error, compressing, stem_of
-from .identity import differences, hash_of_file
+from .identity import differences
+from .sidecars import ENDINGS, is_as_written, other_told_of, read_sidecar, sidecar_of, written
 from .sinks import VolumeForm
 
 __all__ = [
@@ -34,14 +35,11 @@ __all__ = [
     "NiftiSink",
     "UnfinishedRun",
     "as_target",
-    "difference_of_made",
     "is_ready_to_publish",
     "left_behind",
     "remove_leftovers",
-    "sidecar_of",
 ]
 
-ENDINGS = (".nii", ".nii.gz")
 CHUNK_BYTES = 2**22
 READY = "ready"
 UNFINISHED = ".unfinished"
@@ -79,44 +77,10 @@ def as_target(path: Any) -> Path:
     return target
 
 
-def sidecar_of(target: Path) -> Path:
-    """Name of the file that says how a result came to be."""
-    return target.with_name(f"{stem_of(target)}.json")
-
-
-def difference_of_made(target: Path, identity: Json) -> str | None:
-    """Say in what the result that is at a target differs from what would be made; empty if in nothing, None if there is none."""
-    if not target.exists():
-        return None
-    sidecar = sidecar_of(target)
-    try:
-        made = json.loads(sidecar.read_text())
-        recorded = {key: made.get(key) for key in identity}
-        written = made.get("written")
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return f"nothing beside it says how it was made ({sidecar.name})"
-    if not _is_as_written(target, target, written):
-        return f"{sidecar.name} is not of it as it is now, but of {written}"
-    if None in identity["models"]:
-        return "whether it is of the same model cannot be told of a function without a name"
-    return "; ".join(differences(recorded, identity))
-
-
 def left_behind(target: Path) -> Path | None:
     """Find what is left of a run for a target that was interrupted."""
     folder = NiftiSink(target).folder
     return folder if (folder / "record.json").exists() else None
-
-
-def _written(path: Path, target: Path) -> Json:
-    """Say what a sidecar tells a result by, which is under its own name or still under another one."""
-    return {"name": target.name, "bytes": path.stat().st_size, "sha256": hash_of_file(path)}
-
-
-def _is_as_written(path: Path, target: Path, written: Json) -> bool:
-    if not isinstance(written, dict) or (written.get("name"), written.get("bytes")) != (target.name, path.stat().st_size):
-        return False
-    return written == _written(path, target)
 
 
 class NiftiSink:
@@ -293,9 +257,9 @@ class UnfinishedRun:
     def _check_targets(self) -> None:
         for sink in self.sinks:
             sidecar = sidecar_of(sink.target)
-            if os.path.lexists(sidecar) and not _is_sidecar(sidecar):
+            if os.path.lexists(sidecar) and read_sidecar(sidecar) is None:
                 raise TargetExistsError(f"{sidecar} exists, and is not of voxloom's: move it away, or choose another name")
-            other = _described(sink.target)
+            other = other_told_of(sink.target)
             if other is not None:
                 raise TargetExistsError(
                     f"{sidecar} says how {other} was made, which has the same stem: move both away, or choose another name"
@@ -365,14 +329,14 @@ class UnfinishedRun:
         """
         if contents is not None:
             for sink in self.sinks:
-                described = contents | {"written": _written(sink.whole, sink.target)}
+                described = contents | {"written": written(sink.whole, sink.target)}
                 _write_safely(sink.folder / "sidecar.json", json.dumps(described, indent=1))
             self._add_line(READY)
         for sink in self.sinks:
             if contents is None:
                 _check_whole(sink)
             sidecar = sidecar_of(sink.target)
-            if sidecar.exists() and not _is_sidecar(sidecar):
+            if sidecar.exists() and read_sidecar(sidecar) is None:
                 raise TargetExistsError(
                     f"{sidecar} has appeared while the result was made, and is not of voxloom's: move it away, and give the same"
                     " call again"
@@ -381,7 +345,7 @@ class UnfinishedRun:
             try:
                 _put(sink.whole, sink.target, self.overwrite)
                 sidecar = sidecar_of(sink.target)
-                is_left_over = _is_sidecar(sidecar) and _described(sink.target) is None
+                is_left_over = read_sidecar(sidecar) is not None and other_told_of(sink.target) is None
                 _put(sink.folder / "sidecar.json", sidecar, self.overwrite or is_left_over)
             except VoxloomError:
                 raise
@@ -479,10 +443,9 @@ def _is_of_lock(lock: FileLock, path: Path) -> bool:
 
 def _check_whole(sink: NiftiSink) -> None:
     """Check that a result is as it was when it was whole, whether it is still in the hidden folder or under its name."""
-    paths = (sink.folder / "sidecar.json", sidecar_of(sink.target))
-    found: Json = next((json.loads(path.read_text()) for path in paths if _is_sidecar(path)), {})
+    made = read_sidecar(sink.folder / "sidecar.json") or read_sidecar(sidecar_of(sink.target))
     place = sink.whole if sink.whole.exists() else sink.target
-    if not place.exists() or not _is_as_written(place, sink.target, found.get("written")):
+    if not place.exists() or not is_as_written(place, sink.target, made):
         raise RecordError(f"the result that was ready to be put at {sink.target} is gone or damaged ({place}): {BEGIN_ANEW}")
 
 
@@ -508,28 +471,6 @@ def _put(source: Path, target: Path, overwrite: bool) -> None:
     if target.exists():
         source.chmod(target.stat().st_mode & 0o777)
     source.replace(target)
-
-
-def _described(target: Path) -> Path | None:
-    """Find another file that the sidecar of a target is of, since it has the same stem."""
-    name = _name_in(sidecar_of(target))
-    path = target.with_name(name) if name else target
-    return path if path != target and path.exists() else None
-
-
-def _is_sidecar(path: Path) -> bool:
-    try:
-        return "voxloom" in json.loads(path.read_text())["versions"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return False
-
-
-def _name_in(sidecar: Path) -> str | None:
-    """Name of the result that a sidecar is of."""
-    if not _is_sidecar(sidecar):
-        return None
-    written = json.loads(sidecar.read_text()).get("written")
-    return written.get("name") if isinstance(written, dict) else None
 
 
 def _text_of(path: Path) -> str:

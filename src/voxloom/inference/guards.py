@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import SizeError
 
-__all__ = ["Guards"]
+__all__ = ["Guards", "exported_for_others"]
 
 # Batch sizes that are tried, from the least that was declared, for one that the program takes.
 TRIED = 64
@@ -45,6 +45,9 @@ class Guards:
     Args:
         program: a program of one input, whose checks are arithmetic.
         sizes: those of its input as they were declared: numbers, or symbols of PyTorch's.
+
+    Raises:
+        ValueError: if there is a check that cannot be evaluated.
     """
 
     def __init__(self, program: torch.export.ExportedProgram, sizes: Sequence[Any]) -> None:
@@ -59,10 +62,7 @@ class Guards:
             SizeError: if the program was not exported for its sizes.
         """
         if reason := self._reason_against(batch):
-            raise SizeError(
-                f"the model was exported for other sizes than a batch (B, C, I, J, K) of {tuple(batch.shape)}: {reason}. Choose"
-                " others, or export it anew"
-            )
+            raise exported_for_others(batch, reason)
 
     def least_batch_size(self, patch_size: Sequence[int] | None = None) -> int:
         """Give the smallest batch that the program was exported for, or that it takes with a patch size."""
@@ -94,5 +94,17 @@ class Guards:
         return None
 
 
+def exported_for_others(batch: Tensor, reason: str) -> SizeError:
+    """Make the error of a program that does not take a batch."""
+    return SizeError(
+        f"the model was exported for other sizes than a batch (B, C, I, J, K) of {tuple(batch.shape)}: {reason}. Choose others,"
+        " or export it anew"
+    )
+
+
 def _compiled(text: str) -> Any:
-    return compile(ast.parse(text, mode="eval"), "<check>", "eval")
+    tree = ast.parse(text, mode="eval")
+    calls = {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+    if not calls <= set(NAMES):
+        raise ValueError(f"its check {text!r} calls {', '.join(sorted(calls - set(NAMES)))}, which is not known here")
+    return compile(tree, "<check>", "eval")

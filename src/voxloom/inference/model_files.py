@@ -8,7 +8,7 @@ import pickle
 import sys
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,11 @@ class LoadedModel:
     channels: int | None = None
     guards: Guards | None = None
     """What an exported program demands of its batches, unless it may do whatever it wants."""
+
+    def least_batch_size(self, patch_size: Sequence[int] | None = None) -> int:
+        """Give the batch size that it is fixed to, or else the smallest that it was made for."""
+        free = 1 if self.guards is None else self.guards.least_batch_size(patch_size)
+        return free if self.batch_size is None else self.batch_size
 
 
 def load_model(name: str, weights: Path | None = None, allow_pickle: bool = False) -> LoadedModel:
@@ -243,7 +248,12 @@ def _of_program(path: Path, allow_pickle: bool) -> LoadedModel:
             f"{path} takes {len(shapes)} inputs, of {', '.join(str(len(shape)) for shape in shapes)} dimensions: a model takes"
             " one batch (B, C, I, J, K)"
         )
-    guards = None if allow_pickle else Guards(program, shapes[0])  # only what was looked into is arithmetic
+    try:
+        guards = None if allow_pickle else Guards(program, shapes[0])  # only what was looked into is arithmetic
+    except ValueError as error:
+        raise ModelFileError(
+            f"{path}: {error}. Give --allow-pickle if you trust where it is from, and PyTorch makes its own checks"
+        ) from error
     module = _module_of(program, guards)
     batch, channels, *patch = (size if isinstance(size, int) else None for size in shapes[0])
     return LoadedModel(module, _name_of(path), batch, tuple(patch), channels, guards)

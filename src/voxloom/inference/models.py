@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import os
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.accumulator import sum_dtype
+from ..core.forks import in_forked_process
 from ..core.sizes import Ints
 from ..errors import DeviceMemoryError, ModeError, OutputError, SizeError
 from .outputs import Form, Name, Stream, called, check_output, outputs_of
@@ -295,15 +295,12 @@ def _leave(parts: Mapping[int, nn.Module]) -> None:
         part.to(home)
 
 
+@in_forked_process
 def _start_anew() -> None:
     """In a forked process: threads that make predictions, and may hold the lock, are not there any more."""
     global _changing_modes
     _changing_modes = threading.Lock()
     _uses.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_start_anew)
 
 
 def _home_of(module: nn.Module) -> torch.device | None:

@@ -17,6 +17,7 @@ from ..sampling.padded import Voxels
 from ..volumes.formats import SpaceCodes
 from ..volumes.image import Image
 from ..volumes.space import Affine, scaled
+from .guards import exported_for_others
 from .limits import free_bytes
 from .masks import looks_at_volumes, needed_patches
 from .models import Models
@@ -126,10 +127,7 @@ class Planner:
                 raise
             except Exception as error:
                 if isinstance(error, AssertionError) and str(error).startswith("Guard failed"):  # so exported programs refuse
-                    raise SizeError(
-                        f"the model was exported for other sizes than a batch (B, C, I, J, K) of {tuple(batch.shape)}:"
-                        f" {str(error).splitlines()[0]}. Choose others, or export it anew"
-                    ) from error
+                    raise exported_for_others(batch, str(error).splitlines()[0]) from error
                 error.add_note(
                     f"The model was called with zeros of shape {tuple(batch.shape)}, to see what its output looks like: it must"
                     f" take batches of {options.batch_size}, {setting[0]} channels as {name} has, and patches of"

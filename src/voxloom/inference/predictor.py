@@ -27,7 +27,6 @@ from .files import (
     NiftiSink,
     UnfinishedRun,
     as_target,
-    difference_of_made,
     is_ready_to_publish,
     remove_leftovers,
 )
@@ -39,6 +38,7 @@ from .outputs import Wanted
 from .planning import Job, Planner, of_name
 from .plans import PredictionPlan
 from .provenance import identity_of, sidecar_of_run
+from .sidecars import difference_of_made
 from .sinks import MemorySink, Sink
 from .spooling import paths_of, spooled
 

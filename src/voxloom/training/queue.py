@@ -4,7 +4,6 @@ import contextlib
 import logging
 import math
 import multiprocessing
-import os
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
+from ..core.forks import in_forked_process
 from ..core.memory import FreedMemory, pretty_bytes
 from ..core.schedules import EpochSchedule
 from ..core.sizes import as_int
@@ -570,13 +570,10 @@ class Queue(IterableDataset[Subject]):
 _queues: weakref.WeakSet[Queue] = weakref.WeakSet()
 
 
+@in_forked_process
 def _forget_streams() -> None:
     for queue in tuple(_queues):
         queue.forget_stream()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_streams)
 
 
 def _is_of(schedule: EpochSchedule, fingerprint: int, position: int) -> bool:

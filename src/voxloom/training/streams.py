@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.data._utils import signal_handling
 
+from ..core.forks import in_forked_process
 from ..core.memory import FreedMemory
 from ..errors import SubjectError, VoxloomError, WorkerError
 from ..volumes.subject import Subject
@@ -270,14 +271,11 @@ _of_parents: list[Any] = []
 _streams: weakref.WeakSet["WorkerStream"] = weakref.WeakSet()
 
 
+@in_forked_process
 def _keep_iterators() -> None:
     for stream in tuple(_streams):
         for worker in stream.workers:
             worker.keep_iterator()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_keep_iterators)
 
 
 class _Tasks(Sampler[PatchTask | None]):
