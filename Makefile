@@ -5,13 +5,21 @@ PYTHON := $(shell command -v python3.11 || command -v python3)
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint format bench clean
+# One thread of PyTorch's for each process of the tests, of which there are two for each core: many tests wait for processes.
+PROCESSES := $(shell expr 2 \* $$(getconf _NPROCESSORS_ONLN))
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(PROCESSES) --maxprocesses 16 --dist worksteal
+
+.PHONY: demo test test-all lint format bench clean
 
 demo: $(VENV)/plot.installed  ## Apply a network to a synthetic head, whole and patch by patch, and draw the result
 	$(BIN)/voxloom demo --output demo
 
-test: $(VENV)/test.installed  ## Run the tests
-	$(BIN)/python -m pytest
+test: $(VENV)/test.installed  ## Run the tests, but for those that take long
+	$(PYTEST) -m "not slow" $(COVERAGE)
+
+test-all:  ## Run all tests, and say how much of the code they reach
+	$(MAKE) test COVERAGE="--cov voxloom --cov-report="
+	$(PYTEST) -m slow --cov voxloom --cov-append --cov-report term:skip-covered
 
 lint: $(VENV)/lint.installed  ## Check style and types
 	$(BIN)/ruff check .
@@ -28,9 +36,13 @@ bench: $(VENV)/bench.installed  ## Measure aggregation, sampling, training and p
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/prediction.py
 	$(BIN)/python benchmarks/prediction.py --large
+	$(BIN)/python benchmarks/network.py
+	$(BIN)/python benchmarks/network.py --bfloat16
+	$(BIN)/python benchmarks/network.py --network 4 --shape 256 256 256 --batch 4
+	$(BIN)/python benchmarks/network.py --network 60 --shape 160 160 160 --batch 4
 
 clean:  ## Remove what the other targets made
-	rm -rf $(VENV) demo bench build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .coverage $(VENV) demo bench build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/python.made:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or later is needed, and python3 was not found" >&2; exit 1; }

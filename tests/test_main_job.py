@@ -67,7 +67,8 @@ def test_patches_of_grey_matter_have_grey_matter_at_their_centres(scan, mni_grey
     )
 
     def at_centres(sampler):
-        indices = [sampler._draw(sampler._parts(), (0, number)).index for number in range(2000)]
+        patches = sampler.numbered(subject, sampler.seed, 0, 0)
+        indices = [patches.locate(number).index for number in range(2000)]
         return torch.stack([probability[(0, *(first + 16 for first in index))] for index in indices])
 
     assert at_centres(vx.LabelSampler(subject, 32, "mask", seed=0)).min() > 0.5

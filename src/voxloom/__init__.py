@@ -5,23 +5,15 @@ from ._version import __version__
 from .core.grids import PatchGrid
 from .core.locations import PatchLocation
 from .inference import GridAggregator, PatchAggregator, PredictionPlan, Predictor, Regions, plan, predict
+from .io.arrays import ArraySource
+from .io.protocols import SpaceCodes, VolumeSource, VolumeSpec, VolumeStore
+from .runtime.kept_memory import kept_memory
 from .sampling.grid import GridSampler
 from .sampling.random import PatchSampler, UniformSampler
 from .sampling.weighted import LabelSampler, MixedSampler, WeightedSampler
 from .training import Queue
 from .volumes.batch import ImagesBatch, SubjectsBatch
-from .volumes.constants import (
-    AFFINE,
-    CHANNELS_DIMENSION,
-    DATA,
-    INTENSITY,
-    LABEL,
-    LOCATION,
-    PATH,
-    SAMPLING_MAP,
-    STEM,
-    TYPE,
-)
+from .volumes.constants import AFFINE, CHANNELS_DIMENSION, DATA, INTENSITY, LABEL, LOCATION, PATH, SAMPLING_MAP, STEM, TYPE
 from .volumes.image import Image, LabelMap, ScalarImage
 from .volumes.loading import SubjectsDataset, SubjectsLoader
 from .volumes.subject import Subject
@@ -37,6 +29,7 @@ __all__ = [
     "SAMPLING_MAP",
     "STEM",
     "TYPE",
+    "ArraySource",
     "GridAggregator",
     "GridSampler",
     "Image",
@@ -53,17 +46,22 @@ __all__ = [
     "Queue",
     "Regions",
     "ScalarImage",
+    "SpaceCodes",
     "Subject",
     "SubjectsBatch",
     "SubjectsDataset",
     "SubjectsLoader",
     "UniformSampler",
+    "VolumeSource",
+    "VolumeSpec",
+    "VolumeStore",
     "WeightedSampler",
     "__version__",
     "data",
     "datasets",
     "errors",
     "inference",
+    "kept_memory",
     "loader",
     "plan",
     "predict",

@@ -1,5 +1,5 @@
 """Makes `python -m voxloom` the same as `voxloom`."""
 
-from .cli import main
+from .cli.commands import main
 
 main()

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from voxloom.core import memory
+from voxloom.runtime import memory
 
 LARGE = (memory.LARGE_BYTES // 4 + 1000,)
 
@@ -13,30 +13,30 @@ LARGE = (memory.LARGE_BYTES // 4 + 1000,)
 @pytest.fixture(autouse=True)
 def nothing_kept():
     gc.collect()
-    memory._freed.clear()
+    memory.shared.clear()
 
 
 def test_freed_memory_is_used_again_only_when_no_view_of_it_is_left():
     first = memory.empty(LARGE, torch.float32)
-    view = first[10:20].fill_(7)
+    view, place = first[10:20].fill_(7), first.data_ptr()
     del first
     gc.collect()
-    assert memory._freed.num_bytes == 0
+    assert memory.shared.num_bytes == 0
     second = memory.empty(LARGE, torch.float32).fill_(1)
     assert (view == 7).all()
     del view
     gc.collect()
-    ((kept,),) = memory._freed._blocks.values()
+    assert memory.shared.num_bytes == LARGE[0] * 4
     third = memory.empty(LARGE, torch.float32)
-    assert third.data_ptr() == kept.ctypes.data
-    assert memory._freed.num_bytes == 0
+    assert third.data_ptr() == place
+    assert memory.shared.num_bytes == 0
     assert (second == 1).all()
 
 
 def test_a_forked_process_starts_anew():
     memory.empty(LARGE, torch.float32)
-    assert memory._freed.num_bytes
-    with memory._freed._lock:
+    assert memory.shared.num_bytes
+    with memory.shared.lock:
         worker = multiprocessing.get_context("fork").Process(target=memory.empty, args=(LARGE, torch.float32))
         worker.start()
     worker.join(30)
@@ -50,7 +50,7 @@ def free_and_leave(tensors):
 
 def test_what_was_there_before_a_fork_can_be_freed_after_it():
     tensors = [memory.empty(LARGE, torch.float32)]
-    with memory._freed._lock:
+    with memory.shared.lock:
         worker = multiprocessing.get_context("fork").Process(target=free_and_leave, args=(tensors,))
         thread = threading.Thread(target=worker.start)
         thread.start()
@@ -64,7 +64,7 @@ def test_no_more_is_kept_than_was_said():
         memory.empty((memory.KEPT_BYTES // 3,), torch.uint8)
     tensors = [memory.empty((memory.KEPT_BYTES // 2 + 1,), torch.uint8) for _ in range(4)]
     del tensors
-    assert memory._freed.num_bytes <= memory.KEPT_BYTES
+    assert memory.shared.num_bytes <= memory.KEPT_BYTES
 
 
 def test_a_volume_does_not_drive_out_the_batches():
@@ -72,7 +72,7 @@ def test_a_volume_does_not_drive_out_the_batches():
     volume = memory.empty((memory.KEPT_BYTES + 1,), torch.uint8)
     del batch, volume
     gc.collect()
-    assert memory._freed.num_bytes == LARGE[0] * 4
+    assert memory.shared.num_bytes == LARGE[0] * 4
 
 
 def test_large_and_small_tensors_have_the_shape_and_type_that_were_asked_for():

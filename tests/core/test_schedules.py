@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from voxloom.core.draws import Purpose, shuffled, uniform_numbers
+from voxloom.core.random_numbers import Purpose, shuffled, uniform_numbers
 from voxloom.core.schedules import EpochSchedule
 from voxloom.errors import SizeError
 

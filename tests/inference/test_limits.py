@@ -2,10 +2,10 @@
 
 import pytest
 
-from voxloom.core.memory import pretty_bytes
+from voxloom.core.sizes import pretty_bytes
 from voxloom.errors import SizeError
-from voxloom.inference import limits
-from voxloom.inference.limits import as_bytes, free_bytes
+from voxloom.runtime import limits
+from voxloom.runtime.limits import as_bytes, free_bytes
 
 
 @pytest.mark.parametrize(
@@ -49,4 +49,10 @@ def test_what_is_kept_of_files_counts_as_free(tmp_path, monkeypatch):
     own.write_text("0::/jobs/mine\n")
     monkeypatch.setattr(limits, "GROUPS", ((root, "memory.max", "memory.current", "inactive_file"),))
     monkeypatch.setattr(limits, "OWN_GROUPS", own)
-    assert sorted(limits._free_in_groups()) == [2**30 - 400 * 2**20, 10 * 2**30 - 400 * 2**20]
+    whole = free_bytes()
+    assert whole <= 2**30 - 400 * 2**20
+    (job / "memory.stat").write_text("anon 5\ninactive_file 0\n")
+    assert free_bytes() == min(whole, 2**30 - 900 * 2**20)
+    (root / "jobs" / "memory.max").write_text(f"{901 * 2**20}\n")
+    (root / "jobs" / "memory.stat").write_text("anon 5\n")
+    assert free_bytes() == 2**20

@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import voxloom as vx
-from voxloom.core import accumulator
+from voxloom.aggregation import accumulator
 
 import reference
 from strategies import WINDOWS, geometries
@@ -36,10 +36,9 @@ def aggregate(aggregator, pairs):
 
 @pytest.fixture(autouse=True, params=["whole", "in small parts"])
 def parts(request, monkeypatch):
-    """What is done slab by slab or channel by channel in large volumes is done so in small ones too."""
+    """What is done slab by slab in large volumes is done so in small ones too."""
     if request.param == "in small parts":
         monkeypatch.setattr(accumulator, "SLAB_VOXELS", 5)
-        monkeypatch.setattr(accumulator, "LARGE_CHANNEL_VOXELS", 1)
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import voxloom as vx
-from voxloom.inference import plans
+from voxloom.inference import planner
 
 import reference
 from strategies import MODES, geometries
@@ -123,7 +123,7 @@ def test_whatever_is_asked_for_is_what_the_definition_says(geometry, case):
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patched, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that several blocks cost more
         if case["waits"]:
-            patched.setattr(plans, "WAITING_BYTES", 0)
+            patched.setattr(planner, "WAITING_BYTES", 0)
         arguments = (model, data, patch, overlap, case["mode"])
         if case["room"] is not None:
             whole = vx.plan(*arguments, **options, reduce=case["reduce"]).peak_bytes

@@ -50,6 +50,7 @@ SCRIPT = """
 """
 
 
+LARGE = {"shape": (256, 256, 512), "classes": 60, "patch": 96, "reduce": "argmax"}
 MIRRORED = {"shape": (96, 96, 96), "classes": 60, "patch": 64, "reduce": "argmax"}
 
 
@@ -64,8 +65,8 @@ def measured(tmp_path, **case):
 @pytest.mark.parametrize(
     ("case", "blocks"),
     [
-        ({"shape": (256, 256, 512), "classes": 60, "patch": 96, "reduce": "argmax"}, 1),
-        ({"shape": (256, 256, 512), "classes": 60, "patch": 96, "reduce": "argmax", "limit": "1200MiB", "output": "o.nii.gz"}, 2),
+        pytest.param(LARGE, 1, marks=pytest.mark.slow),
+        pytest.param(LARGE | {"limit": "1200MiB", "output": "o.nii.gz"}, 2, marks=pytest.mark.slow),
         # Outputs that the C library would take from its heap, and not give back.
         ({"shape": (200, 200, 200), "classes": 20, "patch": 64, "reduce": "argmax", "limit": "120MiB"}, 3),
         ({"shape": (200, 200, 200), "classes": 3, "patch": 64, "output": "o.nii"}, 1),

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import voxloom as vx
-from voxloom.inference.reductions import as_activation, as_reduction, label_dtype
+from voxloom.inference.reductions import as_reduction, label_dtype
+from voxloom.models.outputs import as_activation
 
 
 def blocks(channels, seed=0, shape=(5, 6, 7)):

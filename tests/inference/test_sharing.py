@@ -7,12 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from voxloom.core import front as fronts
-from voxloom.core.front import Front, WeightsOfPatches
+from voxloom.aggregation import streaming
+from voxloom.aggregation.streaming import StreamingAccumulator
+from voxloom.aggregation.weights import PatchWeights
 from voxloom.core.grids import PatchGrid
-from voxloom.core.sweeps import Sweep
+from voxloom.core.traversal import Traversal
 from voxloom.core.windows import resolve_window
-from voxloom.inference.sharing import SharedOut
+from voxloom.runtime.sharing import SharedOut
 
 
 @pytest.fixture
@@ -51,12 +52,12 @@ def test_an_error_arrives_and_nothing_is_begun_after_it(threads):
 
 @pytest.mark.parametrize("is_cropped", [False, True])
 def test_a_sum_has_the_same_bits_however_it_is_shared_out(threads, monkeypatch, is_cropped):
-    monkeypatch.setattr(fronts, "SHARED_BYTES", 0)
-    monkeypatch.setattr(fronts, "PIECE_BYTES", 2**12)
-    sweep = Sweep.smallest(PatchGrid.cover((30, 41, 29), 16, 6), is_cropped)
+    monkeypatch.setattr(streaming, "SHARED_BYTES", 0)
+    monkeypatch.setattr(streaming, "PIECE_BYTES", 2**12)
+    traversal = Traversal.smallest(PatchGrid.cover((30, 41, 29), 16, 6), is_cropped)
     window = None if is_cropped else resolve_window("gaussian")
     cpu = torch.device("cpu")
-    weights = window and WeightsOfPatches(sweep, window, torch.float32, cpu)
+    weights = window and PatchWeights(traversal.grid, window, torch.float32, cpu)
     shared = []
 
     def share(work):
@@ -64,16 +65,16 @@ def test_a_sum_has_the_same_bits_however_it_is_shared_out(threads, monkeypatch, 
         SharedOut(threads)(work)
 
     def add_up(share):
-        front = Front(sweep, sweep.whole, 5, torch.float32, cpu, weights, share=share)
+        accumulator = StreamingAccumulator(traversal, traversal.whole, 5, torch.float32, cpu, weights, share=share)
         generator = torch.Generator().manual_seed(0)
-        result = torch.full((5, *sweep.grid.spatial_shape), torch.nan)
-        for layer in range(sweep.num_layers):
-            for numbers in sweep.patches(layer, sweep.whole):
-                with torch.inference_mode():
-                    patch = torch.randn(5, 16, 16, 16, generator=generator)
-                front.add(patch, numbers)
-            for place in sweep.places(layer, sweep.whole):
-                for finished in front.finish(place):
+        result = torch.full((5, *traversal.grid.spatial_shape), torch.nan)
+        for outer in range(traversal.num_outer):
+            for step in traversal.steps(outer, traversal.whole):
+                for numbers in traversal.patches(step, traversal.whole):
+                    with torch.inference_mode():
+                        patch = torch.randn(5, 16, 16, 16, generator=generator)
+                    accumulator.add(patch, numbers)
+                for finished in accumulator.finish(step):
                     result[(slice(None), *finished.box.slices)] = finished.values
         return result
 

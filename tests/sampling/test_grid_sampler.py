@@ -58,7 +58,7 @@ def test_an_unbound_sampler_says_what_it_lacks():
         with pytest.raises(SubjectError, match="no subject"):
             use(sampler)
     assert repr(sampler) == "GridSampler(patches of (4, 4, 4), overlap (2, 2, 2))"
-    with pytest.raises(SubjectError, match=r"GridSampler\(patch_size=8\)"):
+    with pytest.raises(SubjectError, match=r"one argument too many.*GridSampler\(patch_size=...\)"):
         vx.GridSampler(4, 8)
     with pytest.raises(SizeError, match="patch size is missing"):
         vx.GridSampler()
@@ -153,7 +153,7 @@ def test_padding_makes_no_copy_of_the_volume():
 def test_statistics_are_the_same_in_small_parts(mode, monkeypatch):
     data = torch.rand(2, 9, 8, 7)
     expected = vx.GridSampler(subject_of(data), 3, 2, mode)[0].t1.data[0, 0, 0, 0]
-    monkeypatch.setattr(padded, "CHUNK_VOXELS", 1)
+    monkeypatch.setattr(padded, "CHUNK_VALUES", 1)
     torch.testing.assert_close(vx.GridSampler(subject_of(data), 3, 2, mode)[0].t1.data[0, 0, 0, 0], expected)
     data[0, 8, 7, 6] = float("nan")
     assert vx.GridSampler(subject_of(data), 3, 2, mode)[0].t1.data[0, 0, 0, 0].isnan()

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 
 import voxloom as vx
-from voxloom.core.draws import draw_generator
+from voxloom.core.random_numbers import draw_generator
 from voxloom.errors import LocationError, QueueError, SizeError, SubjectError
 
 SIZE = 12
@@ -282,8 +282,8 @@ def jittered(patch):
     return patch
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_transforms_are_seeded_and_leave_the_random_states_alone():
-    torch.set_num_threads(2)
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     one = [bits(patch) for patch in make_queue(transform=noisy, patch_transform=jittered)]
     assert states == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
@@ -514,11 +514,12 @@ def test_a_rank_can_be_resumed_on_its_own():
     queue = make_queue(rank=1, world_size=2)
     patches = iter(queue)
     next(patches)
+    state = queue.state_dict()
     resumed = make_queue(rank=1, world_size=2)
-    resumed.load_state_dict(queue.state_dict())
+    resumed.load_state_dict(state)
     assert [bits(patch) for patch in resumed] == [bits(patch) for patch in patches]
     with pytest.raises(QueueError, match="cannot be resumed.*rank"):
-        make_queue(rank=0, world_size=2).load_state_dict(queue.state_dict() | {"position": 1, "schedule": queue._fingerprint})
+        make_queue(rank=0, world_size=2).load_state_dict(state)
 
 
 @pytest.mark.parametrize("drop_last", [False, True])
@@ -805,12 +806,18 @@ def test_wishes_that_nobody_could_know_of_are_no_secret(num_workers):
     assert [batch.batch_size for batch in loader] == [4]
 
 
-def test_data_sets_that_were_put_together():
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_data_sets_that_were_put_together(num_workers):
+    """Their transforms are seeded too, and one that is changed between epochs counts from the next on."""
     first = vx.SubjectsDataset([make_subject(0, num_samples=3), make_subject(1, num_samples=1)], transform=abs_of)
     second = vx.SubjectsDataset([make_subject(2, num_samples=2)], transform=noisy)
-    queue = make_queue(subjects=torch.utils.data.ConcatDataset([first, second]))
-    assert sorted(patch.patch_location.subject_index for patch in queue) == [0, 0, 0, 1, 2, 2]
-    assert queue._transforms[2:] == [abs_of, noisy]
+    whole = torch.utils.data.ConcatDataset([first, second])
+    queue = make_queue(subjects=whole, num_workers=num_workers)
+    begun = [bits(patch) for patch in queue]
+    assert sorted(patch[0][0] for patch in begun) == [0, 0, 0, 1, 2, 2]
+    assert begun == [bits(patch) for patch in make_queue(subjects=whole)]
+    second.set_transform(below_zero)
+    assert {patch.patch_location.subject_index for patch in queue if patch.t1.data.max() < 0} == {2}
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -11,7 +11,7 @@ import torch
 
 import voxloom as vx
 from voxloom.errors import CorruptImageError, ImageFileError, UnsupportedImageError
-from voxloom.volumes.formats import stem_of
+from voxloom.io.formats import stem_of
 
 AFFINE = np.array([[-0.8, 0.1, 0, 12], [0.1, 0.9, 0.2, -30], [0, -0.2, 2.5, 7], [0, 0, 0, 1]])
 STORED = ["uint8", "int8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "float32", "float64"]

@@ -1,1 +1,1 @@
-"""Pure arithmetic: boxes, locations, grids, windows, the weave, padding. No files, no threads."""
+"""Pure arithmetic: boxes, locations, grids, windows, blending weights, traversal, schedules. No files, no threads."""

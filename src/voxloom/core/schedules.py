@@ -10,7 +10,7 @@ from typing import NamedTuple, Self
 import numpy as np
 
 from ..errors import SizeError
-from .draws import Purpose, shuffled, uniform_numbers
+from .random_numbers import Purpose, shuffled, uniform_numbers
 from .sizes import as_int
 
 __all__ = ["EpochSchedule", "RemainingPatches", "SubjectDraws"]

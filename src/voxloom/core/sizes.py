@@ -1,6 +1,7 @@
 """Checks of sizes, overlaps and scales as users write them: one number for all axes, or one for each."""
 
 import operator
+import warnings
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from numbers import Rational, Real
@@ -8,7 +9,19 @@ from typing import Any
 
 from ..errors import ScaleError, SizeError
 
-__all__ = ["Ints", "Scale", "as_int", "as_overlap", "as_scale", "as_shape", "as_sizes", "axis_name", "pretty_sizes"]
+__all__ = [
+    "Ints",
+    "Scale",
+    "as_int",
+    "as_overlap",
+    "as_scale",
+    "as_shape",
+    "as_sizes",
+    "axis_name",
+    "overlap_of",
+    "pretty_bytes",
+    "pretty_sizes",
+]
 
 type_names = {bool: "a bool", float: "a float", str: "a string"}
 
@@ -32,6 +45,20 @@ def pretty_sizes(sizes: Iterable[int | None]) -> str:
         '64 × 64 × any'
     """
     return " × ".join("any" if size is None else str(size) for size in sizes)
+
+
+def pretty_bytes(num_bytes: float) -> str:
+    """Say a number of bytes for people.
+
+    Example:
+        >>> pretty_bytes(1536 * 2**20)
+        '1.5 GiB'
+    """
+    value, units = float(num_bytes), iter(("bytes", "KiB", "MiB", "GiB", "TiB"))
+    unit = next(units)
+    while value >= 1024 and unit != "TiB":
+        value, unit = value / 1024, next(units)
+    return f"{value:.1f} {unit}" if unit != "bytes" else f"{value:.0f} bytes"
 
 
 def as_int(value: Any, name: str, minimum: int) -> int:
@@ -98,6 +125,38 @@ def as_overlap(value: Any, patch_size: Ints, name: str = "patch_overlap") -> Int
                 f" use {amount - 1}" + (f" or {amount + 1}" if amount + 1 < patch else "")
             )
     return overlap
+
+
+def overlap_of(value: Any, patch_size: Ints) -> Ints:
+    """Make an even number of voxels for each axis out of voxels or fractions of the patch, which are rounded down to even.
+
+    A warning says so where that is not the fraction that was asked for.
+
+    Raises:
+        SizeError: if a fraction is not below 1, or a number of voxels cannot be used.
+    """
+    value = value.tolist() if hasattr(value, "tolist") else value
+    values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value] * len(patch_size)
+    if len(values) != len(patch_size):
+        raise SizeError(f"patch_overlap is {tuple(values)}: give one number for all axes, or {len(patch_size)}, one for each")
+    voxels = []
+    for axis, (part, patch) in enumerate(zip(values, patch_size, strict=True)):
+        if isinstance(part, float):
+            if not 0 <= part < 1:
+                raise SizeError(
+                    f"patch_overlap is {part}: a fraction of the patch must be at least 0 and below 1, and voxels whole"
+                )
+            exact = part * patch + 1e-9  # 0.29 · 100 is a little less than 29
+            part = int(exact) // 2 * 2
+            if part + 1 <= exact:
+                warnings.warn(
+                    f"patch_overlap is {values[axis]:g} of {patch} voxels on {axis_name(axis, len(patch_size))}, which is"
+                    f" {exact:.4g}: an overlap is even, so that it is {part}",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
+        voxels.append(part)
+    return as_overlap(voxels, patch_size)
 
 
 def _as_fraction(item: Any) -> Fraction:

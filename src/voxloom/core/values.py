@@ -1,14 +1,15 @@
-"""Which numbers a type can hold."""
+"""Numbers: which ones a type can hold, in which type they are summed, and whether they are finite."""
 
 import math
 from numbers import Real
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..errors import SizeError
 
-__all__ = ["as_number", "can_hold", "limits_of"]
+__all__ = ["as_number", "can_hold", "is_finite", "limits_of", "sum_dtype"]
 
 
 def as_number(value: Any, name: str) -> float | int:
@@ -36,3 +37,20 @@ def can_hold(dtype: torch.dtype, value: float) -> bool:
     if dtype.is_floating_point:
         return not math.isfinite(value) or low <= value <= high
     return math.isfinite(value) and value == int(value) and low <= value <= high
+
+
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Type in which values are summed: float64 for float64, float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def is_finite(values: Tensor) -> bool:
+    """Whether a tensor `(C, ...)` holds neither NaN nor infinity: quick where it does not, which a sum of all values shows."""
+    if not values.is_floating_point():
+        return True
+    # Channel by channel, since sums of another type are made of a copy; in half precision they would soon be infinite.
+    dtype = sum_dtype(values.dtype)
+    parts = [values] if values.dtype == dtype else values
+    if math.isfinite(sum(float(part.sum(dtype=dtype)) for part in parts)):
+        return True
+    return bool(values.isfinite().all())

@@ -1,13 +1,13 @@
 """How much a voxel counts, by its place in the patch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
 from ..errors import ModeError
 
-__all__ = ["MODES", "OverlapMode", "Window", "resolve_window"]
+__all__ = ["MODES", "OverlapMode", "Window", "resolve_window", "sampled"]
 
 Window = Callable[[int], Tensor]
 """Takes the voxels of a patch along an axis, and gives their weights: a 1-D tensor of that length, positive."""
@@ -82,6 +82,21 @@ class _Checked:
                 f" to {_extreme(weights, 'max')}; to give a voxel no weight, use a very small number"
             )
         return weights
+
+
+class _Sampled:
+    """A window for some sizes only, so that it can be pickled whatever it was made of."""
+
+    def __init__(self, weights: dict[int, Tensor]) -> None:
+        self.weights = weights
+
+    def __call__(self, size: int) -> Tensor:
+        return self.weights[size]
+
+
+def sampled(window: Window, sizes: Iterable[int]) -> Window:
+    """Work a window of the user's out for the sizes that are needed; those that have a name stay as they are."""
+    return window if window in WINDOWS.values() else _Sampled({size: window(size) for size in sizes})
 
 
 def _extreme(weights: Tensor, which: str) -> float:

@@ -1,13 +1,18 @@
-"""From patches back to volumes: samplers that cover a volume, aggregators that weave it together again, and prediction."""
+"""From patches back to volumes: samplers that cover a volume, aggregators that put it together again, and prediction."""
 
+from ..aggregation.aggregators import GridAggregator, PatchAggregator
+from ..io.stores import Sink
 from ..sampling.grid import GridSampler
-from .aggregators import GridAggregator, PatchAggregator
-from .plans import PredictionPlan
+from .plan import PredictionPlan
 from .predictor import Predictor, plan, predict
 from .reductions import Regions
-from .sinks import MemorySink, Sink, VolumeForm
+from .runner import Executor, FirstBatch, Runner
+from .sinks import MemorySink
+from .threads import ThreadExecutor
 
 __all__ = [
+    "Executor",
+    "FirstBatch",
     "GridAggregator",
     "GridSampler",
     "MemorySink",
@@ -15,8 +20,9 @@ __all__ = [
     "PredictionPlan",
     "Predictor",
     "Regions",
+    "Runner",
     "Sink",
-    "VolumeForm",
+    "ThreadExecutor",
     "plan",
     "predict",
 ]

@@ -1,4 +1,4 @@
-"""What a model is applied to: one volume, however it was given, read patch by patch."""
+"""What a model is applied to, however it was given: one source of voxels, read patch by patch."""
 
 import os
 from collections.abc import Sequence
@@ -8,51 +8,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core import memory
 from ..core.boxes import Box
 from ..core.grids import PatchGrid
-from ..errors import ImageError, SubjectError
-from ..sampling.padded import PaddedImage, Voxels
-from ..volumes.formats.base import as_tensor
-from ..volumes.image import Image, ScalarImage
+from ..core.sizes import Ints
+from ..errors import SubjectError
+from ..io.arrays import ArraySource
+from ..io.composed import StackedSource, read_into
+from ..io.protocols import VolumeSource, is_source
+from ..runtime import memory
+from ..sampling.padded import PaddedSource
+from ..volumes.image import ScalarImage
 from ..volumes.subject import Subject
 
-__all__ = ["ArrayVoxels", "PatchReader", "volumes_of"]
+__all__ = ["as_source", "name_of", "padded", "read_batch"]
 
 
-class ArrayVoxels:
-    """Something that is read by slices, such as an array of Zarr or HDF5, `(C, I, J, K)` or `(I, J, K)`.
-
-    Args:
-        array: has a `shape`, a `dtype` and slices, which NumPy can make arrays of.
-    """
-
-    def __init__(self, array: Any) -> None:
-        self._array = array
-        self._has_channels = len(array.shape) == 4
-        if not self._has_channels and len(array.shape) != 3:
-            raise ImageError(f"the array has shape {tuple(array.shape)}: it must be (I, J, K), or (C, I, J, K)")
-        self.dtype = as_tensor(np.zeros(1, dtype=np.dtype(array.dtype))).dtype
-        sizes = [int(size) for size in array.shape]
-        if 0 in sizes:
-            raise ImageError(f"the array has shape {tuple(sizes)}, which has no voxels")
-        c, i, j, k = sizes if self._has_channels else [1, *sizes]
-        self.shape = (c, i, j, k)
-        self.spatial_shape = (i, j, k)
-        self.num_channels = c
-
-    def read(self, box: Box) -> Tensor:
-        """Read all channels of a box of voxels `(I, J, K)`."""
-        slices = (slice(None), *box.slices) if self._has_channels else box.slices
-        values = as_tensor(np.asarray(self._array[slices]))
-        return values if self._has_channels else values[None]
-
-
-def volumes_of(image: Any, image_name: str | Sequence[str] | None = None) -> dict[str, Voxels]:
-    """Find the volumes whose channels, one after the other, a model is applied to.
+def as_source(image: Any, image_name: str | Sequence[str] | None = None) -> VolumeSource:
+    """Give the source that a model is applied to; the images of a subject are stacked, each in the type of its own.
 
     Args:
-        image: a path, an `Image`, a `Subject`, a tensor, or an array that is read by slices.
+        image: a path, an `Image` or another source, a `Subject`, a tensor, or an array that is read by slices.
         image_name: which images of a subject; may be left out where there is only one.
 
     Raises:
@@ -60,17 +35,19 @@ def volumes_of(image: Any, image_name: str | Sequence[str] | None = None) -> dic
         SpaceError: if they do not lie on one another.
     """
     if isinstance(image, Subject):
-        return dict(_chosen(image, image_name).images)
+        chosen = _chosen(image, image_name)
+        names, sources = list(chosen.images), list(chosen.images.values())
+        return sources[0] if len(sources) == 1 else StackedSource(sources, names, check_place=False)
     if image_name is not None:
         raise SubjectError(f"image_name is {image_name!r}, but only a Subject has images with names")
-    if isinstance(image, Image):
-        return {"image": image}
+    if is_source(image):
+        return image
     if isinstance(image, str | os.PathLike):
-        return {"image": ScalarImage(image)}
+        return ScalarImage(image)
     if isinstance(image, Tensor | np.ndarray):
-        return {"image": ScalarImage(image[None] if image.ndim == 3 else image)}
+        return ScalarImage(image[None] if image.ndim == 3 else image)
     if all(hasattr(image, name) for name in ("shape", "dtype", "__getitem__")):
-        return {"image": ArrayVoxels(image)}
+        return ArraySource(image, affine=getattr(image, "affine", None))
     raise SubjectError(
         f"the image is of type {type(image).__name__}: give a path, an Image, a Subject, a tensor (C, I, J, K), or an array that"
         " is read by slices"
@@ -90,49 +67,43 @@ def _chosen(subject: Subject, image_name: str | Sequence[str] | None) -> Subject
     return chosen
 
 
-class PatchReader:
-    """Cuts batches of patches out of volumes, in the type that a model takes.
+def name_of(image: Any, source: VolumeSource) -> str:
+    """Say what messages call the input."""
+    if isinstance(image, Subject):
+        return "the subject"
+    if source.paths:
+        return ", ".join(map(str, source.paths))
+    return "the array" if isinstance(image, Tensor | np.ndarray | ArraySource) or not is_source(image) else "the image"
+
+
+def padded(source: VolumeSource, domain: Box, mode: str | float) -> VolumeSource:
+    """Let a source go on beyond its borders; of several that are stacked, each has a mean, a minimum and so on of its own."""
+    if not isinstance(source, StackedSource):
+        return PaddedSource(source, domain, mode, "image")
+    parts = [PaddedSource(part, domain, mode, name) for part, name in zip(source.parts, source.names, strict=True)]
+    return StackedSource(parts, source.names, check_place=False)
+
+
+def read_batch(
+    source: VolumeSource, grid: PatchGrid, patches: Sequence[Ints], batch_size: int, dtype: torch.dtype, pinned: bool
+) -> Tensor:
+    """Read patches of a padded source, by their numbers on the axes of a grid.
 
     Args:
-        volumes: whose channels are put one after the other.
-        grid: the patches.
-        padding_mode: what lies beyond the volume.
-        dtype: type of the batches.
+        source: the source; boxes of the grid lie in its domain.
+        grid: the grid.
+        patches: which patches.
+        batch_size: patches in the result, of which the last one is repeated where there are fewer.
+        dtype: type of the batch.
+        pinned: let the memory be such as can be copied to a GPU while that computes.
+
+    Returns:
+        Tensor `(B, C, I, J, K)`.
     """
-
-    def __init__(
-        self, volumes: dict[str, Voxels], grid: PatchGrid, padding_mode: str | float | int | None, dtype: torch.dtype
-    ) -> None:
-        self._padded = [PaddedImage(volume, grid.box, padding_mode, name) for name, volume in volumes.items()]
-        self._grid = grid
-        self._dtype = dtype
-        self.num_channels = sum(volume.num_channels for volume in volumes.values())
-
-    def read(self, batch: Sequence[tuple[int, ...]], batch_size: int, pinned: bool) -> Tensor:
-        """Read patches, by their numbers on the axes.
-
-        Args:
-            batch: which patches.
-            batch_size: patches in the result, of which the last one is repeated where there are fewer.
-            pinned: let the memory be such as can be copied to a GPU while that computes.
-
-        Returns:
-            Tensor `(B, C, I, J, K)`.
-        """
-        shape = (batch_size, self.num_channels, *self._grid.patch_size)
-        out = torch.empty(shape, dtype=self._dtype, pin_memory=True) if pinned else memory.empty(shape, self._dtype)
-        for target, numbers in zip(out, batch, strict=False):
-            box, first = self._grid.location(numbers).box, 0
-            for padded in self._padded:
-                count = padded.image.num_channels
-                part = target[first : first + count]
-                if padded.image.dtype == self._dtype:
-                    padded.read_into(part, box)
-                else:
-                    values = torch.empty(part.shape, dtype=padded.image.dtype)
-                    padded.read_into(values, box)
-                    part.copy_(values)
-                first += count
-        for target in out[len(batch) :]:
-            target.copy_(out[len(batch) - 1])
-        return out
+    shape = (batch_size, source.shape[0], *grid.patch_size)
+    out = torch.empty(shape, dtype=dtype, pin_memory=True) if pinned else memory.empty(shape, dtype)
+    for target, numbers in zip(out, patches, strict=False):
+        read_into(source, target, grid.location(numbers).box)
+    for target in out[len(patches) :]:
+        target.copy_(out[len(patches) - 1])
+    return out

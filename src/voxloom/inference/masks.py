@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from numbers import Real
 from typing import Any
 
@@ -10,14 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.affines import Affine
 from ..core.boxes import Box
 from ..core.grids import PatchGrid
+from ..core.walking import walk
 from ..errors import ImageError, SubjectError
-from ..sampling.padded import Voxels
-from ..volumes.image import Image, LabelMap
-from ..volumes.space import Affine
+from ..io.protocols import VolumeSource, is_source
+from ..volumes.image import LabelMap
 
-__all__ = ["looks_at_volumes", "needed_patches"]
+__all__ = ["looks_at_input", "needed_patches"]
 
 # Voxels that are looked at together.
 CHUNK_VOXELS = 2**20
@@ -26,19 +27,18 @@ InBox = Callable[[Box], Tensor]
 """Gives the mask `(i, j, k)` of a box, as booleans."""
 
 
-def looks_at_volumes(mask: Any) -> bool:
+def looks_at_input(mask: Any) -> bool:
     """Whether a mask is made of the input: a threshold or a function."""
-    return isinstance(mask, Real) or (callable(mask) and not isinstance(mask, Image))
+    return isinstance(mask, Real) or (callable(mask) and not is_source(mask))
 
 
-def needed_patches(mask: Any, volumes: dict[str, Voxels], affine: Affine, grid: PatchGrid) -> np.ndarray | None:
+def needed_patches(mask: Any, source: VolumeSource, grid: PatchGrid) -> np.ndarray | None:
     """Find the patches that hold a voxel of the mask.
 
     Args:
         mask: an image or its path, matched by affine; a tensor or array of the volume's shape; a threshold, which some channel
             must be above; or a function that makes a mask `(i, j, k)` of a part of the volume `(C, i, j, k)`. None for all.
-        volumes: the input.
-        affine: that of the input.
+        source: the input.
         grid: the patches.
 
     Returns:
@@ -50,52 +50,43 @@ def needed_patches(mask: Any, volumes: dict[str, Voxels], affine: Affine, grid: 
     """
     if mask is None:
         return None
-    in_box = _reader_of(mask, volumes, affine, grid.spatial_shape)
+    in_box = _reader_of(mask, source)
     needed = np.zeros(grid.counts, dtype=bool)
-    for box in _chunks(grid.spatial_shape):
+    for box in walk(Box.of_shape(grid.spatial_shape), source.chunks, CHUNK_VOXELS):
         inside = in_box(box)
-        if not bool(inside.any()):
-            continue
-        counts = _counts(_counts(inside.cpu().numpy(), 0, grid), 1, grid)
-        for plane in np.flatnonzero(counts.any((0, 1))).tolist():
-            k = box.start[2] + plane
-            touching = grid.axes[2].touching(k, k + 1)
-            needed[:, :, touching.start : touching.stop] |= counts[:, :, plane, None] > 0
+        if bool(inside.any()):
+            needed |= _held_by_patches(inside.cpu().numpy(), box, grid)
     return None if needed.all() else needed
 
 
-def _counts(values: np.ndarray, axis: int, grid: PatchGrid) -> np.ndarray:
-    """Count what is set in each patch along one axis, which the values hold in full."""
-    size = grid.spatial_shape[axis]
-    moved = np.moveaxis(values, axis, 0)
-    sums = np.zeros((size + 1, *moved.shape[1:]), dtype=np.int64)
-    np.cumsum(moved, axis=0, out=sums[1:])
-    starts = np.clip(list(grid.axes[axis]), 0, size)
-    stops = np.clip([start + grid.axes[axis].patch for start in grid.axes[axis]], 0, size)
-    return np.moveaxis(sums[stops] - sums[starts], 0, axis)
+def _held_by_patches(inside: np.ndarray, box: Box, grid: PatchGrid) -> np.ndarray:
+    """Say which patches hold a voxel that is set, of those in a box."""
+    for number, (axis, first) in enumerate(zip(grid.axes, box.start, strict=True)):
+        moved = np.moveaxis(inside, number, 0)
+        sums = np.zeros((len(moved) + 1, *moved.shape[1:]), dtype=np.int64)
+        np.cumsum(moved, axis=0, out=sums[1:])
+        starts = np.array(list(axis)) - first
+        counts = sums[np.clip(starts + axis.patch, 0, len(moved))] - sums[np.clip(starts, 0, len(moved))]
+        inside = np.moveaxis(counts > 0, 0, number)
+    return inside
 
 
-def _chunks(shape: tuple[int, ...]) -> Iterator[Box]:
-    planes = max(1, CHUNK_VOXELS // (shape[0] * shape[1]))
-    for k in range(0, shape[2], planes):
-        yield Box((0, 0, k), (shape[0], shape[1], min(k + planes, shape[2])))
-
-
-def _reader_of(mask: Any, volumes: dict[str, Voxels], affine: Affine, shape: tuple[int, ...]) -> InBox:
+def _reader_of(mask: Any, source: VolumeSource) -> InBox:
+    shape = source.shape[1:]
     if isinstance(mask, str | os.PathLike):
         mask = LabelMap(mask)
     if isinstance(mask, Tensor | np.ndarray):
-        mask = LabelMap(mask[None] if mask.ndim == 3 else mask, affine=affine)
+        mask = LabelMap(mask[None] if mask.ndim == 3 else mask, affine=source.affine)
         if mask.spatial_shape != shape:
             raise ImageError(f"the mask has shape {mask.spatial_shape}, but the volume {shape}: give an image to match by affine")
-    if isinstance(mask, Image):
-        return _of_image(mask, affine)
+    if is_source(mask):
+        return _of_source(mask, source.affine)
     if isinstance(mask, Real) and not isinstance(mask, bool):
         if math.isnan(mask):
             raise SubjectError("the mask is nan, which no voxel is above: give a number")
-        return lambda box: torch.stack([(volume.read(box) > float(mask)).any(0) for volume in volumes.values()]).any(0)
+        return lambda box: (source.read(box) > float(mask)).any(0)
     if callable(mask):
-        return lambda box: _called(mask, torch.cat([volume.read(box) for volume in volumes.values()]))
+        return lambda box: _called(mask, source.read(box))
     raise SubjectError(
         f"the mask is {mask!r}: it must be an image or its path, a tensor of the volume's shape, a threshold, or a function"
     )
@@ -113,20 +104,20 @@ def _called(function: Callable[[Tensor], Any], block: Tensor) -> Tensor:
     return result.bool()
 
 
-def _of_image(mask: Image, affine: Affine) -> InBox:
+def _of_source(mask: VolumeSource, affine: Affine) -> InBox:
     """Read a mask by the place of its voxels: each voxel of the input takes the nearest one, and beyond it nothing is set."""
     to_mask = np.linalg.inv(mask.affine) @ affine
     shift = np.rint(to_mask[:3, 3]).astype(int)
     is_shifted = np.allclose(to_mask[:3, :3], np.eye(3), atol=1e-4) and np.abs(to_mask[:3, 3] - shift).max() < 0.1
     if is_shifted:
         return lambda box: _shifted(mask, box, shift)
-    values = (mask.data != 0).any(0)
+    values = (mask.read(Box.of_shape(mask.shape[1:])) != 0).any(0)
     return lambda box: _nearest(values, box, to_mask)
 
 
-def _shifted(mask: Image, box: Box, shift: np.ndarray) -> Tensor:
+def _shifted(mask: VolumeSource, box: Box, shift: np.ndarray) -> Tensor:
     moved = box.shift(shift.tolist())
-    there = moved & Box.of_shape(mask.spatial_shape)
+    there = moved & Box.of_shape(mask.shape[1:])
     result = torch.zeros(box.shape, dtype=torch.bool)
     if there.numel:
         result[there.relative_to(moved.start).slices] = (mask.read(there) != 0).any(0)

@@ -1,57 +1,63 @@
 """A whole volume through a model in one call, in bounded memory."""
 
 import contextlib
-import math
 import os
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
-from tqdm import tqdm
 
-from ..core.front import Allocate
-from ..core.memory import FreedMemory, pretty_bytes
 from ..core.padding import check_padding_mode
-from ..core.sizes import as_int, as_sizes
-from ..core.sweeps import Column
+from ..core.sizes import as_int, as_sizes, overlap_of
 from ..core.values import as_number
 from ..core.windows import OverlapMode, resolve_window
-from ..errors import OutputError, RecordError, SaveError, TargetExistsError
-from ..volumes.image import Image
-from ..volumes.subject import Subject
-from .execution import Execution
-from .files import (
-    BEGIN_ANEW,
-    NiftiSink,
-    UnfinishedRun,
-    as_target,
-    is_ready_to_publish,
-    remove_leftovers,
-)
-from .inputs import PatchReader, volumes_of
-from .limits import as_bytes, home_of_front
-from .models import Models, as_models
-from .options import Options, overlap_of
-from .outputs import Wanted
-from .planning import Job, Planner, of_name
-from .plans import PredictionPlan
-from .provenance import identity_of, sidecar_of_run
-from .sidecars import difference_of_made
-from .sinks import MemorySink, Sink
-from .spooling import paths_of, spooled
+from ..errors import ModeError, OutputError, SaveError, TargetExistsError
+from ..io.protocols import Json, VolumeStore, is_source
+from ..io.sidecars import is_as_written, read_sidecar, sidecar_of
+from ..io.stores import NiftiStore, Sink, SinkStore, as_target
+from ..models.running import Models, as_models
+from ..runs.fingerprints import differences
+from ..runs.log import RunLog, is_to_be_published, remove_leftovers
+from ..runtime.kept_memory import kept_memory
+from ..runtime.limits import as_bytes
+from .call import Call, Stores
+from .plan import PredictionPlan
+from .planner import Input, Settings
+from .preparing import Preparation
+from .results import ResultOptions, of_name
+from .runner import Executor
+from .threads import ThreadExecutor
 
-__all__ = ["Predictor", "plan", "predict"]
+__all__ = ["Predictor", "PredictorOptions", "plan", "predict"]
 
 Sizes = int | Sequence[int]
+
+
+class PredictorOptions(TypedDict, total=False):
+    """What `Predictor`, `predict` and `plan` may be given by name; see `Predictor`."""
+
+    batch_size: int
+    device: Any
+    amp: bool | torch.dtype
+    dtype: torch.dtype | None
+    activation: Any
+    reduce: Any
+    output_scale: Any
+    padding_mode: str | float | None
+    mirror_axes: int | Sequence[int] | None
+    fill: float
+    memory_limit: int | str | None
+    full_batches: bool
+    model_name: str | None
+    executor: Executor | None
 
 
 class Predictor:
     """Applies a model to whole volumes, patch by patch; made once, and called for many.
 
     Patches are gathered in an order in which little of their sum is open at any time; a voxel that is complete is reduced and
-    written at once. So labels of many classes never need the memory of all classes.
+    written at once. So labels of many classes never need the memory of all classes. Each patch is given to the model once.
 
     Args:
         model: takes a batch `(B, C, I, J, K)` and returns a tensor `(B, C', I', J', K')`, or a dict or tuple of tensors. A module
@@ -60,9 +66,10 @@ class Predictor:
         patch_overlap: what neighbours share on each axis: an even number of voxels, or a fraction of the patch below 1.
         overlap_mode: how overlapping patches are combined: `"crop"`, `"average"`, `"hann"`, `"gaussian"`, or a window; see
             `PatchAggregator`.
-        batch_size: patches that the model is given at a time.
+        batch_size: patches that the model is given at a time, at most: the last batch is smaller.
         device: where the model runs; None for where its weights are. A module that is elsewhere is moved there for the run.
         amp: let the model run in mixed precision (`torch.autocast`): True, or `torch.float16` or `torch.bfloat16`.
+        dtype: type of the batches; None for that of the model's weights, or of the input where it has none.
         activation: acts on each output, before it is summed: `"softmax"`, `"sigmoid"`, or a function of a batch. A dict for
             several results.
         reduce: acts on each voxel that is complete: `"argmax"`, a threshold, `Regions`, `"entropy"`, a list of channels, or a
@@ -75,7 +82,9 @@ class Predictor:
         fill: value of voxels that are not computed because of a mask.
         memory_limit: bytes, or such as `"2GiB"`, that may be used beside what the process has and what the model itself uses.
             None for what is free. If the sum does not fit, the output is computed in blocks, and patches between them repeatedly.
-        model_name: what stands for the model in records of runs, in place of the hash of its weights.
+        full_batches: fill the last batch up with copies, for a model that takes batches of one size only.
+        model_name: what stands for the model in records of runs, in place of the hash of its weights and its code.
+        executor: what carries plans out; None for threads of this process.
 
     Raises:
         SizeError, ModeError, ScaleError: if an argument cannot be used.
@@ -98,6 +107,7 @@ class Predictor:
         batch_size: int = 1,
         device: Any = None,
         amp: bool | torch.dtype = False,
+        dtype: torch.dtype | None = None,
         activation: Any = None,
         reduce: Any = None,
         output_scale: Any = 1,
@@ -105,35 +115,44 @@ class Predictor:
         mirror_axes: int | Sequence[int] | None = (),
         fill: float = 0,
         memory_limit: int | str | None = None,
+        full_batches: bool = False,
         model_name: str | None = None,
+        executor: Executor | None = None,
     ) -> None:
         size = as_sizes(patch_size, 3, "patch_size")
-        self.options = Options(
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise ModeError(f"dtype is {dtype!r}: it must be a type of PyTorch's, such as torch.float32")
+        self.settings = Settings(
             patch_size=size,
             patch_overlap=overlap_of(patch_overlap, size),
             overlap_mode=overlap_mode,
             window=resolve_window(overlap_mode),
             batch_size=as_int(batch_size, "batch_size", 1),
+            full_batches=full_batches,
             padding_mode=None if padding_mode is None else check_padding_mode(padding_mode, 0),
             fill=as_number(fill, "fill"),
             memory_limit=None if memory_limit is None else as_bytes(memory_limit, "memory_limit"),
-            wanted=Wanted(activation, reduce, output_scale),
+            dtype=dtype,
         )
-        self.model_name = model_name
-        self._models = Models(as_models(model), device, amp, mirror_axes)
-        self._memory = FreedMemory(0)
-        self._planner = Planner(self._models, self.options, lambda: self._memory.num_bytes)
+        options = ResultOptions(activation, reduce, output_scale)
+        models = Models(as_models(model), device, amp, mirror_axes)
+        runs_plans = ThreadExecutor() if executor is None else executor
+        self._preparation = Preparation(models, self.settings, options, runs_plans, model_name)
 
     def plan(
         self, image: Any, *, image_name: str | Sequence[str] | None = None, mask: Any = None, output: Any = None
     ) -> PredictionPlan:
         """Say what a call with these arguments would do, without doing it.
 
-        Of the image only the header is read, unless there is a mask. The model is called once, the first time, to see what its
-        output looks like.
+        Of the image only the header is read, unless there is a mask. The model is called once, the first time, with a patch of
+        zeros, to see what its output looks like.
         """
+        preparation = self._preparation
         with contextlib.ExitStack() as stack:
-            return self._planner.plan(self._job(image, image_name, mask, output, stack))
+            given = preparation.input(image, image_name)
+            was_known = preparation.known(given, output) is not None
+            given = preparation.masked(given, mask, output, stack)
+            return preparation.planned(given, preparation.seen(given, output), output, was_known)
 
     def __call__(
         self,
@@ -149,19 +168,20 @@ class Predictor:
         """Apply the model to a volume.
 
         Args:
-            image: a path, an `Image`, a `Subject`, a tensor `(C, I, J, K)`, or an array that is read by slices.
+            image: a path, an `Image` or another source, a `Subject`, a tensor `(C, I, J, K)`, or an array that is read by slices.
             image_name: which image of a subject; several become channels, in that order.
             mask: compute only patches that hold a voxel of it: an image or its path, matched by affine; a tensor; a threshold; or
                 a function that makes a mask of a part `(C, i, j, k)` of the volume.
             output: where the result goes: None for memory; a name that ends in `.nii` or `.nii.gz`, beside which a `.json` says
-                how it was made; or a `Sink`. A dict for several results.
-            resume: let a run that was interrupted be taken up, if its files are found beside the output; by its own plan,
-                whatever the memory limit is now. False begins anew.
+                how it was made; a `VolumeStore`, or a `Sink`. A dict for several results.
+            resume: let a run that was interrupted be resumed, if its log is found beside the output; by its own plan, whatever
+                the memory limit is now. False starts over.
             overwrite: replace a file that is there.
             progress: show how far it has come, under the name of the image or another one.
 
         Returns:
-            An `Image` with the shape and affine of the input, or what the sink returns; a dict where there are several results.
+            An `Image` with the shape and affine of the input, or what the store or sink returns; a dict where there are several
+            results.
 
         Raises:
             OutputError: if the model returns something that cannot be summed, or NaN.
@@ -170,26 +190,17 @@ class Predictor:
             RecordError: if an interrupted run is found that is of another image, model or option; says in what.
             SaveError: if a file cannot be written. What is finished stays, and the same call goes on from there.
         """
+        preparation = self._preparation
         with contextlib.ExitStack() as stack:
-            job = self._job(image, image_name, mask, output, stack)
-            return self._made(job, _inputs_of(job, mask), resume, overwrite, progress)
-
-    def _made(self, job: Job, inputs: set[Path], resume: bool, overwrite: bool, progress: bool | str) -> Any:
-        """Carry out a job, and give what `__call__` returns."""
-        sinks = [_sink_of(of_name(job.output, result.name)) for result, _ in job.results]
-        if len(set(map(id, sinks))) < len(sinks):
-            raise OutputError("one sink was given for several results: give a dict with one for each")
-        files = {result.name: sink for (result, _), sink in zip(job.results, sinks, strict=True) if isinstance(sink, NiftiSink)}
-        for sink in files.values():
-            if sink.target.resolve() in inputs:
-                raise SaveError(f"the result would replace the input {sink.target}: choose another output")
-        if files:
-            made = self._run_into_files(job, sinks, UnfinishedRun(files, overwrite), resume, progress)
-        else:
-            self._run(job, self._planner.plan(job), sinks, progress)
-            made = _closed(sinks)
-        by_name = {result.name: each for (result, _), each in zip(job.results, made, strict=True)}
-        return by_name[None] if list(by_name) == [None] else by_name
+            if preparation.models.device.type == "cpu":
+                stack.enter_context(kept_memory())
+            stores = self._stores(output, overwrite)
+            given = preparation.input(image, image_name)
+            _check_inputs(stores, given, mask)
+            given = preparation.masked(given, mask, output, stack)
+            with_path = {name: store for name, store in stores.items() if store.path is not None}
+            log = stack.enter_context(contextlib.closing(RunLog(with_path))) if with_path else None
+            return Call(preparation, given, output, stores, log).run(resume, progress)
 
     def is_made(
         self, image: Any, *, output: str | os.PathLike[str], image_name: str | Sequence[str] | None = None, mask: Any = None
@@ -200,102 +211,66 @@ class Predictor:
             TargetExistsError: if the file is there, but was made of another image, or by another model or option.
         """
         target = as_target(output)
-        if is_ready_to_publish(target):
+        if is_to_be_published(target):
             return False
         remove_leftovers(target)
+        if not target.exists():
+            return False
+        preparation = self._preparation
         with contextlib.ExitStack() as stack:
-            job = self._job(image, image_name, mask, output, stack)
-        difference = difference_of_made(target, identity_of(self._models, self.options, self.model_name, job))
+            given = preparation.masked(preparation.input(image, image_name), mask, output, stack)
+            difference = _difference(target, preparation.fingerprint(given))
         if difference:
             raise TargetExistsError(
                 f"{target} exists, and is of something else: {difference}. Remove it, or let it be overwritten"
             )
-        return difference is not None
+        return True
 
-    def _job(
-        self, image: Any, image_name: str | Sequence[str] | None, mask: Any, output: Any, stack: contextlib.ExitStack
-    ) -> Job:
-        return self._planner.job(volumes_of(image, image_name), _name_of(image), mask, output, stack)
+    def _stores(self, output: Any, overwrite: bool) -> Stores:
+        """Make the stores that were asked for, by the names of results as far as these are known."""
+        if output is None:
+            return {}
+        names = self._preparation.options.names(output)
+        by_name = {name: of_name(output, name) for name in names or [None]}
+        given = [each for each in by_name.values() if each is not None]
+        if len(set(map(id, given))) < len(given):
+            raise OutputError("one output was given for several results: give a dict with one for each")
+        return {name: _as_store(each, overwrite) for name, each in by_name.items() if each is not None}
 
-    def _run_into_files(self, job: Job, sinks: list[Sink], run: UnfinishedRun, resume: bool, progress: bool | str) -> list[Any]:
-        """Run with a record beside the files, from which another call can go on."""
-        with contextlib.closing(run):
-            identity = identity_of(self._models, self.options, self.model_name, job)
-            recorded = run.recorded(identity, resume)
-            if recorded is not None and len(run.sinks) < len(sinks):
-                raise RecordError(
-                    f"{run.folder} holds an unfinished run, but what was finished of the results that are not in files is gone:"
-                    f" let all of them be files, or {BEGIN_ANEW}"
-                )
-            made: list[Any] = [None] * len(sinks)
-            columns = None if recorded is None else _columns_of(recorded, job, run)
-            if columns is not None and run.is_ready:  # it was interrupted in the last moment
-                run.publish()
-            else:
-                plan = self._planner.plan(job, columns)
-                if columns is None:
-                    run.begin(identity, plan.to_json())
-                notes = self._run(job, plan, sinks, progress, run)
-                made = _closed(sinks)
-                sidecar = sidecar_of_run(identity, job, plan, self._models, notes)
-                run.publish(sidecar)
-        forms = [job.volume_form(form) for _, form in job.results]
-        return [
-            form.image_class(sink.target) if isinstance(sink, NiftiSink) else each
-            for sink, form, each in zip(sinks, forms, made, strict=True)
-        ]
 
-    def _run(
-        self, job: Job, plan: PredictionPlan, sinks: list[Sink], progress: bool | str, run: UnfinishedRun | None = None
-    ) -> list[str]:
-        """Carry out a plan, and give the warnings that there were."""
-        notes = [] if plan.num_blocks == 1 else [_warn_of_blocks(job, plan)]
-        with contextlib.ExitStack() as stack:
-            volumes = job.unpacked or (stack.enter_context(spooled(job.volumes)) if plan.spooled_bytes else job.volumes)
-            padding = 0 if self.options.padding_mode is None else self.options.padding_mode
-            execution = Execution(
-                plan=plan,
-                models=self._models,
-                streams=job.streams,
-                sums=job.sums,
-                results=[(*pair, sink) for pair, sink in zip(job.results, sinks, strict=True)],
-                needed=job.needed,
-                window=self.options.window,
-                fill=self.options.fill,
-                reader=PatchReader(volumes, plan.grid, padding, self._models.dtype),
-                name=job.name,
-                front_device=home_of_front(self._models.device, plan.memory.front),
-                allocate=self._allocate(plan.memory.front),
-            )
-            layers_done = 0
-            if run is not None:
-                execution.layer_finished = run.layer_finished
-                layers_done = run.layers_done
-                if layers_done:
-                    notes.append(_warn_of_restart(run, plan, execution.repeated_passes(layers_done)))
-            try:
-                for sink, (_, form) in zip(sinks, job.results, strict=True):
-                    sink.open(job.volume_form(form))
-                if run is not None:
-                    run.opened()
-                if progress:
-                    name = progress if isinstance(progress, str) else job.name
-                    bar = stack.enter_context(tqdm(total=execution.num_patches(layers_done), unit="patch", desc=name))
-                    execution.run(layers_done, bar.update)
-                else:
-                    execution.run(layers_done)
-            except BaseException:
-                for sink in sinks:
-                    sink.abort()
-                if run is not None:
-                    run.discard_if_empty()
-                raise
-        return notes + execution.warnings
+def _as_store(given: Any, overwrite: bool) -> VolumeStore:
+    if isinstance(given, str | os.PathLike):
+        return NiftiStore(as_target(given), overwrite)
+    if isinstance(given, VolumeStore):
+        return given
+    if isinstance(given, Sink):
+        return SinkStore(given)
+    raise OutputError(
+        f"output is {given!r}: it must be None, the name of a file, a VolumeStore, or a sink with open, write, close and abort"
+    )
 
-    def _allocate(self, num_bytes: int) -> Allocate:
-        """Give memory for sums that is kept from volume to volume."""
-        self._memory.kept_bytes = self._memory.total_bytes = num_bytes
-        return self._memory.empty
+
+def _check_inputs(stores: Stores, given: Input, mask: Any) -> None:
+    """Refuse to write over what is read."""
+    paths = [*given.source.paths, *(mask.paths if is_source(mask) else ())]
+    paths += [Path(mask)] if isinstance(mask, str | os.PathLike) else []
+    inputs = {path.expanduser().resolve() for path in paths}
+    for store in stores.values():
+        if store.path is not None and store.path.resolve() in inputs:
+            raise SaveError(f"the result would replace the input {store.path}: choose another output")
+
+
+def _difference(target: Path, fingerprint: Json) -> str:
+    """Say in what the result that is at a target differs from what would be made; empty if in nothing."""
+    beside = sidecar_of(target)
+    made = read_sidecar(beside)
+    if made is None:
+        return f"nothing beside it says how it was made ({beside.name})"
+    if not is_as_written(target, target, made):
+        return f"{beside.name} is not of it as it is now, but of {made.get('written')}"
+    if None in fingerprint["models"]:
+        return "whether it is of the same model cannot be told of a function without a name"
+    return "; ".join(differences({key: made.get(key) for key in fingerprint}, fingerprint))
 
 
 def predict(
@@ -311,7 +286,7 @@ def predict(
     resume: bool = True,
     overwrite: bool = False,
     progress: bool | str = False,
-    **options: Any,
+    **options: Unpack[PredictorOptions],
 ) -> Any:
     """Apply a model to a whole volume, patch by patch, in bounded memory.
 
@@ -324,13 +299,13 @@ def predict(
         image_name: which image of a subject.
         mask: compute only patches that hold a voxel of it.
         output: where the result goes.
-        resume: let a run that was interrupted be taken up.
+        resume: let a run that was interrupted be resumed.
         overwrite: replace a file that is there.
         progress: show how far it has come.
         **options: the keywords of `Predictor`.
 
     Returns:
-        An `Image` with the shape and affine of the input, or what the sink returns; a dict where there are several results.
+        An `Image` with the shape and affine of the input, or what the store returns; a dict where there are several results.
 
     Example:
         >>> import torch, voxloom as vx
@@ -362,7 +337,7 @@ def plan(
     image_name: str | Sequence[str] | None = None,
     mask: Any = None,
     output: Any = None,
-    **options: Any,
+    **options: Unpack[PredictorOptions],
 ) -> PredictionPlan:
     """Say what `predict` would do with the same arguments, and how much memory it would take.
 
@@ -381,87 +356,8 @@ def plan(
         >>> import torch, voxloom as vx
         >>> print(vx.plan(torch.nn.Identity(), torch.zeros(1, 100, 100, 100), patch_size=64))
         volume:  100 × 100 × 100 voxels
-        patches: 27 of 64 × 64 × 64, each computed 1 times
+        patches: 27 of 64 × 64 × 64, each computed once
         ...
     """
     predictor = Predictor(model, patch_size, patch_overlap, overlap_mode, **options)
     return predictor.plan(image, image_name=image_name, mask=mask, output=output)
-
-
-def _sink_of(given: Any) -> Sink:
-    if given is None:
-        return MemorySink()
-    if isinstance(given, str | os.PathLike):
-        return NiftiSink(as_target(given))
-    if isinstance(given, Sink):
-        return given
-    raise OutputError(f"output is {given!r}: it must be None, the name of a file, or a sink with open, write, close and abort")
-
-
-def _columns_of(recorded: Any, job: Job, run: UnfinishedRun) -> list[Column]:
-    """Give the columns of a plan that was recorded.
-
-    Raises:
-        RecordError: if they are not those of a plan for this job, or more or less is done than there is.
-    """
-    sweep = job.sweep
-    try:
-        columns = [Column(range(*each[:2]), range(*each[2:])) for each in recorded["columns"]]
-        num_voxels = sum(sweep.column_box(column).numel for column in columns)
-    except (LookupError, TypeError, ValueError) as error:
-        raise RecordError(f"the plan that {run.folder} records is damaged: {BEGIN_ANEW}") from error
-    num_layers = len(columns) * sweep.num_layers
-    is_done = run.layers_done == num_layers
-    is_possible = is_done if run.is_ready else run.layers_done <= num_layers
-    if num_voxels != math.prod(sweep.grid.spatial_shape) or not is_possible:
-        raise RecordError(
-            f"{run.folder} records a plan of {num_layers} layers and {num_voxels} voxels, and {run.layers_done} layers that are"
-            f" done, which does not fit {job.name}: {BEGIN_ANEW}"
-        )
-    return columns
-
-
-def _inputs_of(job: Job, mask: Any) -> set[Path]:
-    """Give the files that are read, which must not be written to."""
-    paths = [path for volume in (*job.volumes.values(), mask) if isinstance(volume, Image) for path in paths_of(volume)]
-    paths += [Path(mask)] if isinstance(mask, str | os.PathLike) else []
-    return {path.expanduser().resolve() for path in paths}
-
-
-def _closed(sinks: list[Sink]) -> list[Any]:
-    """Close all sinks, or abort those that are left after an error."""
-    made: list[Any] = []
-    try:
-        for sink in sinks:
-            made.append(sink.close())
-    except BaseException:
-        for sink in sinks[len(made) :]:
-            sink.abort()
-        raise
-    return made
-
-
-def _name_of(image: Any) -> str:
-    if isinstance(image, Image):
-        return "the image" if image.path is None else str(image.path)
-    if isinstance(image, str | os.PathLike):
-        return str(image)
-    return "the subject" if isinstance(image, Subject) else "the array"
-
-
-def _warn_of_blocks(job: Job, plan: PredictionPlan) -> str:
-    text = (
-        f"the output of {job.name} is computed in {plan.num_blocks} blocks, so that {pretty_bytes(plan.peak_bytes)} of memory are"
-        f" enough: each patch is computed {plan.redundancy:.3g} times"
-    )
-    warnings.warn(text, RuntimeWarning, stacklevel=5)
-    return text
-
-
-def _warn_of_restart(run: UnfinishedRun, plan: PredictionPlan, passes: int) -> str:
-    text = (
-        f"{run.sinks[0].target}: an unfinished run is taken up, with {run.layers_done} of"
-        f" {plan.num_blocks * plan.sweep.num_layers} layers finished; {passes} forward passes are made again"
-    )
-    warnings.warn(text, RuntimeWarning, stacklevel=5)
-    return text

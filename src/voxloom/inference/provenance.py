@@ -2,56 +2,63 @@
 
 import datetime
 import platform
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from .._version import __version__
-from .identity import content_hashes, identity_of_model, identity_of_option, identity_of_volume
-from .models import Models
-from .options import Options
-from .planning import Job
-from .plans import PredictionPlan
+from ..io.files import files_in, hash_of_file
+from ..io.protocols import Json
+from ..models.running import Models
+from ..runs.fingerprints import fingerprint_of_model, fingerprint_of_option
+from .plan import PredictionPlan
+from .planner import Input, Settings
+from .results import ResultOptions
 
-__all__ = ["identity_of", "sidecar_of_run"]
-
-Json = Any
+__all__ = ["fingerprint_of_models", "fingerprint_of_run", "sidecar_of_run"]
 
 
-def identity_of(models: Models, options: Options, model_name: str | None, job: Job) -> Json:
-    """Give what a run must have in common with one that it takes up, or whose result is taken for its own."""
-    window = options.window
+def fingerprint_of_models(models: Models, name: str | None) -> Json:
+    """Say what tells models from others."""
+    return [fingerprint_of_model(model, name) for model in models.models]
+
+
+def fingerprint_of_run(of_models: Json, models: Models, settings: Settings, options: ResultOptions, given: Input) -> Json:
+    """Give what a run must have in common with one that it resumes, or whose result is taken for its own."""
+    window = settings.window
+    is_named = isinstance(settings.overlap_mode, str) or window is None
     return {
         "versions": {"voxloom": __version__, "torch": str(torch.__version__)},
-        "input": {name: identity_of_volume(volume) for name, volume in job.volumes.items()},
-        "models": [identity_of_model(model, model_name) for model in models.models],
+        "input": given.source.fingerprint(),
+        "models": of_models,
         "options": {
-            "patch_size": list(options.patch_size),
-            "patch_overlap": list(options.patch_overlap),
-            "overlap_mode": options.overlap_mode
-            if isinstance(options.overlap_mode, str) or window is None
-            else identity_of_option([window(size).numpy() for size in options.patch_size]),
-            "batch_size": options.batch_size,
-            "activation": identity_of_option(options.wanted.activation),
-            "reduce": identity_of_option(options.wanted.reduce),
-            "output_scale": identity_of_option(options.wanted.scale),
-            "padding_mode": identity_of_option(options.padding_mode),
+            "patch_size": list(settings.patch_size),
+            "patch_overlap": list(settings.patch_overlap),
+            "overlap_mode": settings.overlap_mode
+            if is_named or window is None
+            else fingerprint_of_option([window(size) for size in settings.patch_size]),
+            "batch_size": settings.batch_size,
+            "full_batches": settings.full_batches,
+            "dtype": str(given.dtype),
+            "activation": fingerprint_of_option(options.activation),
+            "reduce": fingerprint_of_option(options.reduce),
+            "output_scale": fingerprint_of_option(options.scale),
+            "padding_mode": fingerprint_of_option(settings.padding_mode),
             "mirror_flips": [list(flip) for flip in models.flips],
             "amp": str(models.amp),
-            "fill": identity_of_option(options.fill),
-            "mask": None if job.needed is None else identity_of_option(job.needed),
+            "fill": fingerprint_of_option(settings.fill),
+            "mask": None if given.needed is None else fingerprint_of_option(given.needed),
             "device": models.device.type,
         },
-        "results": {str(result.name): {"shape": list(form.shape), "dtype": str(form.dtype)} for result, form in job.results},
     }
 
 
-def sidecar_of_run(identity: Json, job: Job, plan: PredictionPlan, models: Models, warnings: list[str]) -> Json:
+def sidecar_of_run(fingerprint: Json, given: Input, plan: PredictionPlan, models: Models, warnings: Sequence[str]) -> Json:
     """Say how a result came to be."""
     is_gpu = models.device.type == "cuda"
-    return identity | {
-        "files": content_hashes(job.volumes.values()),
+    return fingerprint | {
+        "files": {str(path): hash_of_file(path) for path in files_in(given.source.paths)},
         "plan": plan.to_json()
         | {
             "patches": plan.num_patches,
@@ -65,6 +72,6 @@ def sidecar_of_run(identity: Json, job: Job, plan: PredictionPlan, models: Model
             "system": f"{platform.system()} {platform.machine()}",
             "device": torch.cuda.get_device_name(models.device) if is_gpu else str(models.device),
         },
-        "warnings": warnings,
+        "warnings": list(warnings),
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }

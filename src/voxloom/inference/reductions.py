@@ -1,4 +1,4 @@
-"""What is kept of a model's outputs: an activation before patches are summed, and a reduction of each finished voxel."""
+"""What is made of a sum of patches, once a voxel is complete."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -10,43 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.accumulator import sum_dtype
 from ..core.sizes import as_int
-from ..core.values import as_number
+from ..core.values import as_number, sum_dtype
 from ..errors import ModeError, OutputError, SizeError
 
-__all__ = ["Activation", "Reduction", "Regions", "as_activation", "as_reduction"]
-
-Activation = Callable[[Tensor], Tensor]
+__all__ = ["Function", "Reduction", "Regions", "as_reduction"]
 
 # Voxels of a channel that are compared at a time: few enough to stay in the processor's cache, and enough for the thread to be
 # left alone by others, with which it shares Python's lock between one step and the next.
 CHUNK_VOXELS = 2**18
-
-
-def _softmax(output: Tensor) -> Tensor:
-    return torch.softmax(output if output.dtype == torch.float64 else output.float(), dim=1)
-
-
-def _sigmoid(output: Tensor) -> Tensor:
-    return torch.sigmoid(output if output.dtype == torch.float64 else output.float())
-
-
-ACTIVATIONS: dict[str, Activation] = {"softmax": _softmax, "sigmoid": _sigmoid}
-
-
-def as_activation(given: Any) -> Activation | None:
-    """Find an activation, which takes and gives a batch `(B, C, I, J, K)`.
-
-    Raises:
-        ModeError: if there is none of that name.
-    """
-    if given is None or callable(given):
-        return given
-    try:
-        return ACTIVATIONS[given]
-    except (KeyError, TypeError):
-        raise ModeError(f"activation is {given!r}: it must be None, {', '.join(map(repr, ACTIVATIONS))} or a function") from None
 
 
 class Reduction(Protocol):

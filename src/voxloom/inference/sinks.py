@@ -1,74 +1,27 @@
-"""Where finished output goes: a protocol, and the sink that keeps it in memory."""
-
-from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+"""The sink that keeps a result in memory."""
 
 import torch
 from torch import Tensor
 
-from ..core import memory
 from ..core.boxes import Box
-from ..volumes.formats import SpaceCodes
+from ..io.protocols import VolumeSpec
+from ..runtime import memory
 from ..volumes.image import Image, LabelMap, ScalarImage
-from ..volumes.space import Affine
 
-__all__ = ["MemorySink", "Sink", "VolumeForm"]
-
-
-@dataclass(frozen=True)
-class VolumeForm:
-    """What a result will be, before any of it is there."""
-
-    shape: tuple[int, int, int, int]
-    """Channels and voxels `(C, I, J, K)`."""
-    dtype: torch.dtype
-    affine: Affine
-    """RAS+, in millimetres."""
-    codes: SpaceCodes
-    """What NIfTI records of the space beside the affine."""
-    is_labels: bool
-
-    @property
-    def image_class(self) -> type[Image]:
-        """Class of images that hold such a result."""
-        return LabelMap if self.is_labels else ScalarImage
+__all__ = ["MemorySink", "image_class"]
 
 
-@runtime_checkable
-class Sink(Protocol):
-    """Takes finished output, block by block. Its methods are called one at a time, but not all from one thread.
-
-    After `open` each voxel is written once, in blocks that do not overlap; then follows `close`, or, after an error, `abort`.
-    """
-
-    def open(self, form: VolumeForm) -> None:
-        """Make ready for a result."""
-        ...
-
-    def write(self, box: Box, values: Tensor) -> None:
-        """Take a block.
-
-        Args:
-            box: voxels `(I, J, K)`.
-            values: tensor `(C, *box.shape)` on the CPU, which the sink may keep, but not change.
-        """
-        ...
-
-    def close(self) -> Any:
-        """All is written. What is returned is what `predict` returns."""
-        ...
-
-    def abort(self) -> None:
-        """No more will come."""
-        ...
+def image_class(spec: VolumeSpec) -> type[Image]:
+    """Class of images that hold such a result."""
+    return LabelMap if spec.is_labels else ScalarImage
 
 
 class MemorySink:
-    """Keeps a result in memory, as an `Image` with the affine of the input."""
+    """Keeps a result in memory, as an `Image` with the affine of the input; see `Sink`."""
 
-    def open(self, form: VolumeForm) -> None:
+    def open(self, form: VolumeSpec) -> None:
         """See `Sink`."""
-        self._form = form
+        self._spec = form
         with torch.inference_mode(False):  # blocks are written by a thread that is not in the mode of the caller's
             self._data: Tensor | None = memory.empty(form.shape, form.dtype)
 
@@ -79,8 +32,8 @@ class MemorySink:
 
     def close(self) -> Image:
         """See `Sink`."""
-        image = self._form.image_class(tensor=self._data, affine=self._form.affine)
-        image.codes = self._form.codes
+        image = image_class(self._spec)(tensor=self._data, affine=self._spec.affine)
+        image.codes = self._spec.codes
         return image
 
     def abort(self) -> None:

@@ -11,6 +11,7 @@ from ..core.sizes import as_overlap, as_sizes
 from ..errors import SizeError, SubjectError
 from ..volumes.subject import Subject
 from .patches import NumberedPatches, PatchCutter, PatchSequence
+from .spelling import subject_may_be_left_out
 
 __all__ = ["GridSampler"]
 
@@ -81,6 +82,7 @@ class GridSampler(Dataset[Subject]):
         fill: float = 0,
         check_space: bool = True,
     ) -> None: ...
+    @subject_may_be_left_out(most=1)
     def __init__(
         self,
         subject: Any = None,
@@ -91,13 +93,6 @@ class GridSampler(Dataset[Subject]):
         *,
         check_space: bool = True,
     ) -> None:
-        if subject is not None and not isinstance(subject, Subject):
-            if patch_size is not None:
-                raise SubjectError(
-                    f"the first argument is {subject!r}, which is no subject: GridSampler(subject, {patch_size!r}), or, to call"
-                    f" the sampler with a subject later, GridSampler(patch_size={patch_size!r})"
-                )
-            subject, patch_size = None, subject
         if patch_size is None:
             raise SizeError("the patch size is missing: GridSampler(subject, patch_size)")
         self.patch_size = as_sizes(patch_size, 3, "patch_size")

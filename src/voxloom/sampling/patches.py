@@ -1,7 +1,6 @@
 """Cutting patches out of a subject."""
 
 import copy
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, overload, runtime_checkable
@@ -9,15 +8,15 @@ from typing import Protocol, overload, runtime_checkable
 import torch
 from torch import Tensor
 
-from ..core import memory
 from ..core.boxes import Box
 from ..core.grids import PatchGrid
 from ..core.locations import PatchLocation
 from ..core.sizes import Ints
+from ..runtime import memory
 from ..volumes.batch import ImagesBatch, SubjectsBatch, batch_memory
 from ..volumes.constants import PATCH_LOCATION
 from ..volumes.subject import Subject
-from .padded import PaddedImage
+from .padded import PaddedSource
 
 __all__ = ["MakeEmpty", "NumberedPatches", "PatchCutter", "PatchSequence", "PatchSource"]
 
@@ -39,20 +38,15 @@ class PatchCutter:
         self.subject = copy.copy(subject)  # entries that are added or replaced later belong to no patch
         for image in subject.images.values():
             image.prepare()
-        self._padded: Mapping[str, PaddedImage] = {
-            name: PaddedImage(image, domain, padding_mode, name) for name, image in subject.images.items()
+        self._padded: Mapping[str, PaddedSource] = {
+            name: PaddedSource(image, domain, padding_mode, name) for name, image in subject.images.items()
         }
-
-    def num_bytes(self, size: Ints) -> list[int]:
-        """Bytes that a patch takes, for each image."""
-        images = [padded.image for padded in self._padded.values()]
-        return [image.num_channels * math.prod(size) * image.dtype.itemsize for image in images]
 
     def cut(self, location: PatchLocation, empty: MakeEmpty = memory.empty) -> Subject:
         """Cut out one patch, which owns its memory."""
         entries = dict(self.subject)
         for name, padded in self._padded.items():
-            data = empty((padded.image.num_channels, *location.size), padded.image.dtype)
+            data = empty((padded.shape[0], *location.size), padded.dtype)
             padded.read_into(data, location.box)
             entries[name] = entries[name].part(data, location.index)
         return Subject(entries | {PATCH_LOCATION: location})
@@ -61,8 +55,8 @@ class PatchCutter:
         """Cut patches of one size straight into the memory of a batch."""
         batches = {}
         for name, padded in self._padded.items():
-            shape = (len(locations), padded.image.num_channels, *locations[0].size)
-            data = batch_memory(shape, padded.image.dtype)
+            shape = (len(locations), padded.shape[0], *locations[0].size)
+            data = batch_memory(shape, padded.dtype)
             for target, location in zip(data, locations, strict=True):
                 padded.read_into(target, location.box)
             image = self.subject.images[name]

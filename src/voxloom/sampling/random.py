@@ -10,20 +10,18 @@ import torch.distributed
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from ..core.boxes import Box
-from ..core.draws import draw_generator
 from ..core.grids import PatchGrid
 from ..core.locations import PatchLocation
 from ..core.padding import check_padding_mode
+from ..core.random_numbers import draw_generator
 from ..core.sizes import Ints, as_int, as_sizes
 from ..errors import LocationError, SizeError, SubjectError
+from ..runtime.epochs import EpochCounter
 from ..volumes.subject import Subject
-from .epochs import EpochCounter
 from .patches import NumberedPatches, PatchCutter, PatchSequence
+from .spelling import subject_may_be_left_out
 
-__all__ = ["LEFT_OUT", "PatchSampler", "Sizes", "UniformSampler", "shift_unbound"]
-
-LEFT_OUT: Any = object()
-"""Stands for an argument that was not given; None is a value that some may be given."""
+__all__ = ["PatchSampler", "Sizes", "UniformSampler"]
 
 Sizes = int | Sequence[int]
 Draw = tuple[int, int]
@@ -78,11 +76,12 @@ class PatchSampler(IterableDataset[Subject]):
     ) -> None: ...
     @overload
     def __init__(self, *, patch_size: Sizes, num_patches: int | None = None, **more: Unpack[Options]) -> None: ...
+    @subject_may_be_left_out()
     def __init__(
         self,
         subject: Any = None,
-        patch_size: Any = LEFT_OUT,
-        num_patches: Any = LEFT_OUT,
+        patch_size: Any = None,
+        num_patches: Any = None,
         *,
         seed: int | None = None,
         padding_mode: str | float | None = None,
@@ -90,7 +89,6 @@ class PatchSampler(IterableDataset[Subject]):
         check_space: bool = True,
         share_ranks: bool = False,
     ) -> None:
-        subject, (patch_size, num_patches) = shift_unbound(type(self).__name__, subject, patch_size, num_patches)
         if patch_size is None:
             raise SizeError(f"the patch size is missing: {type(self).__name__}(subject, patch_size)")
         self.patch_size = as_sizes(patch_size, 3, "patch_size")
@@ -311,19 +309,3 @@ class UniformSampler(PatchSampler):
             int(rng.integers(first, last - size, endpoint=True))
             for first, last, size in zip(domain.start, domain.stop, self.patch_size, strict=True)
         )
-
-
-def shift_unbound(name: str, subject: Any, *rest: Any) -> tuple[Subject | None, tuple[Any, ...]]:
-    """Tell a sampler's two forms apart: where the first argument is no subject, the ones given by position are one further on.
-
-    Those end at the first that was left out; what was given by name stays where it is.
-    """
-    if subject is not None and not isinstance(subject, Subject):
-        if all(value is not LEFT_OUT for value in rest):
-            raise SubjectError(
-                f"{name} was given {subject!r} in the place of the subject, and one argument too many: without a subject the"
-                " patch size comes first"
-            )
-        gap = next(number for number, value in enumerate(rest) if value is LEFT_OUT)
-        subject, rest = None, (subject, *rest[:gap], *rest[gap + 1 :])
-    return subject, tuple(None if value is LEFT_OUT else value for value in rest)

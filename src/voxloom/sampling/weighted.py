@@ -16,16 +16,18 @@ from ..core.centres import centre_box, start_of
 from ..core.rows import RowSums
 from ..core.sizes import Ints, as_int
 from ..core.values import can_hold
+from ..core.walking import walk
 from ..errors import ModeError, SamplingError, SizeError, SubjectError
 from ..volumes.constants import LABEL
 from ..volumes.image import Image
 from ..volumes.subject import Subject
-from .random import LEFT_OUT, PatchSampler, Sizes, shift_unbound
+from .random import PatchSampler, Sizes
+from .spelling import subject_may_be_left_out
 
 __all__ = ["LabelSampler", "MixedSampler", "WeightedSampler"]
 
-# A map is gone through this many voxels at a time.
-CHUNK_VOXELS = 2**21
+# A map is gone through this many values at a time.
+CHUNK_VALUES = 2**21
 BORDERS = ("exclude", "clamp")
 ON_EMPTY = ("error", "uniform", "skip")
 Classes = dict[int, RowSums]
@@ -176,23 +178,22 @@ class WeightedSampler(_CentredSampler):
     def __init__(self, subject: Sizes, *, probability_map: str, **more: Any) -> None: ...
     @overload
     def __init__(self, *, patch_size: Sizes, probability_map: str, **more: Any) -> None: ...
+    @subject_may_be_left_out()
     def __init__(
         self,
         subject: Any = None,
-        patch_size: Any = LEFT_OUT,
-        probability_map: Any = LEFT_OUT,
-        num_patches: Any = LEFT_OUT,
+        patch_size: Any = None,
+        probability_map: Any = None,
+        num_patches: Any = None,
         *,
         border: str = "exclude",
         on_empty: str = "error",
         **more: Any,
     ) -> None:
-        subject, rest = shift_unbound("WeightedSampler", subject, patch_size, probability_map, num_patches)
-        patch_size, probability_map, num_patches = rest
         if not isinstance(probability_map, str):
             raise SubjectError(f"probability_map is {probability_map!r}: it must be the name of an image")
         self.probability_map = probability_map
-        super().__init__(subject, **_sized(patch_size), num_patches=num_patches, border=border, on_empty=on_empty, **more)
+        super().__init__(subject, patch_size=patch_size, num_patches=num_patches, border=border, on_empty=on_empty, **more)
 
     def _map_name(self, subject: Subject) -> str:
         return self.probability_map
@@ -264,24 +265,24 @@ class LabelSampler(_CentredSampler):
     def __init__(self, subject: Sizes, *, label_name: str, **more: Any) -> None: ...
     @overload
     def __init__(self, *, patch_size: Sizes, **more: Any) -> None: ...
+    @subject_may_be_left_out()
     def __init__(
         self,
         subject: Any = None,
-        patch_size: Any = LEFT_OUT,
-        label_name: Any = LEFT_OUT,
-        label_probabilities: Any = LEFT_OUT,
-        num_patches: Any = LEFT_OUT,
+        patch_size: Any = None,
+        label_name: Any = None,
+        label_probabilities: Any = None,
+        num_patches: Any = None,
         *,
         ignore_label: int | None = None,
         border: str = "exclude",
         on_empty: str = "error",
         **more: Any,
     ) -> None:
-        subject, rest = shift_unbound("LabelSampler", subject, patch_size, label_name, label_probabilities, num_patches)
-        patch_size, self.label_name, label_probabilities, num_patches = rest
+        self.label_name = label_name
         self.label_probabilities = None if label_probabilities is None else _as_probabilities(label_probabilities)
         self.ignore_label = None if ignore_label is None else as_int(ignore_label, "ignore_label", -(2**62))
-        super().__init__(subject, **_sized(patch_size), num_patches=num_patches, border=border, on_empty=on_empty, **more)
+        super().__init__(subject, patch_size=patch_size, num_patches=num_patches, border=border, on_empty=on_empty, **more)
 
     def _map_name(self, subject: Subject) -> str:
         if self.label_name is not None:
@@ -362,8 +363,8 @@ class MixedSampler(PatchSampler):
     def __init__(self, subject: Mixture, **more: Any) -> None: ...
     @overload
     def __init__(self, *, samplers: Mixture, **more: Any) -> None: ...
-    def __init__(self, subject: Any = None, samplers: Any = LEFT_OUT, num_patches: Any = LEFT_OUT, **more: Any) -> None:
-        subject, (samplers, num_patches) = shift_unbound("MixedSampler", subject, samplers, num_patches)
+    @subject_may_be_left_out()
+    def __init__(self, subject: Any = None, samplers: Any = None, num_patches: Any = None, **more: Any) -> None:
         pairs = list(samplers or [])
         are_pairs = all(isinstance(pair, Sequence) and len(pair) == 2 for pair in pairs)
         if not pairs or not are_pairs or not all(isinstance(sampler, PatchSampler) for _, sampler in pairs):
@@ -408,11 +409,6 @@ def _pick_share(shares: Mapping[int, float], rng: np.random.Generator) -> int:
     return list(shares)[int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))]
 
 
-def _sized(patch_size: Any) -> Mapping[str, Any]:
-    """Pass the patch size on by its name, so that it is not taken for an unbound sampler's first argument."""
-    return {"patch_size": patch_size}
-
-
 def _equals(labels: Tensor, number: int) -> Tensor:
     """Say where a label is; PyTorch would compare with what is left of a number that the type of the labels cannot hold."""
     is_exact = can_hold(labels.dtype, number) and torch.tensor(number, dtype=labels.dtype).item() == number
@@ -442,12 +438,7 @@ def _as_probabilities(given: Any, name: str = "label_probabilities") -> dict[int
 
 
 def _parts(image: Image, box: Box) -> Iterator[tuple[tuple[slice, slice], Tensor]]:
-    """Yield the map in parts `(C, I, J, K)`, each with the rows that it belongs to, in the order that is quickest to read."""
-    per_plane = [box.numel // max(1, size) for size in box.shape]
-    axis = 0 if image.is_loaded else 2
-    step = max(1, CHUNK_VOXELS // max(1, per_plane[axis] * image.num_channels))
-    for first in range(box.start[axis], box.stop[axis], step):
-        start, stop = list(box.start), list(box.stop)
-        start[axis], stop[axis] = first, min(first + step, box.stop[axis])
-        rows = slice(None) if axis == 0 else slice(first - box.start[2], stop[2] - box.start[2])
-        yield (slice(None), rows), image.read(Box(tuple(start), tuple(stop)))
+    """Yield the map in parts `(C, i, j, k)`, each with the rows of the box that it belongs to, `(J, K)`."""
+    for part in walk(box, image.chunks, max(1, CHUNK_VALUES // image.num_channels)):
+        _, j, k = part.relative_to(box.start).slices
+        yield (j, k), image.read(part)

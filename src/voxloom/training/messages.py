@@ -3,7 +3,6 @@
 import functools
 import math
 import pickle
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -11,14 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..core import memory
+from ..runtime import memory
 from ..sampling.patches import MakeEmpty
-from ..volumes.batch import batch_memory
 from ..volumes.image import Image
 from ..volumes.subject import Subject
-from .making import MadePatch, SkippedSubject
+from .patch_worker import MadePatch, SkippedSubject
 
-__all__ = ["Message", "Packer", "unpack"]
+__all__ = ["Failure", "Message", "Packer", "Unpacker"]
 
 # Where a tensor begins in a block: numbers of every type may begin there.
 ALIGNMENT = 64
@@ -29,11 +27,20 @@ class Message(NamedTuple):
 
     run: int
     """Which run of the queue they are for."""
-    block: Tensor
-    """Data of all images, bytes."""
+    slot: int
+    """Which of the worker's blocks holds the data of all images."""
+    block: Tensor | None
+    """That block, bytes, if it is a new one: a process maps it once."""
     contents: bytes
     """Everything else, pickled: so no tensor among the metadata becomes an open file of its own."""
     skipped: tuple[SkippedSubject, ...]
+
+
+class Failure(NamedTuple):
+    """What making patches has raised in a worker."""
+
+    error: Exception
+    traceback: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +57,8 @@ class _Block:
     """Shared memory that tensors are laid into one after the other."""
 
     def __init__(self, num_bytes: int) -> None:
-        self.data = batch_memory((num_bytes,), torch.uint8)
+        self.data = _shared(torch.empty(num_bytes, dtype=torch.uint8))
+        self.is_new = True
         self._used = 0
         self._offsets: dict[int, int] = {}
 
@@ -82,20 +90,22 @@ class Packer:
     """
 
     def __init__(self, num_blocks: int) -> None:
-        self._blocks: deque[_Block] = deque(_Block(0) for _ in range(num_blocks))
+        self._blocks = [_Block(0) for _ in range(num_blocks)]
+        self._slot = 0
         self._bytes_per_patch = 0
 
     def begin(self, num_patches: int) -> MakeEmpty:
         """Begin a message; give the function that makes tensors where they need not be copied to."""
-        self._blocks.rotate(-1)
-        self._fit(num_patches * self._bytes_per_patch)
-        return self._blocks[0].empty
+        self._slot = (self._slot + 1) % len(self._blocks)
+        return self._cleared(num_patches * self._bytes_per_patch).empty
 
-    def _fit(self, num_bytes: int) -> None:
+    def _cleared(self, num_bytes: int) -> _Block:
         """Empty the block of this message, and make it large enough."""
-        self._blocks[0].clear()
-        if len(self._blocks[0].data) < num_bytes:
-            self._blocks[0] = _Block(num_bytes)
+        if len(self._blocks[self._slot].data) < num_bytes:
+            self._blocks[self._slot] = _Block(num_bytes)
+        block = self._blocks[self._slot]
+        block.clear()
+        return block
 
     def pack(self, run: int, made: Sequence[MadePatch]) -> Message:
         """End a message.
@@ -107,29 +117,47 @@ class Packer:
         tensors = [image.data for patch in made for image in patch.patch.images.values()]
         sizes = [_aligned(tensor.nbytes) for tensor in tensors]
         self._bytes_per_patch = max(self._bytes_per_patch, -(-sum(sizes) // max(1, len(made))))
-        if any(self._blocks[0].offset_of(tensor) is None for tensor in tensors):
+        block = self._blocks[self._slot]
+        if any(block.offset_of(tensor) is None for tensor in tensors):
             copies = [tensor.clone() for tensor in tensors]
-            self._fit(sum(sizes))
-            tensors = [self._blocks[0].empty(copy.shape, copy.dtype).copy_(copy) for copy in copies]
+            block = self._cleared(sum(sizes))
+            tensors = [block.empty(copy.shape, copy.dtype).copy_(copy) for copy in copies]
         rest = iter(tensors)
-        contents = [(patch.ticket, {name: self._stripped(value, rest) for name, value in patch.patch.items()}) for patch in made]
+        contents = [
+            (patch.sequence_number, {name: _stripped(value, rest, block) for name, value in patch.patch.items()})
+            for patch in made
+        ]
         skipped = tuple({patch.skipped for patch in made if patch.skipped is not None})
-        return Message(run, self._blocks[0].data, pickle.dumps(contents), skipped)
-
-    def _stripped(self, value: Any, tensors: Iterator[Tensor]) -> Any:
-        if not isinstance(value, Image):
-            return value
-        template, data = value.without_data(), next(tensors)
-        template.affine = value.affine
-        offset = self._blocks[0].offset_of(data)
-        assert offset is not None
-        return _Part(template, offset, tuple(data.shape), data.dtype)
+        message = Message(run, self._slot, None, pickle.dumps(contents), skipped)
+        if not block.is_new:
+            return message
+        block.is_new = False
+        return message._replace(block=block.data)
 
 
-def unpack(message: Message, empty: MakeEmpty) -> Iterator[tuple[int, Callable[[], Subject]]]:
-    """Give the ticket of each patch, and a function that makes it, in memory of its own."""
-    for ticket, entries in pickle.loads(message.contents):  # noqa: S301 - a worker of this process has pickled it
-        yield ticket, functools.partial(_restored, entries, message.block, empty)
+def _stripped(value: Any, tensors: Iterator[Tensor], block: _Block) -> Any:
+    if not isinstance(value, Image):
+        return value
+    template, data = value.without_data(), next(tensors)
+    template.affine = value.affine
+    offset = block.offset_of(data)
+    assert offset is not None
+    return _Part(template, offset, tuple(data.shape), data.dtype)
+
+
+class Unpacker:
+    """Knows the blocks of one worker, and makes subjects of its messages."""
+
+    def __init__(self) -> None:
+        self._blocks: dict[int, Tensor] = {}
+
+    def unpack(self, message: Message, empty: MakeEmpty) -> Iterator[tuple[int, Callable[[], Subject]]]:
+        """Give the sequence number of each patch, and a function that makes it, in memory of its own."""
+        if message.block is not None:
+            self._blocks[message.slot] = message.block
+        block = self._blocks[message.slot]
+        for sequence_number, entries in pickle.loads(message.contents):  # noqa: S301 - a worker of this process pickled it
+            yield sequence_number, functools.partial(_restored, entries, block, empty)
 
 
 def _restored(entries: dict[str, Any], block: Tensor, empty: MakeEmpty) -> Subject:
@@ -143,6 +171,11 @@ def _filled(value: Any, block: Tensor, empty: MakeEmpty) -> Any:
     source = block[value.offset : value.offset + target.nbytes].view(value.dtype).view(value.shape)
     memory.copy_alone(target, source)
     return value.template.part(target, (0, 0, 0))
+
+
+def _shared(tensor: Tensor) -> Tensor:
+    share: Callable[[], Tensor] = tensor.share_memory_
+    return share()
 
 
 def _aligned(num_bytes: int) -> int:

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.utils.data import default_collate, get_worker_info
 from torch.utils.data._utils.collate import default_collate_fn_map
 
-from ..core import memory
 from ..core.locations import PatchLocation
 from ..errors import NoSuchKeyError, SubjectError
+from ..runtime import memory
 from .constants import AFFINE, DATA, INDEX_INI, LOCATION, PATCH_LOCATION, PATH, STEM, TYPE
 from .image import Image
 from .subject import Subject

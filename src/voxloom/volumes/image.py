@@ -1,41 +1,46 @@
 """Images: a volume, where it lies in the world, and what it means. Files are read when they are needed."""
 
+import builtins
 import copy
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-import nibabel as nib
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.affines import Affine, as_affine, shifted
 from ..core.boxes import Box
-from ..errors import ImageError, ImageFileError, NoSuchKeyError, SubjectError, VoxloomError
-from .constants import AFFINE, DATA, INTENSITY, LABEL, PATH, STEM, TYPE
-from .formats import SpaceCodes, VolumeInfo, VolumeReader, open_volume, save_volume, stem_of
-from .formats.base import as_tensor
+from ..errors import ImageError, SubjectError, VoxloomError
+from ..io.arrays import as_volume, values_hash
+from ..io.compression import READ_ERRORS
+from ..io.formats import save_volume
+from ..io.protocols import Json, SpaceCodes, VolumeSource, is_source
+from ..io.spooling import is_packed, unpack
+from .constants import INTENSITY, LABEL
+from .derived import DerivedValues
+from .entries import RESERVED, ImageEntries
+from .origins import CustomReader, FileOrigin, GivenOrigin, Origin
 from .paths import PathLike, as_path
+from .placed import PlacedVolume
 from .slices import as_slices
-from .sources import CustomFile, StackedFiles
-from .space import Affine, as_affine, shifted, spacing_of
 
 __all__ = ["Image", "LabelMap", "ScalarImage"]
 
-CustomReader = Callable[[Path], tuple[Any, Any]]
-RESERVED = (DATA, AFFINE, TYPE, PATH, STEM)
 TYPES = ("intensity", "label", "sampling_map")
 
 
-class Image:
+class Image(ImageEntries, PlacedVolume):
     """A volume `(C, I, J, K)` and the RAS+ affine that places it in the world.
 
     An image of a file is lazy: `shape`, `affine`, `spacing` and `orientation` come from the header, `data` is read when it is
     first asked for and then kept, and slicing reads no more than the format allows.
 
     Args:
-        path: a file, a folder that holds one DICOM series, or a list of files that become channels; or in its place the tensor.
+        path: a file, a folder that holds one DICOM series, or a list of files that become channels; or in its place the tensor,
+            or a source of voxels such as `ArraySource`.
         type: `"intensity"`, `"label"` or `"sampling_map"`; `ScalarImage` and `LabelMap` set it.
         tensor: tensor or array `(C, I, J, K)`, in place of a path. It is not copied.
         affine: matrix of 4 × 4 from voxels to millimetres; for a file it takes the place of the one in its header.
@@ -61,7 +66,7 @@ class Image:
 
     def __init__(
         self,
-        path: PathLike | Sequence[PathLike] | Tensor | np.ndarray | None = None,
+        path: PathLike | Sequence[PathLike] | Tensor | np.ndarray | VolumeSource | None = None,
         type: str | None = None,  # noqa: A002 - the name that users of TorchIO know
         tensor: Any = None,
         affine: Any = None,
@@ -82,42 +87,31 @@ class Image:
         reserved = [key for key in RESERVED if key in metadata]
         if reserved:
             raise SubjectError(f"{reserved[0]!r} is the name of an entry that every image has: use another one")
-        self.type = self._check_type(type)
+        self.type = _checked_type(type, self.fixed_type, builtins.type(self).__name__)
         self.check_nans = check_nans
         self.metadata: dict[str, Any] = dict(metadata)
-        self.path = None if path is None else as_path(path, verify_path)
-        self._custom_reader = reader
+        self.path: Path | list[Path] | None = None
         self._affine = None if affine is None else as_affine(affine)
+        self._origin: Origin | None = None
+        if is_source(path):
+            self._origin = GivenOrigin(path)
+        elif path is not None:
+            self.path = as_path(path, verify_path)
+            self._origin = FileOrigin(self.paths, reader, is_placed=affine is not None)
         self._codes: SpaceCodes | None = None
-        self._info: VolumeInfo | None = None
-        self._reader: VolumeReader | None = None
         self._data: Tensor | None = None
-        self._is_derived = False
-        self._derived: dict[Hashable, Any] = {}
-        self._derived_for: tuple[int, int] | None = None
-        self._times_set = 0
         self._is_from_file = False
+        self._times_set = 0
+        self._derived = DerivedValues()
         if tensor is not None:
             self.set_data(tensor)
-            if self._affine is None and self.path is None:
+            if self._affine is None and self._origin is None:
                 self._affine = np.eye(4)
 
     @classmethod
     def from_tensor(cls, tensor: Any, *, affine: Any = None, metadata: Mapping[str, Any] | None = None) -> Self:
         """Make an image of a tensor or array `(C, I, J, K)`: the same as `cls(tensor=tensor)`."""
         return cls(tensor=tensor, affine=affine, **dict(metadata or {}))
-
-    @classmethod
-    def _check_type(cls, given: str | None) -> str:
-        if cls.fixed_type is not None:
-            if given not in (None, cls.fixed_type):
-                raise ImageError(f"the type of a {cls.__name__} is {cls.fixed_type!r}, not {given!r}: use Image(..., type=...)")
-            return cls.fixed_type
-        if given is None:
-            return INTENSITY
-        if given not in TYPES:
-            raise ImageError(f"type is {given!r}: it must be one of {', '.join(map(repr, TYPES))}")
-        return given
 
     # Data
 
@@ -143,17 +137,13 @@ class Image:
         Raises:
             ImageError: if it has another number of dimensions, no voxels, or is not of numbers.
         """
-        data = as_tensor(tensor)
-        if data.ndim != 4:
-            raise ImageError(
-                f"an image was given data of shape {tuple(data.shape)}: it must be 4D, (C, I, J, K); tensor[None] adds a channel"
-                " in front, and [..., None] a third axis to a 2-D image"
-            )
-        if 0 in data.shape:
-            raise ImageError(f"an image was given data of shape {tuple(data.shape)}, which has no voxels")
-        self._warn_of_nans(data)
-        self._data, self._is_from_file = data, False
+        self._keep(as_volume(tensor), False)
         self._times_set += 1
+
+    def _keep(self, data: Tensor, is_from_file: bool) -> None:
+        if self.check_nans and data.is_floating_point() and bool(data.isnan().any()):
+            warnings.warn(f"{self._name} holds NaN", RuntimeWarning, stacklevel=4)
+        self._data, self._is_from_file = data, is_from_file
 
     @property
     def is_loaded(self) -> bool:
@@ -167,12 +157,10 @@ class Image:
             CorruptImageError: if the file does not hold what its header says.
         """
         if self._data is None:
-            reader = self._open()
+            source = self._opened.source
             with torch.inference_mode(False):  # what is kept must be good for training, too
-                data = reader.read(reader.info.box)
-            self._warn_of_nans(data)
-            self._data, self._is_from_file = data, True
-            self._reader = None  # closed: what its header says is kept
+                self._keep(source.read(Box.of_shape(source.shape[1:])), True)
+            self._opened.close()
 
     def unload(self) -> None:
         """Forget the data; they are read again from the file when they are needed.
@@ -187,7 +175,7 @@ class Image:
     @property
     def can_be_reloaded(self) -> bool:
         """Whether the data are those of a file, and not of a tensor or a part of another image."""
-        return self.path is not None and not self._is_derived and (self._data is None or self._is_from_file)
+        return self._origin is not None and (self._data is None or self._is_from_file)
 
     def prepare(self) -> None:
         """Make ready to be read in parts, also by workers: load what can only be read whole, so that they share it."""
@@ -203,9 +191,45 @@ class Image:
         """
         if not self.can_be_sliced:
             self.load()
-        if self._data is not None:
-            return self._data[(slice(None), *box.slices)]
-        return self._open().read(Box((0, *box.start), (self.num_channels, *box.stop)))
+        return self._opened.source.read(box) if self._data is None else self._data[(slice(None), *box.slices)]
+
+    @property
+    def chunks(self) -> tuple[int, int, int]:
+        """Voxels that are read together; see `VolumeSource`."""
+        return self._opened.source.chunks if self._data is None else (1, *self.shape[2:])
+
+    @property
+    def resident_bytes(self) -> int:
+        """Memory that is still needed because the file cannot be read in parts; see `VolumeSource`."""
+        return 0 if self.can_be_sliced else self.memory
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """Files and folders that it is read from."""
+        if isinstance(self._origin, GivenOrigin):
+            return self._origin.paths
+        return tuple(self.path) if isinstance(self.path, list) else () if self.path is None else (self.path,)
+
+    def fingerprint(self) -> Json:
+        """Say what tells the image from others; see `VolumeSource`."""
+        space = {"affine": self.affine.tolist(), "codes": repr(self.codes)}
+        if self.can_be_reloaded:
+            return {**self._opened.source.fingerprint(), **space}
+        return {"sha256": values_hash(self), "dtype": str(self.dtype), "shape": list(self.shape), **space}
+
+    @property
+    def packed_bytes(self) -> int:
+        """Memory that unpacking its files saves; see `Packed`."""
+        return self.memory if not self.can_be_sliced and self.paths and all(map(is_packed, self.paths)) else 0
+
+    def unpacked(self, folder: Path) -> Self:
+        """Give the image of the same files, unpacked into a folder; see `Packed`."""
+        try:
+            paths = [unpack(path, folder) for path in self.paths]
+        except READ_ERRORS:
+            self.load()  # which says what is wrong with the file
+            raise
+        return type(self)(paths if isinstance(self.path, list) else paths[0], affine=self.affine)
 
     def derived(self, key: Hashable, compute: Callable[[], Any]) -> Any:
         """Give what follows from the data, computed once and kept with the image until its data change.
@@ -214,67 +238,31 @@ class Image:
             key: names what it is.
             compute: makes it.
         """
-        version = None if self._data is None or self._data.is_inference() else self._data._version
-        stamp = (self._times_set, version or 0)
-        if self._derived_for != stamp:
-            self._derived, self._derived_for = {}, stamp
-        if key not in self._derived:
-            self._derived[key] = compute()
-        return self._derived[key]
+        return self._derived.get(key, self._times_set, self._data, compute)
 
     @property
     def can_be_sliced(self) -> bool:
         """Whether a part can be read without reading all of it: the data are in memory, or the format allows it."""
-        return self._data is not None or self._open().sliceable
+        return self._data is not None or not self._opened.source.resident_bytes
 
-    def _warn_of_nans(self, data: Tensor) -> None:
-        if self.check_nans and data.is_floating_point() and bool(data.isnan().any()):
-            warnings.warn(f"{self._name()} holds NaN", RuntimeWarning, stacklevel=3)
-
-    def _header(self) -> VolumeInfo:
-        return self._open().info if self._info is None else self._info
-
-    def _open(self) -> VolumeReader:
-        if self._reader is None:
-            if self.path is None or self._is_derived:
-                raise ImageError("the image has no data, and no file of its own to read them from")
-            paths = self.path if isinstance(self.path, list) else [self.path]
-            custom = self._custom_reader
-            readers = [open_volume(path) if custom is None else CustomFile(path, custom) for path in paths]
-            names = [str(path) for path in paths]
-            reader = readers[0] if len(readers) == 1 else StackedFiles(readers, names, check_place=self._affine is None)
-            if self._info is not None and (reader.info.shape, reader.info.dtype) != (self._info.shape, self._info.dtype):
-                raise ImageFileError(f"{self._name()} is another file than when its header was read: make the image anew")
-            self._reader, self._info = reader, reader.info
-        return self._reader
+    @property
+    def _opened(self) -> Origin:
+        if self._origin is None:
+            raise ImageError("the image has no data, and no file of its own to read them from")
+        return self._origin
 
     # Geometry
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """Channels and voxels `(C, I, J, K)`."""
-        c, i, j, k = self._header().shape if self._data is None else self._data.shape
+        c, i, j, k = self._opened.spec.shape if self._data is None else self._data.shape
         return c, i, j, k
-
-    @property
-    def spatial_shape(self) -> tuple[int, int, int]:
-        """Voxels `(I, J, K)`."""
-        return self.shape[1:]
-
-    @property
-    def num_channels(self) -> int:
-        """Number of channels."""
-        return self.shape[0]
 
     @property
     def dtype(self) -> torch.dtype:
         """Type of the data, or the type that they will be read as."""
-        return self._header().dtype if self._data is None else self._data.dtype
-
-    @property
-    def memory(self) -> int:
-        """Bytes that the data take in memory."""
-        return Box.of_shape(self.shape).numel * self.dtype.itemsize
+        return self._opened.spec.dtype if self._data is None else self._data.dtype
 
     @property
     def affine(self) -> Affine:
@@ -284,7 +272,7 @@ class Image:
             ImageError: if the file's affine holds NaN or infinity, or is singular.
         """
         if self._affine is None:
-            self._affine = as_affine(self._header().affine, f"the affine of {self._name()}")
+            self._affine = as_affine(self._opened.spec.affine, f"the affine of {self._name}")
         return self._affine
 
     @affine.setter
@@ -292,27 +280,10 @@ class Image:
         self._affine = as_affine(matrix)
 
     @property
-    def spacing(self) -> tuple[float, float, float]:
-        """Millimetres from one voxel to the next along each axis."""
-        return spacing_of(self.affine)
-
-    @property
-    def origin(self) -> tuple[float, float, float]:
-        """Place of the first voxel's centre, in millimetres."""
-        i, j, k = self.affine[:3, 3].tolist()
-        return i, j, k
-
-    @property
-    def orientation(self) -> tuple[str, str, str]:
-        """Where each axis points to: one of R, L, A, P, S and I for each."""
-        i, j, k = nib.aff2axcodes(self.affine)
-        return i, j, k
-
-    @property
     def codes(self) -> SpaceCodes:
         """What NIfTI records of the space beside the affine."""
         if self._codes is None:
-            self._codes = SpaceCodes() if self.path is None else self._header().codes
+            self._codes = SpaceCodes() if self._origin is None else self._origin.spec.codes
         return self._codes
 
     @codes.setter
@@ -321,49 +292,13 @@ class Image:
 
     # Entries
 
-    @property
-    def stem(self) -> str | list[str]:
-        """Name of the file without folder and endings; empty where there is none."""
-        if isinstance(self.path, list):
-            return [stem_of(path) for path in self.path]
-        return "" if self.path is None else stem_of(self.path)
-
-    def keys(self) -> list[str]:
-        """Names of all entries."""
-        return [DATA, AFFINE, TYPE, PATH, STEM, *self.metadata]
-
-    def __contains__(self, key: object) -> bool:
-        return key in self.keys()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.keys())
-
     def __getitem__(self, key: Any) -> Any:
         """Give an entry by its name, or the part of the image that slices `(C, I, J, K)` cut out.
 
         A single index keeps its axis. Steps must be positive. The part owns its memory, and its affine is shifted, so that it
         lies where it was.
         """
-        if not isinstance(key, str):
-            return self._cut(key)
-        if key == DATA:
-            return self.data
-        if key in RESERVED:
-            value = getattr(self, key)
-            return ("" if value is None else str(value)) if key == PATH else value
-        if key not in self.metadata:
-            raise NoSuchKeyError(f"{self._name()} has no entry {key!r}, only {', '.join(map(repr, self.keys()))}")
-        return self.metadata[key]
-
-    def __setitem__(self, key: str, value: Any) -> None:
-        if key == DATA:
-            self.set_data(value)
-        elif key == AFFINE:
-            self.affine = value
-        elif key in RESERVED:
-            raise NoSuchKeyError(f"the entry {key!r} of an image cannot be set")
-        else:
-            self.metadata[key] = value
+        return super().__getitem__(key) if isinstance(key, str) else self._cut(key)
 
     def _cut(self, key: Any) -> Self:
         slices = as_slices(key, self.shape)
@@ -396,28 +331,22 @@ class Image:
         """Make a shallow copy that keeps everything but the data and the affine; for a batch to keep."""
         new = copy.copy(self)
         new._codes = self.codes
-        new._data = new._reader = new._info = new._affine = new._custom_reader = None
-        new._is_derived = True
-        new._derived = {}
+        new._data = new._origin = new._affine = None
         return new
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_reader": None}  # another process opens the file anew
 
     def __copy__(self) -> Self:
         new = object.__new__(type(self))
         new.__dict__.update(self.__dict__)
-        new.metadata = dict(self.metadata)
-        new._derived = {}
+        new.metadata, new._origin, new._derived = dict(self.metadata), copy.copy(self._origin), DerivedValues()
         return new
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         new = object.__new__(type(self))
         memo[id(self)] = new
-        shared = {"_data", "_reader", "_custom_reader"}
+        shared = {"_data", "_origin", "_derived"}
         for name, value in self.__dict__.items():
             new.__dict__[name] = value if name in shared else copy.deepcopy(value, memo)
-        new._derived = {}
+        new._derived, new._origin = DerivedValues(), copy.copy(self._origin)
         new._data = None if self._data is None else self._data.clone()
         return new
 
@@ -447,24 +376,8 @@ class Image:
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.array(self.numpy(), dtype=dtype, copy=copy)
 
-    def _name(self) -> str:
-        return type(self).__name__ if self.path is None else str(self.path)
-
     def __repr__(self) -> str:
-        try:
-            parts = [
-                f"shape: {self.shape}",
-                f"spacing: ({', '.join(f'{value:.2f}' for value in self.spacing)})",
-                f"orientation: {''.join(self.orientation)}+",
-                f"dtype: {self.dtype}",
-            ]
-        except VoxloomError as error:
-            parts = [f"unreadable: {error}"]
-        if self.is_loaded:
-            parts.append(f"memory: {self.memory / 2**20:.1f} MiB")
-        if self.path is not None:
-            parts.append(f'path: "{self.path}"')
-        return f"{type(self).__name__}({'; '.join([*parts, f'type: {self.type}'])})"
+        return f"{type(self).__name__}({'; '.join(_described(self))})"
 
 
 class ScalarImage(Image):
@@ -477,3 +390,32 @@ class LabelMap(Image):
     """An image whose values are labels, or whose channels are classes. See `Image`."""
 
     fixed_type = LABEL
+
+
+def _checked_type(given: str | None, fixed: str | None, name: str) -> str:
+    if fixed is not None:
+        if given not in (None, fixed):
+            raise ImageError(f"the type of a {name} is {fixed!r}, not {given!r}: use Image(..., type=...)")
+        return fixed
+    if given is None:
+        return INTENSITY
+    if given not in TYPES:
+        raise ImageError(f"type is {given!r}: it must be one of {', '.join(map(repr, TYPES))}")
+    return given
+
+
+def _described(image: Image) -> list[str]:
+    try:
+        parts = [
+            f"shape: {image.shape}",
+            f"spacing: ({', '.join(f'{value:.2f}' for value in image.spacing)})",
+            f"orientation: {''.join(image.orientation)}+",
+            f"dtype: {image.dtype}",
+        ]
+    except VoxloomError as error:
+        parts = [f"unreadable: {error}"]
+    if image.is_loaded:
+        parts.append(f"memory: {image.memory / 2**20:.1f} MiB")
+    if image.path is not None:
+        parts.append(f'path: "{image.path}"')
+    return [*parts, f"type: {image.type}"]

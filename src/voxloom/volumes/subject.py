@@ -6,12 +6,12 @@ from typing import Any, Self
 import numpy as np
 import torch
 
+from ..core.affines import SPACE_TOLERANCE, corner_displacement
 from ..core.locations import PatchLocation
 from ..errors import NoSuchKeyError, SpaceError, SubjectError
 from .constants import INDEX_INI, INTENSITY, LOCATION, PATCH_LOCATION
 from .image import Image
 from .slices import as_slices
-from .space import SPACE_TOLERANCE, corner_displacement
 
 __all__ = ["Subject"]
 

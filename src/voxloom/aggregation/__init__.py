@@ -1,0 +1,1 @@
+"""From patches back to volumes: accumulators, and the aggregators that users call."""

@@ -1,0 +1,5 @@
+"""The command `voxloom`."""
+
+from .commands import app, main
+
+__all__ = ["app", "main"]

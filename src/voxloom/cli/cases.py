@@ -1,0 +1,181 @@
+"""Which images a command is applied to, and where each result goes."""
+
+import csv
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import ImageNotFoundError, SaveError, SubjectError
+from ..io.formats import stem_of
+from ..volumes.image import ScalarImage
+from ..volumes.subject import Subject
+
+__all__ = ["Case", "cases_of", "cases_of_table"]
+
+ENDINGS = (".nii", ".nii.gz", ".nii.bz2", ".hdr", ".mgh", ".mgz", ".nrrd", ".nhdr", ".mha", ".mhd")
+TARGETS = (".nii", ".nii.gz")
+DEFAULT_ENDING = ".nii.gz"
+
+
+@dataclass(frozen=True)
+class Case:
+    """An image, or several that become channels, and where the result goes."""
+
+    name: str
+    files: tuple[Path, ...]
+    target: Path
+
+    def subject(self) -> Subject:
+        """Make a subject whose images are the channels, in order; nothing is read yet."""
+        return Subject({f"channel {number}": ScalarImage(path) for number, path in enumerate(self.files)})
+
+
+def cases_of(images: Sequence[Path], output: Path) -> list[Case]:
+    """Find the cases for files and folders.
+
+    A single file may have an output that is a file; otherwise the output is a folder, in which stems, and for folders the paths
+    within them, are kept.
+
+    Raises:
+        ImageNotFoundError: if there is no such file or folder, or no image in it.
+        SaveError: if two results would go to the same file, or one would replace an input.
+    """
+    if len(images) == 1 and not _is_folder_of_images(images[0]) and output.name.lower().endswith(TARGETS):
+        return _checked([Case(images[0].name, (images[0],), output)])
+    _check_folder(output)
+    for path in images:
+        if path.is_dir() and path.resolve() == output.resolve():
+            raise SaveError(
+                f"{output} is the folder of the images, and its results would be taken for images the next time: choose another"
+            )
+    cases = []
+    for path in images:
+        if not path.exists():
+            raise ImageNotFoundError(f"there is no file or folder {path}")
+        found = list(_images_in(path, output)) if _is_folder_of_images(path) else [path]
+        if not found:
+            raise ImageNotFoundError(f"the folder {path} holds no image ({', '.join(ENDINGS)}, or a folder of DICOM files)")
+        for file in found:
+            place = file.relative_to(path).parent if file != path else Path()
+            cases.append(Case(str(place / file.name), (file,), output / place / f"{_stem_of(file)}{DEFAULT_ENDING}"))
+    return _checked(cases)
+
+
+def cases_of_table(table: Path, output: Path) -> list[Case]:
+    """Find the cases that a table lists.
+
+    Its first line names the columns, each of which is a channel, but for `case`, which names the results. Paths are relative to
+    the table. A table is separated by commas, or by tabs if its name ends in `.tsv`.
+
+    Raises:
+        ImageNotFoundError: if there is no such table.
+        SubjectError: if a line has another number of columns, or lacks a file.
+        SaveError: if two results would go to the same file, or one would replace an input.
+    """
+    try:
+        with table.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file, delimiter="\t" if table.suffix.lower() == ".tsv" else ",")
+            (_, header), *rows = [(reader.line_num, row) for row in reader if row]
+    except FileNotFoundError as error:
+        raise ImageNotFoundError(f"there is no table {table}") from error
+    except OSError as error:
+        raise SubjectError(f"the table {table} cannot be read: {error.strerror}") from error
+    except (ValueError, csv.Error) as error:
+        raise SubjectError(f"the table {table} is empty, or is not text: its first line names the columns") from error
+    columns = [name.strip() for name in header]
+    if len(set(columns)) < len(columns):
+        raise SubjectError(f"the table {table} has columns {columns}: each must have a name of its own")
+    _check_folder(output)
+    channels = [number for number, name in enumerate(columns) if name != "case"]
+    if not channels or not rows:
+        raise SubjectError(f"the table {table} has columns {columns} and {len(rows)} lines: it needs a channel, and a line")
+    cases = []
+    for line, row in rows:
+        if len(row) != len(columns) or not all(row[number].strip() for number in channels):
+            raise SubjectError(f"line {line} of {table} is {row}: it must have a value for each of the columns {columns}")
+        given = [Path(row[number].strip()).expanduser() for number in channels]
+        name = row[columns.index("case")].strip() if "case" in columns else None
+        first = given[0]
+        place = Path(name) if name else (Path() if first.is_absolute() else first.parent) / _stem_of(table.parent / first)
+        if place.is_absolute() or ".." in place.parts:
+            raise SubjectError(
+                f"line {line} of {table} would put its result at {place}, outside of {output}: name it with a column case"
+            )
+        files = tuple(table.parent / path for path in given)
+        cases.append(Case(str(place), files, output / f"{place}{DEFAULT_ENDING}"))
+    return _checked(cases)
+
+
+def _is_folder_of_images(path: Path) -> bool:
+    return path.is_dir() and not _is_series(path)
+
+
+def _is_series(folder: Path) -> bool:
+    """Whether a folder is of DICOM files, which often have no ending, or the last part of an identifier for one.
+
+    Raises:
+        SubjectError: if it holds other images too.
+    """
+    files = [file for file in folder.iterdir() if file.is_file() and not file.name.startswith(".")]
+    images = [file for file in files if file.name.lower().endswith(ENDINGS)]
+    if not any(map(_is_dicom, set(files).difference(images))):
+        return False
+    if images:
+        raise SubjectError(
+            f"the folder {folder} holds DICOM files and {images[0].name}: move one or the other to a folder of its own"
+        )
+    return True
+
+
+def _is_dicom(file: Path) -> bool:
+    if file.suffix.lower() in (".dcm", ".ima"):
+        return True
+    try:
+        with file.open("rb") as opened:
+            return opened.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
+
+
+def _stem_of(path: Path) -> str:
+    return path.name if path.is_dir() else stem_of(path)
+
+
+def _check_folder(output: Path) -> None:
+    if output.name.lower().endswith(ENDINGS) and not output.is_dir():
+        raise SaveError(
+            f"{output} is the name of a file: results are {' or '.join(TARGETS)}, and where there may be several, give the name"
+            " of a folder"
+        )
+    if output.exists() and not output.is_dir():
+        raise SaveError(f"{output} is a file: give the name of a folder")
+
+
+def _images_in(folder: Path, output: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """Give the images in a folder, but for those in the folder of results, if that is inside."""
+    if folder.resolve() in above:
+        return  # a link that leads back
+    above = (*above, folder.resolve())
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or (path.is_dir() and path.resolve() == output.resolve() != folder.resolve()):
+            continue
+        if path.is_dir():
+            yield from [path] if _is_series(path) else _images_in(path, output, above)
+        elif path.name.lower().endswith(ENDINGS):
+            yield path
+
+
+def _checked(cases: list[Case]) -> list[Case]:
+    """Refuse, before anything is computed, what would write twice to one file, or over an input."""
+    inputs = {file.resolve(): case for case in cases for file in case.files}
+    sources: dict[Path, Case] = {}
+    for case in cases:
+        target = case.target.resolve()
+        if target in inputs:
+            raise SaveError(f"the result of {case.name} would replace the input {case.target}: choose another output")
+        # Sidecars go by the stem, so that a.nii and a.nii.gz collide too.
+        key = target.with_name(stem_of(target))
+        if key in sources:
+            raise SaveError(f"the results of {sources[key].files[0]} and of {case.files[0]} would both go to {case.target}")
+        sources[key] = case
+    return cases

@@ -1,0 +1,179 @@
+"""What several commands have in common: how a model is loaded, and how it is applied."""
+
+import dataclasses
+import enum
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_type_hints
+
+import torch
+import typer
+
+from ..core.sizes import pretty_sizes
+from ..errors import ModeError, SizeError
+from ..inference import Predictor
+from ..models.loading import LoadedModel, load_model
+
+__all__ = ["ModelOptions", "spread"]
+
+Number = TypeVar("Number", int, float)
+
+
+class Activation(enum.StrEnum):
+    """Activations by name."""
+
+    softmax = "softmax"
+    sigmoid = "sigmoid"
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """A model, and how it is applied, as it was said on the command line."""
+
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="A .pt2 program, a TorchScript file, package.module:callable, or, with --weights, a factory."
+        ),
+    ]
+    weights: Annotated[Path | None, typer.Option(help="Weights for a factory: .safetensors, or a checkpoint.")] = None
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Let files of models run the code that they bring.")] = (
+        False
+    )
+    patch_size: Annotated[str | None, typer.Option(help="Voxels of a patch: a number, or three such as 160,160,64.")] = None
+    overlap: Annotated[str, typer.Option(help="What neighbours share: a fraction of the patch, or an even number of voxels.")] = (
+        "0.5"
+    )
+    mode: Annotated[str, typer.Option(help="crop, average, hann or gaussian.")] = "gaussian"
+    labels: Annotated[bool, typer.Option("--labels", help="Write the number of the largest channel, not all channels.")] = False
+    threshold: Annotated[float | None, typer.Option(help="Write 1 where a channel is larger, else 0.")] = None
+    channels: Annotated[str | None, typer.Option(help="Write these channels alone, such as 0,2.")] = None
+    activation: Annotated[Activation | None, typer.Option(help="Act on each patch before patches are summed.")] = None
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Patches that the model is given at a time, at most.  \\[default: 1, or what a .pt2 was exported for]",
+            show_default=False,
+        ),
+    ] = None
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1 or mps.  \\[default: where the weights are]", show_default=False)
+    ] = None
+    amp: Annotated[bool, typer.Option("--amp", help="Run the model in mixed precision.")] = False
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Type that the model is given.  \\[default: that of its weights, or the image's if it has none]",
+            show_default=False,
+        ),
+    ] = None
+    padding: Annotated[str | None, typer.Option(help="Pad the volume by half the overlap: edge, reflect, 0 ...")] = None
+    mirror: Annotated[str | None, typer.Option(help="Mirror patches along these axes too, such as 0,1,2, and average.")] = None
+    memory_limit: Annotated[
+        str | None, typer.Option(help="Memory beside the model's own, such as 2GiB.  \\[default: what is free]")
+    ] = None
+
+    def predictor(self) -> tuple[Predictor, LoadedModel]:
+        """Make a predictor, and give what is known of its model."""
+        loaded = load_model(self.model, self.weights, self.allow_pickle)
+        given = ("argmax" if self.labels else None, self.threshold, _numbers(self.channels, int, "channels"))
+        reductions = [value for value in given if value is not None]
+        if len(reductions) > 1:
+            raise ModeError("of --labels, --threshold and --channels only one can be given")
+        size, number = self._sizes(loaded)
+        overlaps = _numbers(self.overlap, lambda text: int(text) if text.isdecimal() else float(text), "overlap") or []
+        predictor = Predictor(
+            loaded.model,
+            size,
+            overlaps[0] if len(overlaps) == 1 else overlaps,
+            self.mode,
+            batch_size=number,
+            device=self.device,
+            amp=self.amp,
+            dtype=_as_dtype(self.dtype),
+            activation=None if self.activation is None else self.activation.value,
+            reduce=reductions[0] if reductions else None,
+            padding_mode=_number_or_text(self.padding),
+            mirror_axes=_numbers(self.mirror, int, "mirror") or (),
+            memory_limit=self.memory_limit,
+            full_batches=loaded.takes_full_batches(size),
+            model_name=loaded.name,
+        )
+        return predictor, loaded
+
+    def _sizes(self, loaded: LoadedModel) -> tuple[list[int], int]:
+        """Give the sizes that are asked for, or else those that the model is fixed to."""
+        asked = _numbers(self.patch_size, int, "patch-size")
+        if asked is not None and len(asked) == 1:
+            asked *= 3
+        fixed = loaded.patch_size
+        if asked is not None and any(own not in (None, each) for own, each in zip(fixed, asked, strict=False)):
+            raise SizeError(
+                f"the patch size is {pretty_sizes(asked)}, but the model was exported for {pretty_sizes(fixed)}: ask for that,"
+                " or export it anew"
+            )
+        if self.batch_size is not None and loaded.batch_size not in (None, self.batch_size):
+            raise SizeError(
+                f"the batch size is {self.batch_size}, but the model was exported for {loaded.batch_size}: leave out"
+                " --batch-size, or export it anew"
+            )
+        size = asked or [each for each in fixed if each is not None]
+        if len(size) < len(fixed):
+            own = "has none of its own" if set(fixed) == {None} else f"was exported for {pretty_sizes(fixed)}"
+            raise SizeError(f"the patch size is missing, and the model {own}: give --patch-size, such as --patch-size 128")
+        number = loaded.least_batch_size(size) if self.batch_size is None else self.batch_size
+        loaded.check_sizes(number, size)
+        return size, number
+
+
+def spread(command: Callable[..., None]) -> Callable[..., None]:
+    """Let a command whose first parameter is a dataclass take the fields of that, each as a parameter of its own."""
+    first, kind = next((name, hint) for name, hint in get_type_hints(command).items() if dataclasses.is_dataclass(hint))
+    made: Any = kind
+    fields = {each.name: each for each in dataclasses.fields(kind)}
+    hints = get_type_hints(kind, include_extras=True)
+    model, *options = (
+        inspect.Parameter(
+            name,
+            inspect.Parameter.POSITIONAL_OR_KEYWORD,
+            default=inspect.Parameter.empty if each.default is dataclasses.MISSING else each.default,
+            annotation=hints[name],
+        )
+        for name, each in fields.items()
+    )
+    own = [each for name, each in inspect.signature(command).parameters.items() if name != first]
+
+    @functools.wraps(command)
+    def taking_all(**given: Any) -> None:
+        command(made(**{name: given[name] for name in fields}), **{each.name: given[each.name] for each in own})
+
+    parameters = [model, *own, *options]
+    taking_all.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    taking_all.__annotations__ = {each.name: each.annotation for each in parameters}
+    return taking_all
+
+
+def _numbers(text: str | None, convert: Callable[[str], Number], name: str) -> list[Number] | None:
+    if text is None:
+        return None
+    try:
+        return [convert(part.strip()) for part in text.split(",")]
+    except ValueError as error:
+        raise SizeError(f"--{name} is {text!r}: give a number, or several with commas between them") from error
+
+
+def _number_or_text(text: str | None) -> str | float | None:
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return text
+
+
+def _as_dtype(name: str | None) -> torch.dtype | None:
+    found = None if name is None else getattr(torch, name, None)
+    if name is not None and not isinstance(found, torch.dtype):
+        raise ModeError(f"--dtype is {name!r}: it must be a type of PyTorch's, such as float32 or float64")
+    return found

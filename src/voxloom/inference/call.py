@@ -1,0 +1,209 @@
+"""One prediction, from the stores to what is returned: computed, or resumed, and published."""
+
+import contextlib
+import secrets
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ..core.sizes import pretty_bytes
+from ..errors import OutputError, RecordError, SaveError
+from ..io.protocols import Json, VolumeSource, VolumeStore
+from ..io.spooling import spooled
+from ..io.stores import BEGIN_AGAIN, SinkStore
+from ..models.outputs import Name
+from ..runs.log import RunLog
+from .plan import PredictionPlan
+from .planner import Input
+from .preparing import Preparation, stays_in_memory
+from .provenance import sidecar_of_run
+from .runner import FirstBatch, Runner
+from .sinks import MemorySink, image_class
+
+__all__ = ["Call", "Stores"]
+
+Stores = dict[Name, VolumeStore]
+"""The stores that were asked for, by the names of results as far as these are known."""
+
+
+class Call:
+    """Carries out one prediction.
+
+    Args:
+        preparation: the model, and how it is applied.
+        given: the input.
+        target: where results go, as the user said it.
+        stores: the stores for that.
+        log: the log of the run, where one of them has a path.
+    """
+
+    def __init__(self, preparation: Preparation, given: Input, target: Any, stores: Stores, log: RunLog | None) -> None:
+        self._preparation, self._given, self._target = preparation, given, target
+        self._asked_for, self._log = stores, log
+        self._run_name = secrets.token_hex(8) if log is None else log.run
+        self._notes: list[str] = []
+
+    def run(self, resume: bool, progress: bool | str) -> Any:
+        """Carry it out, and give what is returned."""
+        log, fingerprint = self._log, None
+        recorded: Json | None = None
+        if log is not None:
+            fingerprint = self._preparation.fingerprint(self._given)
+            if resume:
+                recorded = log.resume(fingerprint)
+                self._run_name = log.run
+            else:
+                log.forget()
+        if log is None or not log.is_whole:
+            for store in self._asked_for.values():
+                store.check()
+        if recorded is not None and log is not None:
+            plan, runner = self._resumed(recorded, log)
+            first = None
+        else:
+            plan, runner, first = self._begun()
+        stores = self._stores_of(plan)
+        if log is None or not log.is_whole:
+            self._execute(plan, runner, stores, first, fingerprint, progress)
+        return self._committed(plan, stores, fingerprint)
+
+    @cached_property
+    def _source(self) -> VolumeSource:
+        """The input, with what lies around it; made when it is known whether its files are unpacked first."""
+        return self._preparation.readable(self._given)
+
+    def _begun(self) -> tuple[PredictionPlan, Runner, FirstBatch | None]:
+        """Plan it from the start."""
+        preparation, given, target = self._preparation, self._given, self._target
+        was_known = preparation.known(given, target) is not None
+        first = preparation.first_batch(given, target, lambda: self._source)
+        seen = preparation.seen(given, target)
+        plan = preparation.planned(given, seen, target, was_known)
+        return plan, Runner(preparation.models, seen.requests, [result.reduction for result in seen.results]), first
+
+    def _resumed(self, recorded: Json, log: RunLog) -> tuple[PredictionPlan, Runner]:
+        """Make the plan of a run that was interrupted."""
+        preparation = self._preparation
+        plan = preparation.planner.restored(recorded, self._given, stays_in_memory(self._target), str(log.path))
+        requests, results = preparation.options.resolve([spec.source for spec in plan.outputs], self._target)
+        is_alike = len(requests) == len(plan.outputs) and [each.name for each in results] == [each.name for each in plan.results]
+        if not is_alike or log.num_done > plan.num_slabs or (log.is_whole and log.num_done < plan.num_slabs):
+            raise RecordError(f"what {log.path} records does not fit {self._given.name}: {BEGIN_AGAIN}")
+        return plan, Runner(preparation.models, requests, [result.reduction for result in results])
+
+    def _stores_of(self, plan: PredictionPlan) -> list[VolumeStore]:
+        """Give the store of each result; what is not to go elsewhere stays in memory."""
+        if len(plan.results) == len(self._asked_for) == 1:
+            return list(self._asked_for.values())
+        if list(self._asked_for) == [None]:
+            names = ", ".join(repr(result.name) for result in plan.results)
+            raise OutputError(f"one output was given for {len(plan.results)} results: give a dict with one for each of {names}")
+        stores = [self._asked_for.get(result.name) or SinkStore(MemorySink()) for result in plan.results]
+        if self._log is not None and not all(store.supports_resume and store.path is not None for store in stores):
+            self._log.is_recorded = False  # what is finished of the others would be gone
+        return stores
+
+    def _execute(
+        self,
+        plan: PredictionPlan,
+        runner: Runner,
+        stores: Sequence[VolumeStore],
+        first: FirstBatch | None,
+        fingerprint: Json,
+        progress: bool | str,
+    ) -> None:
+        """Compute and write what is not there yet."""
+        log = self._log
+        start = 0 if log is None else log.num_done
+        if plan.num_blocks > 1:
+            self._warn(
+                f"the output of {plan.name} is computed in {plan.num_blocks} blocks, so that {pretty_bytes(plan.peak_bytes)} of"
+                f" memory are enough: each patch is computed {plan.redundancy:.3g} times"
+            )
+        if start:
+            self._warn(
+                f"{stores[0].path}: an unfinished run is resumed, with {start} of {plan.num_slabs} slabs finished;"
+                f" {plan.repeated_passes(start)} forward passes are made again"
+            )
+        with contextlib.ExitStack() as stack:
+            if plan.spooled_bytes and self._given.unpacked is None:
+                self._given = replace(self._given, unpacked=stack.enter_context(spooled(self._given.source)))
+            try:
+                for store, result in zip(stores, plan.results, strict=True):
+                    (store.reopen if start else store.create)(result.volume, self._run_name)
+                if log is not None:
+                    log.begin(fingerprint, plan.to_json())
+                self._notes += self._preparation.executor.run(
+                    plan,
+                    runner,
+                    self._source,
+                    stores,
+                    start,
+                    first=first,
+                    slab_finished=_nothing if log is None else log.slab_finished,
+                    progress=stack.enter_context(_shown(progress, plan, start)),
+                )
+                if log is not None:
+                    log.all_written()
+            except BaseException as error:
+                self._abort(stores)
+                if log is not None and log.num_done and isinstance(error, SaveError):
+                    raise type(error)(f"{error}. What is finished stays: the same call goes on from there") from error
+                raise
+
+    def _abort(self, stores: Sequence[VolumeStore]) -> None:
+        """Leave what can be resumed, and nothing of a run of which nothing is finished."""
+        for store in stores:
+            store.abort()
+            if self._log is None or not self._log.num_done:
+                store.discard(self._run_name)
+        if self._log is not None and not self._log.num_done:
+            self._log.end()
+
+    def _committed(self, plan: PredictionPlan, stores: Sequence[VolumeStore], fingerprint: Json) -> Any:
+        """Publish all results, and give them as the user gets them."""
+        sidecar = {}
+        if self._log is not None:
+            sidecar = sidecar_of_run(fingerprint, self._given, plan, self._preparation.models, self._notes)
+        made: list[Any] = []
+        try:
+            for store in stores:
+                made.append(store.commit(sidecar, self._run_name))
+        except BaseException:
+            for store in stores[len(made) :]:
+                store.abort()
+                if self._log is None or not self._log.is_recorded:
+                    store.discard(self._run_name)
+            raise
+        if self._log is not None:
+            self._log.end()
+        images = [
+            image_class(result.volume)(each) if isinstance(each, Path) else each
+            for result, each in zip(plan.results, made, strict=True)
+        ]
+        by_name = {result.name: image for result, image in zip(plan.results, images, strict=True)}
+        return by_name[None] if list(by_name) == [None] else by_name
+
+    def _warn(self, text: str) -> None:
+        self._notes.append(text)
+        warnings.warn(text, RuntimeWarning, stacklevel=5)
+
+
+def _nothing() -> None:
+    """Record nothing."""
+
+
+@contextlib.contextmanager
+def _shown(progress: bool | str, plan: PredictionPlan, start: int) -> Iterator[Callable[[int], object]]:
+    """Give what is told of patches that have been computed, and shows it if that is wanted."""
+    if not progress:
+        yield lambda patches: None
+        return
+    name = progress if isinstance(progress, str) else plan.name
+    with tqdm(total=plan.remaining_patches(start), unit="patch", desc=name) as bar:
+        yield bar.update

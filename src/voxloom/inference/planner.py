@@ -1,0 +1,349 @@
+"""Working out a plan: which patches, in which order, and what fits into memory."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import partial
+
+import numpy as np
+import torch
+
+from ..aggregation.weights import KEPT_WEIGHTS
+from ..core.grids import PatchGrid
+from ..core.sizes import Ints, pretty_bytes
+from ..core.traversal import AxisTraversal, Block, Traversal
+from ..core.windows import OverlapMode, Window, sampled
+from ..errors import RecordError, SizeError
+from ..io.protocols import Json, VolumeSource
+from ..io.spooling import Packed
+from ..io.stores import BEGIN_AGAIN
+from ..models.outputs import Name, OutputSpec
+from ..runtime.limits import free_bytes
+from .plan import Memory, PredictionPlan, count_batches
+from .results import ResultSpec, spec_of_result
+
+__all__ = ["Input", "Planner", "Settings", "best_split", "open_bytes"]
+
+# Of the memory that is free, what a prediction takes at most if no limit is given.
+USED_PART = 0.9
+# Files are not unpacked to the disk where they take less than this part of the memory that is free, and no limit is given.
+SPOOLED_PART = 1 / 8
+# Finished sums that may wait for the writer beside all that is open, at most. Less would make small sums wait for one another.
+WAITING_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a model is applied, whatever it is applied to."""
+
+    patch_size: Ints
+    patch_overlap: Ints
+    overlap_mode: OverlapMode
+    window: Window | None
+    batch_size: int
+    full_batches: bool
+    padding_mode: str | float | None
+    fill: float
+    memory_limit: int | None
+    dtype: torch.dtype | None
+
+    def grid_of(self, shape: Ints) -> PatchGrid:
+        """Cover a volume with patches; an axis that is shorter than a patch is padded in any case."""
+        if self.padding_mode is not None:
+            return PatchGrid.cover(shape, self.patch_size, self.patch_overlap, padded=True)
+        axes = [
+            PatchGrid.cover((length,), patch, 0 if length < patch else shared, padded=length < patch).axes[0]
+            for length, patch, shared in zip(shape, self.patch_size, self.patch_overlap, strict=True)
+        ]
+        return PatchGrid(tuple(axes), tuple(shape), any(map(int.__lt__, shape, self.patch_size)))
+
+
+@dataclass(frozen=True, eq=False)
+class Input:
+    """What a plan is made for."""
+
+    source: VolumeSource
+    name: str
+    """What messages call it."""
+    dtype: torch.dtype
+    """Type of the batches that are made of it."""
+    resident_bytes: int
+    """Memory that it takes because it cannot be read in parts, before anything of it has been read."""
+    packed_bytes: int
+    """How much of this unpacking its files to the disk would save, where that may be done."""
+    needed: np.ndarray | None = None
+    """Which patches are computed, by their numbers; None for all."""
+    unpacked: VolumeSource | None = None
+    """What is read in place of the source, if its files have been unpacked."""
+
+    @property
+    def readable(self) -> VolumeSource:
+        """What is read."""
+        return self.source if self.unpacked is None else self.unpacked
+
+
+class Planner:
+    """Plans predictions.
+
+    Args:
+        settings: how the model is applied.
+        num_models: how often it is called for each batch.
+        kept_bytes: tells how much memory is kept for the next prediction, and is as good as free.
+    """
+
+    def __init__(self, settings: Settings, num_models: int, kept_bytes: Callable[[], int] = lambda: 0) -> None:
+        self._settings, self._num_models, self._kept_bytes = settings, num_models, kept_bytes
+
+    def input(self, source: VolumeSource, name: str, dtype: torch.dtype) -> Input:
+        """Say what is to be known of a source before it is read."""
+        packed = source.packed_bytes if isinstance(source, Packed) else 0
+        limit, is_given = self._limit()
+        may_be_spooled = is_given or (limit is not None and packed > SPOOLED_PART * limit)
+        return Input(source, name, dtype, source.resident_bytes, packed if may_be_spooled else 0)
+
+    def traversal(self, grid: PatchGrid) -> Traversal:
+        """Say in what order patches are gathered."""
+        return Traversal.smallest(grid, self._settings.window is None)
+
+    def plan(
+        self,
+        given: Input,
+        outputs: Sequence[OutputSpec],
+        results: Sequence[ResultSpec],
+        in_memory: Callable[[Name], bool],
+        blocks: Sequence[Block] | None = None,
+    ) -> PredictionPlan:
+        """Plan a prediction: find blocks that fit, unless they are given.
+
+        Args:
+            given: the input.
+            outputs: what the model gives.
+            results: what is made of it.
+            in_memory: tells of a result, by its name, whether it stays in memory.
+            blocks: those of a run that is resumed.
+
+        Raises:
+            SizeError: if nothing fits; says the least that would do.
+        """
+        settings, source = self._settings, given.source
+        grid = settings.grid_of(source.shape[1:])
+        traversal = self.traversal(grid)
+        window = settings.window
+        plan = PredictionPlan(
+            name=given.name,
+            grid=grid,
+            traversal=traversal,
+            blocks=(traversal.whole,),
+            needed=given.needed,
+            batch_size=settings.batch_size,
+            has_full_batches=settings.full_batches,
+            dtype=given.dtype,
+            window=None
+            if window is None
+            else sampled(window, {size for each in outputs for size in each.size(settings.patch_size)}),
+            fill=settings.fill,
+            num_models=self._num_models,
+            outputs=tuple(outputs),
+            results=tuple(results),
+            bytes_read=0,
+            bytes_written=sum(result.volume.num_bytes for result in results if not in_memory(result.name)),
+            memory=Memory(0, 0, 0, 0),
+        )
+        kept = sum(result.volume.num_bytes for result in results if in_memory(result.name))
+
+        def memory_of(block: Block, spooled_bytes: int) -> Memory:
+            return self._memory(given, plan, block, kept, spooled_bytes)
+
+        chosen, spooled_bytes = self._blocks(given, plan, memory_of, blocks)
+        worst = max((memory_of(block, spooled_bytes) for block in chosen), key=lambda memory: memory.peak)
+        plan = replace(plan, blocks=tuple(chosen), memory=worst, spooled_bytes=spooled_bytes)
+        loaded = given.resident_bytes - spooled_bytes
+        patch_bytes = math.prod(settings.patch_size) * source.shape[0] * source.dtype.itemsize
+        return replace(plan, bytes_read=loaded if loaded > 0 else given.resident_bytes + patch_bytes * plan.computed_patches)
+
+    def restored(self, recorded: Json, given: Input, in_memory: Callable[[Name], bool], where: str) -> PredictionPlan:
+        """Make the plan of a run that was recorded; today's memory does not matter to it.
+
+        Raises:
+            RecordError: if it is not a plan for this input.
+        """
+        try:
+            blocks = [Block(range(*each[:2]), range(*each[2:])) for each in recorded["blocks"]]
+            outputs = [
+                OutputSpec(source, channels, _as_dtype(dtype), tuple(map(Fraction, scale)), copies)
+                for source, channels, dtype, scale, copies in recorded["outputs"]
+            ]
+            grid = self._settings.grid_of(given.source.shape[1:])
+            results = [
+                ResultSpec(
+                    name,
+                    output,
+                    spec_of_result(given.source, outputs[output].scale, tuple(shape), _as_dtype(dtype), is_labels),
+                    needs_copy,
+                )
+                for name, output, shape, dtype, is_labels, needs_copy in recorded["results"]
+            ]
+            for result in results:
+                if result.volume.shape[1:] != grid.scaled(outputs[result.output].scale).spatial_shape:
+                    raise ValueError
+            traversal = self.traversal(grid)
+            num_voxels = sum(traversal.block_box(block).numel for block in blocks)
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            raise RecordError(f"the plan that {where} records is damaged: {BEGIN_AGAIN}") from error
+        if num_voxels != math.prod(grid.spatial_shape) or list(traversal.axes) != recorded.get("traversal"):
+            raise RecordError(f"the plan that {where} records does not fit {given.name}: {BEGIN_AGAIN}")
+        return self.plan(given, outputs, results, in_memory, blocks)
+
+    def _blocks(
+        self,
+        given: Input,
+        plan: PredictionPlan,
+        memory_of: Callable[[Block, int], Memory],
+        chosen: Sequence[Block] | None,
+    ) -> tuple[Sequence[Block], int]:
+        """Find blocks that fit, unless they are given, and how many bytes of the input are unpacked to files for that.
+
+        Files are unpacked if otherwise nothing fits, or more passes were needed.
+        """
+        limit, is_given = self._limit()
+        batch_size, packed = self._settings.batch_size, given.packed_bytes
+
+        def peak(block: Block, spooled_bytes: int = 0) -> int:
+            return memory_of(block, spooled_bytes).peak
+
+        def split(spooled_bytes: int) -> Sequence[Block]:
+            return best_split(plan.traversal, partial(peak, spooled_bytes=spooled_bytes), limit, is_given, batch_size)
+
+        if chosen is not None:
+            fits = limit is None or max(map(peak, chosen)) <= limit
+            return chosen, packed if given.unpacked is not None or not fits else 0
+        if not packed or given.unpacked is not None:
+            return split(packed), packed
+        try:
+            blocks = split(0)
+        except SizeError:
+            return split(packed), packed
+        if len(blocks) > 1:
+            others = split(packed)
+            counts = [count_batches(plan.traversal, each, batch_size, plan.needed) for each in (blocks, others)]
+            if counts[1] < counts[0]:
+                return others, packed
+        return blocks, 0
+
+    def _memory(self, given: Input, plan: PredictionPlan, block: Block, kept: int, spooled_bytes: int) -> Memory:
+        batches = batch_bytes(self._settings, given.source.shape[0], given.dtype, plan.outputs, self._num_models)
+        batches += self._bytes_mapped(given)
+        is_partial = given.needed is not None
+        sums = (plan.outputs, plan.traversals)
+        front = open_bytes(*sums, block, is_partial) + reduced_bytes(*sums, plan.results, is_partial)
+        return Memory(given.resident_bytes - spooled_bytes, batches, front, kept)
+
+    def _limit(self) -> tuple[int | None, bool]:
+        """Give how much memory may be used, and whether the user said so."""
+        if self._settings.memory_limit is not None:
+            return self._settings.memory_limit, True
+        free = free_bytes()
+        return None if free is None else int((free + self._kept_bytes()) * USED_PART), False
+
+    def _bytes_mapped(self, given: Input) -> int:
+        """Memory for the part of a file that is mapped while a patch is read: whole rows of voxels, in two steps of planes."""
+        source, patch = given.source, self._settings.patch_size
+        if not source.paths or given.resident_bytes:
+            return 0
+        return 2 * source.shape[1] * min(source.shape[2], patch[1]) * patch[2] * source.dtype.itemsize
+
+
+def open_bytes(outputs: Sequence[OutputSpec], traversals: Sequence[Traversal], block: Block, is_partial: bool) -> int:
+    """Bytes of the open sums of all outputs while a block is gathered, and of what waits to be reduced and written."""
+    size = sum(
+        traversal.open_voxels(block) * output.bytes_per_voxel(traversal.is_cropped, is_partial)
+        for output, traversal in zip(outputs, traversals, strict=True)
+    )
+    return size + min(size // 8, WAITING_BYTES)
+
+
+def reduced_bytes(
+    outputs: Sequence[OutputSpec], traversals: Sequence[Traversal], results: Sequence[ResultSpec], is_partial: bool
+) -> int:
+    """Bytes of what is made of the sums that are finished together: the most that one tile comes to."""
+    most = 0
+    for number, (output, traversal) in enumerate(zip(outputs, traversals, strict=True)):
+        tile = math.prod(max(stop - start for start, stop in part.intervals) for part in traversal.parts)
+        made = [result for result in results if result.output == number]
+        # Twice the result, as reduced and as it is stored.
+        size = sum(2 * result.volume.shape[0] * result.volume.dtype.itemsize for result in made)
+        size += output.bytes_per_voxel(traversal.is_cropped, is_partial) * any(result.needs_copy for result in made)
+        most = max(most, tile * size)
+    return most
+
+
+def batch_bytes(settings: Settings, channels: int, dtype: torch.dtype, outputs: Sequence[OutputSpec], num_models: int) -> int:
+    """Bytes of batches on their way into a model, of its outputs, and of the weights of patches."""
+    patch_size, batch_size, is_cropped = settings.patch_size, settings.batch_size, settings.window is None
+    # One is read, one waits, one is in the model, and where it is used more than once, a copy of it.
+    total = (3 + int(num_models > 1)) * batch_size * channels * math.prod(patch_size) * dtype.itemsize
+    for each in outputs:
+        voxels, held = math.prod(each.size(patch_size)), each.held_dtype(is_cropped)
+        total += voxels * batch_size * each.channels * each.dtype.itemsize * each.copies
+        total += voxels * (KEPT_WEIGHTS + 1) * held.itemsize
+        if held != each.dtype:
+            total += voxels * each.channels * held.itemsize  # a patch in the type of the sum
+    return total
+
+
+def best_split(
+    traversal: Traversal, memory_of: Callable[[Block], int], limit: int | None, is_given: bool, batch_size: int
+) -> list[Block]:
+    """Cut the volume into as many blocks as are needed for each to fit, such that the fewest passes are made.
+
+    Raises:
+        SizeError: if no cut fits; says the least that would do.
+    """
+    whole = traversal.whole
+    if limit is None or memory_of(whole) <= limit:
+        return [whole]
+    best: tuple[int, list[Block]] | None = None
+    _, middles, inners = (_counts_of_parts(part) for part in traversal.parts)
+    for middle in middles:
+        fitting = next((inner for inner in inners if _peak(traversal, middle, inner, memory_of) <= limit), None)
+        if fitting is not None:
+            blocks = traversal.split(middle, fitting)
+            passes = count_batches(traversal, blocks, batch_size, None)
+            if best is None or passes < best[0]:
+                best = passes, blocks
+            if fitting == 1:
+                break  # more middle only cost more
+    if best is None:
+        least = _peak(traversal, len(whole.middle), len(whole.inner), memory_of)
+        raise SizeError(
+            f"{'memory_limit is' if is_given else 'the memory that is free comes to'} {pretty_bytes(limit)}, but at least"
+            f" {pretty_bytes(least)} ({least} bytes) are needed: {'allow that, or ' if is_given else ''}use smaller patches, a"
+            " smaller batch_size, or a reduction that keeps less"
+        )
+    return best[1]
+
+
+def _peak(traversal: Traversal, middle: int, inner: int, memory_of: Callable[[Block], int]) -> int:
+    """Give the memory for the largest of the blocks; only those that differ are looked at."""
+    whole = traversal.whole
+    kinds = {}
+    for block in traversal.split(middle, inner):
+        shape = traversal.block_box(block).shape
+        ends = [
+            (part.start == 0, part.stop == len(of)) for part, of in ((block.middle, whole.middle), (block.inner, whole.inner))
+        ]
+        kinds[shape, *ends] = block
+    return max(map(memory_of, kinds.values()))
+
+
+def _counts_of_parts(part: AxisTraversal) -> list[int]:
+    """Numbers of parts that an axis can be cut into, such that each makes the longest of them shorter."""
+    return sorted({len(part.cut(count)) for count in range(1, len(part.groups) + 1)})
+
+
+def _as_dtype(name: str) -> torch.dtype:
+    found = getattr(torch, name.removeprefix("torch."))
+    if not isinstance(found, torch.dtype):
+        raise TypeError(f"{name} is no type")
+    return found

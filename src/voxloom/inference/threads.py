@@ -1,0 +1,449 @@
+"""Carrying out a plan in this process: reading, the model, the sum, and reducing and writing, side by side."""
+
+import contextlib
+import math
+import threading
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from ..aggregation.streaming import SHARED_BYTES, FinishedTile, StreamingAccumulator
+from ..aggregation.weights import PatchWeights
+from ..core.boxes import Box
+from ..core.sizes import Ints
+from ..core.traversal import Block, Step
+from ..core.values import is_finite
+from ..errors import DeviceMemoryError, OutputError
+from ..io.protocols import VolumeSource, VolumeStore
+from ..models.outputs import called
+from ..models.running import is_out_of_memory
+from ..runtime.forks import in_forked_process
+from ..runtime.kept_memory import Trimmer, kept_memory
+from ..runtime.limits import home_of_sums
+from ..runtime.memory import BufferPool
+from ..runtime.sharing import Share, SharedOut
+from .inputs import read_batch
+from .plan import Batch, PredictionPlan
+from .planner import open_bytes
+from .reductions import Function
+from .results import ResultSpec
+from .runner import FirstBatch, Runner
+
+__all__ = ["ThreadExecutor"]
+
+HOST = torch.device("cpu")
+# Tiles that may wait for the writer, so that what has no size, such as tiles without patches, is bounded too.
+MOST_WAITING = 32
+# Threads that add patches to sums, at most: more would not be faster, since memory is not.
+MOST_ADDING = 16
+SETTING_THREADS = threading.Lock()
+
+
+class ThreadExecutor:
+    """Carries out plans in threads of this process; see `Executor`.
+
+    The model runs in the caller's thread; one thread reads the next batch, some add patches to sums, and another reduces and
+    writes what is finished, as far behind as memory lets it be. An error in any of them stops the others. Memory for sums is kept
+    from one plan to the next.
+    """
+
+    def __init__(self) -> None:
+        self._pool = BufferPool(0)
+
+    @property
+    def kept_bytes(self) -> int:
+        """See `Executor`."""
+        return self._pool.num_bytes
+
+    def run(
+        self,
+        plan: PredictionPlan,
+        runner: Runner,
+        source: VolumeSource,
+        stores: Sequence[VolumeStore],
+        start: int = 0,
+        *,
+        first: FirstBatch | None = None,
+        slab_finished: Callable[[], object] = lambda: None,
+        progress: Callable[[int], object] = lambda patches: None,
+    ) -> list[str]:
+        """See `Executor`."""
+        self._pool.kept_bytes = self._pool.total_bytes = plan.memory.front
+        gathering = _Gathering(plan, runner, source, stores, self._pool, first, slab_finished, progress)
+        gathering.run(start)
+        return gathering.warnings
+
+
+class _NanFound(Exception):  # noqa: N818 - it never leaves this file
+    """A finished tile holds NaN."""
+
+    def __init__(self, output: int, voxel: Ints) -> None:
+        super().__init__(output, voxel)
+        self.output, self.voxel = output, voxel
+
+
+class _Gathering:
+    """One run of a plan."""
+
+    def __init__(
+        self,
+        plan: PredictionPlan,
+        runner: Runner,
+        source: VolumeSource,
+        stores: Sequence[VolumeStore],
+        pool: BufferPool,
+        first: FirstBatch | None,
+        slab_finished: Callable[[], object],
+        progress: Callable[[int], object],
+    ) -> None:
+        self.plan, self.runner, self.source, self.stores = plan, runner, source, stores
+        self.warnings: list[str] = []
+        self._pool, self._first = pool, first
+        self._slab_finished, self._progress = slab_finished, progress
+        self._home = home_of_sums(runner.models.device, plan.memory.front)
+        self._weights = [self._weights_of(number) for number in range(len(plan.outputs))]
+        self._sums: list[StreamingAccumulator] = []  # of the block that is at hand, one for each output
+        self._room = 0  # bytes for them and for what waits to be written
+        self._share: Share | None = None
+
+    def _weights_of(self, number: int) -> PatchWeights | None:
+        window = self.plan.window
+        if window is None:
+            return None
+        return PatchWeights(self.plan.traversals[number].grid, window, self.plan.outputs[number].held_dtype(False), self._home)
+
+    def run(self, start: int) -> None:
+        """Run from a slab to the end."""
+        with contextlib.ExitStack() as stack:
+            names = ["read", "write", *["add"] * self._num_adding()]
+            threads = [stack.enter_context(ThreadPoolExecutor(1, f"voxloom-{name}")) for name in names]
+            _use_one_thread(threads)
+            self._reading, writing, *adding = threads
+            self._writer = _Writer(writing)
+            self._share = SharedOut(adding) if adding else None
+            try:
+                with self.runner.models.ready(), kept_memory() if self._is_on_cpu else contextlib.nullcontext():
+                    self._gather_all(start)
+                self._writer.wait()
+            except _NanFound as found:
+                with self.runner.models.ready():
+                    raise self._explained(found) from None
+            finally:
+                self._writer.stop()
+                self._reading.shutdown(cancel_futures=True)
+
+    def _num_adding(self) -> int:
+        """Number of threads that add patches; none if the caller's does it."""
+        plan = self.plan
+        largest = max(
+            each.channels * math.prod(each.size(plan.grid.patch_size)) * each.held_dtype(plan.window is None).itemsize
+            for each in plan.outputs
+        )
+        if self._home != HOST or largest < SHARED_BYTES:
+            return 0
+        with SETTING_THREADS:  # in between it says something else
+            threads = torch.get_num_threads()
+        return min(threads, MOST_ADDING) if threads > 1 else 0
+
+    @property
+    def _is_on_cpu(self) -> bool:
+        return self.runner.models.device == HOST
+
+    # Patches
+
+    def _gather_all(self, start: int) -> None:
+        plan, traversal = self.plan, self.plan.traversal
+        self._trimmer = Trimmer(plan.peak_bytes - plan.memory.batches)
+        self._ahead = self._read_ahead(self._batches(start))
+        self._outputs: list[Tensor] = []
+        self._unused: deque[Ints] = deque()  # patches that the outputs at hand are of, and that have not been added yet
+        for number, block in enumerate(plan.blocks):
+            first = start - number * traversal.num_outer
+            if first >= traversal.num_outer:
+                continue
+            self._sums = [self._sum(output, block) for output in range(len(plan.outputs))]
+            self._room = open_bytes(plan.outputs, plan.traversals, block, plan.needed is not None)
+            for outer in range(self._begin(first), traversal.num_outer):
+                self._gather_slab(outer, block, is_wanted=outer >= first)
+        self._outputs = []
+
+    def _gather_slab(self, outer: int, block: Block, is_wanted: bool) -> None:
+        traversal = self.plan.traversal
+        is_first = True
+        for step in traversal.steps(outer, block):
+            for patch in traversal.patches(step, block, self.plan.needed):
+                values = self._take(patch)
+                if is_first:
+                    self._writer.wait()  # until the slab before is recorded, so that no more than a batch beyond it is ever lost
+                    is_first = False
+                self._make_room(patch)
+                for number, output in enumerate(values):
+                    self._add(number, output, patch)
+                del values, output  # before the next batch is in the model
+            self._finish(step, is_wanted)
+        if is_wanted:
+            self._writer.submit(self._slab_finished)
+
+    def _begin(self, outer: int) -> int:
+        """Say with which group of the outer axis to begin: what is finished with one began to be summed some groups earlier."""
+        return self.plan.traversal.outer.added_by(range(outer, outer + 1)).start if outer > 0 else 0
+
+    def _take(self, patch: Ints) -> list[Tensor]:
+        """Give the outputs for the next patch, for which the model is run when those of the batch before have been used up."""
+        if not self._unused:
+            self._run_next()
+        assert self._unused[0] == patch
+        self._unused.popleft()
+        return [output[-1 - len(self._unused)] for output in self._outputs]
+
+    def _run_next(self) -> None:
+        if self._outputs:
+            self._outputs = []  # before those of the next batch are made
+            self._trimmer.check()
+        (batch, skipped), reading = next(self._ahead)
+        if reading is None:
+            assert self._first is not None
+            outputs = self._first.take()
+        else:
+            outputs = self._run(reading.result(), batch)
+        del reading
+        self.runner.check(self.plan, outputs, self._size_of(batch))
+        self._outputs, self._unused = [output[: len(batch)] for output in outputs], deque(batch[skipped:])
+        self._progress(len(batch) - skipped)
+
+    def _batches(self, start: int) -> Iterator[tuple[Batch, int]]:
+        for number, block in enumerate(self.plan.blocks):
+            first = start - number * self.plan.traversal.num_outer
+            if first < self.plan.traversal.num_outer:
+                yield from self.plan.batches(block, self._begin(first))
+
+    def _read_ahead(self, batches: Iterator[tuple[Batch, int]]) -> Iterator[tuple[tuple[Batch, int], Future[Tensor] | None]]:
+        """Read each batch while the one before it is in the model, but for one that has been run already."""
+        waiting: deque[tuple[tuple[Batch, int], Future[Tensor] | None]] = deque()
+        for number, each in enumerate(batches):
+            if number == 0 and self._first is not None and not self._first.is_of(each[0]):
+                self._first.take()  # which was of no use
+                self._first = None
+            is_known = number == 0 and self._first is not None
+            waiting.append((each, None if is_known else self._reading.submit(self._read, each[0])))
+            if len(waiting) > 1:
+                yield waiting.popleft()
+        while waiting:
+            yield waiting.popleft()
+
+    def _size_of(self, batch: Batch) -> int:
+        return self.plan.batch_size if self.plan.has_full_batches else len(batch)
+
+    def _read_in_turn(self, batch: Batch) -> Tensor:
+        """Read in the thread that reads all else, since a source may not be read by two at a time."""
+        return self._reading.submit(self._read, batch).result()
+
+    def _read(self, patches: Batch) -> Tensor:
+        """Read a batch, and bring it to the device while that computes."""
+        device, size = self.runner.models.device, self._size_of(patches)
+        batch = read_batch(self.source, self.plan.grid, patches, size, self.plan.dtype, device.type == "cuda")
+        if device.type != "cuda":
+            return batch
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        try:
+            with torch.cuda.stream(stream):
+                copied = batch.to(device, non_blocking=True)
+        except torch.cuda.OutOfMemoryError:
+            return batch  # it is copied, in parts if need be, when its turn comes
+        stream.synchronize()
+        copied.record_stream(torch.cuda.default_stream(device))  # its memory is not reused before the model is done with it
+        return copied
+
+    def _run(self, batch: Tensor, patches: Batch) -> list[Tensor]:
+        def read_again() -> Tensor:
+            return self._read_in_turn(patches)
+
+        try:
+            return self.runner.run(batch, read_again)
+        except DeviceMemoryError:
+            if self._home == HOST:
+                raise
+            self._move_to_host()
+            return self.runner.run(read_again(), read_again)
+
+    # Sums
+
+    def _sum(self, number: int, block: Block) -> StreamingAccumulator:
+        plan, spec = self.plan, self.plan.outputs[number]
+        traversal, weights = plan.traversals[number], self._weights[number]
+        share, allocate = self._share, self._pool.empty
+        return StreamingAccumulator(
+            traversal, block, spec.channels, spec.dtype, self._home, weights, plan.needed, allocate, share
+        )
+
+    def _add(self, number: int, patch: Tensor, numbers: Ints) -> None:
+        try:
+            self._sums[number].add(patch, numbers)
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or self._home == HOST:
+                raise
+            self._move_to_host()
+            self._sums[number].add(patch, numbers)
+
+    def _move_to_host(self) -> None:
+        self._warn(
+            f"there was too little memory on {self._home} for the sum of patches: the run goes on with it in the memory of the"
+            " host, so that its last bits may differ from those of another run"
+        )
+        self._home = HOST
+        for total in self._sums:
+            total.move_to(HOST)
+        for weights in filter(None, self._weights):
+            weights.move_to(HOST)
+        self.runner.models.free()
+
+    def _make_room(self, patch: Ints) -> None:
+        """Wait for the writer until there is room for what a patch adds to."""
+        self._writer.wait_for_room(self._room - sum(total.num_bytes + total.bytes_to_open(patch) for total in self._sums))
+
+    def _warn(self, text: str) -> None:
+        if text not in self.warnings:
+            self.warnings.append(text)
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
+
+    # What is finished
+
+    def _finish(self, step: Step, is_wanted: bool) -> None:
+        """Hand over what is finished with a step."""
+        for number, total in enumerate(self._sums):
+            for finished in total.finish(step):
+                if is_wanted:
+                    self._writer.submit(self._deliver, number, [finished], num_bytes=finished.num_bytes)
+                del finished  # the writer alone holds it now
+
+    def _deliver(self, number: int, handed_over: list[FinishedTile]) -> None:
+        """Reduce and write a tile, of which nothing is left when that is done: the writer keeps its arguments for longer."""
+        finished = handed_over.pop()
+        if finished.values is not None:
+            self._check_values(number, finished)
+        for result, spec in enumerate(self.plan.results):
+            if spec.output == number:
+                self.stores[result].write(finished.box, self._reduced(result, spec, finished))
+
+    @torch.no_grad()
+    def _reduced(self, number: int, spec: ResultSpec, finished: FinishedTile) -> Tensor:
+        shape, dtype = (spec.volume.shape[0], *finished.box.shape), spec.volume.dtype
+        if finished.values is None:
+            return torch.full(shape, self.plan.fill, dtype=dtype)
+        reduction = self.runner.reductions[number]
+        try:
+            block = reduction(finished.values.clone() if spec.needs_copy else finished.values)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            block = reduction(finished.values.cpu())
+        if tuple(block.shape) != shape or block.dtype != dtype:
+            raise OutputError(
+                f"reduce gave {block.dtype} of shape {tuple(block.shape)} for a block of shape {tuple(finished.values.shape)}; by"
+                f" what it gave for a single voxel, {dtype} of shape {shape} was expected"
+            )
+        if isinstance(reduction, Function) and block.is_floating_point() and bool(block.isnan().any()):
+            raise OutputError(f"the function that was given as reduce made NaN of a block of {self.plan.name} without any")
+        if finished.uncovered is not None:
+            block = block.masked_fill(finished.uncovered.to(block.device), self.plan.fill)
+        return block.cpu()
+
+    def _check_values(self, number: int, finished: FinishedTile) -> None:
+        values = finished.values
+        assert values is not None
+        if is_finite(values):
+            return
+        nans = values.isnan().any(0)
+        if bool(nans.any()):
+            place = tuple(nans.nonzero()[0].tolist())
+            raise _NanFound(number, tuple(map(int.__add__, finished.box.start, place)))
+        self._warn(f"{called(self.plan.outputs[number].source)} of the model for {self.plan.name} holds infinity")
+
+    def _explained(self, found: _NanFound) -> OutputError:
+        """Find the patch that NaN came from, by running those that hold the voxel once more."""
+        plan, grid = self.plan, self.plan.traversals[found.output].grid
+        box = Box(found.voxel, tuple(index + 1 for index in found.voxel))
+        what = f"{called(plan.outputs[found.output].source)} of the model for {plan.name}"
+        has_infinity = False
+        for index in grid.touching(box):
+            numbers = grid.unravel(index)
+            if plan.needed is not None and not plan.needed[numbers]:
+                continue
+
+            def read(numbers: Ints = numbers) -> Tensor:
+                return self._read_in_turn((numbers,))
+
+            output = self.runner.run(read(), read, only=found.output)[0][0]
+            has_infinity = has_infinity or bool(output.isinf().any())
+            if bool(output.isnan().any()):
+                location = plan.grid.location(numbers)
+                of_input = "; the patch itself holds NaN" if bool(read()[0].isnan().any()) else ""
+                return OutputError(f"{what} holds NaN for the patch {location.index} to {location.index_fin}{of_input}")
+        if has_infinity:
+            return OutputError(f"{what} holds infinities of both signs, or one too large to sum, at voxel {found.voxel}")
+        return OutputError(f"{what} held NaN at voxel {found.voxel}, but not when its patches were computed once more")
+
+
+class _Writer:
+    """A thread that does one thing after the other, and what it is given that it has yet to do."""
+
+    def __init__(self, thread: ThreadPoolExecutor) -> None:
+        self._thread = thread
+        self._waiting: deque[tuple[Future[None], int]] = deque()  # what it is at or has yet to do, and the bytes of each
+        self._has_ended = False
+
+    def submit(self, function: Callable[..., object], *arguments: object, num_bytes: int = 0) -> None:
+        """Let something be done after what was given before; waits only if too many things wait already."""
+        while len(self._waiting) >= MOST_WAITING or (self._waiting and self._waiting[0][0].done()):
+            self._wait_for_one()
+        self._waiting.append((self._thread.submit(self._unless_failed, function, *arguments), num_bytes))
+
+    def _unless_failed(self, function: Callable[..., object], *arguments: object) -> None:
+        """Do nothing after an error: a slab of which a tile is missing must not be recorded."""
+        if self._has_ended:
+            return
+        try:
+            function(*arguments)
+        except BaseException:
+            self._has_ended = True
+            raise
+
+    def wait(self) -> None:
+        """Wait until all is done, and raise what was raised."""
+        while self._waiting:
+            self._wait_for_one()
+
+    def wait_for_room(self, num_bytes: int) -> None:
+        """Wait until no more bytes than these wait."""
+        while self._waiting and sum(size for _, size in self._waiting) > num_bytes:
+            self._wait_for_one()
+
+    def _wait_for_one(self) -> None:
+        self._waiting.popleft()[0].result()
+
+    def stop(self) -> None:
+        """Do nothing any more."""
+        self._has_ended = True
+        self._thread.shutdown(cancel_futures=True)
+
+
+def _use_one_thread(helpers: Sequence[ThreadPoolExecutor]) -> None:
+    """Let PyTorch not share out work of helpers: its threads wait by spinning, and would be in the way of the model's."""
+    with SETTING_THREADS:
+        threads = torch.get_num_threads()
+        try:
+            for helper in helpers:
+                helper.submit(torch.set_num_threads, 1).result()
+        finally:
+            torch.set_num_threads(threads)  # it is a matter of each thread, but new ones begin with what was set last
+
+
+@in_forked_process
+def _start_anew() -> None:
+    """In a forked process: a lock may have been held by a thread that is not there any more."""
+    global SETTING_THREADS
+    SETTING_THREADS = threading.Lock()

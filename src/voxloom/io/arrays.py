@@ -1,0 +1,170 @@
+"""Arrays and tensors: which types become which, and anything that can be sliced as a source of voxels."""
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..core.affines import Affine, as_affine
+from ..core.boxes import Box
+from ..core.walking import walk
+from ..errors import ImageError, UnsupportedImageError
+from .protocols import Json, SpaceCodes, VolumeSource
+
+__all__ = ["ArraySource", "as_tensor", "as_volume", "hash_of", "raw_bytes", "torch_dtype", "values_hash", "widest_unsigned"]
+
+# Values that are hashed at a time.
+CHUNK_VALUES = 2**20
+
+# PyTorch stores uint16, uint32 and uint64, but can hardly calculate with them: they become the next wider signed type.
+_BECOMES = {
+    "bool": torch.bool,
+    "uint8": torch.uint8,
+    "int8": torch.int8,
+    "uint16": torch.int32,
+    "int16": torch.int16,
+    "uint32": torch.int64,
+    "int32": torch.int32,
+    "uint64": torch.int64,
+    "int64": torch.int64,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "longdouble": torch.float64,
+    "float128": torch.float64,
+}
+
+
+def torch_dtype(dtype: np.dtype, what: str) -> torch.dtype:
+    """Say which type of tensor the voxels of a stored type become.
+
+    Raises:
+        UnsupportedImageError: for complex numbers and everything else that is not a number.
+    """
+    try:
+        return _BECOMES[dtype.newbyteorder("=").name]
+    except KeyError:
+        raise UnsupportedImageError(
+            f"{what} stores voxels of type {dtype.name}, for which there is no type of tensor: real numbers can be read"
+            + (", so save its magnitude and phase as two images" if dtype.kind == "c" else "")
+        ) from None
+
+
+def widest_unsigned(array: np.ndarray, what: str) -> None:
+    """Refuse numbers of uint64 that int64 cannot hold."""
+    if array.dtype.kind == "u" and array.dtype.itemsize == 8 and array.size and array.max() > np.iinfo(np.int64).max:
+        raise UnsupportedImageError(f"{what} holds {array.max()}, which is more than int64 can hold: save it as float64")
+
+
+def as_tensor(data: Any) -> Tensor:
+    """Make a tensor of a type that PyTorch can calculate with; arrays of such a type are not copied."""
+    if not isinstance(data, Tensor | np.ndarray):
+        raise ImageError(f"the data of an image are of type {type(data).__name__}: give a tensor or a NumPy array")
+    narrow = {"torch.uint16", "torch.uint32", "torch.uint64"}
+    if isinstance(data, Tensor) and str(data.dtype) in narrow:
+        data = data.numpy()
+    if isinstance(data, np.ndarray):
+        dtype = torch_dtype(data.dtype, "the array")
+        widest_unsigned(data, "the array")
+        data = np.asarray(data, dtype=torch.empty(0, dtype=dtype).numpy().dtype)
+        if any(stride < 0 for stride in data.strides) or not data.flags.writeable:
+            data = data.copy()
+        return torch.from_numpy(data)
+    if data.is_complex():
+        raise ImageError(f"the data of an image are {data.dtype}: save real and imaginary parts as two channels")
+    return data.detach()
+
+
+def as_volume(data: Any) -> Tensor:
+    """Make a tensor of what must be a volume `(C, I, J, K)`.
+
+    Raises:
+        ImageError: if it has another number of dimensions, no voxels, or is not of numbers.
+    """
+    tensor = as_tensor(data)
+    if tensor.ndim != 4:
+        raise ImageError(
+            f"an image was given data of shape {tuple(tensor.shape)}: it must be 4D, (C, I, J, K); tensor[None] adds a channel"
+            " in front, and [..., None] a third axis to a 2-D image"
+        )
+    if 0 in tensor.shape:
+        raise ImageError(f"an image was given data of shape {tuple(tensor.shape)}, which has no voxels")
+    return tensor
+
+
+class ArraySource:
+    """Anything that is read by slices, such as an array of Zarr, HDF5 or Dask, as a source of voxels.
+
+    Args:
+        array: `(C, I, J, K)` or `(I, J, K)`: has a `shape`, a `dtype` and slices, of which NumPy can make arrays.
+        affine: RAS+ matrix of 4 × 4 from voxels to millimetres; by default that of voxels of 1 mm that begin at the origin.
+
+    Raises:
+        ImageError: if the array has another number of axes, or no voxels, or the affine cannot be one.
+
+    Example:
+        >>> import numpy as np, voxloom as vx
+        >>> source = vx.ArraySource(np.zeros((20, 30, 40), dtype=np.uint16), affine=np.diag([2, 2, 5, 1]))
+        >>> vx.ScalarImage(source).spacing, source.dtype
+        ((2.0, 2.0, 5.0), torch.int32)
+    """
+
+    resident_bytes = 0
+    paths: tuple[Path, ...] = ()
+
+    def __init__(self, array: Any, affine: Any = None) -> None:
+        self._array = array
+        self._has_channels = len(array.shape) == 4
+        if not self._has_channels and len(array.shape) != 3:
+            raise ImageError(f"the array has shape {tuple(array.shape)}: it must be (I, J, K), or (C, I, J, K)")
+        self.dtype = torch_dtype(np.dtype(array.dtype), "the array")
+        sizes = [int(size) for size in array.shape]
+        if 0 in sizes:
+            raise ImageError(f"the array has shape {tuple(sizes)}, which has no voxels")
+        c, i, j, k = sizes if self._has_channels else [1, *sizes]
+        self.shape = (c, i, j, k)
+        self.affine: Affine = np.eye(4) if affine is None else as_affine(affine)
+        self.codes = SpaceCodes()
+
+    @property
+    def chunks(self) -> tuple[int, int, int]:
+        """Those that the array says, or planes of its first axis."""
+        given = getattr(self._array, "chunks", None)
+        if not isinstance(given, tuple) or len(given) < 3 or not all(isinstance(size, int) for size in given[-3:]):
+            return (1, *self.shape[2:])
+        i, j, k = given[-3:]
+        return i, j, k
+
+    def read(self, box: Box) -> Tensor:
+        """See `VolumeSource`."""
+        slices = (slice(None), *box.slices) if self._has_channels else box.slices
+        values = as_tensor(np.asarray(self._array[slices]))
+        return values if self._has_channels else values[None]
+
+    def fingerprint(self) -> Json:
+        """See `VolumeSource`."""
+        return {"sha256": values_hash(self), "shape": list(self.shape), "dtype": str(self.dtype), "affine": self.affine.tolist()}
+
+
+def values_hash(source: VolumeSource) -> str:
+    """Hash all values of a source (SHA-256), box by box."""
+    most = max(1, CHUNK_VALUES // source.shape[0])
+    return hash_of(raw_bytes(source.read(box)) for box in walk(Box.of_shape(source.shape[1:]), source.chunks, most))
+
+
+def raw_bytes(values: Tensor) -> Any:
+    """Give the values of a tensor as bytes, in order."""
+    contiguous = values.detach().cpu().contiguous()
+    return contiguous.view(-1).view(torch.uint8).numpy() if contiguous.numel() else b""
+
+
+def hash_of(parts: Iterable[Any]) -> str:
+    """Hash texts and bytes, one after the other (SHA-256)."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode() if isinstance(part, str) else part)
+    return digest.hexdigest()

@@ -1,0 +1,89 @@
+"""What all sources of files have in common."""
+
+import hashlib
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.affines import Affine
+from ..core.boxes import Box
+from .arrays import hash_of
+from .protocols import Json, SpaceCodes, VolumeSource, VolumeSpec
+
+__all__ = ["FileSource", "files_in", "fingerprint_of_files", "hash_of_file"]
+
+
+class FileSource(ABC):
+    """The part of `VolumeSource` that follows from a header: readers of formats add `read`."""
+
+    spec: VolumeSpec
+    """What the header says."""
+    is_sliceable: bool
+    """Whether a box can be read without the whole."""
+    paths: tuple[Path, ...]
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """See `VolumeSource`."""
+        return self.spec.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """See `VolumeSource`."""
+        return self.spec.dtype
+
+    @property
+    def affine(self) -> Affine:
+        """See `VolumeSource`."""
+        return self.spec.affine
+
+    @property
+    def codes(self) -> SpaceCodes:
+        """See `VolumeSource`."""
+        return self.spec.codes
+
+    @property
+    def chunks(self) -> tuple[int, int, int]:
+        """Planes of the last axis: files have their first axis fastest."""
+        return (*self.shape[1:3], 1)
+
+    @property
+    def resident_bytes(self) -> int:
+        """See `VolumeSource`."""
+        return 0 if self.is_sliceable else self.spec.num_bytes
+
+    @abstractmethod
+    def read(self, box: Box) -> Tensor:
+        """See `VolumeSource`."""
+
+    def fingerprint(self) -> Json:
+        """See `VolumeSource`."""
+        return fingerprint_of_files(self)
+
+
+def fingerprint_of_files(source: VolumeSource) -> Json:
+    """Know a source by the size and time of its files, and by its header."""
+    header: list[Any] = [repr(source.shape), repr(source.dtype), source.affine.tobytes(), repr(source.codes)]
+    states = [path.stat() for path in files_in(source.paths)]
+    return {
+        "bytes": sum(state.st_size for state in states),
+        "modified_ns": max((state.st_mtime_ns for state in states), default=0),
+        "header_sha256": hash_of(header),
+    }
+
+
+def files_in(paths: tuple[Path, ...]) -> list[Path]:
+    """Give files, and those in folders."""
+    files: list[Path] = []
+    for path in paths:
+        files += sorted(part for part in path.iterdir() if part.is_file()) if path.is_dir() else [path]
+    return list(dict.fromkeys(files))
+
+
+def hash_of_file(path: Path) -> str:
+    """Hash all that is in a file (SHA-256)."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,131 @@
+"""Formats of files: one table of what can be read and written, by the endings of names.
+
+A stored type becomes the type of a tensor as follows. Numbers with a scale (NIfTI's `scl_slope`) become float32, or float64
+where they are stored in more than 16 bits.
+
+| stored                                | tensor                                               |
+|---------------------------------------|------------------------------------------------------|
+| uint8, RGB, RGBA                      | uint8 (colours are channels)                         |
+| int8, int16, int32, int64             | the same                                             |
+| uint16, uint32                        | int32, int64: PyTorch lacks arithmetic for the others |
+| uint64                                | int64; an error if a value does not fit              |
+| float32, float64                      | the same; longer floats become float64               |
+| complex                               | an error                                             |
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from ..core.affines import Affine
+from ..errors import ImageNotFoundError, UnsupportedImageError
+from .dicom import open_series
+from .files import FileSource
+from .integrity import check_metaimage, check_nrrd, check_tiff
+from .itk import ItkFile
+from .nifti import NibabelFile
+from .protocols import SpaceCodes
+from .saving import Writer, atomic_write, storable, write_compressed_nifti, write_itk, write_mgh, write_nifti
+
+__all__ = ["FORMATS", "Format", "endings", "format_of", "open_volume", "save_volume", "stem_of"]
+
+
+@dataclass(frozen=True)
+class Format:
+    """What can be done with files of one ending."""
+
+    ending: str
+    open: Callable[[Path], FileSource]
+    """Reads the header."""
+    write: Writer | None = None
+    """Writes a whole volume; None for formats that are only read."""
+    unpacked: str | None = None
+    """Ending of what is in the file, where it is another format and merely compressed."""
+    is_streamed: bool = False
+    """Whether a result can be written block by block."""
+    is_dicom: bool = False
+    """Whether files lie in folders of which each is one volume."""
+
+
+def _itk(ending: str, write: Writer | None = None, is_dicom: bool = False) -> Format:
+    return Format(ending, ItkFile.open, write, is_dicom=is_dicom)
+
+
+FORMATS = (
+    Format(".nii", NibabelFile, write_nifti, is_streamed=True),
+    Format(".nii.gz", NibabelFile, write_compressed_nifti, unpacked=".nii", is_streamed=True),
+    Format(".nii.bz2", NibabelFile, unpacked=".nii"),
+    Format(".hdr", NibabelFile),
+    Format(".img", NibabelFile),
+    Format(".img.gz", NibabelFile),
+    Format(".mgh", NibabelFile, write_mgh),
+    Format(".mgz", NibabelFile, write_mgh, unpacked=".mgh"),
+    Format(".nrrd", partial(ItkFile.open, check=check_nrrd), write_itk),
+    _itk(".nhdr"),
+    Format(".mha", partial(ItkFile.open, check=check_metaimage), write_itk),
+    _itk(".mhd"),
+    Format(".tif", partial(ItkFile.open, check=check_tiff)),
+    Format(".tiff", partial(ItkFile.open, check=check_tiff)),
+    _itk(".dcm", is_dicom=True),
+    _itk(".ima", is_dicom=True),
+)
+
+
+def format_of(path: Path) -> Format | None:
+    """Find the format of a file by its name; of several endings that fit, the longest counts."""
+    fitting = [each for each in FORMATS if path.name.lower().endswith(each.ending)]
+    return max(fitting, key=lambda each: len(each.ending), default=None)
+
+
+def endings(which: Callable[[Format], object]) -> tuple[str, ...]:
+    """Give the endings of some formats.
+
+    Example:
+        >>> endings(lambda each: each.is_streamed)
+        ('.nii', '.nii.gz')
+    """
+    return tuple(each.ending for each in FORMATS if which(each))
+
+
+def open_volume(path: Path) -> FileSource:
+    """Open a file, or a folder that holds a DICOM series: only the header is read. What has no known ending is left to SimpleITK.
+
+    Raises:
+        ImageNotFoundError, CorruptImageError, UnsupportedImageError, SeriesError: see `voxloom.errors`.
+    """
+    if path.is_dir():
+        return open_series(path)
+    if not path.exists():
+        raise ImageNotFoundError(f"there is no file {path}")
+    if not path.is_file():
+        raise UnsupportedImageError(f"{path} is neither a file nor a folder")
+    known = format_of(path)
+    return ItkFile.open(path) if known is None else known.open(path)
+
+
+def save_volume(path: Path, data: Tensor, affine: Affine, codes: SpaceCodes) -> None:
+    """Write a volume `(C, I, J, K)` in the format that the name's ending says.
+
+    Raises:
+        UnsupportedImageError: if there is no such format, or it cannot hold the volume.
+        SaveError: if it could not be written.
+    """
+    known = format_of(path)
+    if known is None or known.write is None:
+        raise UnsupportedImageError(
+            f"{path} cannot be written: its name must end in {', '.join(endings(lambda each: each.write))}. Formats of two files"
+            " (.mhd, .hdr and .img) are not written, because two files cannot be replaced at once; nor are those that cannot hold"
+            " an affine"
+        )
+    write, array = known.write, storable(data)
+    atomic_write(path, lambda target: write(target, array, affine, codes), known.ending)
+
+
+def stem_of(path: Path) -> str:
+    """Name of a file without what its format adds: both endings of `.nii.gz`."""
+    known = format_of(path)
+    ending = path.suffix if known is None else known.ending
+    return path.name[: len(path.name) - len(ending)] if ending else path.name

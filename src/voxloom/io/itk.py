@@ -1,0 +1,125 @@
+"""NRRD, MetaImage, TIFF stacks, single DICOM files and whatever else SimpleITK can read: read whole."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import SimpleITK
+import torch
+from torch import Tensor
+
+from ..core.affines import Affine, lps_to_ras
+from ..core.boxes import Box
+from ..errors import CorruptImageError, UnsupportedImageError, VoxloomError
+from .arrays import torch_dtype, widest_unsigned
+from .files import FileSource
+from .protocols import VolumeSpec
+
+__all__ = ["ItkFile", "dtype_of", "read_header"]
+
+
+class ItkFile(FileSource):
+    """A volume that SimpleITK reads, whole: from one file, or from the files of a series in the order of their slices.
+
+    Args:
+        files: one path, or those of a series.
+        name: what to call it in a message.
+        affine: RAS+ affine, where the headers of single files do not tell it.
+        dtype: type to read the voxels as, where the files of a series differ; by default that of the first file.
+        check: raises an error if the file is damaged in a way that ITK reads over.
+    """
+
+    is_sliceable = False
+
+    def __init__(
+        self,
+        files: Sequence[Path],
+        name: str,
+        affine: Affine | None = None,
+        dtype: torch.dtype | None = None,
+        check: Callable[[Path], None] | None = None,
+    ) -> None:
+        self.paths = tuple(files)
+        self.name = name
+        self._check = check
+        header = read_header(self.paths[0])
+        size, components = header.GetSize(), header.GetNumberOfComponents()
+        # The last axis of four is time; of a series every file adds a slice.
+        spatial = [*size[:3], 1][:3] if len(self.paths) == 1 else [*size[:2], len(self.paths)]
+        volumes = size[3] if len(size) == 4 else 1
+        if len(size) > 4 or (volumes > 1 and components > 1):
+            raise UnsupportedImageError(
+                f"{name} has size {size} with {components} components: it must be 2-D, 3D or 4D, and 4-D only with one component"
+            )
+        i, j, k = map(int, spatial)
+        if affine is None:
+            affine = lps_to_ras(header.GetDirection(), header.GetSpacing(), header.GetOrigin())
+        self.pixel_type = SimpleITK.sitkUnknown if dtype is None else SimpleITK.sitkFloat64
+        self.spec = VolumeSpec((int(volumes * components), i, j, k), dtype or dtype_of(header, name), affine)
+
+    @classmethod
+    def open(cls, path: Path, check: Callable[[Path], None] | None = None) -> "ItkFile":
+        """Open a single file."""
+        return cls([path], str(path), check=check)
+
+    def read(self, box: Box) -> Tensor:
+        """Read a box of voxels into a new tensor; see `VolumeSource`."""
+        names = [str(path) for path in self.paths]
+        try:
+            if len(names) == 1:
+                if self._check is not None:
+                    self._check(self.paths[0])
+                image = SimpleITK.ReadImage(names[0], imageIO=_reader_of(self.paths[0]))
+            else:
+                image = SimpleITK.ReadImage(names, self.pixel_type)
+        except RuntimeError as error:
+            if isinstance(error, VoxloomError):
+                raise
+            raise CorruptImageError(f"{self.name} cannot be read: {_reason(error)}. Copy or download it again") from error
+        array = SimpleITK.GetArrayViewFromImage(image)
+        widest_unsigned(array, self.name)
+        shape = self.shape
+        if image.GetNumberOfComponentsPerPixel() > 1:
+            array = np.moveaxis(array, -1, 0)
+        channels = array.reshape(shape[0], shape[3], shape[2], shape[1]).transpose(0, 3, 2, 1)
+        # ITK's own memory is freed with `image`.
+        out = torch.empty((shape[0], *box.shape), dtype=self.dtype)
+        np.copyto(out.numpy(), channels[(slice(None), *box.slices)], casting="unsafe")
+        return out
+
+
+def read_header(path: Path) -> Any:
+    """Read what a file says of its image, without its voxels."""
+    reader = SimpleITK.ImageFileReader()
+    reader.SetFileName(str(path))
+    reader.SetImageIO(_reader_of(path))
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError as error:
+        raise CorruptImageError(f"{path} is not an image that can be read: {_reason(error)}") from error
+    return reader
+
+
+def _reader_of(path: Path) -> str:
+    """Name the part of ITK that reads a file: it finds MetaImage by its ending alone, and that only in small letters."""
+    return "MetaImageIO" if path.suffix.lower() in (".mha", ".mhd") else ""
+
+
+def dtype_of(header: Any, name: str) -> torch.dtype:
+    """Say which type of tensor the pixels of a file become."""
+    pixel = SimpleITK.GetPixelIDValueAsString(header.GetPixelID())
+    kind = pixel.removeprefix("vector of ").removeprefix("label of ")
+    names = {"32-bit float": "float32", "64-bit float": "float64"}
+    for bits in (8, 16, 32, 64):
+        names[f"{bits}-bit unsigned integer"] = f"uint{bits}"
+        names[f"{bits}-bit signed integer"] = f"int{bits}"
+    if kind not in names:
+        raise UnsupportedImageError(f"{name} stores pixels of type {pixel}: real numbers can be read")
+    return torch_dtype(np.dtype(names[kind]), name)
+
+
+def _reason(error: RuntimeError) -> str:
+    """The part of ITK's message that says what happened."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1].split("): ", 1)[-1] if lines else "no reason is given"

@@ -1,0 +1,174 @@
+"""Writing volumes so that a crash leaves the old file or the new one."""
+
+import os
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import SimpleITK
+import torch
+from torch import Tensor
+
+from ..core.affines import Affine
+from ..errors import SaveError, UnsupportedImageError, VoxloomError
+from .compression import compressing
+from .protocols import MILLIMETRES, SpaceCodes
+
+__all__ = [
+    "Writer",
+    "as_save_error",
+    "atomic_write",
+    "nifti_of",
+    "storable",
+    "write_compressed_nifti",
+    "write_itk",
+    "write_mgh",
+    "write_nifti",
+    "write_safely",
+]
+
+Writer = Callable[[Path, np.ndarray, Affine, SpaceCodes], None]
+"""Writes a volume `(C, I, J, K)` to a path."""
+
+# NIfTI-1 keeps sizes in 16 bits.
+LARGEST_NIFTI1_SIZE = 32767
+
+
+def atomic_write(path: Path, write: Callable[[Path], None], ending: str) -> None:
+    """Let `write` make a new file beside the target, bring it to the disk, and only then put it in the target's place.
+
+    Args:
+        path: the target; it keeps its old content unless everything goes well. A link goes on pointing where it points.
+        write: writes to the path that it is given.
+        ending: how the name of that path ends, for writers that go by it.
+
+    Raises:
+        SaveError: if anything could not be written. The unfinished file is removed.
+    """
+    try:
+        if path.is_dir():
+            raise SaveError(f"{path} is a folder: give the name of a file in it")
+        if not path.parent.is_dir():
+            raise SaveError(f"{path} cannot be written: there is no folder {path.parent}; make it first")
+        target = path.resolve()
+        if target.exists() and not os.access(target, os.W_OK):
+            raise SaveError(f"{path} is write-protected: save under another name, or make it writable")
+        unfinished = target.parent / f".{path.name[:40]}.{secrets.token_hex(4)}.unfinished{ending}"
+        try:
+            write(unfinished)
+            with unfinished.open("rb+") as file:
+                os.fsync(file.fileno())
+            if target.exists():
+                unfinished.chmod(target.stat().st_mode & 0o777)
+            unfinished.replace(target)
+        finally:
+            unfinished.unlink(missing_ok=True)
+    except VoxloomError:
+        raise
+    except (OSError, RuntimeError, ValueError) as error:
+        raise as_save_error(path, error) from error
+
+
+def write_safely(path: Path, text: str) -> None:
+    """Write a small file such that it is there as a whole, and on the disk, or as it was."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    try:
+        with unfinished.open("w", encoding="utf-8", errors="surrogateescape") as file:  # names of files may be of any bytes
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except OSError as error:
+        raise as_save_error(path, error) from error
+
+
+def as_save_error(path: Path, error: Exception) -> SaveError:
+    """Say in one line what went wrong."""
+    reason = (error.strerror if isinstance(error, OSError) else None) or str(error).strip().rpartition("\n")[2]
+    return SaveError(f"{path} could not be written, and was left as it was: {reason}")
+
+
+def storable(data: Tensor) -> np.ndarray:
+    """Give the values in a type that files can hold, exactly.
+
+    Booleans become uint8, half precision float32, and int64 int32 where every value fits, because few programs read int64.
+    """
+    data = data.detach().cpu()
+    if data.dtype == torch.bool:
+        data = data.to(torch.uint8)
+    elif data.is_floating_point() and data.dtype not in (torch.float32, torch.float64):
+        data = data.to(torch.float32)
+    elif data.dtype == torch.int64 and data.numel():
+        low, high = (int(value) for value in data.aminmax())
+        limits = torch.iinfo(torch.int32)
+        if limits.min <= low and high <= limits.max:
+            data = data.to(torch.int32)
+    return data.numpy()
+
+
+def write_nifti(path: Path, array: np.ndarray, affine: Affine, codes: SpaceCodes) -> None:
+    """Write `.nii`."""
+    image = nifti_of(array, affine, codes)
+    with path.open("wb") as file:
+        image.to_stream(file)
+
+
+def write_compressed_nifti(path: Path, array: np.ndarray, affine: Affine, codes: SpaceCodes) -> None:
+    """Write `.nii.gz`."""
+    image = nifti_of(array, affine, codes)
+    with path.open("wb") as file, compressing(file) as packed:
+        image.to_stream(packed)
+
+
+def nifti_of(array: np.ndarray, affine: Affine, codes: SpaceCodes) -> Any:
+    """Make an image of nibabel's, with both forms in the unit that the original had."""
+    volume = _channels_last(array)
+    image_class: Any = nib.Nifti2Image if max(volume.shape) > LARGEST_NIFTI1_SIZE else nib.Nifti1Image
+    to_unit = np.diag([*[1 / MILLIMETRES.get(codes.space_unit, 1.0)] * 3, 1.0])
+    sform, qform = to_unit @ affine, to_unit @ np.array(codes.qform_world) @ affine
+    image = image_class(volume, sform, dtype=volume.dtype)
+    # A quaternion cannot say every matrix; and without a form that is valid the affine would not be written at all.
+    qform_code = codes.qform if _is_rigid(qform) else 0
+    image.set_qform(qform, qform_code, strip_shears=True)
+    image.set_sform(sform, codes.sform or int(not qform_code))
+    image.header.set_xyzt_units(codes.space_unit, codes.time_unit)
+    if volume.ndim == 4:
+        image.header["pixdim"][4] = codes.time_step
+    return image
+
+
+def write_mgh(path: Path, array: np.ndarray, affine: Affine, codes: SpaceCodes) -> None:
+    """Write `.mgh` or `.mgz`."""
+    known = ("uint8", "int16", "int32", "float32")
+    if array.dtype.name not in known:
+        raise UnsupportedImageError(
+            f"MGH holds {', '.join(known)}, not {array.dtype.name}: convert the image, or save it as .nii.gz"
+        )
+    # Unlike NIfTI, nibabel writes MGH only to a path, and picks compression by its ending.
+    nib.MGHImage(_channels_last(array), affine).to_filename(path)
+
+
+def write_itk(path: Path, array: np.ndarray, affine: Affine, codes: SpaceCodes) -> None:
+    """Write what SimpleITK writes by the ending of the name."""
+    is_vector = len(array) > 1
+    planes = np.ascontiguousarray(array.transpose(3, 2, 1, 0) if is_vector else array[0].transpose(2, 1, 0))
+    image = SimpleITK.GetImageFromArray(planes, isVector=is_vector)
+    lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
+    spacing = np.sqrt((lps[:3, :3] ** 2).sum(axis=0))
+    image.SetSpacing(spacing.tolist())
+    image.SetOrigin(lps[:3, 3].tolist())
+    image.SetDirection((lps[:3, :3] / spacing).ravel().tolist())
+    SimpleITK.WriteImage(image, str(path), useCompression=True)
+
+
+def _channels_last(array: np.ndarray) -> np.ndarray:
+    return array[0] if len(array) == 1 else np.moveaxis(array, 0, -1)
+
+
+def _is_rigid(affine: Affine) -> bool:
+    """Whether a quaternion and a spacing can say the same as the matrix."""
+    axes = affine[:3, :3] / np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
+    return bool(np.allclose(axes.T @ axes, np.eye(3), atol=1e-6))

@@ -1,0 +1,273 @@
+"""Where results go: memory, NIfTI files, and sinks of the user's."""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from ..core.boxes import Box
+from ..errors import RecordError, SaveError, TargetExistsError, UnsupportedImageError, VoxloomError
+from .compression import compressing
+from .formats import endings, stem_of
+from .nifti_writer import NiftiWriter
+from .protocols import Json, VolumeSpec
+from .saving import as_save_error, write_safely
+from .sidecars import is_as_written, other_told_of, read_sidecar, sidecar_of, written
+
+__all__ = ["BEGIN_AGAIN", "OVERWRITE", "NiftiStore", "Sink", "SinkStore", "as_target", "put"]
+
+CHUNK_BYTES = 2**22
+# What is said in Python and on the command line.
+BEGIN_AGAIN = "start over with resume=False (--no-resume)"
+OVERWRITE = "overwrite=True (--overwrite)"
+
+
+@runtime_checkable
+class Sink(Protocol):
+    """The least that takes a result: it cannot be resumed, unlike a `VolumeStore`.
+
+    Its methods are called one at a time, but not all from one thread. After `open` each voxel is written once, in blocks that do
+    not overlap; then follows `close`, or, after an error, `abort`.
+    """
+
+    def open(self, form: VolumeSpec) -> None:
+        """Make ready for a result."""
+        ...
+
+    def write(self, box: Box, values: Tensor) -> None:
+        """Take a block.
+
+        Args:
+            box: voxels `(I, J, K)`.
+            values: tensor `(C, *box.shape)` on the CPU, which the sink may keep, but not change.
+        """
+        ...
+
+    def close(self) -> Any:
+        """All is written. What is returned is what `predict` returns."""
+        ...
+
+    def abort(self) -> None:
+        """No more will come."""
+        ...
+
+
+class SinkStore:
+    """Makes a store of a sink."""
+
+    supports_resume = False
+    path: Path | None = None
+    chunk_shape: tuple[int, int, int] | None = None
+
+    def __init__(self, sink: Sink) -> None:
+        self.sink = sink
+
+    def check(self) -> None:
+        """See `VolumeStore`."""
+
+    def create(self, spec: VolumeSpec, run: str) -> None:
+        """See `VolumeStore`."""
+        self.sink.open(spec)
+
+    def reopen(self, spec: VolumeSpec, run: str) -> None:
+        """See `VolumeStore`."""
+        raise RecordError(f"what {type(self.sink).__name__} has taken is gone: {BEGIN_AGAIN}")
+
+    def write(self, box: Box, values: Tensor) -> None:
+        """See `VolumeStore`."""
+        self.sink.write(box, values)
+
+    def flush(self) -> None:
+        """See `VolumeStore`."""
+
+    def commit(self, sidecar: Mapping[str, Json], run: str) -> Any:
+        """See `VolumeStore`."""
+        return self.sink.close()
+
+    def abort(self) -> None:
+        """See `VolumeStore`."""
+        self.sink.abort()
+
+    def discard(self, run: str) -> None:
+        """See `VolumeStore`."""
+
+
+def as_target(path: Any) -> Path:
+    """Check the name of a file that a result is to be written to.
+
+    Raises:
+        UnsupportedImageError: if there is no format of that ending that can be written block by block.
+        SaveError: if there is no folder for it.
+    """
+    target = Path(path).expanduser()
+    if target.is_symlink():
+        try:
+            target = target.resolve()  # the file is made beside where it will be
+        except RuntimeError as error:
+            raise SaveError(f"{target} cannot be written: it is a link to itself") from error
+    streamed = endings(lambda each: each.is_streamed)
+    if not target.name.lower().endswith(streamed):
+        raise UnsupportedImageError(
+            f"{target} cannot be written block by block: its name must end in {' or '.join(streamed)}. For other formats leave"
+            " out output, and save the image that is returned"
+        )
+    if target.is_dir():
+        raise SaveError(f"{target} is a folder: give the name of a file in it")
+    if not target.parent.is_dir():
+        raise SaveError(f"{target} cannot be written: there is no folder {target.parent}; make it first")
+    return target
+
+
+class NiftiStore:
+    """Writes `STEM.nii` or `STEM.nii.gz`, with `STEM.json` beside it.
+
+    Until it is whole, a result is in `.STEM.RUN.nii`; if it is to be compressed then in `.STEM.RUN.nii.gz`, and what its sidecar
+    will say is in `.STEM.RUN.json`.
+
+    Args:
+        target: the file.
+        overwrite: whether a file that is there may be replaced.
+    """
+
+    supports_resume = True
+    chunk_shape: tuple[int, int, int] | None = None
+
+    def __init__(self, target: Path, overwrite: bool = False) -> None:
+        self.path = target
+        self.overwrite = overwrite
+        self._writer: NiftiWriter | None = None
+        self._spec: VolumeSpec | None = None
+
+    def check(self) -> None:
+        """See `VolumeStore`."""
+        sidecar = sidecar_of(self.path)
+        if os.path.lexists(sidecar) and read_sidecar(sidecar) is None:
+            raise TargetExistsError(f"{sidecar} exists, and is not of voxloom's: move it away, or choose another name")
+        other = other_told_of(self.path)
+        if other is not None:
+            raise TargetExistsError(
+                f"{sidecar} says how {other} was made, which has the same stem: move both away, or choose another name"
+            )
+        if self.path.exists() and not self.overwrite:
+            raise TargetExistsError(f"{self.path} exists, and is kept: remove it, choose another name, or give {OVERWRITE}")
+
+    def _part(self, run: str, ending: str) -> Path:
+        return self.path.with_name(f".{stem_of(self.path)}.{run}{ending}")
+
+    def create(self, spec: VolumeSpec, run: str) -> None:
+        """See `VolumeStore`."""
+        self._open(spec, run, is_new=True)
+
+    def reopen(self, spec: VolumeSpec, run: str) -> None:
+        """See `VolumeStore`."""
+        if not self._part(run, ".nii").exists():
+            raise RecordError(f"the unfinished file {self._part(run, '.nii')} is gone: {BEGIN_AGAIN}")
+        try:
+            self._open(spec, run, is_new=False)
+        except RecordError as error:
+            raise RecordError(f"{error}: {BEGIN_AGAIN}") from error
+
+    def _open(self, spec: VolumeSpec, run: str, is_new: bool) -> None:
+        self._spec = spec
+        with self._explained():
+            self._writer = NiftiWriter(self._part(run, ".nii"), spec.shape, spec.dtype, spec.affine, spec.codes, is_new)
+
+    def write(self, box: Box, values: Tensor) -> None:
+        """See `VolumeStore`."""
+        assert self._writer is not None
+        with self._explained():
+            self._writer.write(box, values)
+
+    def flush(self) -> None:
+        """See `VolumeStore`."""
+        assert self._writer is not None
+        with self._explained():
+            self._writer.flush()
+
+    def abort(self) -> None:
+        """See `VolumeStore`."""
+        if self._writer is not None:
+            self._writer.close()
+
+    def discard(self, run: str) -> None:
+        """See `VolumeStore`."""
+        self.abort()
+        for ending in (".nii", ".nii.gz", ".json"):
+            self._part(run, ending).unlink(missing_ok=True)
+
+    def commit(self, sidecar: Mapping[str, Json], run: str) -> Path:
+        """See `VolumeStore`."""
+        self.abort()
+        plain, described = self._part(run, ".nii"), self._part(run, ".json")
+        whole = self._part(run, ".nii.gz") if self.path.name.lower().endswith(".gz") else plain
+        with self._explained():
+            published = read_sidecar(sidecar_of(self.path)) or {}
+            if not described.exists() and published.get("run") == run:  # that was done before an interruption
+                plain.unlink(missing_ok=True)
+                return self.path
+            if not described.exists():
+                self._make_whole(plain, whole)
+                write_safely(described, json.dumps({**sidecar, "run": run, "written": written(whole, self.path)}, indent=1))
+            elif not is_as_written(whole if whole.exists() else self.path, self.path, read_sidecar(described)):
+                raise RecordError(f"the result that was ready to be put at {self.path} is gone or damaged: {BEGIN_AGAIN}")
+            beside = sidecar_of(self.path)
+            if beside.exists() and read_sidecar(beside) is None:
+                raise TargetExistsError(
+                    f"{beside} has appeared while the result was made, and is not of voxloom's: move it away, and give the same"
+                    " call again"
+                )
+            put(whole, self.path, self.overwrite)
+            is_left_over = read_sidecar(beside) is not None and other_told_of(self.path) is None
+            put(described, beside, self.overwrite or is_left_over)
+            plain.unlink(missing_ok=True)
+        return self.path
+
+    @staticmethod
+    def _make_whole(plain: Path, whole: Path) -> None:
+        if not plain.exists():
+            raise RecordError(f"the unfinished file {plain} is gone: {BEGIN_AGAIN}")
+        if whole != plain:
+            with plain.open("rb") as unpacked, whole.open("wb") as file:
+                with compressing(file) as packed:
+                    shutil.copyfileobj(unpacked, packed, CHUNK_BYTES)
+                file.flush()
+                os.fsync(file.fileno())
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except VoxloomError:
+            raise
+        except OSError as error:
+            raise as_save_error(self.path, error) from error
+
+
+def put(source: Path, target: Path, overwrite: bool) -> None:
+    """Put a file under its name; what is there is only replaced if it may be."""
+    if not source.exists():  # that was done before an interruption
+        return
+    if not overwrite:
+        try:
+            os.link(source, target)  # unlike a renaming, this replaces nothing
+            source.unlink()
+            return
+        except FileExistsError:
+            if target.exists() and target.samefile(source):  # interrupted in between
+                source.unlink()
+                return
+            raise TargetExistsError(
+                f"{target} has appeared while its result was made, and is kept. The result is in {source.name}: the same call"
+                f" with {OVERWRITE} puts it there, and so does this one once the file is gone"
+            ) from None
+        except OSError:
+            pass  # a file system without links
+    if target.exists():
+        source.chmod(target.stat().st_mode & 0o777)
+    source.replace(target)
+    source.unlink(missing_ok=True)  # renaming does nothing where both are the same file

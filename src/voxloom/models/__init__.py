@@ -1,0 +1,1 @@
+"""Models: loading them from files and code, and running them on batches."""

@@ -1,0 +1,276 @@
+"""Models from files and from code. What would run code that a file brings is refused, unless that is allowed."""
+
+import importlib
+import inspect
+import pickle
+import sys
+import warnings
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import MissingDependencyError, ModelFileError
+from ..io.arrays import hash_of, raw_bytes
+from ..io.files import hash_of_file
+from .guards import Guards
+from .program_check import ProgramRefusedError, inspected, is_program
+
+__all__ = ["LoadedModel", "load_model"]
+
+# Where checkpoints keep the weights, beside the state of an optimiser and the like.
+STATE_KEYS = ("state_dict", "model_state_dict", "model", "network_weights")
+ALLOW = "it would run code from the file: give --allow-pickle if you trust where it is from"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model, and the sizes that it is fixed to; None for any size."""
+
+    model: Callable
+    name: str | None = None
+    """By what it is known: the hash of its file, or of the code and the weights. None for what was unpickled."""
+    batch_size: int | None = None
+    patch_size: tuple[int | None, ...] = (None, None, None)
+    channels: int | None = None
+    guards: Guards | None = None
+    """What an exported program demands of its batches, unless it may do whatever it wants."""
+
+    def least_batch_size(self, patch_size: Sequence[int] | None = None) -> int:
+        """Give the batch size that it is fixed to, or else the smallest that it was made for."""
+        free = 1 if self.guards is None else self.guards.least_batch_size(patch_size)
+        return free if self.batch_size is None else self.batch_size
+
+    def check_sizes(self, batch_size: int, patch_size: Sequence[int]) -> None:
+        """Check sizes of batches.
+
+        Raises:
+            SizeError: if the model was exported for others.
+        """
+        if self.guards is not None:
+            self.guards.check(torch.empty((batch_size, self.channels or 1, *patch_size), device="meta"))
+
+    def takes_full_batches(self, patch_size: Sequence[int] | None = None) -> bool:
+        """Whether it takes batches of some sizes only, so that the last one of a volume must be filled up."""
+        return self.least_batch_size(patch_size) > 1
+
+
+def load_model(name: str, weights: Path | None = None, allow_pickle: bool = False) -> LoadedModel:
+    """Load a model.
+
+    Args:
+        name: a file, of `torch.export` (.pt2) or TorchScript; or `package.module:callable`, where with weights the callable makes
+            the network, and without it is the model.
+        weights: file of weights: `.safetensors`, or a checkpoint.
+        allow_pickle: let files be unpickled, which runs code that they bring.
+
+    Raises:
+        ModelFileError: if the model cannot be loaded, or must not be.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        if weights is not None:
+            raise ModelFileError(f"{path} holds its weights itself: weights are for package.module:factory")
+        return _of_file(path, allow_pickle)
+    if ":" not in name or name.endswith((".pt2", ".pt", ".ts", ".pth")):
+        raise ModelFileError(f"there is no file {name}; a model is a .pt2 or TorchScript file, or package.module:callable")
+    found = _imported(name)
+    if weights is None:
+        if isinstance(found, type):
+            raise ModelFileError(f"{name} is a class, which makes networks: give its weights with --weights, or name a network")
+        if not _takes_a_batch(found):
+            raise ModelFileError(
+                f"{name} takes no batch, and so is no model. If it makes a network, give its weights with --weights"
+            )
+        code = _name_of_code(name, found)
+        return LoadedModel(found, f"{code} {_name_of_network(found)}" if isinstance(found, nn.Module) else code)
+    try:
+        network = found()
+    except TypeError as error:
+        raise ModelFileError(f"{name} cannot make a network: {error}. With weights it is called without arguments") from error
+    if not isinstance(network, nn.Module):
+        raise ModelFileError(f"{name} returned {type(network).__name__}: with weights it must make a torch.nn.Module")
+    _load_weights(network, weights, allow_pickle)
+    return LoadedModel(network.eval(), f"{_name_of_code(name, found)} {_name_of_network(network)}")
+
+
+def _name_of_code(name: str, found: Callable) -> str:
+    """Know a function, class or object by the source file that it is in."""
+    kind = found if inspect.isroutine(found) or isinstance(found, type) else type(found)
+    try:
+        path = inspect.getsourcefile(kind)
+    except TypeError:  # it is built in
+        path = None
+    return f"{name} sha256 {'' if path is None else hash_of_file(Path(path))}"
+
+
+def _name_of_network(network: nn.Module) -> str:
+    state = sorted(network.state_dict().items())
+    return hash_of([repr(network), *(part for key, value in state for part in (key, raw_bytes(value)))])
+
+
+def _takes_a_batch(function: Callable) -> bool:
+    try:
+        inspect.signature(function).bind(None)
+    except TypeError:
+        return False
+    except ValueError:
+        pass  # a built-in function that does not say what it takes
+    return True
+
+
+def _imported(name: str) -> Any:
+    module_name, _, attribute = name.partition(":")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)  # as `python -m` does it
+    try:
+        found = importlib.import_module(module_name)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        raise ModelFileError(
+            f"{name} cannot be imported: {error}. It is looked for here, and where packages are installed"
+        ) from error
+    except Exception as error:  # whatever the module does when it is imported
+        raise ModelFileError(f"{name} cannot be imported, for it fails with {type(error).__name__}: {error}") from error
+    if not callable(found):
+        raise ModelFileError(f"{name} is of type {type(found).__name__}, which cannot be called")
+    return found
+
+
+# Weights
+
+
+def _load_weights(network: nn.Module, path: Path, allow_pickle: bool) -> None:
+    state = _state_of(path, allow_pickle)
+    while not set(state) & set(network.state_dict()) and (shorter := _without_prefix(state)) is not state:
+        state = shorter
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise ModelFileError(f"the weights in {path} do not fit {type(network).__name__}: {error}") from error
+
+
+def _state_of(path: Path, allow_pickle: bool) -> Mapping[str, Tensor]:
+    if not path.is_file():
+        raise ModelFileError(f"there is no file of weights {path}")
+    if path.suffix == ".safetensors":
+        try:
+            from safetensors import SafetensorError
+            from safetensors.torch import load_file
+        except ImportError as error:
+            raise MissingDependencyError(f"{path} needs safetensors: pip install 'voxloom[safetensors]'") from error
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ModelFileError(f"{path} is not a file of safetensors, or is damaged: {error}") from error
+    found: Any = _unpickled(path, allow_pickle)
+    while isinstance(found, Mapping) and (inner := [found[key] for key in STATE_KEYS if isinstance(found.get(key), Mapping)]):
+        found = inner[0]
+    if not isinstance(found, Mapping) or not all(isinstance(key, str) and isinstance(found[key], Tensor) for key in found):
+        raise ModelFileError(f"{path} holds no weights by name, also not under {', '.join(STATE_KEYS)}")
+    return found
+
+
+def _without_prefix(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Drop what a wrapper such as DistributedDataParallel or torch.compile puts before all names, if there is such a thing."""
+    for prefix in ("module.", "_orig_mod."):
+        if state and all(name.startswith(prefix) for name in state):
+            return {name.removeprefix(prefix): value for name, value in state.items()}
+    return state
+
+
+def _unpickled(path: Path, allow_pickle: bool) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of old ways to pickle
+            return torch.load(path, map_location="cpu", weights_only=not allow_pickle)
+    except pickle.UnpicklingError as error:
+        raise ModelFileError(f"{path} holds more than weights, and {ALLOW}. ({_first_line(error)})") from error
+    except Exception as error:  # whatever a damaged file makes torch stumble over
+        raise ModelFileError(f"{path} cannot be read: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+# Whole models
+
+
+def _of_file(path: Path, allow_pickle: bool) -> LoadedModel:
+    if path.is_dir():
+        raise ModelFileError(f"{path} is a folder: a model is a .pt2 or TorchScript file, or package.module:callable")
+    names: list[str] = []
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error:
+        if path.suffix == ".pt2":
+            raise ModelFileError(f"{path} is damaged or truncated, or no torch.export program: {error}") from error
+    if is_program(names):
+        return _of_program(path, allow_pickle)
+    if any(name.endswith("/constants.pkl") for name in names):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # of TorchScript as such
+                return LoadedModel(torch.jit.load(path, map_location="cpu").eval(), _name_of(path))
+        except Exception as error:  # see above
+            raise ModelFileError(f"{path} cannot be loaded as TorchScript: {_first_line(error)}") from error
+    if not allow_pickle:
+        raise ModelFileError(
+            f"{path} is neither a torch.export program nor TorchScript. If it is a pickled model, {ALLOW}; if it holds weights,"
+            " give package.module:factory and --weights"
+        )
+    model = _unpickled(path, allow_pickle)
+    if not callable(model):
+        raise ModelFileError(
+            f"{path} holds {type(model).__name__}, which cannot be called: give package.module:factory --weights"
+        )
+    return LoadedModel(model.eval() if isinstance(model, nn.Module) else model)
+
+
+def _of_program(path: Path, allow_pickle: bool) -> LoadedModel:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.export.load(path if allow_pickle else inspected(path))
+    except ProgramRefusedError as error:
+        raise ModelFileError(f"{path}: {error}; {ALLOW}") from None
+    except Exception as error:  # whatever a damaged file makes torch stumble over
+        raise ModelFileError(f"{path} cannot be loaded: {_first_line(error)}") from error
+    inputs = set(program.graph_signature.user_inputs)
+    shapes = [node.meta["val"].shape for node in program.graph.nodes if node.op == "placeholder" and node.name in inputs]
+    if len(shapes) != 1 or len(shapes[0]) != 5:
+        raise ModelFileError(
+            f"{path} takes {len(shapes)} inputs, of {', '.join(str(len(shape)) for shape in shapes)} dimensions: a model takes"
+            " one batch (B, C, I, J, K)"
+        )
+    try:
+        guards = None if allow_pickle else Guards(program, shapes[0])  # only what was looked into is arithmetic
+    except ValueError as error:
+        raise ModelFileError(
+            f"{path}: {error}. Give --allow-pickle if you trust where it is from, and PyTorch makes its own checks"
+        ) from error
+    module = _module_of(program, guards)
+    batch, channels, *patch = (size if isinstance(size, int) else None for size in shapes[0])
+    return LoadedModel(module, _name_of(path), batch, tuple(patch), channels, guards)
+
+
+def _module_of(program: torch.export.ExportedProgram, guards: Guards | None) -> nn.Module:
+    if guards is None:
+        return program.module()
+    without = {"check_guards": False} if "check_guards" in inspect.signature(program.module).parameters else {}
+    module = program.module(**without)
+    module.register_forward_pre_hook(lambda module, args: guards.check(args[0]), prepend=True)
+    return module
+
+
+def _name_of(path: Path) -> str:
+    """Know a model by its file, since not all of what it is can be seen once it is loaded."""
+    return f"sha256 {hash_of_file(path)}"

@@ -1,0 +1,1 @@
+"""Pictures, for which matplotlib is needed."""

@@ -1,0 +1,134 @@
+"""What tells one prediction from another: the models and the options, in a form that can be written down.
+
+A model is known by its weights, and by the source file of its class. What it finds elsewhere, such as in files that it reads or
+in variables of other modules, is not looked at: `model_name` stands for what a fingerprint cannot tell.
+"""
+
+import functools
+import hashlib
+import inspect
+import io
+import math
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..io.arrays import hash_of, raw_bytes
+from ..io.files import hash_of_file
+from ..io.protocols import Json
+
+__all__ = ["differences", "fingerprint_of_code", "fingerprint_of_model", "fingerprint_of_option"]
+
+Plain = bool | int | float | str | None
+
+
+def fingerprint_of_model(model: Callable, name: str | None = None) -> Json:
+    """Know a model by a name, or a module by its weights, its settings and its code; None for a function without a name.
+
+    Of the settings count those that PyTorch prints, and the attributes that are called as the arguments of a constructor are:
+    others may change while a model runs.
+    """
+    if name is not None:
+        return {"name": name}
+    if not isinstance(model, nn.Module):
+        return None
+    if isinstance(model, torch.jit.ScriptModule):
+        return {"class": "torch.jit.ScriptModule", "sha256": hash_of(_parts_of_script(model))}
+    digest = hashlib.sha256(_without_addresses(repr(model)).encode())
+    files: set[str] = set()
+    for where, part in model.named_modules():
+        digest.update(f"{where} {_settings_of(part)} {getattr(part, 'code', '')}".encode())
+        files.add(fingerprint_of_code(type(part)) or "")
+    digest.update("".join(sorted(files)).encode())
+    values = dict(model.state_dict()) | dict(model.named_buffers())  # with those that are not part of a checkpoint
+    for key, value in sorted(values.items()):
+        digest.update(f"{key} {getattr(value, 'dtype', type(value))} {getattr(value, 'shape', '')}".encode())
+        digest.update(raw_bytes(value) if isinstance(value, Tensor) else repr(value).encode())
+    return {"class": f"{type(model).__module__}.{type(model).__qualname__}", "sha256": digest.hexdigest()}
+
+
+def _parts_of_script(model: torch.jit.ScriptModule) -> Iterator[str]:
+    """Give what a scripted model would be saved as, without what differs each time that it is scripted."""
+    with zipfile.ZipFile(io.BytesIO(model.save_to_buffer())) as archive:
+        for name in archive.namelist():
+            if re.search(r"/(data|constants)(/|\.pkl$)|/code/.*\.py$", name):
+                yield _without_addresses(name.partition("/")[2])
+                yield _without_addresses(archive.read(name).decode("latin-1"))
+
+
+def _settings_of(part: nn.Module) -> list[tuple[str, Plain]]:
+    arguments = inspect.signature(type(part).__init__).parameters
+    found = ((name, vars(part)[name]) for name in arguments if name in vars(part))
+    return [(name, value) for name, value in found if value is None or isinstance(value, bool | int | float | str)]
+
+
+def fingerprint_of_code(thing: Any) -> str | None:
+    """Know a class or a function by the source file that it is in; None where there is no such file."""
+    try:
+        path = inspect.getsourcefile(thing)
+        return None if path is None else hash_of_file(Path(path))
+    except (OSError, TypeError):
+        return None
+
+
+def fingerprint_of_option(value: Any) -> Json:
+    """Write an option down: numbers and texts as they are, functions by their source and what it uses, objects by their state."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value if not isinstance(value, float) or math.isfinite(value) else repr(value)
+    if isinstance(value, Mapping):
+        return {str(key): fingerprint_of_option(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [fingerprint_of_option(item) for item in value]
+    if isinstance(value, np.ndarray | Tensor):
+        array = torch.as_tensor(value)
+        return hash_of([f"{array.dtype} {tuple(array.shape)}", raw_bytes(array)])
+    if isinstance(value, nn.Module):
+        return fingerprint_of_model(value)
+    if isinstance(value, functools.partial):
+        return [fingerprint_of_option(part) for part in (value.func, value.args, value.keywords)]
+    if inspect.ismethod(value):
+        return [fingerprint_of_option(value.__self__), value.__qualname__]
+    if inspect.isfunction(value):
+        used = [cell.cell_contents for cell in value.__closure__ or ()]
+        state = _state_of([used, value.__defaults__, value.__kwdefaults__])
+        return f"{value.__module__}.{value.__qualname__} {hash_of([_source_of(value), state])[:16]}"
+    name = f"{type(value).__module__}.{type(value).__qualname__}"
+    return f"{name} {hash_of([fingerprint_of_code(type(value)) or '', _state_of(value)])[:16]}"
+
+
+def _source_of(function: Callable) -> str:
+    try:
+        return inspect.getsource(function)
+    except OSError:
+        code = function.__code__
+        return _without_addresses(repr((code.co_code, code.co_names, code.co_consts)))
+
+
+def _state_of(value: Any) -> bytes:
+    try:
+        return pickle.dumps(value)
+    except Exception:  # noqa: BLE001 - whatever an object of the user's raises; what is printed of it is all that is left
+        return _without_addresses(repr(value)).encode()
+
+
+def _without_addresses(text: str) -> str:
+    return re.sub(r"0x[0-9a-f]+|[./]?___torch_mangle_\d+", "", text)
+
+
+def differences(recorded: Json, now: Json, path: str = "") -> list[str]:
+    """Say where two fingerprints differ, each with both values."""
+    if isinstance(recorded, dict) and isinstance(now, dict):
+        keys = dict.fromkeys([*recorded, *now])
+        return [
+            text
+            for key in keys
+            for text in differences(recorded.get(key, "nothing"), now.get(key, "nothing"), f"{path}.{key}" if path else str(key))
+        ]
+    return [] if recorded == now else [f"{path} was {recorded} and is {now}"]

@@ -1,0 +1,1 @@
+"""What touches the process: memory, threads, processes, random states."""

@@ -1,0 +1,191 @@
+"""Memory that a network frees, kept for its next forward pass; and given back when the process grows beyond what was promised.
+
+The C library gives large blocks back to the system as soon as they are freed, and the system clears each page before it hands
+it out again. For a network on a CPU that takes as long as its arithmetic. Here the C library is told to keep what is freed; and
+where that does not fit what comes next, so that the process grows, to give all of it back now and then.
+
+Only the GNU C library knows how. With others, or an allocator such as jemalloc in its place, nothing is done.
+"""
+
+import contextlib
+import ctypes
+import mmap
+import os
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from .forks import in_forked_process
+
+__all__ = ["Trimmer", "judge", "kept_memory"]
+
+# Parameters of `mallopt`, and what they are set to afterwards: what the library itself comes to where much memory is used.
+TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4
+USUAL = {MMAP_MAX: 65536, MMAP_THRESHOLD: 32 * 2**20, TRIM_THRESHOLD: 64 * 2**20}
+MOST = 2**31 - 1
+NAMES = {MMAP_MAX: "mmap_max", MMAP_THRESHOLD: "mmap_threshold", TRIM_THRESHOLD: "trim_threshold"}
+# How many times its outputs a model must use, and how many bytes, for keeping memory to be of use: what is kept of less are gaps
+# between outputs, or would be kept anyway.
+LEAST_USE, LEAST_BYTES = 2, 64 * 2**20
+# How much more than a model used when it was called first may be kept: some patterns do not fit well into what is there.
+GROWTH, GROWTH_BYTES = 0.3, 32 * 2**20
+# By how much a process may grow at least before it is looked for gaps once more.
+TRIM_BYTES = 8 * 2**20
+
+
+class _HeapInfo(ctypes.Structure):
+    """`struct mallinfo2`, of which only the first number is of interest: bytes of the heap, in use or not."""
+
+    _fields_ = [("arena", ctypes.c_size_t), *((f"field{number}", ctypes.c_size_t) for number in range(9))]
+
+
+@dataclass
+class _Library:
+    """The C library of this process."""
+
+    mallopt: Callable[[int, int], int]
+    trim: Callable[[int], int]
+    info: Callable[[], _HeapInfo] | None
+
+    @classmethod
+    def find(cls) -> "_Library | None":
+        if os.name != "posix":
+            return None
+        library: Any = ctypes.CDLL(None)
+        if not hasattr(library, "gnu_get_libc_version"):
+            return None
+        info = getattr(library, "mallinfo2", None)
+        if info is not None:
+            info.restype = _HeapInfo
+        return cls(library.mallopt, library.malloc_trim, info)
+
+    @property
+    def heap_bytes(self) -> int:
+        """Bytes of the heap, in use or not."""
+        return 0 if self.info is None else self.info().arena
+
+
+@dataclass
+class _State:
+    """Who wants memory to be kept, in this process."""
+
+    users: int = 0
+    is_keeping: bool = False
+    heap_before: int = 0
+    of_model: int | None = None
+    """By how many bytes the heap grew when a model was called for the first time."""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+_library = _Library.find()
+_state = _State()
+
+
+@contextlib.contextmanager
+def kept_memory() -> Iterator[None]:
+    """Let memory that is freed be kept for what follows, such as the next forward pass of a network on a CPU.
+
+    A U-Net's passes take half the time then, with the same bits. The process keeps as much as it has used at most in between, and
+    gives it back in the end. It may be nested, and used by several threads. `predict` does it by itself.
+
+    Example:
+        >>> import torch, voxloom as vx
+        >>> network = torch.nn.Conv3d(1, 4, kernel_size=3, padding=1)
+        >>> with vx.kept_memory(), torch.inference_mode():
+        ...     outputs = [network(torch.rand(1, 1, 32, 32, 32)).shape for _ in range(3)]
+    """
+    with _state.lock:
+        _state.users += 1
+        if _state.users == 1:
+            _start_keeping()
+    try:
+        yield
+    finally:
+        with _state.lock:
+            _state.users -= 1
+            if _state.users == 0:
+                _stop_keeping()
+
+
+def _start_keeping() -> None:
+    if _library is not None:
+        _state.heap_before, _state.is_keeping, _state.of_model = _library.heap_bytes, True, None
+        _library.mallopt(MMAP_MAX, 0)
+        _library.mallopt(TRIM_THRESHOLD, -1)
+
+
+def _stop_keeping(largest: int | None = None) -> None:
+    """Go back to what is usual, but for blocks of more than some bytes, which come from the system each time."""
+    if _library is not None and _state.is_keeping:
+        _state.is_keeping = False
+        for parameter, usual in USUAL.items():
+            _library.mallopt(parameter, _chosen(parameter, usual))
+        if largest is not None:
+            _library.mallopt(MMAP_THRESHOLD, min(largest, USUAL[MMAP_THRESHOLD]))
+        _library.trim(0)
+
+
+def _chosen(parameter: int, usual: int) -> int:
+    """Give what the user has chosen for a parameter, if anything."""
+    name = NAMES[parameter]
+    tunables = dict(part.partition("=")[::2] for part in os.environ.get("GLIBC_TUNABLES", "").split(":"))
+    given = os.environ.get(f"MALLOC_{name.upper()}_") or tunables.get(f"glibc.malloc.{name}")
+    try:
+        number = usual if given is None else int(given, 0)
+    except ValueError:
+        return usual
+    return number if number <= MOST else -1  # which is without end
+
+
+def judge(output_bytes: int) -> None:
+    """After a model was called for the first time: stop keeping memory if that is of no use to it.
+
+    Args:
+        output_bytes: what the outputs take of the heap.
+    """
+    if _library is None or not _state.is_keeping or _state.of_model is not None:
+        return
+    with _state.lock:
+        _state.of_model = _library.heap_bytes - _state.heap_before
+        if _state.of_model <= max(LEAST_USE * output_bytes, LEAST_BYTES):
+            _stop_keeping(output_bytes)
+
+
+class Trimmer:
+    """Keeps a process within a bound, beside what a model itself uses and what is kept for it.
+
+    Args:
+        num_bytes: by how much the process may grow.
+    """
+
+    def __init__(self, num_bytes: int) -> None:
+        self._step = max(num_bytes // 100, TRIM_BYTES)
+        self._bound = _resident_bytes() + num_bytes
+
+    def check(self) -> None:
+        """Give back what is free if the process has grown too large; costs hardly anything otherwise."""
+        if _library is None:
+            return
+        kept = (_state.of_model or 0) * (1 + GROWTH) + GROWTH_BYTES if _state.is_keeping else 0
+        if _resident_bytes() > self._bound + kept:
+            _library.trim(0)
+            # What is still there is in use, by the model for example: asking again at once would be of no use.
+            self._bound = max(self._bound, _resident_bytes() + self._step)
+
+
+def _resident_bytes() -> int:
+    try:
+        with open("/proc/self/statm", "rb") as file:  # noqa: PTH123 - each batch asks
+            return int(file.read().split()[1]) * mmap.PAGESIZE
+    except OSError:
+        return 0
+
+
+@in_forked_process
+def _start_anew() -> None:
+    """In a forked process nobody keeps memory any more, nor holds the lock."""
+    global _state
+    was_keeping, _state = _state.is_keeping, _State(is_keeping=_state.is_keeping)
+    if was_keeping:
+        _stop_keeping()

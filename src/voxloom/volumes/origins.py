@@ -1,0 +1,79 @@
+"""Where the voxels of an image come from: files, or a source that was given in place of them."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..errors import ImageFileError
+from ..io.composed import CustomFile, StackedSource
+from ..io.formats import open_volume
+from ..io.protocols import VolumeSource, VolumeSpec
+
+__all__ = ["CustomReader", "FileOrigin", "GivenOrigin", "Origin"]
+
+CustomReader = Callable[[Path], tuple[Any, Any]]
+
+
+class FileOrigin:
+    """One file, or several that become channels: opened when they are needed, and again after they were closed.
+
+    Args:
+        paths: the files.
+        reader: the user's own function that reads one; None leaves it to the format.
+        is_placed: whether the image has an affine of its own, so that those of the files need not agree.
+    """
+
+    def __init__(self, paths: tuple[Path, ...], reader: CustomReader | None, is_placed: bool) -> None:
+        self.paths = paths
+        self._reader = reader
+        self._is_placed = is_placed
+        self._spec: VolumeSpec | None = None
+        self._source: VolumeSource | None = None
+
+    @property
+    def source(self) -> VolumeSource:
+        """The open files.
+
+        Raises:
+            ImageFileError: if they are others than when their header was read.
+        """
+        if self._source is None:
+            reader = self._reader
+            files = [open_volume(path) if reader is None else CustomFile(path, reader) for path in self.paths]
+            names = list(map(str, self.paths))
+            source = files[0] if len(files) == 1 else StackedSource(files, names, check_place=not self._is_placed)
+            spec = VolumeSpec(source.shape, source.dtype, source.affine, source.codes)
+            if self._spec is not None and (spec.shape, spec.dtype) != (self._spec.shape, self._spec.dtype):
+                raise ImageFileError(f"{', '.join(names)} is another file than when its header was read: make the image anew")
+            self._source, self._spec = source, spec
+        return self._source
+
+    @property
+    def spec(self) -> VolumeSpec:
+        """What the headers say; kept when the files are closed."""
+        if self._spec is None:
+            _ = self.source
+        assert self._spec is not None
+        return self._spec
+
+    def close(self) -> None:
+        """Let go of the files."""
+        self._source = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_source": None}  # another process opens the files anew
+
+
+class GivenOrigin:
+    """A source that was given."""
+
+    def __init__(self, source: VolumeSource) -> None:
+        self.source = source
+        self.paths = source.paths
+        self.spec = VolumeSpec(source.shape, source.dtype, source.affine, source.codes)
+
+    def close(self) -> None:
+        """It is the giver's."""
+
+
+Origin = FileOrigin | GivenOrigin

@@ -1,0 +1,170 @@
+"""Memory that is kept for a while: seen by what a process holds after a large block was freed, in processes of their own."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+import voxloom as vx
+
+BEGINNING = '''
+    import json, os, sys, threading
+    import torch
+    import voxloom as vx
+
+    BLOCK = 20 * 2**20
+
+    def resident():
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    torch.ones(2**20).sum()  # what is made once
+    at_rest = resident()
+
+    def keeps():
+        """Whether a block is kept when it is freed: no gap that those before have left is large enough."""
+        global BLOCK
+        BLOCK *= 2
+        torch.ones(BLOCK, dtype=torch.uint8)
+        return holds_it()
+
+    def holds_it():
+        return resident() - at_rest > BLOCK // 2
+'''
+
+pytestmark = pytest.mark.skipif(
+    not sys.platform.startswith("linux")
+    or not hasattr(os, "confstr")
+    or "glibc" not in (os.confstr("CS_GNU_LIBC_VERSION") or ""),
+    reason="only the GNU C library can be told to keep memory",
+)
+
+
+def found(script, **environment):
+    command = [sys.executable, "-c", textwrap.dedent(BEGINNING) + textwrap.dedent(script)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60, env=os.environ | environment)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+def test_memory_is_kept_until_the_end():
+    script = """
+        seen = [keeps()]
+        with vx.kept_memory():
+            seen += [keeps(), keeps()]
+        seen += [holds_it(), keeps()]
+        print(json.dumps(seen))
+    """
+    assert found(script) == [False, True, True, False, False]
+
+
+def test_nested_and_after_errors():
+    script = """
+        seen = []
+        with vx.kept_memory():
+            try:
+                with vx.kept_memory():
+                    raise ValueError
+            except ValueError:
+                seen.append(keeps())
+        seen.append(keeps())
+        print(json.dumps(seen))
+    """
+    assert found(script) == [True, False]
+
+
+def test_several_threads():
+    """The last to leave ends it."""
+    script = """
+        inside, leave = threading.Event(), threading.Event()
+
+        def hold():
+            with vx.kept_memory():
+                inside.set()
+                leave.wait()
+
+        thread = threading.Thread(target=hold)
+        thread.start()
+        inside.wait()
+        with vx.kept_memory():
+            seen = [keeps()]
+        seen.append(keeps())
+        leave.set()
+        thread.join()
+        seen.append(keeps())
+        print(json.dumps(seen))
+    """
+    assert found(script) == [True, True, False]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_forked_process_does_not_keep_memory():
+    script = """
+        with vx.kept_memory():
+            child = os.fork()
+            if not child:
+                at_rest = resident()
+                os._exit(keeps())
+            seen = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), keeps()]
+        print(json.dumps(seen))
+    """
+    assert found(script) == [0, True]
+
+
+def test_what_the_user_has_chosen_comes_back():
+    script = """
+        with vx.kept_memory():
+            pass
+        print(json.dumps(keeps()))
+    """
+    assert found(script, MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_=str(2**40)) is True
+    assert found(script, GLIBC_TUNABLES=f"glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold={2**40}") is True
+
+
+def test_a_prediction_keeps_what_its_model_uses_and_gives_it_back():
+    script = """
+        sizes = []
+
+        class Wide(torch.nn.Conv3d):
+            '''Uses far more than it returns.'''
+
+            def forward(self, batch):
+                sizes.append(resident() - at_rest)
+                return super().forward(batch).mean(1, keepdim=True)
+
+        vx.predict(Wide(1, 96, 1), torch.rand(1, 64, 64, 128), patch_size=64)
+        print(json.dumps([*sizes, resident() - at_rest]))
+    """
+    first, second, *_, after = found(script)
+    block = 96 * 64**3 * 4
+    assert first < block / 2 < second
+    assert after < block / 2
+
+
+def test_bits_do_not_depend_on_it():
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Conv3d(1, 48, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv3d(48, 2, 3, padding=1))
+    batch = torch.rand(1, 1, 64, 64, 64)
+    with torch.inference_mode():
+        expected = network(batch)
+        with vx.kept_memory():
+            assert all(torch.equal(network(batch), expected) for _ in range(3))
+
+
+def test_a_prediction_that_fails_keeps_nothing():
+    script = """
+        def fail(batch):
+            torch.ones(BLOCK, dtype=torch.uint8)
+            raise ValueError
+
+        try:
+            vx.predict(fail, torch.rand(1, 16, 16, 16), patch_size=8)
+        except ValueError:
+            pass
+        print(json.dumps(keeps()))
+    """
+    assert found(script) is False
