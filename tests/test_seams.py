@@ -12,6 +12,7 @@ import torch
 
 import voxloom as vx
 from voxloom.core.boxes import Box
+from voxloom.errors import ImageError, TargetExistsError
 from voxloom.inference import ThreadExecutor
 from voxloom.io.composed import StackedSource
 from voxloom.io.formats import open_volume
@@ -266,3 +267,157 @@ def test_any_function_that_reads_boxes_is_enough():
     made = vx.predict(torch.nn.Identity(), Formula(), patch_size=16, overlap_mode="crop")
     assert torch.equal(made.data, Formula().read(Box.of_shape((30, 30, 30))))
     assert np.array_equal(made.affine, AFFINE)
+
+
+class Untrue(vx.ArraySource):
+    """Returns something else than it says."""
+
+    def __init__(self, change):
+        super().__init__(values(3).numpy(), affine=AFFINE)
+        self.change = change
+
+    def read(self, box):
+        return self.change(super().read(box))
+
+
+@pytest.mark.parametrize(
+    "change", [lambda read: read[0], lambda read: read[:1], lambda read: read.double(), lambda read: read[:, 1:]]
+)
+def test_a_source_that_returns_something_else_than_it_says_is_refused(change):
+    """It would be broadcast, or rounded where a patch reaches beyond the border and not elsewhere."""
+    source = Untrue(change)
+    with pytest.raises(ImageError, match=r"Untrue\.read returned .* it must be torch\.float32 of shape \(3, "):
+        vx.predict(torch.nn.Identity(), source, patch_size=8, patch_overlap=4, padding_mode="reflect")
+    with pytest.raises(ImageError, match="Untrue"):
+        vx.ScalarImage(source).load()
+    with pytest.raises(ImageError, match="Untrue"):
+        vx.predict(torch.nn.Identity(), values(3), patch_size=8, mask=source)
+
+
+def test_tensors_as_arrays():
+    for data in (
+        values(2),
+        values(2, torch.int16),
+        values(1).to(torch.bfloat16),
+        values(1).transpose(1, 3).contiguous().transpose(1, 3),
+    ):
+        check_source(vx.ArraySource(data, affine=AFFINE), data, AFFINE)
+
+
+class Exclusive(MemoryStore):
+    """Fails where something is there already, says that it is empty, and keeps what was flushed alone."""
+
+    def __len__(self):
+        return 0
+
+    def create(self, spec, run):
+        assert (self.path, run) not in self._disk
+        super().create(spec, run)
+
+    def commit(self, sidecar, run):
+        self._waiting = []
+        return super().commit(sidecar, run)
+
+
+def test_a_store_that_relies_on_all_that_is_promised(tmp_path):
+    disk = {}
+    check_store(lambda name: Exclusive(disk, tmp_path / name), lambda image: image.data)
+
+
+def test_a_store_without_a_path(tmp_path):
+    store = Exclusive({}, tmp_path / "none")
+    store.path = None
+    made = vx.predict(torch.nn.Identity(), values(), patch_size=8, overlap_mode="crop", output=store)
+    assert torch.equal(made.data, values())
+
+
+def test_a_run_that_was_killed_before_anything_was_finished(tmp_path):
+    """Its log is there, and what the store has made: the next run makes it anew."""
+    disk = {}
+    predictor = vx.Predictor(torch.nn.Identity(), 8, overlap_mode="crop")
+
+    def stop(self, box, values):
+        raise KeyboardInterrupt
+
+    class Killed(Exclusive):
+        write = stop
+
+        def abort(self):
+            raise SystemExit  # as good as gone: nothing more is done
+
+    with pytest.raises(SystemExit):
+        predictor(values(), output=Killed(disk, tmp_path / "killed"))
+    assert [key for key in disk if isinstance(key, tuple)]
+    assert list(tmp_path.glob(".killed.voxloom"))
+    assert torch.equal(predictor(values(), output=Exclusive(disk, tmp_path / "killed")).data, values())
+    assert list(disk) == [tmp_path / "killed"]
+
+
+def test_a_store_that_cannot_be_resumed_is_begun_anew(tmp_path):
+    class Forgetful(MemoryStore):
+        supports_resume = False
+
+        def reopen(self, spec, run):
+            raise AssertionError
+
+    disk = {}
+    check_store(lambda name: Forgetful(disk, tmp_path / name), lambda image: image.data)
+    assert not [key for key in disk if isinstance(key, tuple)]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_an_error_in_ending_a_store_does_not_hide_the_error_itself():
+    class Full:
+        def open(self, spec):
+            raise OSError("no room")
+
+        def write(self, box, values): ...
+
+        def close(self): ...
+
+        def abort(self):
+            raise AttributeError("never opened")
+
+    class Other(Full):
+        aborted = False
+
+        def abort(self):
+            Other.aborted = True
+
+    def model(batch):
+        return {"a": batch, "b": batch}
+
+    with pytest.raises(OSError, match="no room") as caught:
+        vx.predict(model, values(), patch_size=8, output={"a": Full(), "b": Other()})
+    assert "could not be aborted: AttributeError('never opened')" in caught.value.__notes__[0]
+    assert not Other.aborted
+
+
+def test_a_fingerprint_that_json_writes_in_another_way(tmp_path):
+    class Tuples(vx.ArraySource):
+        def fingerprint(self):
+            return {"v": (1, 2), 3: "three"}
+
+    source = Tuples(values().numpy())
+    predictor = vx.Predictor(torch.nn.Identity(), 8, overlap_mode="crop")
+    predictor(source, output=tmp_path / "made.nii")
+    assert predictor.is_made(source, output=tmp_path / "made.nii")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.weight.data.mul_(5),
+        lambda model: model.weight.data.copy_(model.weight.data.flip(0)),
+        lambda model: setattr(model, "stride", (2, 1, 1)),
+        lambda model: model.load_state_dict({name: value + 1 for name, value in model.state_dict().items()}),
+    ],
+)
+def test_a_changed_model_is_another_one_to_the_same_predictor(tmp_path, change):
+    model = torch.nn.Conv3d(1, 4, 3, padding=1)
+    predictor = vx.Predictor(model, 8)
+    predictor(values(), output=tmp_path / "made.nii")
+    assert predictor.is_made(values(), output=tmp_path / "made.nii")
+    change(model)
+    with pytest.raises(TargetExistsError, match="models"):
+        predictor.is_made(values(), output=tmp_path / "made.nii")

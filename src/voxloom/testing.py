@@ -5,6 +5,7 @@ The simplest source is `ArraySource`; the simplest store that can be resumed, an
 
 import json
 import pickle
+import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor
 from ._version import __version__
 from .aggregation.accumulator import Accumulator
 from .core.boxes import Box
-from .errors import RecordError
+from .errors import OutputError, RecordError
 from .inference.inputs import read_batch
 from .inference.plan import PredictionPlan
 from .inference.predictor import Predictor, predict
@@ -180,14 +181,17 @@ def _check_parts(make: Callable[[str], VolumeStore], read: Callable[[Any], Tenso
     store.create(spec, run)
     store.write(boxes[0], values[(slice(None), *boxes[0].slices)])
     store.abort()
-    store.discard(run)
     store = make(name)
+    store.discard(run)
+    store.discard(run)  # there is nothing any more
     store.create(spec, run)
     for number, box in enumerate(boxes):
         store.write(box, values[(slice(None), *box.slices)].clone())
         if number in (3, 6):
             store.flush()
             if store.supports_resume:
+                lost = boxes[number + 1]  # what comes after a flush comes again
+                store.write(lost, values[(slice(None), *lost.slices)].clone())
                 store.abort()
                 store = make(name)
                 store.reopen(spec, run)
@@ -205,9 +209,10 @@ def _check_prediction(make: Callable[[str], VolumeStore], read: Callable[[Any], 
     predictor = Predictor(_two_channels, 8, patch_overlap=4, batch_size=2)
     expected = predictor(image).data
     assert torch.equal(read(predictor(image, output=make("whole"))), expected), "the store holds another prediction"
+    several = Predictor(_two_channels, 8, patch_overlap=4, batch_size=2, reduce={"whole": None, "labels": "argmax"})
+    made = several(image, output={"whole": make("one of two")})["whole"]
+    assert torch.equal(read(made), expected), "the store holds another prediction, as one of two"
     store = make("interrupted")
-    if not store.supports_resume or store.path is None:
-        return
     stopping = Predictor(_Stopping(40), 8, patch_overlap=4, batch_size=2, model_name="two")
     _raises(_StoppedError, lambda: stopping(image, output=store))
     going_on = Predictor(_two_channels, 8, patch_overlap=4, batch_size=2, model_name="two")
@@ -267,6 +272,8 @@ class SerialExecutor:
 
                 outputs = runner.run(read(), read)
                 runner.check(plan, outputs, size)
+                if any(bool(output[0].isnan().any()) for output in outputs):
+                    raise OutputError(f"the model returned NaN for the patch {patch} of {plan.name}")
                 for total, output in zip(sums, outputs, strict=True):
                     total.add(output[0].cpu(), total.grid.location(patch))
                 progress(1)
@@ -323,6 +330,22 @@ def check_executor(executor: Executor) -> None:
                 assert one.shape == other.shape
                 assert torch.allclose(one, other, rtol=1e-5, atol=1e-6), f"other values for {options}"
     _raises(_StoppedError, lambda: Predictor(_Stopping(5), 8, executor=executor)(image))
+    _raises(OutputError, lambda: Predictor(_not_a_number, 8, executor=executor)(image))
+    _check_resuming(executor, image)
+
+
+def _check_resuming(executor: Executor, image: ScalarImage) -> None:
+    options: dict[str, Any] = {"patch_overlap": 4, "batch_size": 2, "model_name": "two"}
+    expected = Predictor(_two_channels, 8, executor=SerialExecutor(), **options)(image).data
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(action="ignore", category=RuntimeWarning):
+        store = MemoryStore({}, Path(folder) / "interrupted")
+        _raises(_StoppedError, lambda: Predictor(_Stopping(45), 8, executor=executor, **options)(image, output=store))
+        made = Predictor(_two_channels, 8, executor=executor, **options)(image, output=store)
+    assert torch.allclose(made.data, expected, rtol=1e-5, atol=1e-6), "what was resumed is another prediction"
+
+
+def _not_a_number(batch: Tensor) -> Tensor:
+    return batch.sqrt() - batch.sqrt() * float("nan")
 
 
 def _two_outputs(batch: Tensor) -> dict[str, Tensor]:

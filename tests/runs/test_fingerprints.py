@@ -187,3 +187,13 @@ def test_weights_are_hashed_once_as_long_as_they_are_the_same(tmp_path, monkeypa
         model.bias += 1
     with pytest.raises(vx.errors.TargetExistsError, match="models"):
         predictor.is_made(tmp_path / "scan.nii", output=tmp_path / "2.nii")
+
+
+def test_sizes_that_a_constructor_took_count():
+    class Sized(nn.Module):
+        def __init__(self, sizes):
+            super().__init__()
+            self.sizes = sizes
+
+    assert fingerprint_of_model(Sized((1, 2))) == fingerprint_of_model(Sized((1, 2)))
+    assert fingerprint_of_model(Sized((1, 2))) != fingerprint_of_model(Sized((1, 3)))

@@ -168,3 +168,46 @@ def test_a_prediction_that_fails_keeps_nothing():
         print(json.dumps(keeps()))
     """
     assert found(script) is False
+
+
+MAPPED = '''
+    import ctypes
+
+    class Info(ctypes.Structure):
+        _fields_ = [(str(number), ctypes.c_size_t) for number in range(10)]
+
+    mallinfo = ctypes.CDLL(None).mallinfo2
+    mallinfo.restype = Info
+
+    def is_mapped(num_bytes):
+        """Whether such a block comes from the system by itself."""
+        before = getattr(mallinfo(), "3")
+        block = bytearray(num_bytes)
+        return getattr(mallinfo(), "3") > before
+'''
+
+
+@pytest.mark.parametrize("channels", [1, 64])
+def test_a_small_prediction_leaves_small_blocks_as_quick_as_before(channels):
+    script = f"""
+        small, usual = is_mapped(50_000), is_mapped(40 * 2**20)
+        seen = []
+
+        def model(batch):
+            seen.append(is_mapped(50_000))
+            return batch.expand(-1, {channels}, -1, -1, -1).clone()
+
+        vx.predict(model, torch.rand(1, 20, 20, 20), patch_size=12)
+        print(json.dumps([small, usual, any(seen), is_mapped(50_000), is_mapped(2**20), is_mapped(40 * 2**20)]))
+    """
+    assert found(textwrap.dedent(MAPPED) + textwrap.dedent(script)) == [False, True, False, False, False, True]
+
+
+def test_a_small_prediction_does_not_end_what_the_user_asked_for():
+    script = """
+        with vx.kept_memory():
+            vx.predict(torch.nn.Identity(), torch.rand(1, 20, 20, 20), patch_size=12)
+            seen = [keeps()]
+        print(json.dumps([*seen, keeps()]))
+    """
+    assert found(script) == [True, False]

@@ -23,7 +23,7 @@ class SubjectDraws(NamedTuple):
     """Draws of one subject that belong together, because it is loaded for them."""
 
     place: int
-    """The how-manyth subject it is."""
+    """Its place in the order of subjects."""
     subject: int
     """Index of the subject in the data set."""
     patches: np.ndarray

@@ -98,12 +98,17 @@ class Call:
 
     def _stores_of(self, plan: PredictionPlan) -> list[VolumeStore]:
         """Give the store of each result; what is not to go elsewhere stays in memory."""
-        if len(plan.results) == len(self._asked_for) == 1:
-            return list(self._asked_for.values())
-        if list(self._asked_for) == [None]:
+        is_single = len(plan.results) == len(self._asked_for) == 1
+        if list(self._asked_for) == [None] and not is_single:
             names = ", ".join(repr(result.name) for result in plan.results)
             raise OutputError(f"one output was given for {len(plan.results)} results: give a dict with one for each of {names}")
-        stores = [self._asked_for.get(result.name) or SinkStore(MemorySink()) for result in plan.results]
+        if is_single:
+            stores = list(self._asked_for.values())
+        else:
+            stores = [
+                self._asked_for[result.name] if result.name in self._asked_for else SinkStore(MemorySink())
+                for result in plan.results
+            ]
         if self._log is not None and not all(store.supports_resume and store.path is not None for store in stores):
             self._log.is_recorded = False  # what is finished of the others would be gone
         return stores
@@ -133,8 +138,12 @@ class Call:
         with contextlib.ExitStack() as stack:
             if plan.spooled_bytes and self._given.unpacked is None:
                 self._given = replace(self._given, unpacked=stack.enter_context(spooled(self._given.source)))
+            opened: list[VolumeStore] = []
             try:
                 for store, result in zip(stores, plan.results, strict=True):
+                    opened.append(store)
+                    if not start and log is not None:
+                        store.discard(self._run_name)  # of a run that was interrupted before any slab was finished
                     (store.reopen if start else store.create)(result.volume, self._run_name)
                 if log is not None:
                     log.begin(fingerprint, plan.to_json())
@@ -148,22 +157,28 @@ class Call:
                     slab_finished=_nothing if log is None else log.slab_finished,
                     progress=stack.enter_context(_shown(progress, plan, start)),
                 )
+                for store in stores:
+                    store.flush()
                 if log is not None:
                     log.all_written()
             except BaseException as error:
-                self._abort(stores)
+                is_begun = log is not None and log.num_done > 0
+                self._abort(opened, error, keeps=is_begun)
+                if log is not None and not is_begun:
+                    log.end()
                 if log is not None and log.num_done and isinstance(error, SaveError):
                     raise type(error)(f"{error}. What is finished stays: the same call goes on from there") from error
                 raise
 
-    def _abort(self, stores: Sequence[VolumeStore]) -> None:
-        """Leave what can be resumed, and nothing of a run of which nothing is finished."""
+    def _abort(self, stores: Sequence[VolumeStore], error: BaseException, keeps: bool) -> None:
+        """Leave what can be resumed, or nothing where there is nothing to keep."""
         for store in stores:
-            store.abort()
-            if self._log is None or not self._log.num_done:
-                store.discard(self._run_name)
-        if self._log is not None and not self._log.num_done:
-            self._log.end()
+            try:
+                store.abort()
+                if not keeps:
+                    store.discard(self._run_name)
+            except Exception as another:  # noqa: BLE001 - whatever a store of the user's raises must not hide the error itself
+                error.add_note(f"{type(store).__name__} could not be aborted: {another!r}")
 
     def _committed(self, plan: PredictionPlan, stores: Sequence[VolumeStore], fingerprint: Json) -> Any:
         """Publish all results, and give them as the user gets them."""
@@ -174,11 +189,8 @@ class Call:
         try:
             for store in stores:
                 made.append(store.commit(sidecar, self._run_name))
-        except BaseException:
-            for store in stores[len(made) :]:
-                store.abort()
-                if self._log is None or not self._log.is_recorded:
-                    store.discard(self._run_name)
+        except BaseException as error:
+            self._abort(stores[len(made) :], error, keeps=self._log is not None and self._log.is_recorded)
             raise
         if self._log is not None:
             self._log.end()

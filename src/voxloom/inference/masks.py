@@ -15,7 +15,7 @@ from ..core.boxes import Box
 from ..core.grids import PatchGrid
 from ..core.walking import walk
 from ..errors import ImageError, SubjectError
-from ..io.protocols import VolumeSource, is_source
+from ..io.protocols import VolumeSource, is_source, read_checked
 from ..volumes.image import LabelMap
 
 __all__ = ["looks_at_input", "needed_patches"]
@@ -84,9 +84,9 @@ def _reader_of(mask: Any, source: VolumeSource) -> InBox:
     if isinstance(mask, Real) and not isinstance(mask, bool):
         if math.isnan(mask):
             raise SubjectError("the mask is nan, which no voxel is above: give a number")
-        return lambda box: (source.read(box) > float(mask)).any(0)
+        return lambda box: (read_checked(source, box) > float(mask)).any(0)
     if callable(mask):
-        return lambda box: _called(mask, source.read(box))
+        return lambda box: _called(mask, read_checked(source, box))
     raise SubjectError(
         f"the mask is {mask!r}: it must be an image or its path, a tensor of the volume's shape, a threshold, or a function"
     )
@@ -111,7 +111,7 @@ def _of_source(mask: VolumeSource, affine: Affine) -> InBox:
     is_shifted = np.allclose(to_mask[:3, :3], np.eye(3), atol=1e-4) and np.abs(to_mask[:3, 3] - shift).max() < 0.1
     if is_shifted:
         return lambda box: _shifted(mask, box, shift)
-    values = (mask.read(Box.of_shape(mask.shape[1:])) != 0).any(0)
+    values = (read_checked(mask, Box.of_shape(mask.shape[1:])) != 0).any(0)
     return lambda box: _nearest(values, box, to_mask)
 
 
@@ -120,7 +120,7 @@ def _shifted(mask: VolumeSource, box: Box, shift: np.ndarray) -> Tensor:
     there = moved & Box.of_shape(mask.shape[1:])
     result = torch.zeros(box.shape, dtype=torch.bool)
     if there.numel:
-        result[there.relative_to(moved.start).slices] = (mask.read(there) != 0).any(0)
+        result[there.relative_to(moved.start).slices] = (read_checked(mask, there) != 0).any(0)
     return result
 
 

@@ -19,7 +19,7 @@ from ..io.stores import NiftiStore, Sink, SinkStore, as_target
 from ..models.running import Models, as_models
 from ..runs.fingerprints import differences
 from ..runs.log import RunLog, is_to_be_published, remove_leftovers
-from ..runtime.kept_memory import kept_memory
+from ..runtime.kept_memory import kept_for_models
 from ..runtime.limits import as_bytes
 from .call import Call, Stores
 from .plan import PredictionPlan
@@ -57,7 +57,8 @@ class Predictor:
     """Applies a model to whole volumes, patch by patch; made once, and called for many.
 
     Patches are gathered in an order in which little of their sum is open at any time; a voxel that is complete is reduced and
-    written at once. So labels of many classes never need the memory of all classes. Each patch is given to the model once.
+    written at once. So labels of many classes never need the memory of all classes. Each patch is given to the model
+    once, unless there are several models, mirrored axes, or blocks.
 
     Args:
         model: takes a batch `(B, C, I, J, K)` and returns a tensor `(B, C', I', J', K')`, or a dict or tuple of tensors. A module
@@ -81,7 +82,7 @@ class Predictor:
         mirror_axes: axes, of 0, 1 and 2, along which each patch is mirrored as well; outputs of all combinations are averaged.
         fill: value of voxels that are not computed because of a mask.
         memory_limit: bytes, or such as `"2GiB"`, that may be used beside what the process has and what the model itself uses.
-            None for what is free. If the sum does not fit, the output is computed in blocks, and patches between them repeatedly.
+            None for what is free. If the sum does not fit, it is computed in blocks, and patches that they share several times.
         full_batches: fill the last batch up with copies, for a model that takes batches of one size only.
         model_name: what stands for the model in records of runs, in place of the hash of its weights and its code.
         executor: what carries plans out; None for threads of this process.
@@ -193,7 +194,7 @@ class Predictor:
         preparation = self._preparation
         with contextlib.ExitStack() as stack:
             if preparation.models.device.type == "cpu":
-                stack.enter_context(kept_memory())
+                stack.enter_context(kept_for_models())
             stores = self._stores(output, overwrite)
             given = preparation.input(image, image_name)
             _check_inputs(stores, given, mask)

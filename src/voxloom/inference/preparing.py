@@ -15,6 +15,7 @@ from ..io.protocols import Json, VolumeSource
 from ..io.spooling import spooled
 from ..models.outputs import Name
 from ..models.running import Models
+from ..runs.fingerprints import state_of_model
 from .inputs import as_source, name_of, padded, read_batch
 from .masks import looks_at_input, needed_patches
 from .outlook import Outlook, Seen
@@ -149,8 +150,7 @@ class Preparation:
 
     def fingerprint(self, given: Input) -> Json:
         """Say what tells a run from others; that of the models is worked out once for the same weights."""
-        tensors = [tensor for module in self.models.modules for tensor in (*module.parameters(), *module.buffers())]
-        state = [(tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version) for tensor in tensors]
+        state = [state_of_model(model) for model in self.models.models]
         if self._fingerprint[0] != state:
             self._fingerprint = state, fingerprint_of_models(self.models, self.model_name)
         return fingerprint_of_run(self._fingerprint[1], self.models, self.settings, self.options, given)

@@ -1,6 +1,7 @@
 """Where a result comes from: what tells its run from others, and what its sidecar says."""
 
 import datetime
+import json
 import platform
 from collections.abc import Sequence
 
@@ -30,7 +31,7 @@ def fingerprint_of_run(of_models: Json, models: Models, settings: Settings, opti
     is_named = isinstance(settings.overlap_mode, str) or window is None
     return {
         "versions": {"voxloom": __version__, "torch": str(torch.__version__)},
-        "input": given.source.fingerprint(),
+        "input": json.loads(json.dumps(given.source.fingerprint())),  # as it will be read again
         "models": of_models,
         "options": {
             "patch_size": list(settings.patch_size),

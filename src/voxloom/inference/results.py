@@ -149,4 +149,4 @@ def _source(name: Name, outputs: list[Name]) -> Name:
     if len(outputs) == 1:
         return outputs[0]
     there = ", ".join(map(repr, outputs))
-    raise NoSuchKeyError(f"there is a result {name!r}, but the model returns {there}: call results after these")
+    raise NoSuchKeyError(f"there is a result {name!r}, but the model returns {there}: name results after these")

@@ -22,7 +22,7 @@ from ..io.protocols import VolumeSource, VolumeStore
 from ..models.outputs import called
 from ..models.running import is_out_of_memory
 from ..runtime.forks import in_forked_process
-from ..runtime.kept_memory import Trimmer, kept_memory
+from ..runtime.kept_memory import Trimmer
 from ..runtime.limits import home_of_sums
 from ..runtime.memory import BufferPool
 from ..runtime.sharing import Share, SharedOut
@@ -126,7 +126,7 @@ class _Gathering:
             self._writer = _Writer(writing)
             self._share = SharedOut(adding) if adding else None
             try:
-                with self.runner.models.ready(), kept_memory() if self._is_on_cpu else contextlib.nullcontext():
+                with self.runner.models.ready():
                     self._gather_all(start)
                 self._writer.wait()
             except _NanFound as found:
@@ -148,10 +148,6 @@ class _Gathering:
         with SETTING_THREADS:  # in between it says something else
             threads = torch.get_num_threads()
         return min(threads, MOST_ADDING) if threads > 1 else 0
-
-    @property
-    def _is_on_cpu(self) -> bool:
-        return self.runner.models.device == HOST
 
     # Patches
 

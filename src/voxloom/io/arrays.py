@@ -13,7 +13,7 @@ from ..core.affines import Affine, as_affine
 from ..core.boxes import Box
 from ..core.walking import walk
 from ..errors import ImageError, UnsupportedImageError
-from .protocols import Json, SpaceCodes, VolumeSource
+from .protocols import Json, SpaceCodes, VolumeSource, read_checked
 
 __all__ = ["ArraySource", "as_tensor", "as_volume", "hash_of", "raw_bytes", "torch_dtype", "values_hash", "widest_unsigned"]
 
@@ -100,7 +100,7 @@ class ArraySource:
     """Anything that is read by slices, such as an array of Zarr, HDF5 or Dask, as a source of voxels.
 
     Args:
-        array: `(C, I, J, K)` or `(I, J, K)`: has a `shape`, a `dtype` and slices, of which NumPy can make arrays.
+        array: `(C, I, J, K)` or `(I, J, K)`: a tensor, or what has a `shape`, a `dtype`, and slices that NumPy makes arrays of.
         affine: RAS+ matrix of 4 × 4 from voxels to millimetres; by default that of voxels of 1 mm that begin at the origin.
 
     Raises:
@@ -121,7 +121,8 @@ class ArraySource:
         self._has_channels = len(array.shape) == 4
         if not self._has_channels and len(array.shape) != 3:
             raise ImageError(f"the array has shape {tuple(array.shape)}: it must be (I, J, K), or (C, I, J, K)")
-        self.dtype = torch_dtype(np.dtype(array.dtype), "the array")
+        is_tensor = isinstance(array, Tensor)
+        self.dtype = as_tensor(array[:0]).dtype if is_tensor else torch_dtype(np.dtype(array.dtype), "the array")
         sizes = [int(size) for size in array.shape]
         if 0 in sizes:
             raise ImageError(f"the array has shape {tuple(sizes)}, which has no voxels")
@@ -142,7 +143,8 @@ class ArraySource:
     def read(self, box: Box) -> Tensor:
         """See `VolumeSource`."""
         slices = (slice(None), *box.slices) if self._has_channels else box.slices
-        values = as_tensor(np.asarray(self._array[slices]))
+        values = self._array[slices]
+        values = as_tensor(values.cpu() if isinstance(values, Tensor) else np.asarray(values))
         return values if self._has_channels else values[None]
 
     def fingerprint(self) -> Json:
@@ -153,7 +155,7 @@ class ArraySource:
 def values_hash(source: VolumeSource) -> str:
     """Hash all values of a source (SHA-256), box by box."""
     most = max(1, CHUNK_VALUES // source.shape[0])
-    return hash_of(raw_bytes(source.read(box)) for box in walk(Box.of_shape(source.shape[1:]), source.chunks, most))
+    return hash_of(raw_bytes(read_checked(source, box)) for box in walk(Box.of_shape(source.shape[1:]), source.chunks, most))
 
 
 def raw_bytes(values: Tensor) -> Any:

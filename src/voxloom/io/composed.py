@@ -14,7 +14,7 @@ from ..core.boxes import Box
 from ..errors import ImageFileError, SpaceError
 from .arrays import as_tensor
 from .files import FileSource
-from .protocols import Json, SpaceCodes, VolumeSource, VolumeSpec
+from .protocols import Json, SpaceCodes, VolumeSource, VolumeSpec, read_checked
 from .spooling import Packed
 
 __all__ = ["CustomFile", "StackedSource", "read_into"]
@@ -93,7 +93,7 @@ def read_into(source: VolumeSource, out: Tensor, box: Box) -> None:
     """Read a box into a tensor `(C, *box.shape)`, straight into it where the source has a way to do that."""
     straight = getattr(source, "read_into", None)
     if straight is None:
-        out.copy_(source.read(box))
+        out.copy_(read_checked(source, box))
     else:
         straight(out, box)
 

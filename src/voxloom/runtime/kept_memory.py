@@ -13,12 +13,13 @@ import mmap
 import os
 import threading
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 from .forks import in_forked_process
 
-__all__ = ["Trimmer", "judge", "kept_memory"]
+__all__ = ["Trimmer", "judge", "kept_for_models", "kept_memory"]
 
 # Parameters of `mallopt`, and what they are set to afterwards: what the library itself comes to where much memory is used.
 TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4
@@ -28,9 +29,11 @@ NAMES = {MMAP_MAX: "mmap_max", MMAP_THRESHOLD: "mmap_threshold", TRIM_THRESHOLD:
 # How many times its outputs a model must use, and how many bytes, for keeping memory to be of use: what is kept of less are gaps
 # between outputs, or would be kept anyway.
 LEAST_USE, LEAST_BYTES = 2, 64 * 2**20
+# Blocks of fewer bytes than this never come from the system one by one: that would be slow.
+LEAST_MAPPED = 2**20
 # How much more than a model used when it was called first may be kept: some patterns do not fit well into what is there.
 GROWTH, GROWTH_BYTES = 0.3, 32 * 2**20
-# By how much a process may grow at least before it is looked for gaps once more.
+# By how much a process may grow at least before what is free is given back once more.
 TRIM_BYTES = 8 * 2**20
 
 
@@ -66,28 +69,38 @@ class _Library:
         return 0 if self.info is None else self.info().arena
 
 
+@dataclass(eq=False)
+class _User:
+    """Someone who wants memory to be kept; of a prediction it turns out with its first forward pass whether that is of use."""
+
+    heap_before: int
+    of_model: int | None = None
+    """By how many bytes the heap grew when a model was called for the first time; None as long as none was."""
+    is_served: bool = True
+    """Whether memory is to be kept for it."""
+
+
 @dataclass
 class _State:
     """Who wants memory to be kept, in this process."""
 
-    users: int = 0
+    users: set[_User] = field(default_factory=set)
     is_keeping: bool = False
-    heap_before: int = 0
-    of_model: int | None = None
-    """By how many bytes the heap grew when a model was called for the first time."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 _library = _Library.find()
 _state = _State()
+_prediction: ContextVar[_User | None] = ContextVar("prediction", default=None)
+"""The one that runs in this thread."""
 
 
 @contextlib.contextmanager
 def kept_memory() -> Iterator[None]:
     """Let memory that is freed be kept for what follows, such as the next forward pass of a network on a CPU.
 
-    A U-Net's passes take half the time then, with the same bits. The process keeps as much as it has used at most in between, and
-    gives it back in the end. It may be nested, and used by several threads. `predict` does it by itself.
+    A U-Net's passes take half the time then, with the same bits. The process keeps up to the most that it has used meanwhile, and
+    gives it back in the end. It may be nested, and used by several threads. `predict` does it by itself, where it is of use.
 
     Example:
         >>> import torch, voxloom as vx
@@ -95,34 +108,52 @@ def kept_memory() -> Iterator[None]:
         >>> with vx.kept_memory(), torch.inference_mode():
         ...     outputs = [network(torch.rand(1, 1, 32, 32, 32)).shape for _ in range(3)]
     """
-    with _state.lock:
-        _state.users += 1
-        if _state.users == 1:
-            _start_keeping()
-    try:
+    with _used():
         yield
+
+
+@contextlib.contextmanager
+def kept_for_models() -> Iterator[None]:
+    """Let memory be kept for a prediction in this thread, for as long as `judge` finds that this is of use."""
+    with _used() as user:
+        before = _prediction.set(user)
+        try:
+            yield
+        finally:
+            _prediction.reset(before)
+
+
+@contextlib.contextmanager
+def _used() -> Iterator[_User]:
+    state, user = _state, _User(0 if _library is None else _library.heap_bytes)
+    with state.lock:
+        state.users.add(user)
+        _follow(state)
+    try:
+        yield user
     finally:
-        with _state.lock:
-            _state.users -= 1
-            if _state.users == 0:
-                _stop_keeping()
+        with state.lock:
+            state.users.discard(user)
+            _follow(state)
 
 
-def _start_keeping() -> None:
-    if _library is not None:
-        _state.heap_before, _state.is_keeping, _state.of_model = _library.heap_bytes, True, None
+def _follow(state: _State, largest: int = USUAL[MMAP_THRESHOLD]) -> None:
+    """Do as the users want.
+
+    Args:
+        state: the users.
+        largest: bytes of blocks which come from the system each time, where memory is not kept.
+    """
+    was_keeping, state.is_keeping = state.is_keeping, any(user.is_served for user in state.users)
+    if _library is None or (was_keeping and state.is_keeping):
+        return
+    if state.is_keeping:
         _library.mallopt(MMAP_MAX, 0)
         _library.mallopt(TRIM_THRESHOLD, -1)
-
-
-def _stop_keeping(largest: int | None = None) -> None:
-    """Go back to what is usual, but for blocks of more than some bytes, which come from the system each time."""
-    if _library is not None and _state.is_keeping:
-        _state.is_keeping = False
-        for parameter, usual in USUAL.items():
-            _library.mallopt(parameter, _chosen(parameter, usual))
-        if largest is not None:
-            _library.mallopt(MMAP_THRESHOLD, min(largest, USUAL[MMAP_THRESHOLD]))
+        return
+    for parameter, usual in (USUAL | {MMAP_THRESHOLD: largest}).items():
+        _library.mallopt(parameter, _chosen(parameter, usual))
+    if was_keeping:
         _library.trim(0)
 
 
@@ -139,17 +170,20 @@ def _chosen(parameter: int, usual: int) -> int:
 
 
 def judge(output_bytes: int) -> None:
-    """After a model was called for the first time: stop keeping memory if that is of no use to it.
+    """After a model was called for the first time: stop keeping memory for its prediction if that is of no use to it.
 
     Args:
         output_bytes: what the outputs take of the heap.
     """
-    if _library is None or not _state.is_keeping or _state.of_model is not None:
+    user = _prediction.get()
+    if _library is None or user is None or user.of_model is not None:
         return
     with _state.lock:
-        _state.of_model = _library.heap_bytes - _state.heap_before
-        if _state.of_model <= max(LEAST_USE * output_bytes, LEAST_BYTES):
-            _stop_keeping(output_bytes)
+        user.of_model = _library.heap_bytes - user.heap_before
+        if user.of_model <= max(LEAST_USE * output_bytes, LEAST_BYTES):
+            user.is_served = False
+            # Outputs of some size would otherwise leave gaps; smaller blocks are as quick as ever.
+            _follow(_state, min(max(output_bytes, LEAST_MAPPED), USUAL[MMAP_THRESHOLD]))
 
 
 class Trimmer:
@@ -167,7 +201,9 @@ class Trimmer:
         """Give back what is free if the process has grown too large; costs hardly anything otherwise."""
         if _library is None:
             return
-        kept = (_state.of_model or 0) * (1 + GROWTH) + GROWTH_BYTES if _state.is_keeping else 0
+        with _state.lock:
+            of_models = sum(user.of_model or 0 for user in _state.users if user.is_served)
+            kept = of_models * (1 + GROWTH) + GROWTH_BYTES if _state.is_keeping else 0
         if _resident_bytes() > self._bound + kept:
             _library.trim(0)
             # What is still there is in use, by the model for example: asking again at once would be of no use.
@@ -186,6 +222,6 @@ def _resident_bytes() -> int:
 def _start_anew() -> None:
     """In a forked process nobody keeps memory any more, nor holds the lock."""
     global _state
-    was_keeping, _state = _state.is_keeping, _State(is_keeping=_state.is_keeping)
-    if was_keeping:
-        _stop_keeping()
+    _state = _State(is_keeping=_state.is_keeping)
+    if _state.is_keeping:
+        _follow(_state)

@@ -15,7 +15,7 @@ from ..core.values import can_hold, limits_of
 from ..core.walking import walk
 from ..errors import ModeError, SubjectError
 from ..io.composed import read_into
-from ..io.protocols import Json, SpaceCodes, VolumeSource
+from ..io.protocols import Json, SpaceCodes, VolumeSource, read_checked
 
 __all__ = ["PaddedSource", "padding_constant"]
 
@@ -121,7 +121,7 @@ class PaddedSource:
 
     def _copy(self, out: Tensor, pieces: tuple[Piece, ...]) -> None:
         source = Box(tuple(piece.source.start for piece in pieces), tuple(piece.source.stop for piece in pieces))
-        values = self.source.read(source)
+        values = read_checked(self.source, source)
         reverse = [axis for axis, piece in enumerate(pieces, start=1) if piece.step < 0]
         target = out[(slice(None), *(piece.target for piece in pieces))]
         target.copy_(values.flip(reverse) if reverse else values)
@@ -166,9 +166,9 @@ def padding_constant(source: VolumeSource, mode: str | float | int, name: str) -
 
 def _statistic(source: VolumeSource, mode: str) -> float:
     if mode == "median":
-        return float(np.median(_as_array(source.read(Box.of_shape(source.shape[1:])))))
+        return float(np.median(_as_array(read_checked(source, Box.of_shape(source.shape[1:])))))
     most = max(1, CHUNK_VALUES // source.shape[0])
-    chunks = (source.read(box) for box in walk(Box.of_shape(source.shape[1:]), source.chunks, most))
+    chunks = (read_checked(source, box) for box in walk(Box.of_shape(source.shape[1:]), source.chunks, most))
     if mode == "mean":
         return sum(float(chunk.sum(dtype=torch.float64)) for chunk in chunks) / math.prod(source.shape)
     ends = np.array([[float(value) for value in chunk.aminmax()] for chunk in chunks])

@@ -50,7 +50,7 @@ class PatchTask:
     seed: int
     epoch: int
     place: int
-    """The how-manyth subject of the epoch it is."""
+    """Its place in the order of the epoch."""
     subject: int
     """Index in the data set."""
     numbers: tuple[int, ...]
@@ -68,7 +68,7 @@ class SkippedSubject(NamedTuple):
 
     epoch: int
     place: int
-    """The how-manyth subject of the epoch it is: a `subject_sampler` may name one twice, for other workers."""
+    """Its place in the order of the epoch, in which a `subject_sampler` may name a subject twice."""
     subject: int
     first: int
     """The first of its draws that was replaced."""

@@ -17,7 +17,7 @@ from ..errors import ImageError, SubjectError, VoxloomError
 from ..io.arrays import as_volume, values_hash
 from ..io.compression import READ_ERRORS
 from ..io.formats import save_volume
-from ..io.protocols import Json, SpaceCodes, VolumeSource, is_source
+from ..io.protocols import Json, SpaceCodes, VolumeSource, is_source, read_checked
 from ..io.spooling import is_packed, unpack
 from .constants import INTENSITY, LABEL
 from .derived import DerivedValues
@@ -159,7 +159,7 @@ class Image(ImageEntries, PlacedVolume):
         if self._data is None:
             source = self._opened.source
             with torch.inference_mode(False):  # what is kept must be good for training, too
-                self._keep(source.read(Box.of_shape(source.shape[1:])), True)
+                self._keep(read_checked(source, Box.of_shape(source.shape[1:])), True)
             self._opened.close()
 
     def unload(self) -> None:
@@ -191,7 +191,7 @@ class Image(ImageEntries, PlacedVolume):
         """
         if not self.can_be_sliced:
             self.load()
-        return self._opened.source.read(box) if self._data is None else self._data[(slice(None), *box.slices)]
+        return read_checked(self._opened.source, box) if self._data is None else self._data[(slice(None), *box.slices)]
 
     @property
     def chunks(self) -> tuple[int, int, int]:
