@@ -1,7 +1,7 @@
 """Every error that voxloom raises on purpose.
 
     VoxloomError
-    ├── SizeError             ValueError, TypeError       a size, overlap, index or number that cannot be used
+    ├── SizeError             ValueError, TypeError, RuntimeError   a size, overlap, index or number that cannot be used
     ├── ModeError             ValueError, KeyError        an unknown overlap, padding or window mode
     ├── ScaleError            ValueError                  a scale at which a patch would not lie on whole voxels
     ├── LocationError         ValueError                  locations that do not fit the batch, the grid or the volume
@@ -10,13 +10,13 @@
     ├── RecordError           ValueError, RuntimeError    an unfinished prediction that is another one than was asked for
     ├── ModelFileError        ValueError, RuntimeError    a model that cannot, or must not, be loaded
     ├── IncompleteError       RuntimeError                an output was asked for before all of it was there
-    ├── SubjectError          ValueError, TypeError       a subject or batch that is not put together properly
-    │   └── SpaceError        RuntimeError                images of one subject that do not lie on one another
+    ├── SubjectError          ValueError, TypeError, RuntimeError   a subject or batch that is not put together properly
+    │   └── SpaceError                                    images of one subject that do not lie on one another
     ├── SamplingError         ValueError, RuntimeError    a map from which no patch can be drawn
     ├── QueueError            ValueError, RuntimeError    a queue that is put together or used in a way that cannot work
     ├── WorkerError           RuntimeError                a worker process that died
-    ├── NoSuchKeyError        KeyError                    a name that a subject, image, batch or aggregator lacks
-    ├── ImageError            ValueError                  data or an affine that no image can have
+    ├── NoSuchKeyError        KeyError, RuntimeError      a name that a subject, image, batch or aggregator lacks
+    ├── ImageError            ValueError, TypeError, RuntimeError   data or an affine that no image can have
     ├── ImageFileError        RuntimeError, OSError       a file that is not what it should be
     │   ├── ImageNotFoundError    FileNotFoundError
     │   ├── CorruptImageError     truncated, not an image, or claiming more than it holds
@@ -69,7 +69,7 @@ class VoxloomError(Exception):
         return str(self.args[0]) if self.args else ""
 
 
-class SizeError(VoxloomError, ValueError, TypeError):
+class SizeError(VoxloomError, ValueError, TypeError, RuntimeError):
     """A size, overlap, index or number has a value or a type that cannot be used."""
 
 
@@ -105,7 +105,7 @@ class IncompleteError(VoxloomError, RuntimeError):
     """An output was asked for before all of its patches were added."""
 
 
-class SubjectError(VoxloomError, ValueError, TypeError):
+class SubjectError(VoxloomError, ValueError, TypeError, RuntimeError):
     """A subject, a data set of subjects or a batch is not put together properly."""
 
 
@@ -121,15 +121,15 @@ class WorkerError(VoxloomError, RuntimeError):
     """A worker process died."""
 
 
-class SpaceError(SubjectError, RuntimeError):
+class SpaceError(SubjectError):
     """The images of a subject do not have the same shape or do not lie on one another."""
 
 
-class NoSuchKeyError(VoxloomError, KeyError):
+class NoSuchKeyError(VoxloomError, KeyError, RuntimeError):
     """A subject, an image, a batch or an aggregator has nothing of that name."""
 
 
-class ImageError(VoxloomError, ValueError):
+class ImageError(VoxloomError, ValueError, TypeError, RuntimeError):
     """Data or an affine that no image can have."""
 
 

@@ -176,10 +176,10 @@ def test_slices_give_sequences_of_patches(subject):
 def test_slices_of_patches_know_where_they_are(subject):
     patch = vx.GridSampler(subject, 6)[5]
     first = patch.patch_location.index
-    part = patch[:, 1:3, ..., 2:]
+    part = patch[1:3, ..., 2:]
     assert part.patch_location == vx.PatchLocation((first[0] + 1, first[1], first[2] + 2), (2, 6, 4))
     assert torch.equal(part.t1.data, subject.t1.data[(slice(None), *part.patch_location.to_slices())])
-    assert "patch_location" not in patch[:, ::2]
+    assert "patch_location" not in patch[::2]
 
 
 def test_metadata_of_the_same_name_do_not_hide_the_location(subject):

@@ -132,7 +132,7 @@ def test_a_whole_grid_of_each_subject():
 
 
 def test_a_transform_that_changes_the_shape_does_not_fit_a_grid():
-    queue = make_queue(sampler=vx.GridSampler(patch_size=PATCH), transform=lambda subject: subject[:, 2:])
+    queue = make_queue(sampler=vx.GridSampler(patch_size=PATCH), transform=lambda subject: subject[2:])
     with pytest.raises(SubjectError, match=r"subject \d.*changed its shape to \(10, 12, 12\).*\(12, 12, 12\).*random sampler"):
         list(queue)
 

@@ -99,7 +99,7 @@ def test_a_rotation_shows_at_the_far_corner():
 
 
 def test_slices_cut_all_images(subject):
-    part = subject[:, 2:4, ..., 5]
+    part = subject[2:4, ..., 5]
     assert part.shape == (1, 2, 20, 1)
     assert part.age == 45
     assert torch.equal(part.seg.data, subject.seg.data[:, 2:4, :, 5:6])

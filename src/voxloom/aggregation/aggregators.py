@@ -49,6 +49,7 @@ class _Aggregator:
         self._device = None if device is None else torch.device(device)
         self._outputs: dict[Key, _Output] = {}
         self._subject_indices: set[int | None] = set()
+        self._has_warned = False
 
     def add_batch(self, batch: Outputs, locations: Any) -> None:
         """Add the outputs of a model for a batch of patches: all of them, or after an error none.
@@ -67,6 +68,18 @@ class _Aggregator:
         tensors: Mapping[Any, Any] = batch if isinstance(batch, Mapping) else {None: batch}
         if not tensors:
             raise OutputError("the dict of outputs is empty: give at least one tensor")
+        if (
+            torch.is_grad_enabled()
+            and not self._has_warned
+            and any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors.values())
+        ):
+            self._has_warned = True
+            warnings.warn(
+                "the outputs have gradients, which the sum does not keep: run the model under torch.inference_mode(), which also"
+                " saves its memory; to train through a sum, add up the patches yourself",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         indices = self._subject_indices | {place.subject_index for place in places}
         if len(indices) > 1:
             raise LocationError(

@@ -3,6 +3,7 @@
 import copy
 import math
 import operator
+import secrets
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, overload
@@ -48,6 +49,7 @@ class _CentredSampler(PatchSampler):
             raise ModeError(f"on_empty is {on_empty!r}: it must be one of {', '.join(map(repr, ON_EMPTY))}")
         self.border = border
         self.on_empty = on_empty
+        self._token = secrets.token_hex(8)  # this sampler and its copies, whose maps are the same
         super().__init__(*arguments, **more)
         if self._cutter is not None:
             self.prepare(self._cutter.subject)
@@ -80,9 +82,46 @@ class _CentredSampler(PatchSampler):
         stop = tuple(size if is_short else last for is_short, size, last in zip(short, volume.stop, fitting.stop, strict=True))
         return Box(start, stop)
 
-    def _classes(self, subject: Subject) -> tuple[Image, Box, Classes]:
+    def get_probability_map(self, subject: Subject) -> Tensor:
+        """Give how probable each voxel is as a centre, `(1, I, J, K)`.
+
+        A class of your own may override it, and then nothing else says where centres are drawn. What it gives need not be
+        normalised. It is called once for each subject in memory, and must give the same map each time.
+        """
         name = self._map_name(subject)
-        image, box = subject.get_image(name), self._centres(subject)
+        image = subject.get_image(name)
+        volume = Box.of_shape(subject.spatial_shape)
+        sums, values = self._sums(image, name, volume), image.read(volume)
+        result = torch.zeros(subject.spatial_shape, dtype=torch.float64)
+        shares = self._shares(sums)
+        for number, share in shares.items():
+            result += self._weights(values, number) * (share / sum(shares.values()) / sums[number].total)
+        return result[None]
+
+    @property
+    def _has_own_map(self) -> bool:
+        return type(self).get_probability_map is not _CentredSampler.get_probability_map
+
+    def _drawn_shares(self, sums: Classes) -> dict[int, float]:
+        return _weight_shares(sums) if self._has_own_map else self._shares(sums)
+
+    def _own_map(self, subject: Subject) -> Image:
+        made = self.get_probability_map(subject)
+        if not isinstance(made, Tensor | np.ndarray) or tuple(made.shape) != (1, *subject.spatial_shape):
+            what = f"of shape {tuple(made.shape)}" if hasattr(made, "shape") else f"a {type(made).__name__}"
+            raise SamplingError(
+                f"{type(self).__name__}.get_probability_map returned {what}: it must be a tensor"
+                f" {(1, *subject.spatial_shape)}, like the images of the subject"
+            )
+        return Image(made)
+
+    def _classes(self, subject: Subject) -> tuple[Image, Box, Classes]:
+        box = self._centres(subject)
+        if self._has_own_map:
+            image = subject.get_first_image().derived((self._token, "map"), lambda: self._own_map(subject))
+            return image, box, image.derived((self._token, box), lambda: _weight_sums(image, "get_probability_map", box))
+        name = self._map_name(subject)
+        image = subject.get_image(name)
         key = (type(self).__name__, self._key(), box)
         return image, box, image.derived(key, lambda: self._sums(image, name, box))
 
@@ -97,13 +136,18 @@ class _CentredSampler(PatchSampler):
             SamplingError: if none can, and `on_empty` does not say what to do then.
         """
         image, box, sums = self._classes(subject)
-        if self._shares(sums):
+        if self._drawn_shares(sums):
             return True
         if self.on_empty == "error":
             raise SamplingError(self._nothing(subject, image, box))
         return self.on_empty == "uniform"
 
     def _nothing(self, subject: Subject, image: Image, box: Box) -> str:
+        if self._has_own_map:
+            return (
+                f"{type(self).__name__}.get_probability_map is 0 wherever a centre of a patch fits ({box.start} to {box.stop}):"
+                " nothing can be drawn from it; on_empty='uniform' or 'skip' allows that, border='clamp' allows all voxels"
+            )
         name, volume = self._map_name(subject), Box.of_shape(subject.spatial_shape)
         wanted = self._wanted()
         if box != volume and self._shares(self._sums(image, name, volume)):
@@ -121,7 +165,7 @@ class _CentredSampler(PatchSampler):
     def locate(self, subject: Subject, rng: np.random.Generator) -> Ints:
         """Draw the class, then the centre, and give the start of its patch."""
         image, box, sums = self._classes(subject)
-        domain, shares = self.domain(subject), self._shares(sums)
+        domain, shares = self.domain(subject), self._drawn_shares(sums)
         if not shares:
             return tuple(
                 int(rng.integers(first, last - size, endpoint=True))
@@ -132,7 +176,7 @@ class _CentredSampler(PatchSampler):
         def read_row(j: int, k: int) -> np.ndarray:
             j, k = box.start[1] + j, box.start[2] + k
             row = image.read(Box((box.start[0], j, k), (box.stop[0], j + 1, k + 1)))
-            return self._weights(row, number).flatten().numpy()
+            return (row[0].double() if self._has_own_map else self._weights(row, number)).flatten().numpy()
 
         voxel = sums[number].draw(rng, read_row)
         centre = tuple(first + offset for first, offset in zip(box.start, voxel, strict=True))
@@ -199,19 +243,10 @@ class WeightedSampler(_CentredSampler):
         return self.probability_map
 
     def _sums(self, image: Image, name: str, box: Box) -> Classes:
-        if image.num_channels != 1:
-            raise SubjectError(f"the map {name!r} has {image.num_channels} channels: a map of probabilities must have one")
-        rows = np.zeros(box.shape[1:])
-        for part, values in _parts(image, box):
-            if bool((values < 0).any()):
-                raise SamplingError(f"the map {name!r} holds negative values, such as {values.min():g}: probabilities cannot be")
-            rows[part] += values[0].sum(dim=0, dtype=torch.float64).numpy()
-        if not np.isfinite(rows).all():
-            raise SamplingError(f"the map {name!r} holds NaN or infinity: probabilities must be finite; see torch.nan_to_num")
-        return {0: RowSums(rows)}
+        return _weight_sums(image, name, box)
 
     def _shares(self, sums: Classes) -> dict[int, float]:
-        return {0: 1.0} if sums[0].total > 0 else {}
+        return _weight_shares(sums)
 
     def _weights(self, values: Tensor, number: int) -> Tensor:
         return values[0].double()
@@ -401,6 +436,24 @@ class MixedSampler(PatchSampler):
 
     def _usable(self, subject: Subject) -> list[tuple[float, PatchSampler]]:
         return [(share, sampler) for share, sampler in self.samplers if sampler.prepare(subject)]
+
+
+def _weight_sums(image: Image, name: str, box: Box) -> Classes:
+    """Sum a map of probabilities over the rows of a box."""
+    if image.num_channels != 1:
+        raise SubjectError(f"the map {name!r} has {image.num_channels} channels: a map of probabilities must have one")
+    rows = np.zeros(box.shape[1:])
+    for part, values in _parts(image, box):
+        if bool((values < 0).any()):
+            raise SamplingError(f"the map {name!r} holds negative values, such as {values.min():g}: probabilities cannot be")
+        rows[part] += values[0].sum(dim=0, dtype=torch.float64).numpy()
+    if not np.isfinite(rows).all():
+        raise SamplingError(f"the map {name!r} holds NaN or infinity: probabilities must be finite; see torch.nan_to_num")
+    return {0: RowSums(rows)}
+
+
+def _weight_shares(sums: Classes) -> dict[int, float]:
+    return {0: 1.0} if sums[0].total > 0 else {}
 
 
 def _pick_share(shares: Mapping[int, float], rng: np.random.Generator) -> int:

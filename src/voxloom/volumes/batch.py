@@ -1,5 +1,6 @@
 """Batches: the images of several subjects stacked, and everything else as lists."""
 
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Protocol, Self, runtime_checkable
@@ -22,6 +23,8 @@ __all__ = ["ImagesBatch", "StackableSubjects", "SubjectsBatch", "batch_memory", 
 
 class ImagesBatch(dict[str, Any]):
     """The images of one name of several subjects: a dict whose entries `data` and `affine` are stacked, and the rest lists.
+
+    Its length is the number of images, an index gives one of them, and iterating goes from image to image.
 
     Example:
         >>> import torch, voxloom as vx
@@ -64,6 +67,17 @@ class ImagesBatch(dict[str, Any]):
 
     @data.setter
     def data(self, tensor: Tensor) -> None:
+        if not isinstance(tensor, Tensor) or tensor.ndim != 5 or len(tensor) != self.batch_size:
+            what = f"of shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else f"a {type(tensor).__name__}"
+            raise SubjectError(
+                f"the data of a batch of {self.batch_size} images were set to {what}: they must be a tensor"
+                f" ({self.batch_size}, C, I, J, K)"
+            )
+        if tensor.shape[2:] != self.data.shape[2:]:
+            raise SubjectError(
+                f"the data of a batch of images of {tuple(self.data.shape[2:])} voxels were set to {tuple(tensor.shape[2:])}: its"
+                " affines would be wrong; crop or pad the subjects that batch.unbatch() gives, or set batch.images[name][DATA]"
+            )
         self[DATA] = tensor
 
     @property
@@ -88,13 +102,29 @@ class ImagesBatch(dict[str, Any]):
 
     def unbatch(self) -> list[Image]:
         """Give the images one by one; each owns its memory."""
-        pairs = zip(self.templates, self.data, self.affine, strict=True)
-        return [template.new_like(data.clone(), affine.numpy()) for template, data, affine in pairs]
+        return [self[number] for number in range(self.batch_size)]
+
+    def __len__(self) -> int:
+        return self.batch_size
+
+    def __getitem__(self, key: Any) -> Any:
+        """Give an entry by its name, or an image by its number, with memory of its own."""
+        if isinstance(key, str):
+            return super().__getitem__(key)
+        try:
+            number = range(self.batch_size)[operator.index(key)]
+        except TypeError as error:
+            raise SubjectError(f"a batch of images was asked for {key!r}: give a name, or the number of an image") from error
+        return self.templates[number].new_like(self.data[number].clone(), self.affine[number].numpy())
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.unbatch())
 
 
 class SubjectsBatch(dict[str, Any]):
     """Several subjects stacked: a dict of `ImagesBatch` and metadata whose entries are attributes too.
 
+    Its length is the number of subjects; iterating gives names, as of any dict, and `unbatch` the subjects.
     `batch.t1.data` and `batch["t1"][DATA]` are the same tensor `(B, C, I, J, K)`. Metadata are collated as PyTorch does it,
     numbers to tensors, and `batch.metadata` has them as they were, in lists. Of patches, `batch.patch_location` is a list of
     `PatchLocation`, and `batch[LOCATION]` a tensor `(B, 6)`.
@@ -164,6 +194,9 @@ class SubjectsBatch(dict[str, Any]):
         columns |= self.metadata
         return [Subject({name: values[number] for name, values in columns.items()}) for number in range(self.batch_size)]
 
+    def __len__(self) -> int:
+        return self.batch_size
+
     def __getitem__(self, key: str) -> Any:
         locations: list[PatchLocation] | None = self.get(PATCH_LOCATION)
         if locations is not None and key == LOCATION:
@@ -174,7 +207,8 @@ class SubjectsBatch(dict[str, Any]):
         return _collated(value) if isinstance(value, list) else value
 
     def __missing__(self, key: str) -> Any:
-        raise NoSuchKeyError(f"the batch has no entry {key!r}, only {', '.join(map(repr, self))}")
+        way_out = "" if isinstance(key, str) else ": batch.unbatch() gives the subjects, and batch.NAME[number] an image"
+        raise NoSuchKeyError(f"the batch has no entry {key!r}, only {', '.join(map(repr, self))}{way_out}")
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

@@ -10,7 +10,7 @@ __all__ = ["as_slices"]
 
 
 def as_slices(key: Any, shape: tuple[int, ...]) -> list[slice]:
-    """Make one slice per axis, with start, stop and step, of whatever may stand between brackets."""
+    """Make one slice per axis, with start, stop and step, of what stands between brackets; for `(C, I, J, K)` or `(I, J, K)`."""
     items = list(key) if isinstance(key, tuple) else [key]
     places = [place for place, item in enumerate(items) if item is Ellipsis]
     if len(places) > 1:
@@ -18,13 +18,19 @@ def as_slices(key: Any, shape: tuple[int, ...]) -> list[slice]:
     for place in places:
         items[place : place + 1] = [slice(None)] * (len(shape) - len(items) + 1)
     if len(items) > len(shape):
-        raise SizeError(f"an image of shape {shape} was sliced along {len(items)} axes: there are {len(shape)}, (C, I, J, K)")
+        raise SizeError(
+            f"an image of shape {shape} was sliced along {len(items)} axes: there are {len(shape)}, ({', '.join(_axes(shape))})"
+        )
     items += [slice(None)] * (len(shape) - len(items))
-    return [_as_slice(item, size, axis) for axis, (item, size) in enumerate(zip(items, shape, strict=True))]
+    return [_as_slice(item, size, axis) for axis, item, size in zip(_axes(shape), items, shape, strict=True)]
 
 
-def _as_slice(item: Any, size: int, axis: int) -> slice:
-    name = f"axis {'CIJK'[axis]} of an image"
+def _axes(shape: tuple[int, ...]) -> str:
+    return "CIJK"[4 - len(shape) :]
+
+
+def _as_slice(item: Any, size: int, axis: str) -> slice:
+    name = f"axis {axis} of an image"
     if not isinstance(item, slice):
         try:
             index = operator.index(item)

@@ -94,20 +94,19 @@ class Subject(dict[str, Any]):
         return self.images[name]
 
     def __getitem__(self, key: Any) -> Any:
-        """Give an entry by its name, or the part of all images that slices `(C, I, J, K)` cut out."""
+        """Give an entry by its name, or the part of all images that slices `(I, J, K)` cut out: all channels stay."""
         if isinstance(key, str):
             # Of a patch these are its location, also where the subject has metadata of such a name.
             derived = location_entry(key, self.get(PATCH_LOCATION))
             return super().__getitem__(key) if derived is None else derived
-        self._check_shapes()
-        entries = {name: value[key] if isinstance(value, Image) else value for name, value in self.items()}
+        spatial = as_slices(key, self.spatial_shape)
+        whole = (slice(None), *spatial)
+        entries = {name: value[whole] if isinstance(value, Image) else value for name, value in self.items()}
         location = entries.pop(PATCH_LOCATION, None)
-        if location is not None:
-            spatial = as_slices(key, self.get_first_image().shape)[1:]
-            if all(part.step == 1 for part in spatial):  # otherwise it is no patch any more
-                index = tuple(first + part.start for first, part in zip(location.index, spatial, strict=True))
-                size = tuple(part.stop - part.start for part in spatial)
-                entries[PATCH_LOCATION] = PatchLocation(index, size, location.subject_index)
+        if location is not None and all(part.step == 1 for part in spatial):  # otherwise it is no patch any more
+            index = tuple(first + part.start for first, part in zip(location.index, spatial, strict=True))
+            size = tuple(part.stop - part.start for part in spatial)
+            entries[PATCH_LOCATION] = PatchLocation(index, size, location.subject_index)
         return Subject(entries)
 
     def __missing__(self, key: str) -> Any:
