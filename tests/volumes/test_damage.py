@@ -1,6 +1,9 @@
 """Files with damaged headers: whatever the damage, an image or an error that names the file."""
 
+import contextlib
+import gzip
 import warnings
+import zlib
 
 import nibabel as nib
 import numpy as np
@@ -11,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import voxloom as vx
-from voxloom.errors import VoxloomError
+from voxloom.errors import CorruptImageError, VoxloomError
 
 HEADERS = {".nii": 352, ".mgh": 120, ".nrrd": 300, ".mha": 300}
 
@@ -85,3 +88,128 @@ def test_a_truncated_stack_of_pages_is_noticed(tmp_path):
             noticed += 1
             assert "x.tif" in str(error)
     assert noticed >= 9
+
+
+# MetaImage and NRRD, in one part or more, are compared with their headers
+
+
+SCAN = np.random.default_rng(1).integers(0, 500, (20, 24, 28), dtype=np.int16)
+
+
+def detached(folder, ending, compressed):
+    """Write a header and a file of voxels; give both."""
+    raw = SCAN.tobytes()
+    if ending == ".mhd":
+        data = folder / ("x.zraw" if compressed else "x.raw")
+        data.write_bytes(zlib.compress(raw) if compressed else raw)
+        header = (
+            "ObjectType = Image\nNDims = 3\nBinaryData = True\nBinaryDataByteOrderMSB = False\n"
+            + ("CompressedData = True\n" if compressed else "")
+            + f"ElementSpacing = 1 1 1\nDimSize = 28 24 20\nElementType = MET_SHORT\nElementDataFile = {data.name}\n"
+        )
+    else:
+        data = folder / ("x.raw.gz" if compressed else "x.raw")
+        data.write_bytes(gzip.compress(raw) if compressed else raw)
+        header = (
+            "NRRD0004\ntype: short\ndimension: 3\nsizes: 28 24 20\nendian: little\n"
+            f"encoding: {'gzip' if compressed else 'raw'}\ndata file: {data.name}\n\n"
+        )
+    path = folder / f"x{ending}"
+    path.write_text(header)
+    return path, data
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+@pytest.mark.parametrize("ending", [".mhd", ".nhdr"])
+def test_voxels_in_a_file_of_their_own(tmp_path, ending, compressed):
+    path, data = detached(tmp_path, ending, compressed)
+    assert torch.equal(vx.ScalarImage(path).data[0], torch.from_numpy(SCAN.transpose(2, 1, 0).copy()))
+    intact = data.read_bytes()
+    for damaged in (intact[: len(intact) // 2], intact[:-1], b""):
+        data.write_bytes(damaged)
+        with pytest.raises(CorruptImageError, match=f"x{ending}.*(early|should be in)"):
+            vx.ScalarImage(path).load()
+    if compressed:
+        noticed = 0
+        for place in range(20, len(intact) - 4, len(intact) // 30):
+            content = bytearray(intact)
+            content[place] ^= 1
+            data.write_bytes(content)
+            with contextlib.suppress(CorruptImageError):
+                vx.ScalarImage(path).load()
+                noticed -= 1
+            noticed += 1
+        assert noticed == len(range(20, len(intact) - 4, len(intact) // 30))
+    data.unlink()
+    with pytest.raises(CorruptImageError, match=data.name):
+        vx.ScalarImage(path).load()
+
+
+@pytest.mark.parametrize("ending", [".mha", ".nrrd", ".mhd", ".nhdr"])
+def test_more_is_claimed_than_there_is(tmp_path, ending):
+    if ending in (".mha", ".nrrd"):
+        path = tmp_path / f"x{ending}"
+        SimpleITK.WriteImage(SimpleITK.GetImageFromArray(SCAN), str(path))
+    else:
+        path, _ = detached(tmp_path, ending, compressed=False)
+    intact = path.read_bytes()
+    for claim in (b"28 24 21", b"1600 1600 1600", b"99999999999 99999999999 20"):
+        assert b"28 24 20" in intact
+        path.write_bytes(intact.replace(b"28 24 20", claim))
+        with pytest.raises(CorruptImageError, match=f"x{ending} is damaged or truncated"):
+            vx.ScalarImage(path).load()
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("NDims = 3", "NDims = 1e300"),
+        ("NDims = 3", "NDims = -1"),
+        ("NDims = 3", "NDims = 4"),
+        ("MET_SHORT", "MET_NONSENSE"),
+        ("DimSize = 28 24 20", "DimSize = 28 24"),
+        ("DimSize = 28 24 20", "DimSize = 28 0 20"),
+        ("ElementDataFile = x.raw", "ElementDataFile = x%s%s%s%n.raw 1 3 1"),
+        ("ElementDataFile = x.raw", "ElementDataFile = x%d.raw 1 999999999 1"),
+        ("ElementDataFile = x.raw", ""),
+    ],
+)
+def test_headers_that_end_the_process_of_itk(tmp_path, old, new):
+    path, _ = detached(tmp_path, ".mhd", compressed=False)
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(CorruptImageError, match="x.mhd"):
+        vx.ScalarImage(path).load()
+
+
+def test_lists_and_patterns_of_files(tmp_path):
+    path, data = detached(tmp_path, ".mhd", compressed=False)
+    raw, size = data.read_bytes(), SCAN[0].nbytes
+    for number in range(20):
+        (tmp_path / f"slice{number + 1:02d}.raw").write_bytes(raw[number * size : (number + 1) * size])
+    expected = torch.from_numpy(SCAN.transpose(2, 1, 0).copy())
+    names = "\n".join(f"slice{number + 1:02d}.raw" for number in range(20))
+    metaimage = path.read_text()
+    nrrd = detached(tmp_path, ".nhdr", compressed=False)[0].read_text()
+    for name, text in {
+        "a.mhd": metaimage.replace("= x.raw", f"= LIST\n{names}"),
+        "b.mhd": metaimage.replace("= x.raw", "= slice%02d.raw 1 20 1"),
+        "c.nhdr": nrrd.replace("data file: x.raw\n\n", f"data file: LIST\n{names}\n"),
+        "d.nhdr": nrrd.replace("data file: x.raw", "data file: slice%02d.raw 1 20 1"),
+    }.items():
+        (tmp_path / name).write_text(text)
+        assert torch.equal(vx.ScalarImage(tmp_path / name).data[0], expected), name
+    (tmp_path / "slice07.raw").write_bytes(b"")
+    for name in ("a.mhd", "b.mhd", "c.nhdr", "d.nhdr"):
+        with pytest.raises(CorruptImageError, match=r"slice07\.raw"):
+            vx.ScalarImage(tmp_path / name).load()
+
+
+def test_voxels_as_text(tmp_path):
+    values = SCAN[:2, :3, :4]
+    path = tmp_path / "x.nrrd"
+    text = "NRRD0004\ntype: short\ndimension: 3\nsizes: 4 3 2\nencoding: text\n\n" + " ".join(map(str, values.ravel()))
+    path.write_text(text)
+    assert torch.equal(vx.ScalarImage(path).data[0], torch.from_numpy(values.transpose(2, 1, 0).copy()))
+    path.write_text(text.rsplit(" ", 1)[0])
+    with pytest.raises(CorruptImageError, match="23 of 24 numbers"):
+        vx.ScalarImage(path).load()

@@ -24,7 +24,7 @@ from ..core.affines import Affine
 from ..errors import ImageNotFoundError, UnsupportedImageError
 from .dicom import open_series
 from .files import FileSource
-from .integrity import check_metaimage, check_nrrd, check_tiff
+from .integrity import METAIMAGE, NRRD, TIFF
 from .itk import ItkFile
 from .nifti import NibabelFile
 from .protocols import SpaceCodes
@@ -63,12 +63,12 @@ FORMATS = (
     Format(".img.gz", NibabelFile),
     Format(".mgh", NibabelFile, write_mgh),
     Format(".mgz", NibabelFile, write_mgh, unpacked=".mgh"),
-    Format(".nrrd", partial(ItkFile.open, check=check_nrrd), write_itk),
-    _itk(".nhdr"),
-    Format(".mha", partial(ItkFile.open, check=check_metaimage), write_itk),
-    _itk(".mhd"),
-    Format(".tif", partial(ItkFile.open, check=check_tiff)),
-    Format(".tiff", partial(ItkFile.open, check=check_tiff)),
+    Format(".nrrd", partial(ItkFile.open, integrity=NRRD), write_itk),
+    Format(".nhdr", partial(ItkFile.open, integrity=NRRD)),
+    Format(".mha", partial(ItkFile.open, integrity=METAIMAGE), write_itk),
+    Format(".mhd", partial(ItkFile.open, integrity=METAIMAGE)),
+    Format(".tif", partial(ItkFile.open, integrity=TIFF)),
+    Format(".tiff", partial(ItkFile.open, integrity=TIFF)),
     _itk(".dcm", is_dicom=True),
     _itk(".ima", is_dicom=True),
 )

@@ -1,88 +1,117 @@
 """Checks that ITK does not make: it reads damaged MetaImage, NRRD and TIFF files without a word, and gives wrong values."""
 
+import math
 import struct
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
-from isal import igzip, igzip_lib, isal_zlib
+from isal import igzip_lib
 
 from ..errors import CorruptImageError
+from .layouts import Layout, layout_of_metaimage, layout_of_nrrd
 
-__all__ = ["check_metaimage", "check_nrrd", "check_tiff"]
+__all__ = ["METAIMAGE", "NRRD", "TIFF", "Integrity"]
 
-CHUNK_BYTES = 2**20
-DAMAGE: tuple[Any, ...] = (OSError, EOFError, ValueError, zlib.error, struct.error, igzip_lib.IsalError)
-TIFF_NEXT, TIFF_STRIPS, TIFF_STRIP_BYTES, TIFF_TILES, TIFF_TILE_BYTES = 0, 273, 279, 324, 325
+DAMAGE: tuple[Any, ...] = (
+    OSError,
+    EOFError,
+    ValueError,
+    ArithmeticError,
+    zlib.error,
+    struct.error,
+    igzip_lib.IsalError,
+)
+TIFF_NEXT, TIFF_WIDTH, TIFF_LENGTH, TIFF_BITS, TIFF_COMPRESSION = 0, 256, 257, 258, 259
+TIFF_STRIPS, TIFF_SAMPLES, TIFF_STRIP_BYTES, TIFF_TILES, TIFF_TILE_BYTES = 273, 277, 279, 324, 325
+TIFF_TAGS = frozenset(range(TIFF_WIDTH, TIFF_COMPRESSION + 1)) | {
+    TIFF_STRIPS,
+    TIFF_SAMPLES,
+    TIFF_STRIP_BYTES,
+    TIFF_TILES,
+    TIFF_TILE_BYTES,
+}
 # Code and bytes of the whole numbers that a TIFF directory may hold, with their letters in `struct`.
 TIFF_TYPES = {3: "H", 4: "I", 13: "I", 16: "Q", 18: "Q"}
+# By how much TIFF's ways to compress shrink a page at most: one colour, by the best of them.
+GREATEST_TIFF_RATIO = 5000
 
 
-def check_metaimage(path: Path) -> None:
-    """Check that the data of a MetaImage file in one part are whole.
+class Integrity(Protocol):
+    """Compares a file of one format with its own header."""
 
-    Raises:
-        CorruptImageError: names the file, and what is wrong with it.
-    """
-    _check(path, _check_metaimage)
+    def check_header(self, path: Path) -> None:
+        """Check what can be checked without reading the voxels; before anything else reads the file.
 
+        Raises:
+            CorruptImageError: names the file, and what is wrong with it.
+        """
+        ...
 
-def check_nrrd(path: Path) -> None:
-    """Check that the data of an NRRD file in one part are whole; see `check_metaimage`."""
-    _check(path, _check_nrrd)
-
-
-def check_tiff(path: Path) -> None:
-    """Check that all pages of a TIFF file lie in it; see `check_metaimage`."""
-    _check(path, _check_tiff)
+    def check_data(self, path: Path) -> None:
+        """Check the voxels, before they are read; see `check_header`."""
+        ...
 
 
-def _check(path: Path, check: Callable[[IO[bytes]], None]) -> None:
+@dataclass(frozen=True)
+class _ByLayout:
+    """Checks that as many voxels are there as the header says, and that checksums fit."""
+
+    layout_of: Callable[[Path], Layout]
+
+    def check_header(self, path: Path) -> None:
+        """See `Integrity`."""
+        _checked(path, self._check_sizes)
+
+    def check_data(self, path: Path) -> None:
+        """See `Integrity`."""
+        _checked(path, self._check_contents)
+
+    def _check_sizes(self, path: Path) -> None:
+        layout = self.layout_of(path)
+        for part in layout.parts:
+            part.check_size(layout.encoding)
+
+    def _check_contents(self, path: Path) -> None:
+        layout = self.layout_of(path)
+        for part in layout.parts:
+            part.check_size(layout.encoding)
+            part.check_contents(layout.encoding)
+
+
+class _Tiff:
+    """Checks that all pages lie in the file, and are as large as they claim to be."""
+
+    def check_header(self, path: Path) -> None:
+        """See `Integrity`."""
+        _checked(path, _check_tiff)
+
+    def check_data(self, path: Path) -> None:
+        """See `Integrity`."""
+
+
+METAIMAGE, NRRD, TIFF = _ByLayout(layout_of_metaimage), _ByLayout(layout_of_nrrd), _Tiff()
+
+
+def _checked(path: Path, check: Callable[[Path], None]) -> None:
     try:
-        with path.open("rb") as file:
-            check(file)
+        check(path)
     except DAMAGE as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            which = error.filename or path
+            raise CorruptImageError(f"{path} cannot be read: {which}: {error.strerror}") from error
         raise CorruptImageError(f"{path} is damaged or truncated: {error}. Copy or download it again") from error
 
 
-def _check_metaimage(file: IO[bytes]) -> None:
-    """Decompress the data of a file in one part, which end in a checksum."""
-    fields = {}
-    for line in iter(file.readline, b""):
-        name, _, value = line.partition(b"=")
-        fields[name.strip().lower()] = value.strip().lower()
-        if name.strip().lower() == b"elementdatafile":
-            break
-    if fields.get(b"compresseddata") != b"true" or fields.get(b"elementdatafile") != b"local":
-        return
-    stream = isal_zlib.decompressobj(wbits=47)  # finds out whether it is zlib or gzip
-    while not stream.eof:
-        chunk = file.read(CHUNK_BYTES)
-        if not chunk:
-            raise EOFError("the compressed data end too early")
-        stream.decompress(chunk)
+def _check_tiff(path: Path) -> None:
+    with path.open("rb") as file:
+        _check_pages(file)
 
 
-def _check_nrrd(file: IO[bytes]) -> None:
-    """Decompress the data of a file in one part."""
-    encoding = b""
-    for line in iter(file.readline, b""):
-        name, _, value = line.partition(b":")
-        if name.strip().lower() in (b"data file", b"datafile"):
-            return
-        if name.strip().lower() == b"encoding":
-            encoding = value.strip().lower()
-        if not line.strip():
-            break
-    if encoding in (b"gzip", b"gz"):
-        with igzip.open(file, "rb") as stream:
-            while stream.read(CHUNK_BYTES):
-                pass
-
-
-def _check_tiff(file: IO[bytes]) -> None:
-    """Follow the pages of a file from one to the next, and see that their data lie within it."""
+def _check_pages(file: IO[bytes]) -> None:
+    """Follow the pages of a file from one to the next, and see that their data lie within it, and suffice."""
     size = file.seek(0, 2)
     file.seek(0)
     start = file.read(8)
@@ -96,17 +125,28 @@ def _check_tiff(file: IO[bytes]) -> None:
         if offset in seen:
             raise ValueError("its pages go round in a circle")
         seen.add(offset)
-        entries = dict(_tiff_entries(file, offset, order, is_big))
+        entries = dict(_tiff_entries(file, offset, order, is_big, size))
         for places, lengths in ((TIFF_STRIPS, TIFF_STRIP_BYTES), (TIFF_TILES, TIFF_TILE_BYTES)):
             pairs = zip(entries.get(places, ()), entries.get(lengths, ()), strict=False)
             if any(place + length > size for place, length in pairs):
                 raise EOFError(f"page {len(seen)} lies beyond the end of the file")
+        _check_page(entries, len(seen))
         offset = entries[TIFF_NEXT][0]
         if offset >= size:
             raise EOFError(f"page {len(seen) + 1} lies beyond the end of the file")
 
 
-def _tiff_entries(file: IO[bytes], offset: int, order: str, is_big: bool) -> Iterator[tuple[int, tuple[int, ...]]]:
+def _check_page(entries: dict[int, tuple[int, ...]], number: int) -> None:
+    """Compare the size of a page with the bytes that it has."""
+    width, length, samples, bits = (entries.get(tag, (1,)) for tag in (TIFF_WIDTH, TIFF_LENGTH, TIFF_SAMPLES, TIFF_BITS))
+    claimed = math.ceil(width[0] * length[0] * max(samples[0], 1) * max(bits) / 8)
+    held = sum(entries.get(TIFF_STRIP_BYTES, entries.get(TIFF_TILE_BYTES, ())))
+    is_plain = entries.get(TIFF_COMPRESSION, (1,))[0] == 1
+    if claimed > held * (1 if is_plain else GREATEST_TIFF_RATIO):
+        raise EOFError(f"page {number} claims {claimed} bytes of pixels, but has {held}")
+
+
+def _tiff_entries(file: IO[bytes], offset: int, order: str, is_big: bool, size: int) -> Iterator[tuple[int, tuple[int, ...]]]:
     """Yield tag and values of the entries that hold whole numbers, and last, under tag 0, where the next page is."""
     count_type, entry_type, inline, next_type = ("Q", "HHQ", 8, "Q") if is_big else ("H", "HHI", 4, "I")
 
@@ -118,8 +158,10 @@ def _tiff_entries(file: IO[bytes], offset: int, order: str, is_big: bool) -> Ite
     for _ in range(count):
         tag, kind, length = unpack(entry_type)
         after = file.tell() + inline
-        if kind in TIFF_TYPES and tag in (TIFF_STRIPS, TIFF_STRIP_BYTES, TIFF_TILES, TIFF_TILE_BYTES):
+        if kind in TIFF_TYPES and tag in TIFF_TAGS:
             layout = f"{length}{TIFF_TYPES[kind]}"
+            if struct.calcsize(order + layout) > size:
+                raise EOFError(f"an entry claims {length} numbers")
             if struct.calcsize(order + layout) > inline:
                 file.seek(*unpack(next_type))
             yield tag, unpack(layout)

@@ -1,6 +1,6 @@
 """NRRD, MetaImage, TIFF stacks, single DICOM files and whatever else SimpleITK can read: read whole."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from ..core.boxes import Box
 from ..errors import CorruptImageError, UnsupportedImageError, VoxloomError
 from .arrays import torch_dtype, widest_unsigned
 from .files import FileSource
+from .integrity import Integrity
 from .protocols import VolumeSpec
 
 __all__ = ["ItkFile", "dtype_of", "read_header"]
@@ -27,7 +28,7 @@ class ItkFile(FileSource):
         name: what to call it in a message.
         affine: RAS+ affine, where the headers of single files do not tell it.
         dtype: type to read the voxels as, where the files of a series differ; by default that of the first file.
-        check: raises an error if the file is damaged in a way that ITK reads over.
+        integrity: compares a file with its header, where ITK does not.
     """
 
     is_sliceable = False
@@ -38,11 +39,13 @@ class ItkFile(FileSource):
         name: str,
         affine: Affine | None = None,
         dtype: torch.dtype | None = None,
-        check: Callable[[Path], None] | None = None,
+        integrity: Integrity | None = None,
     ) -> None:
         self.paths = tuple(files)
         self.name = name
-        self._check = check
+        self._integrity = integrity
+        if integrity is not None:
+            integrity.check_header(self.paths[0])
         header = read_header(self.paths[0])
         size, components = header.GetSize(), header.GetNumberOfComponents()
         # The last axis of four is time; of a series every file adds a slice.
@@ -59,17 +62,17 @@ class ItkFile(FileSource):
         self.spec = VolumeSpec((int(volumes * components), i, j, k), dtype or dtype_of(header, name), affine)
 
     @classmethod
-    def open(cls, path: Path, check: Callable[[Path], None] | None = None) -> "ItkFile":
+    def open(cls, path: Path, integrity: Integrity | None = None) -> "ItkFile":
         """Open a single file."""
-        return cls([path], str(path), check=check)
+        return cls([path], str(path), integrity=integrity)
 
     def read(self, box: Box) -> Tensor:
         """Read a box of voxels into a new tensor; see `VolumeSource`."""
         names = [str(path) for path in self.paths]
         try:
             if len(names) == 1:
-                if self._check is not None:
-                    self._check(self.paths[0])
+                if self._integrity is not None:
+                    self._integrity.check_data(self.paths[0])
                 image = SimpleITK.ReadImage(names[0], imageIO=_reader_of(self.paths[0]))
             else:
                 image = SimpleITK.ReadImage(names, self.pixel_type)
