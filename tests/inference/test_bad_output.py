@@ -300,6 +300,7 @@ def test_an_aggregator_needs_a_sampler_with_a_subject():
         vx.GridAggregator(vx.GridSampler(4))
 
 
+@pytest.mark.filterwarnings("ignore:the outputs have gradients")
 def test_outputs_that_need_gradients_and_views_of_the_input_are_only_read(sampler):
     aggregator = vx.GridAggregator(sampler, "hann")
     data = sampler.subject.t1.data.clone().requires_grad_()
