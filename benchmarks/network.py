@@ -19,17 +19,16 @@ import contextlib
 import gc
 import itertools
 import json
-import os
 import statistics
 import sys
 import time
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
 from alternating import end, forget_peak, machine, memory_in_kilobytes, start
+from nnunet import nnunet_predictor
 
 CLASSES = 3
 
@@ -132,21 +131,8 @@ def prepare_monai(options):
 
 
 def prepare_nnunet(options):
-    os.environ |= dict.fromkeys(("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"), "/nonexistent")
-    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-
-    predictor = nnUNetPredictor(
-        tile_step_size=1 - options.overlap / options.patch,
-        use_gaussian=True,
-        use_mirroring=False,
-        perform_everything_on_device=False,
-        device=torch.device("cpu"),
-        allow_tqdm=False,
-    )
-    predictor.configuration_manager = SimpleNamespace(patch_size=(options.patch,) * 3)
-    predictor.label_manager = SimpleNamespace(
-        num_segmentation_heads=CLASSES if options.network == "unet" else int(options.network)
-    )
+    classes = CLASSES if options.network == "unet" else int(options.network)
+    predictor = nnunet_predictor(options.patch, options.overlap, classes)
 
     def run(network, volume):
         predictor.network = network

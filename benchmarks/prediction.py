@@ -15,7 +15,6 @@ scores of all classes would take 127 GB.
 import argparse
 import gc
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -27,6 +26,7 @@ from types import SimpleNamespace
 import torch
 
 from alternating import forget_peak, machine, memory_in_kilobytes, side_by_side, start
+from nnunet import nnunet_predictor
 
 
 class Model(torch.nn.Module):
@@ -80,19 +80,7 @@ def prepare_monai(options):
 
 
 def prepare_nnunet(options):
-    os.environ |= dict.fromkeys(("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"), "/nonexistent")
-    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-
-    predictor = nnUNetPredictor(
-        tile_step_size=1 - options.overlap / options.patch,
-        use_gaussian=True,
-        use_mirroring=False,
-        perform_everything_on_device=False,
-        device=torch.device("cpu"),
-        allow_tqdm=False,
-    )
-    predictor.configuration_manager = SimpleNamespace(patch_size=(options.patch,) * 3)
-    predictor.label_manager = SimpleNamespace(num_segmentation_heads=options.classes)
+    predictor = nnunet_predictor(options.patch, options.overlap, options.classes)
 
     def run(model, volume):
         predictor.network = model

@@ -25,6 +25,7 @@ from isal import igzip
 from torch import nn
 
 import voxloom as vx
+from reductions import Scaling, scaling
 from voxloom.core.boxes import Box
 from voxloom.errors import RecordError, SaveError, TargetExistsError, UnsupportedImageError
 from voxloom.io import spooling, stores
@@ -422,18 +423,6 @@ def test_another_model_image_or_option_is_refused_by_name(scan, tmp_path):
     model = Fragile()
     vx.predict(model, scan, 8, 4, "hann", output=target, resume=False)
     assert model.calls == vx.plan(model, scan, 8, 4).forward_passes
-
-
-def scaling(factor):
-    return lambda block: block * factor
-
-
-class Scaling:
-    def __init__(self, factor):
-        self.factor = factor
-
-    def __call__(self, block):
-        return block * self.factor
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")

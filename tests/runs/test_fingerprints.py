@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import voxloom as vx
+from reductions import Scaling, scaling
 from voxloom.runs.fingerprints import differences, fingerprint_of_model, fingerprint_of_option
 
 
@@ -95,18 +96,6 @@ def test_models_are_known_by_the_file_of_their_class(tmp_path, monkeypatch):
 def test_a_name_stands_for_everything_and_a_function_without_one_for_nothing():
     assert fingerprint_of_model(Scaled(1, 2), "it") == fingerprint_of_model(len, "it") == {"name": "it"}
     assert fingerprint_of_model(lambda batch: batch) is None
-
-
-def scaling(factor):
-    return lambda block: block * factor
-
-
-class Scaling:
-    def __init__(self, factor):
-        self.factor = factor
-
-    def __call__(self, block):
-        return block * self.factor
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import voxloom as vx
-from voxloom.errors import CorruptImageError, VoxloomError
+from voxloom.errors import CorruptImageError, UnsupportedImageError, VoxloomError
 
 HEADERS = {".nii": 352, ".mgh": 120, ".nrrd": 300, ".mha": 300}
 
@@ -213,3 +213,20 @@ def test_voxels_as_text(tmp_path):
     path.write_text(text.rsplit(" ", 1)[0])
     with pytest.raises(CorruptImageError, match="23 of 24 numbers"):
         vx.ScalarImage(path).load()
+
+
+def test_an_encoding_that_cannot_be_read_is_not_called_damage(tmp_path):
+    path, _ = detached(tmp_path, ".nhdr", compressed=False)
+    path.write_text(path.read_text().replace("encoding: raw", "encoding: bzip2"))
+    with pytest.raises(UnsupportedImageError, match=r"x\.nhdr has the encoding bzip2: raw, .*save it as gzip"):
+        vx.ScalarImage(path).load()
+
+
+def test_what_shrinks_to_almost_nothing_is_whole(tmp_path):
+    """Many output bytes wait in the decompressor when the file has ended."""
+    values = np.zeros((64, 128, 128), np.int16)
+    for packed in (gzip.compress(values.tobytes(), 9), gzip.compress(bytes(10**6)) + gzip.compress(values.tobytes()[10**6 :])):
+        (tmp_path / "x.raw.gz").write_bytes(packed)
+        header = "NRRD0004\ntype: short\ndimension: 3\nsizes: 128 128 64\nendian: little\nencoding: gzip\ndata file: x.raw.gz\n\n"
+        (tmp_path / "x.nhdr").write_text(header)
+        assert not vx.ScalarImage(tmp_path / "x.nhdr").data.any()

@@ -10,7 +10,7 @@ from typing import IO, Any, Protocol
 
 from isal import igzip_lib
 
-from ..errors import CorruptImageError
+from ..errors import CorruptImageError, VoxloomError
 from .layouts import Layout, layout_of_metaimage, layout_of_nrrd
 
 __all__ = ["METAIMAGE", "NRRD", "TIFF", "Integrity"]
@@ -98,6 +98,8 @@ METAIMAGE, NRRD, TIFF = _ByLayout(layout_of_metaimage), _ByLayout(layout_of_nrrd
 def _checked(path: Path, check: Callable[[Path], None]) -> None:
     try:
         check(path)
+    except VoxloomError:
+        raise
     except DAMAGE as error:
         if isinstance(error, OSError) and error.errno is not None:
             which = error.filename or path

@@ -13,6 +13,7 @@ from typing import IO
 
 from isal import isal_zlib
 
+from ..errors import UnsupportedImageError
 from .compression import GREATEST_GZIP_RATIO
 
 __all__ = ["Layout", "Part", "layout_of_metaimage", "layout_of_nrrd"]
@@ -78,7 +79,7 @@ class Part:
 
         Raises:
             EOFError: if it ends too early.
-            ValueError: if a checksum does not fit, or there is more than there should be.
+            ValueError: if a checksum does not fit, or something else is there than digits.
         """
         if encoding == "raw":
             return
@@ -153,6 +154,7 @@ def layout_of_metaimage(path: Path) -> Layout:
 
     Raises:
         ValueError: if it cannot be that of an image.
+        UnsupportedImageError: if the voxels are written in a way that nobody here reads.
         OSError: if it cannot be read.
     """
     with path.open("rb") as file:
@@ -223,7 +225,8 @@ def layout_of_nrrd(path: Path) -> Layout:
         raise ValueError(f"its type is {kind or 'missing'}")
     encoding = NRRD_ENCODINGS.get(fields.get("encoding", ""))
     if encoding is None:
-        raise ValueError(f"its encoding is {fields.get('encoding', 'missing')}")
+        given = fields.get("encoding", "missing")
+        raise UnsupportedImageError(f"{path} has the encoding {given}: {', '.join(NRRD_ENCODINGS)} can be read; save it as gzip")
     lines = _whole(fields, "line skip", 0, 2**31) if "line skip" in fields else 0
     skipped = _whole(fields, "byte skip", -1, 2**62) if "byte skip" in fields else 0
     values = prod(sizes)
