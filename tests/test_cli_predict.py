@@ -23,6 +23,7 @@ import numpy as np
 import pydicom.data
 import pytest
 import safetensors.torch
+import SimpleITK
 import torch
 from torch import nn
 
@@ -112,6 +113,19 @@ def test_folders_keep_their_paths_and_stems(here, run):
         expected = (data_of(here / "scans" / source) < 250).to(torch.uint8)
         assert torch.equal(data_of(here / "out" / target), expected)
     assert done.out.endswith("3 done, 0 complete already, 0 failed\n")
+
+
+def test_all_formats_of_a_folder_are_read_and_other_images_are_named(here, run):
+    (here / "mixed").mkdir()
+    volume = torch.randint(0, 255, (1, 9, 10, 11), dtype=torch.uint8)
+    vx.ScalarImage(volume).save("mixed/a.nrrd")
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(volume[0].numpy()), "mixed/b.tif")
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(volume[0, 0].numpy()), "mixed/picture.png")
+    (here / "mixed" / "notes.txt").write_text("no image")
+    done = run("predict", "mymodels:negative", "mixed", "-o", "results", "--patch-size", "8")
+    assert sorted(path.name for path in (here / "results").iterdir()) == ["a.json", "a.nii.gz", "b.json", "b.nii.gz"]
+    assert "mixed/picture.png: left out" in done.err
+    assert "notes.txt" not in done.err
 
 
 def test_several_files_go_to_a_folder(here, run):

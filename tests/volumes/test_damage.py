@@ -230,3 +230,12 @@ def test_what_shrinks_to_almost_nothing_is_whole(tmp_path):
         header = "NRRD0004\ntype: short\ndimension: 3\nsizes: 128 128 64\nendian: little\nencoding: gzip\ndata file: x.raw.gz\n\n"
         (tmp_path / "x.nhdr").write_text(header)
         assert not vx.ScalarImage(tmp_path / "x.nhdr").data.any()
+
+
+@pytest.mark.parametrize("ending", [".nrrd", ".mha", ".nii", ".mgz"])
+def test_a_file_is_found_by_a_path_that_begins_in_the_working_folder(tmp_path, monkeypatch, ending):
+    (tmp_path / "scans").mkdir()
+    monkeypatch.chdir(tmp_path)
+    volume = torch.rand(1, 5, 6, 7)
+    vx.ScalarImage(volume).save(f"scans/a{ending}")
+    assert vx.ScalarImage(f"scans/a{ending}").data.equal(volume)

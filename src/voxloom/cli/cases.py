@@ -5,15 +5,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import typer
+
 from ..errors import ImageNotFoundError, SaveError, SubjectError
-from ..io.formats import stem_of
+from ..io.formats import endings, is_unnamed_image, stem_of
 from ..volumes.image import ScalarImage
 from ..volumes.subject import Subject
 
 __all__ = ["Case", "cases_of", "cases_of_table"]
 
-ENDINGS = (".nii", ".nii.gz", ".nii.bz2", ".hdr", ".mgh", ".mgz", ".nrrd", ".nhdr", ".mha", ".mhd")
-TARGETS = (".nii", ".nii.gz")
+IMAGES = endings(lambda each: not each.is_dicom and each.described_by is None)
+DICOM = endings(lambda each: each.is_dicom)
+TARGETS = endings(lambda each: each.is_streamed)
 DEFAULT_ENDING = ".nii.gz"
 
 
@@ -52,9 +55,16 @@ def cases_of(images: Sequence[Path], output: Path) -> list[Case]:
     for path in images:
         if not path.exists():
             raise ImageNotFoundError(f"there is no file or folder {path}")
-        found = list(_images_in(path, output)) if _is_folder_of_images(path) else [path]
+        found, unknown = _images_in(path, output) if _is_folder_of_images(path) else ([path], [])
+        if unknown:
+            listed = ", ".join(map(str, unknown[:3])) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
+            typer.echo(
+                f"voxloom: {path} also holds what may be images, {listed}: left out, since their names do not end in"
+                f" {', '.join(IMAGES)}. Give those that are wanted by name",
+                err=True,
+            )
         if not found:
-            raise ImageNotFoundError(f"the folder {path} holds no image ({', '.join(ENDINGS)}, or a folder of DICOM files)")
+            raise ImageNotFoundError(f"the folder {path} holds no image ({', '.join(IMAGES)}, or a folder of DICOM files)")
         for file in found:
             place = file.relative_to(path).parent if file != path else Path()
             cases.append(Case(str(place / file.name), (file,), output / place / f"{_stem_of(file)}{DEFAULT_ENDING}"))
@@ -117,7 +127,7 @@ def _is_series(folder: Path) -> bool:
         SubjectError: if it holds other images too.
     """
     files = [file for file in folder.iterdir() if file.is_file() and not file.name.startswith(".")]
-    images = [file for file in files if file.name.lower().endswith(ENDINGS)]
+    images = [file for file in files if file.name.lower().endswith(IMAGES)]
     if not any(map(_is_dicom, set(files).difference(images))):
         return False
     if images:
@@ -128,7 +138,7 @@ def _is_series(folder: Path) -> bool:
 
 
 def _is_dicom(file: Path) -> bool:
-    if file.suffix.lower() in (".dcm", ".ima"):
+    if file.name.lower().endswith(DICOM):
         return True
     try:
         with file.open("rb") as opened:
@@ -142,7 +152,7 @@ def _stem_of(path: Path) -> str:
 
 
 def _check_folder(output: Path) -> None:
-    if output.name.lower().endswith(ENDINGS) and not output.is_dir():
+    if output.name.lower().endswith(IMAGES) and not output.is_dir():
         raise SaveError(
             f"{output} is the name of a file: results are {' or '.join(TARGETS)}, and where there may be several, give the name"
             " of a folder"
@@ -151,8 +161,19 @@ def _check_folder(output: Path) -> None:
         raise SaveError(f"{output} is a file: give the name of a folder")
 
 
-def _images_in(folder: Path, output: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
-    """Give the images in a folder, but for those in the folder of results, if that is inside."""
+def _images_in(folder: Path, output: Path) -> tuple[list[Path], list[Path]]:
+    """Give the images in a folder, but for those in the folder of results, if that is inside; and what is one only by content."""
+    found, unknown = [], []
+    for path in _paths_in(folder, output):
+        if path.is_dir() or path.name.lower().endswith(IMAGES):
+            found.append(path)
+        elif is_unnamed_image(path):
+            unknown.append(path)
+    return found, unknown
+
+
+def _paths_in(folder: Path, output: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """Give the files in a folder and below, and the folders that are DICOM series."""
     if folder.resolve() in above:
         return  # a link that leads back
     above = (*above, folder.resolve())
@@ -160,8 +181,8 @@ def _images_in(folder: Path, output: Path, above: tuple[Path, ...] = ()) -> Iter
         if path.name.startswith(".") or (path.is_dir() and path.resolve() == output.resolve() != folder.resolve()):
             continue
         if path.is_dir():
-            yield from [path] if _is_series(path) else _images_in(path, output, above)
-        elif path.name.lower().endswith(ENDINGS):
+            yield from [path] if _is_series(path) else _paths_in(path, output, above)
+        else:
             yield path
 
 

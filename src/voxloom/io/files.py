@@ -10,10 +10,11 @@ from torch import Tensor
 
 from ..core.affines import Affine
 from ..core.boxes import Box
+from ..errors import CorruptImageError, ImageFileError, ImageNotFoundError
 from .arrays import hash_of
 from .protocols import Json, SpaceCodes, VolumeSource, VolumeSpec
 
-__all__ = ["FileSource", "files_in", "fingerprint_of_files", "hash_of_file"]
+__all__ = ["FileSource", "explained", "files_in", "fingerprint_of_files", "hash_of_file"]
 
 
 class FileSource(ABC):
@@ -87,3 +88,12 @@ def hash_of_file(path: Path) -> str:
     """Hash all that is in a file (SHA-256)."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def explained(error: Exception, name: str, what: str) -> ImageFileError:
+    """Tell a file that the system would not read from one that is damaged."""
+    if isinstance(error, FileNotFoundError):
+        return ImageNotFoundError(f"{name} {what}: there is no file {error.filename or name}")
+    if isinstance(error, OSError) and error.errno is not None:
+        return ImageFileError(f"{name} {what}: {error.strerror}")
+    return CorruptImageError(f"{name} {what}: {error}. It is damaged or truncated: copy or download it again")

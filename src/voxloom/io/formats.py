@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import SimpleITK
 from torch import Tensor
 
 from ..core.affines import Affine
@@ -29,8 +30,9 @@ from .itk import ItkFile
 from .nifti import NibabelFile
 from .protocols import SpaceCodes
 from .saving import Writer, atomic_write, storable, write_compressed_nifti, write_itk, write_mgh, write_nifti
+from .whole_files import WholeFile
 
-__all__ = ["FORMATS", "Format", "endings", "format_of", "open_volume", "save_volume", "stem_of"]
+__all__ = ["FORMATS", "Format", "endings", "format_of", "is_unnamed_image", "open_volume", "save_volume", "stem_of"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class Format:
     """Ending of what is in the file, where it is another format and merely compressed."""
     is_streamed: bool = False
     """Whether a result can be written block by block."""
+    described_by: str | None = None
+    """Ending of the file beside it that holds its header, and that is named in its place where a folder is searched."""
     is_dicom: bool = False
     """Whether files lie in folders of which each is one volume."""
 
@@ -59,14 +63,19 @@ FORMATS = (
     Format(".nii.gz", NibabelFile, write_compressed_nifti, unpacked=".nii", is_streamed=True),
     Format(".nii.bz2", NibabelFile, unpacked=".nii"),
     Format(".hdr", NibabelFile),
-    Format(".img", NibabelFile),
-    Format(".img.gz", NibabelFile),
+    Format(".img", NibabelFile, described_by=".hdr"),
+    Format(".img.gz", NibabelFile, described_by=".hdr"),
     Format(".mgh", NibabelFile, write_mgh),
     Format(".mgz", NibabelFile, write_mgh, unpacked=".mgh"),
     Format(".nrrd", partial(ItkFile.open, integrity=NRRD), write_itk),
     Format(".nhdr", partial(ItkFile.open, integrity=NRRD)),
     Format(".mha", partial(ItkFile.open, integrity=METAIMAGE), write_itk),
     Format(".mhd", partial(ItkFile.open, integrity=METAIMAGE)),
+    Format(".mnc", WholeFile),
+    Format(".par", WholeFile),
+    Format(".head", WholeFile),
+    Format(".brik", WholeFile, described_by=".head"),
+    Format(".brik.gz", WholeFile, described_by=".head"),
     Format(".tif", partial(ItkFile.open, integrity=TIFF)),
     Format(".tiff", partial(ItkFile.open, integrity=TIFF)),
     _itk(".dcm", is_dicom=True),
@@ -104,6 +113,11 @@ def open_volume(path: Path) -> FileSource:
         raise UnsupportedImageError(f"{path} is neither a file nor a folder")
     known = format_of(path)
     return ItkFile.open(path) if known is None else known.open(path)
+
+
+def is_unnamed_image(path: Path) -> bool:
+    """Whether a file is an image by what it holds, though not by its name."""
+    return format_of(path) is None and bool(SimpleITK.ImageFileReader.GetImageIOFromFileName(str(path)))
 
 
 def save_volume(path: Path, data: Tensor, affine: Affine, codes: SpaceCodes) -> None:

@@ -98,8 +98,13 @@ def read_header(path: Path) -> Any:
     reader.SetFileName(str(path))
     reader.SetImageIO(_reader_of(path))
     try:
+        if reader.GetImageIOFromFileName(str(path)) == "MINCImageIO":
+            # ITK takes MINC's axes for those of DICOM, which turns left to right and front to back.
+            raise UnsupportedImageError(f"{path} is MINC, which is read from files whose names end in .mnc: rename it")
         reader.ReadImageInformation()
     except RuntimeError as error:
+        if isinstance(error, VoxloomError):
+            raise
         raise CorruptImageError(f"{path} is not an image that can be read: {_reason(error)}") from error
     return reader
 

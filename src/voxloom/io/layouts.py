@@ -232,7 +232,7 @@ def layout_of_nrrd(path: Path) -> Layout:
     values = prod(sizes)
     is_attached = names is None
     if names is None:
-        names = [str(path)]
+        names = [path.name]
     elif len(names) > 1:
         _divided(names, values)
     values //= len(names)

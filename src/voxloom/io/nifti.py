@@ -15,11 +15,11 @@ from torch import Tensor
 
 from ..core.affines import SPACE_TOLERANCE, Affine, corner_displacement, spacing_of
 from ..core.boxes import Box
-from ..errors import CorruptImageError, ImageFileError, ImageNotFoundError, UnsupportedImageError, VoxloomError
+from ..errors import CorruptImageError, ImageFileError, UnsupportedImageError, VoxloomError
 from ..runtime import memory
 from .arrays import torch_dtype, widest_unsigned
 from .compression import GREATEST_GZIP_RATIO, READ_ERRORS, is_compressed, open_compressed
-from .files import FileSource
+from .files import FileSource, explained
 from .protocols import MILLIMETRES, SpaceCodes, VolumeSpec
 
 __all__ = ["NibabelFile"]
@@ -59,7 +59,7 @@ class NibabelFile(FileSource):
         except VoxloomError:
             raise
         except HEADER_ERRORS as error:
-            raise _explained(error, self.name, "is not an image that can be read") from error
+            raise explained(error, self.name, "is not an image that can be read") from error
         self._state = self._state_of_file()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -78,7 +78,7 @@ class NibabelFile(FileSource):
         except VoxloomError:
             raise
         except READ_ERRORS as error:
-            raise _explained(error, self.name, "cannot be read to its end") from error
+            raise explained(error, self.name, "cannot be read to its end") from error
         return out
 
     def _samples(self, planes: np.ndarray) -> np.ndarray:
@@ -141,7 +141,7 @@ class NibabelFile(FileSource):
         try:
             state = self._state_of_file()
         except OSError as error:
-            raise _explained(error, self.name, "cannot be read") from error
+            raise explained(error, self.name, "cannot be read") from error
         if state != self._state:
             raise ImageFileError(f"{self.name} has been changed since its header was read: make the image anew")
 
@@ -236,15 +236,6 @@ def _class_of(path: Path, stream: Any) -> Any:
     stream.seek(0)
     is_second = 540 in (int.from_bytes(start, "little"), int.from_bytes(start, "big"))
     return nib.Nifti2Image if is_second else nib.Nifti1Image
-
-
-def _explained(error: Exception, name: str, what: str) -> ImageFileError:
-    """Tell a file that the system would not read from one that is damaged."""
-    if isinstance(error, FileNotFoundError):
-        return ImageNotFoundError(f"{name} {what}: there is no file {error.filename or name}")
-    if isinstance(error, OSError) and error.errno is not None:
-        return ImageFileError(f"{name} {what}: {error.strerror}")
-    return CorruptImageError(f"{name} {what}: {error}. It is damaged or truncated: copy or download it again")
 
 
 def _affine_of(image: Any, name: str) -> tuple[Affine, tuple[tuple[float, ...], ...]]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..core.affines import Affine
 from ..core.boxes import Box
-from ..errors import RecordError, UnsupportedImageError
+from ..errors import RecordError
 from .protocols import SpaceCodes
 from .saving import nifti_of
 
@@ -26,7 +26,8 @@ class NiftiWriter:
     Args:
         path: the file.
         shape: channels and voxels `(C, I, J, K)`.
-        dtype: type of the values; booleans are stored as uint8, halves as float32, and int64 as int32, which more programs read.
+        dtype: type of the values; booleans are stored as uint8, and halves as float32. Int64 stays, since what comes later may
+            not fit into less.
         affine: RAS+, in millimetres.
         codes: what NIfTI records beside it.
         is_new: make the file, with room for everything; otherwise go on with one that is there.
@@ -63,11 +64,7 @@ class NiftiWriter:
             raise
 
     def write(self, box: Box, values: Tensor) -> None:
-        """Write the values `(C, *box.shape)` of a box of voxels.
-
-        Raises:
-            UnsupportedImageError: if a whole number is larger than the file can hold.
-        """
+        """Write the values `(C, *box.shape)` of a box of voxels."""
         stored = self._storable(values)
         (i, j, k), (rows, columns, planes, _) = box.slices, (*self.shape[1:], 0)
         size = self.dtype.itemsize
@@ -83,14 +80,6 @@ class NiftiWriter:
             _write_at(self._file, np.ascontiguousarray(block), start)
 
     def _storable(self, values: Tensor) -> np.ndarray:
-        if values.dtype == torch.int64 and values.numel():
-            low, high = (int(value) for value in values.aminmax())
-            limits = np.iinfo(np.int32)
-            if low < limits.min or high > limits.max:
-                raise UnsupportedImageError(
-                    f"the result holds {low if low < limits.min else high}, which is more than int32, as it is stored, can hold:"
-                    " let the model return floats"
-                )
         if values.dtype in (torch.bfloat16, torch.float16):
             values = values.float()
         return values.numpy().astype(self.dtype, copy=False)
@@ -107,7 +96,7 @@ class NiftiWriter:
 
 
 def _stored_as(dtype: torch.dtype) -> np.dtype:
-    stored = {torch.bool: np.uint8, torch.float16: np.float32, torch.bfloat16: np.float32, torch.int64: np.int32}
+    stored = {torch.bool: np.uint8, torch.float16: np.float32, torch.bfloat16: np.float32}
     return np.dtype(stored.get(dtype) or torch.empty(0, dtype=dtype).numpy().dtype)
 
 
