@@ -154,6 +154,7 @@ def test_public_names():
         "loader",
         "plan",
         "predict",
+        "stored_dicom",
     ]
     for name in vx.__all__:
         assert getattr(vx, name) is not None

@@ -6,6 +6,7 @@ from .core.grids import PatchGrid
 from .core.locations import PatchLocation
 from .inference import GridAggregator, PatchAggregator, PredictionPlan, Predictor, Regions, plan, predict
 from .io.arrays import ArraySource
+from .io.dicom import stored_dicom
 from .io.protocols import SpaceCodes, VolumeSource, VolumeSpec, VolumeStore
 from .runtime.kept_memory import kept_memory
 from .sampling.grid import GridSampler
@@ -65,4 +66,5 @@ __all__ = [
     "loader",
     "plan",
     "predict",
+    "stored_dicom",
 ]

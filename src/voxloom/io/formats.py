@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..core.affines import Affine
 from ..errors import ImageNotFoundError, UnsupportedImageError
-from .dicom import open_series
+from .dicom import is_dicom, open_dicom, open_series
 from .files import FileSource
 from .integrity import METAIMAGE, NRRD, TIFF
 from .itk import ItkFile
@@ -54,10 +54,6 @@ class Format:
     """Whether files lie in folders of which each is one volume."""
 
 
-def _itk(ending: str, write: Writer | None = None, is_dicom: bool = False) -> Format:
-    return Format(ending, ItkFile.open, write, is_dicom=is_dicom)
-
-
 FORMATS = (
     Format(".nii", NibabelFile, write_nifti, is_streamed=True),
     Format(".nii.gz", NibabelFile, write_compressed_nifti, unpacked=".nii", is_streamed=True),
@@ -78,8 +74,8 @@ FORMATS = (
     Format(".brik.gz", WholeFile, described_by=".head"),
     Format(".tif", partial(ItkFile.open, integrity=TIFF)),
     Format(".tiff", partial(ItkFile.open, integrity=TIFF)),
-    _itk(".dcm", is_dicom=True),
-    _itk(".ima", is_dicom=True),
+    Format(".dcm", open_dicom, is_dicom=True),
+    Format(".ima", open_dicom, is_dicom=True),
 )
 
 
@@ -112,7 +108,10 @@ def open_volume(path: Path) -> FileSource:
     if not path.is_file():
         raise UnsupportedImageError(f"{path} is neither a file nor a folder")
     known = format_of(path)
-    return ItkFile.open(path) if known is None else known.open(path)
+    if known is not None:
+        return known.open(path)
+    # Names of DICOM files often have no ending, or the last part of an identifier for one.
+    return open_dicom(path) if is_dicom(path) else ItkFile.open(path)
 
 
 def is_unnamed_image(path: Path) -> bool:

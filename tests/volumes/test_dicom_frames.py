@@ -1,0 +1,309 @@
+"""DICOM files of many frames, segmentations and pixels that ITK does not read: right, or an error that says why."""
+
+import shutil
+import warnings
+
+import numpy as np
+import pydicom
+import pydicom.data
+import pytest
+import SimpleITK
+import torch
+from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+from pydicom.uid import (
+    CTImageStorage,
+    EnhancedMRImageStorage,
+    ExplicitVRLittleEndian,
+    RLELossless,
+    SegmentationStorage,
+    generate_uid,
+)
+
+import voxloom as vx
+from voxloom.errors import CorruptImageError, SeriesError
+
+ROWS, COLUMNS, FRAMES, STEP = 6, 5, 7, 2.5
+SPACING = (0.8, 0.5)
+
+
+def frames(count=FRAMES):
+    return np.arange(count * ROWS * COLUMNS, dtype=np.int16).reshape(count, ROWS, COLUMNS)
+
+
+def item(**values):
+    data = Dataset()
+    for name, value in values.items():
+        setattr(data, name, value)
+    return data
+
+
+def base(path, kind, bits=16, signed=1, syntax=ExplicitVRLittleEndian):
+    meta = FileMetaDataset()
+    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID, meta.TransferSyntaxUID = kind, generate_uid(), syntax
+    data = FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)
+    data.SOPClassUID, data.SOPInstanceUID = kind, meta.MediaStorageSOPInstanceUID
+    data.StudyInstanceUID, data.SeriesInstanceUID, data.Modality = "1.2", "1.2.3", "MR"
+    data.Rows, data.Columns, data.SamplesPerPixel, data.PhotometricInterpretation = ROWS, COLUMNS, 1, "MONOCHROME2"
+    data.BitsAllocated, data.BitsStored, data.HighBit, data.PixelRepresentation = bits, bits, bits - 1, signed
+    return data
+
+
+def write_enhanced(path, places, values, times=None, groups=None, orientation=(1, 0, 0, 0, 1, 0), scales=None):
+    """Write a file of many frames, each at one of the places along the normal."""
+    data = base(path, EnhancedMRImageStorage)
+    data.NumberOfFrames = len(values)
+    normal = np.cross(orientation[:3], orientation[3:])
+    data.SharedFunctionalGroupsSequence = [
+        item(
+            PixelMeasuresSequence=[item(PixelSpacing=list(SPACING), SliceThickness=STEP)],
+            PlaneOrientationSequence=[item(ImageOrientationPatient=list(map(float, orientation)))],
+        )
+    ]
+    data.DimensionIndexSequence = [
+        item(DimensionIndexPointer=0x00209056),
+        item(DimensionIndexPointer=0x00209057),
+        item(DimensionIndexPointer=0x00209128),
+    ]
+    per_frame = []
+    for number, place in enumerate(places):
+        position = np.array([10.0, -20, 30]) + STEP * place * normal
+        group = item(
+            FrameContentSequence=[item(DimensionIndexValues=[1, int(place) + 1, 1 if times is None else int(times[number])])],
+            PlanePositionSequence=[item(ImagePositionPatient=[round(float(value), 6) for value in position])],
+        )
+        if scales is not None:
+            group.PixelValueTransformationSequence = [item(RescaleSlope=scales[number], RescaleIntercept=0, RescaleType="US")]
+        per_frame.append(group)
+    data.PerFrameFunctionalGroupsSequence = per_frame[: groups or len(per_frame)]
+    data.PixelData = np.ascontiguousarray(values).tobytes()
+    data.save_as(path)
+    return path
+
+
+@pytest.mark.parametrize("order", ["forwards", "backwards", "shuffled"])
+def test_frames_are_put_where_they_lie(tmp_path, order):
+    places = {"forwards": range(FRAMES), "backwards": range(FRAMES)[::-1], "shuffled": [3, 0, 6, 1, 5, 2, 4]}[order]
+    image = vx.ScalarImage(write_enhanced(tmp_path / "a.dcm", places, frames()))
+    assert image.shape == (1, COLUMNS, ROWS, FRAMES)
+    np.testing.assert_allclose(image.spacing, (0.5, 0.8, STEP), atol=1e-6)
+    np.testing.assert_allclose(image.affine[:3, 3], (-10, 20, 30))
+    for frame, place in enumerate(places):
+        np.testing.assert_array_equal(image.numpy()[0, :, :, place], frames()[frame].T)
+    assert image.read(image_box(image, 2, 5)).equal(image.data[..., 2:5])
+
+
+def image_box(image, start, stop):
+    return type(vx.PatchGrid.cover(image.spatial_shape, 3)[0].box)((0, 0, start), (*image.spatial_shape[:2], stop))
+
+
+def test_an_oblique_file_lies_where_its_frames_say(tmp_path):
+    orientation = (0.8, 0.6, 0, 0, 0, -1)
+    image = vx.ScalarImage(write_enhanced(tmp_path / "a.dcm", range(FRAMES), frames(), orientation=orientation))
+    normal = np.cross(orientation[:3], orientation[3:])
+    lps = (
+        np.array([10.0, -20, 30]) + 3 * STEP * normal + 2 * 0.5 * np.array(orientation[:3]) + 4 * 0.8 * np.array(orientation[3:])
+    )
+    np.testing.assert_allclose((image.affine @ [2, 4, 3, 1])[:3], lps * [-1, -1, 1], atol=1e-4)
+    assert image.data[0, 2, 4, 3] == frames()[3, 4, 2]
+
+
+def test_a_missing_frame_is_located(tmp_path):
+    write_enhanced(tmp_path / "a.dcm", [0, 1, 2, 4, 5, 6], frames(6))
+    with pytest.raises(SeriesError, match=r"frame 3 and frame 4 are 5 mm apart, .* 1 of them are missing"):
+        _ = vx.ScalarImage(tmp_path / "a.dcm").shape
+
+
+def test_a_repeated_frame_is_located(tmp_path):
+    write_enhanced(tmp_path / "a.dcm", [0, 1, 2, 2, 3, 4, 5], frames())
+    with pytest.raises(SeriesError, match="frame 3 and frame 4 are slices at the same place"):
+        _ = vx.ScalarImage(tmp_path / "a.dcm").shape
+
+
+def test_frames_that_are_not_described_are_an_error(tmp_path):
+    write_enhanced(tmp_path / "a.dcm", range(FRAMES), frames(), groups=6)
+    with pytest.raises(SeriesError, match="has 7 frames, but describes 6"):
+        _ = vx.ScalarImage(tmp_path / "a.dcm").shape
+
+
+def test_times_are_channels(tmp_path):
+    places, times = [0, 1, 2, 0, 1, 2], [2, 2, 2, 1, 1, 1]
+    image = vx.ScalarImage(write_enhanced(tmp_path / "a.dcm", places, frames(6), times))
+    assert image.shape == (2, COLUMNS, ROWS, 3)
+    np.testing.assert_array_equal(image.numpy()[0], frames(6)[3:].transpose(2, 1, 0))
+    np.testing.assert_array_equal(image.numpy()[1], frames(6)[:3].transpose(2, 1, 0))
+
+
+def test_a_time_with_a_frame_less_is_an_error(tmp_path):
+    write_enhanced(tmp_path / "a.dcm", [0, 1, 2, 0, 1], frames(5), [1, 1, 1, 2, 2])
+    with pytest.raises(SeriesError, match="holds 2 volumes"):
+        _ = vx.ScalarImage(tmp_path / "a.dcm").shape
+
+
+def test_frames_that_are_scaled_on_their_own_keep_their_values(tmp_path):
+    scales = [1, 2, 0.5, 1, 4, 1, 1]
+    image = vx.ScalarImage(write_enhanced(tmp_path / "a.dcm", range(FRAMES), frames(), scales=scales))
+    np.testing.assert_allclose(image.numpy()[0], frames().transpose(2, 1, 0) * np.array(scales))
+
+
+def write_segments(path, entries, masks, count=2, kind="BINARY", step=STEP):
+    """Write a segmentation of `(segment, place)` entries, of which each has a mask."""
+    bits = 1 if kind == "BINARY" else 8
+    data = base(path, SegmentationStorage, bits=bits, signed=0)
+    data.SegmentationType, data.NumberOfFrames = kind, len(entries)
+    if kind == "FRACTIONAL":
+        data.MaximumFractionalValue = 250
+    data.SegmentSequence = [item(SegmentNumber=number + 1, SegmentLabel=f"organ {number}") for number in range(count)]
+    measures = item(PixelSpacing=list(SPACING), SliceThickness=STEP)
+    if step is not None:
+        measures.SpacingBetweenSlices = step
+    data.SharedFunctionalGroupsSequence = [
+        item(
+            PixelMeasuresSequence=[measures],
+            PlaneOrientationSequence=[item(ImageOrientationPatient=[1.0, 0.0, 0.0, 0.0, 1.0, 0.0])],
+        )
+    ]
+    data.PerFrameFunctionalGroupsSequence = [
+        item(
+            PlanePositionSequence=[item(ImagePositionPatient=[0.0, 0.0, STEP * place])],
+            SegmentIdentificationSequence=[item(ReferencedSegmentNumber=segment)],
+        )
+        for segment, place in entries
+    ]
+    values = np.ascontiguousarray(masks, dtype=np.uint8)
+    packed = np.packbits(values.ravel(), bitorder="little") if bits == 1 else values.ravel()
+    data.PixelData = packed.tobytes() + b"\0" * (packed.size % 2)
+    data.save_as(path)
+    return path
+
+
+ENTRIES = [(1, 3), (1, 4), (2, 0), (2, 4), (1, 6)]
+
+
+def masks(largest=1):
+    return (np.random.default_rng(0).random((len(ENTRIES), ROWS, COLUMNS)) * (largest + 0.999)).astype(np.uint8)
+
+
+def segments(values, count=2, dtype=np.uint8):
+    out = np.zeros((count, COLUMNS, ROWS, FRAMES), dtype=dtype)
+    for (segment, place), plane in zip(ENTRIES, values, strict=True):
+        out[segment - 1, :, :, place] = plane.T
+    return out
+
+
+@pytest.mark.parametrize("step", [STEP, None])
+def test_segments_are_channels_of_0_and_1_and_frames_left_out_are_empty(tmp_path, step):
+    image = vx.LabelMap(write_segments(tmp_path / "a.dcm", ENTRIES, masks(), step=step))
+    assert image.dtype == torch.uint8
+    np.testing.assert_array_equal(image.numpy(), segments(masks()))
+    np.testing.assert_allclose(image.spacing, (0.5, 0.8, STEP), atol=1e-6)
+
+
+def test_fractional_segments_are_parts_of_1(tmp_path):
+    image = vx.ScalarImage(write_segments(tmp_path / "a.dcm", ENTRIES, masks(250), kind="FRACTIONAL"))
+    np.testing.assert_allclose(image.numpy(), segments(masks(250) / 250, dtype=np.float32), rtol=1e-6)
+
+
+def test_a_segmentation_of_one_frame_is_of_0_and_1():
+    image = vx.LabelMap(pydicom.data.get_testdata_file("liver_1frame.dcm"))
+    assert image.data.unique().tolist() == [0, 1]
+
+
+def test_a_segment_twice_at_one_place_is_an_error(tmp_path):
+    write_segments(tmp_path / "a.dcm", [(1, 0), (1, 1), (1, 1)], masks()[:3])
+    with pytest.raises(SeriesError, match="frames 2 and 3 are of one segment and at one place"):
+        _ = vx.LabelMap(tmp_path / "a.dcm").shape
+
+
+# Pixels
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "rtdose_expb.dcm",
+        "rtdose_expb_1frame.dcm",
+        "rtdose_1frame.dcm",
+        "rtdose_rle.dcm",
+        "SC_rgb_rle_16bit.dcm",
+        "SC_rgb_rle_32bit_2frame.dcm",
+    ],
+)
+def test_what_itk_reads_wrongly_is_what_pydicom_reads(name):
+    path = pydicom.data.get_testdata_file(name)
+    data = pydicom.dcmread(path)
+    planes = data.pixel_array.reshape(int(data.get("NumberOfFrames", 1)), data.Rows, data.Columns, data.SamplesPerPixel)
+    np.testing.assert_array_equal(vx.ScalarImage(path).numpy(), planes.transpose(3, 2, 1, 0))
+
+
+def test_big_and_little_endian_doses_are_one_image():
+    big, little = (vx.ScalarImage(pydicom.data.get_testdata_file(name)) for name in ("rtdose_expb.dcm", "rtdose.dcm"))
+    assert big.data.equal(little.data)
+    np.testing.assert_allclose(big.affine, little.affine)
+
+
+def write_slices(folder, photometric="MONOCHROME2", syntax=ExplicitVRLittleEndian, samples=1, **tags):
+    values = np.random.default_rng(0).integers(0, 4000, (FRAMES, ROWS, COLUMNS, samples), dtype=np.uint16)
+    for number, plane in enumerate(values):
+        data = base(folder / "x.dcm", CTImageStorage, signed=0)
+        data.PhotometricInterpretation, data.SamplesPerPixel, data.BitsStored, data.HighBit = photometric, samples, 12, 11
+        if samples > 1:
+            data.PlanarConfiguration, data.BitsStored, data.HighBit = 0, 16, 15
+        data.ImagePositionPatient, data.ImageOrientationPatient = [0.0, 0.0, STEP * number], [1.0, 0.0, 0.0, 0.0, 1.0, 0.0]
+        data.PixelSpacing, data.InstanceNumber = list(SPACING), number + 1
+        for name, value in tags.items():
+            setattr(data, name, value)
+        data.PixelData = plane.tobytes()
+        if syntax == RLELossless:
+            data.compress(RLELossless, generate_instance_uid=False)
+        data.save_as(folder / f"s{number}.dcm")
+    return values.transpose(3, 2, 1, 0).astype(np.int64)
+
+
+def test_a_series_of_colours_in_run_lengths_is_read_right(tmp_path):
+    values = write_slices(tmp_path, "RGB", RLELossless, samples=3)
+    np.testing.assert_array_equal(vx.ScalarImage(tmp_path).numpy(), values)
+
+
+def test_monochrome1_is_turned_round_unless_what_is_stored_is_wanted(tmp_path):
+    values = write_slices(tmp_path, "MONOCHROME1", RescaleSlope=2, RescaleIntercept=-10)
+    np.testing.assert_array_equal(vx.ScalarImage(tmp_path).numpy(), (4095 - values) * 2 - 10)
+    stored = vx.ScalarImage(tmp_path, reader=vx.stored_dicom)
+    np.testing.assert_array_equal(stored.numpy(), values)
+    np.testing.assert_array_equal(stored.affine, vx.ScalarImage(tmp_path).affine)
+    single = vx.ScalarImage(tmp_path / "s3.dcm", reader=vx.stored_dicom)
+    np.testing.assert_array_equal(single.numpy(), values[..., 3:4])
+
+
+def test_palettes_become_colours_unless_what_is_stored_is_wanted():
+    path = pydicom.data.get_testdata_file("examples_palette.dcm")
+    colours = vx.ScalarImage(path)
+    assert colours.shape[0] == 3
+    stored = vx.ScalarImage(path, reader=vx.stored_dicom)
+    np.testing.assert_array_equal(stored.numpy()[0, ..., 0], pydicom.dcmread(path).pixel_array.T)
+
+
+def test_a_header_that_claims_gigabytes_is_refused_before_memory_is_taken(tmp_path):
+    data = pydicom.dcmread(write_enhanced(tmp_path / "a.dcm", range(FRAMES), frames()))
+    data.Rows = data.Columns = 60000
+    data.save_as(tmp_path / "a.dcm")
+    with pytest.raises(CorruptImageError, match="claims 25200000000 values of 16 bits"):
+        _ = vx.ScalarImage(tmp_path / "a.dcm").shape
+
+
+@pytest.mark.parametrize("size", [0, 1, 131, 132, 300])
+@pytest.mark.parametrize("which", [0, 3, 6])
+def test_a_slice_that_was_cut_is_named_wherever_it_was_cut(tmp_path, size, which):
+    write_slices(tmp_path)
+    path = tmp_path / f"s{which}.dcm"
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(SeriesError, match=rf"s{which}\.dcm is a slice that cannot be read"):
+        _ = vx.ScalarImage(tmp_path).shape
+
+
+def test_names_without_an_ending_are_dicom_by_their_content(tmp_path):
+    shutil.copy(pydicom.data.get_testdata_file("rtdose_expb.dcm"), tmp_path / "1.2.840.3")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        image = vx.ScalarImage(tmp_path / "1.2.840.3")
+    assert image.shape == (1, 10, 10, 15)
+    assert SimpleITK.ReadImage(str(tmp_path / "1.2.840.3")).GetSize() == (10, 10, 15)
