@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 PROCESSES := $(shell expr 2 \* $$(getconf _NPROCESSORS_ONLN))
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(PROCESSES) --maxprocesses 16 --dist worksteal
 
-.PHONY: demo test test-all lint format bench clean
+.PHONY: demo test test-all lint format bench fuzz clean
 
 demo: $(VENV)/plot.installed  ## Apply a network to a synthetic head, whole and patch by patch, and draw the result
 	$(BIN)/voxloom demo --output demo
@@ -40,6 +40,9 @@ bench: $(VENV)/bench.installed  ## Measure aggregation, sampling, training and p
 	$(BIN)/python benchmarks/network.py --bfloat16
 	$(BIN)/python benchmarks/network.py --network 4 --shape 256 256 256 --batch 4
 	$(BIN)/python benchmarks/network.py --network 60 --shape 160 160 160 --batch 4
+
+fuzz: $(VENV)/test.installed  ## Read thousands of damaged files of all formats
+	$(BIN)/python tests/fuzz.py --cases 8000 --seed $(shell date +%s)
 
 clean:  ## Remove what the other targets made
 	rm -rf .coverage $(VENV) demo bench build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -2,6 +2,7 @@
 
 import contextlib
 import gzip
+import tracemalloc
 import warnings
 import zlib
 
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 import voxloom as vx
 from voxloom.errors import CorruptImageError, UnsupportedImageError, VoxloomError
+from voxloom.io import isolated
 
 HEADERS = {".nii": 352, ".mgh": 120, ".nrrd": 300, ".mha": 300}
 
@@ -239,3 +241,36 @@ def test_a_file_is_found_by_a_path_that_begins_in_the_working_folder(tmp_path, m
     volume = torch.rand(1, 5, 6, 7)
     vx.ScalarImage(volume).save(f"scans/a{ending}")
     assert vx.ScalarImage(f"scans/a{ending}").data.equal(volume)
+
+
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+def test_what_stands_between_header_and_voxels_is_not_read_into_memory(tmp_path, ending):
+    image = nib.Nifti1Image(np.arange(60, dtype=np.int16).reshape(3, 4, 5), np.eye(4))
+    image.header.extensions.append(nib.nifti1.Nifti1Extension(6, bytes(2**25)))
+    nib.save(image, tmp_path / f"x{ending}")
+    tracemalloc.start()
+    try:
+        assert vx.ScalarImage(tmp_path / f"x{ending}").data.sum() == 1770
+        assert tracemalloc.get_traced_memory()[1] < 2**22
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_reader_that_crashes_or_fills_the_memory_is_an_error(tmp_path, monkeypatch):
+    """Files that only ITK knows are read by a process of their own: here it is told to end, and to take too much."""
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(np.zeros((200, 200, 200), np.uint8)), str(tmp_path / "x.vtk"))
+    assert vx.ScalarImage(tmp_path / "x.vtk").data.sum() == 0
+    monkeypatch.setattr(isolated, "SPARE_BYTES", 2**20)
+    monkeypatch.setattr(isolated, "COPIES", 0)
+    with pytest.raises(CorruptImageError, match="x.vtk"):
+        vx.ScalarImage(tmp_path / "x.vtk").load()
+    monkeypatch.undo()
+    script = tmp_path / "crash.py"
+    script.write_text("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
+    monkeypatch.setattr(isolated, "SCRIPT", script)
+    with pytest.raises(CorruptImageError, match=r"x\.vtk ended the process that read it"):
+        vx.ScalarImage(tmp_path / "x.vtk").load()
+    script.write_text("import time; time.sleep(60)")
+    monkeypatch.setattr(isolated, "SECONDS", 0.2)
+    with pytest.raises(CorruptImageError, match=r"x\.vtk was not read within"):
+        vx.ScalarImage(tmp_path / "x.vtk").load()

@@ -26,6 +26,7 @@ from ..errors import ImageNotFoundError, UnsupportedImageError
 from .dicom import is_dicom, open_dicom, open_series
 from .files import FileSource
 from .integrity import METAIMAGE, NRRD, TIFF
+from .isolated import IsolatedFile
 from .itk import ItkFile
 from .nifti import NibabelFile
 from .protocols import SpaceCodes
@@ -96,7 +97,9 @@ def endings(which: Callable[[Format], object]) -> tuple[str, ...]:
 
 
 def open_volume(path: Path) -> FileSource:
-    """Open a file, or a folder that holds a DICOM series: only the header is read. What has no known ending is left to SimpleITK.
+    """Open a file, or a folder that holds a DICOM series: only the header is read.
+
+    What has no known ending is left to SimpleITK, in a process of its own.
 
     Raises:
         ImageNotFoundError, CorruptImageError, UnsupportedImageError, SeriesError: see `voxloom.errors`.
@@ -111,7 +114,7 @@ def open_volume(path: Path) -> FileSource:
     if known is not None:
         return known.open(path)
     # Names of DICOM files often have no ending, or the last part of an identifier for one.
-    return open_dicom(path) if is_dicom(path) else ItkFile.open(path)
+    return open_dicom(path) if is_dicom(path) else IsolatedFile.open(path)
 
 
 def is_unnamed_image(path: Path) -> bool:

@@ -1,6 +1,8 @@
-"""NRRD, MetaImage, TIFF stacks, single DICOM files and whatever else SimpleITK can read: read whole."""
+"""NRRD, MetaImage, TIFF stacks and DICOM, with SimpleITK: read whole."""
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,19 @@ from .files import FileSource
 from .integrity import Integrity
 from .protocols import VolumeSpec
 
-__all__ = ["ItkFile", "dtype_of", "read_header"]
+__all__ = ["ItkFile", "ItkHeader", "dtype_of", "read_header"]
+
+
+@dataclass(frozen=True)
+class ItkHeader:
+    """What ITK says of an image, in its own order and its LPS+ world."""
+
+    size: Sequence[int]
+    components: int
+    pixel: str
+    direction: Sequence[float]
+    spacing: Sequence[float]
+    origin: Sequence[float]
 
 
 class ItkFile(FileSource):
@@ -46,8 +60,8 @@ class ItkFile(FileSource):
         self._integrity = integrity
         if integrity is not None:
             integrity.check_header(self.paths[0])
-        header = read_header(self.paths[0])
-        size, components = header.GetSize(), header.GetNumberOfComponents()
+        header = self.header(self.paths[0])
+        size, components = header.size, header.components
         # The last axis of four is time; of a series every file adds a slice.
         spatial = [*size[:3], 1][:3] if len(self.paths) == 1 else [*size[:2], len(self.paths)]
         volumes = size[3] if len(size) == 4 else 1
@@ -56,8 +70,9 @@ class ItkFile(FileSource):
                 f"{name} has size {size} with {components} components: it must be 2-D, 3D or 4D, and 4-D only with one component"
             )
         i, j, k = map(int, spatial)
+        self.is_vector = components > 1
         if affine is None:
-            affine = lps_to_ras(header.GetDirection(), header.GetSpacing(), header.GetOrigin())
+            affine = lps_to_ras(header.direction, header.spacing, header.origin)
         self.pixel_type = SimpleITK.sitkUnknown if dtype is None else SimpleITK.sitkFloat64
         self.spec = VolumeSpec((int(volumes * components), i, j, k), dtype or dtype_of(header, name), affine)
 
@@ -68,45 +83,56 @@ class ItkFile(FileSource):
 
     def read(self, box: Box) -> Tensor:
         """Read a box of voxels into a new tensor; see `VolumeSource`."""
-        names = [str(path) for path in self.paths]
-        try:
-            if len(names) == 1:
-                if self._integrity is not None:
-                    self._integrity.check_data(self.paths[0])
-                image = SimpleITK.ReadImage(names[0], imageIO=_reader_of(self.paths[0]))
-            else:
-                image = SimpleITK.ReadImage(names, self.pixel_type)
-        except RuntimeError as error:
-            if isinstance(error, VoxloomError):
-                raise
-            raise CorruptImageError(f"{self.name} cannot be read: {_reason(error)}. Copy or download it again") from error
-        array = SimpleITK.GetArrayViewFromImage(image)
+        array, _owner = self.voxels()
         widest_unsigned(array, self.name)
         shape = self.shape
-        if image.GetNumberOfComponentsPerPixel() > 1:
-            array = np.moveaxis(array, -1, 0)
+        if array.size != math.prod(shape):
+            raise CorruptImageError(f"{self.name} holds {array.size} values, and not {shape} as its header says: copy it again")
+        if self.is_vector:
+            array = np.moveaxis(array.reshape(*shape[:0:-1], shape[0]), -1, 0)
         channels = array.reshape(shape[0], shape[3], shape[2], shape[1]).transpose(0, 3, 2, 1)
-        # ITK's own memory is freed with `image`.
         out = torch.empty((shape[0], *box.shape), dtype=self.dtype)
         np.copyto(out.numpy(), channels[(slice(None), *box.slices)], casting="unsafe")
         return out
 
+    def header(self, path: Path) -> ItkHeader:
+        """Read what the file says of its image."""
+        return read_header(path)
 
-def read_header(path: Path) -> Any:
+    def voxels(self) -> tuple[np.ndarray, Any]:
+        """Read the voxels, as ITK orders them; with them comes what owns their memory, and must live as long."""
+        names = [str(path) for path in self.paths]
+        try:
+            if len(names) > 1:
+                image = SimpleITK.ReadImage(names, self.pixel_type)
+            else:
+                if self._integrity is not None:
+                    self._integrity.check_data(self.paths[0])
+                image = SimpleITK.ReadImage(names[0], imageIO=_reader_of(self.paths[0]))
+        except RuntimeError as error:
+            if isinstance(error, VoxloomError):
+                raise
+            raise CorruptImageError(f"{self.name} cannot be read: {_reason(str(error))}. Copy or download it again") from error
+        return SimpleITK.GetArrayViewFromImage(image), image
+
+    @staticmethod
+    def explained(path: Path, message: str) -> CorruptImageError:
+        """Make an error of a message of ITK's."""
+        return CorruptImageError(f"{path} is not an image that can be read: {_reason(message)}. Copy or download it again")
+
+
+def read_header(path: Path) -> ItkHeader:
     """Read what a file says of its image, without its voxels."""
     reader = SimpleITK.ImageFileReader()
     reader.SetFileName(str(path))
     reader.SetImageIO(_reader_of(path))
     try:
-        if reader.GetImageIOFromFileName(str(path)) == "MINCImageIO":
-            # ITK takes MINC's axes for those of DICOM, which turns left to right and front to back.
-            raise UnsupportedImageError(f"{path} is MINC, which is read from files whose names end in .mnc: rename it")
         reader.ReadImageInformation()
     except RuntimeError as error:
-        if isinstance(error, VoxloomError):
-            raise
-        raise CorruptImageError(f"{path} is not an image that can be read: {_reason(error)}") from error
-    return reader
+        raise ItkFile.explained(path, str(error)) from error
+    pixel = SimpleITK.GetPixelIDValueAsString(reader.GetPixelID())
+    components = reader.GetNumberOfComponents()
+    return ItkHeader(reader.GetSize(), components, pixel, reader.GetDirection(), reader.GetSpacing(), reader.GetOrigin())
 
 
 def _reader_of(path: Path) -> str:
@@ -114,20 +140,20 @@ def _reader_of(path: Path) -> str:
     return "MetaImageIO" if path.suffix.lower() in (".mha", ".mhd") else ""
 
 
-def dtype_of(header: Any, name: str) -> torch.dtype:
+def dtype_of(header: ItkHeader, name: str) -> torch.dtype:
     """Say which type of tensor the pixels of a file become."""
-    pixel = SimpleITK.GetPixelIDValueAsString(header.GetPixelID())
-    kind = pixel.removeprefix("vector of ").removeprefix("label of ")
+    kind = header.pixel.removeprefix("vector of ").removeprefix("label of ")
     names = {"32-bit float": "float32", "64-bit float": "float64"}
     for bits in (8, 16, 32, 64):
         names[f"{bits}-bit unsigned integer"] = f"uint{bits}"
         names[f"{bits}-bit signed integer"] = f"int{bits}"
     if kind not in names:
-        raise UnsupportedImageError(f"{name} stores pixels of type {pixel}: real numbers can be read")
+        raise UnsupportedImageError(f"{name} stores pixels of type {header.pixel}: real numbers can be read")
     return torch_dtype(np.dtype(names[kind]), name)
 
 
-def _reason(error: RuntimeError) -> str:
+def _reason(message: str) -> str:
     """The part of ITK's message that says what happened."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1].split("): ", 1)[-1] if lines else "no reason is given"
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    reason = lines[-1].split("): ", 1)[-1] if lines else ""
+    return "its header is not what it should be" if not reason or reason.endswith("Success") else reason

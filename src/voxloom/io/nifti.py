@@ -5,7 +5,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, Self, cast
 
 import nibabel as nib
 import numpy as np
@@ -38,6 +38,30 @@ HEADER_ERRORS: tuple[Any, ...] = (
     LookupError,
     TypeError,
 )
+
+
+class _NoExtensions(nib.nifti1.Nifti1Extensions):
+    """What may stand between header and voxels, up to 2 GB: nothing here needs it."""
+
+    @classmethod
+    def from_fileobj(cls, fileobj: Any, size: int, byteswap: bool) -> Self:
+        return cls()
+
+
+class _Nifti1Header(nib.Nifti1Header):
+    exts_klass = _NoExtensions
+
+
+class _Nifti2Header(nib.Nifti2Header):
+    exts_klass = _NoExtensions
+
+
+class _Nifti1Image(nib.Nifti1Image):
+    header_class = _Nifti1Header
+
+
+class _Nifti2Image(nib.Nifti2Image):
+    header_class = _Nifti2Header
 
 
 class NibabelFile(FileSource):
@@ -235,7 +259,7 @@ def _class_of(path: Path, stream: Any) -> Any:
     start = stream.read(4)
     stream.seek(0)
     is_second = 540 in (int.from_bytes(start, "little"), int.from_bytes(start, "big"))
-    return nib.Nifti2Image if is_second else nib.Nifti1Image
+    return _Nifti2Image if is_second else _Nifti1Image
 
 
 def _affine_of(image: Any, name: str) -> tuple[Affine, tuple[tuple[float, ...], ...]]:

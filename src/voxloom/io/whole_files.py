@@ -34,6 +34,7 @@ ERRORS: tuple[Any, ...] = (
     AssertionError,
     UnboundLocalError,
     MemoryError,
+    RuntimeError,
 )
 HDF5 = b"\x89HDF\r\n\x1a\n"
 

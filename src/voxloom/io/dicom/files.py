@@ -1,30 +1,29 @@
 """DICOM as people have it: a folder of slices, or a file.
 
-ITK decodes the pixels, scales them to units such as Hounsfield's, turns MONOCHROME1 (where 0 is white) round and palettes to
-colours. pydicom reads the headers, decodes what ITK reads wrongly or not at all, and gives what is stored, if that is wanted.
+Values are scaled to units such as Hounsfield's, MONOCHROME1 (where 0 is white) is turned round, and palettes become colours.
+pydicom reads the headers, and all pixels but those that are compressed as pictures are, or have a palette: these are ITK's.
 """
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import SimpleITK
 import torch
-from pydicom.uid import ExplicitVRBigEndian, RLELossless, RTDoseStorage
+from pydicom.uid import ImplicitVRLittleEndian, RLELossless
 
 from ...core.affines import Affine
 from ...core.boxes import Box
 from ...errors import CorruptImageError, SeriesError, VoxloomError
 from ..files import FileSource
+from ..isolated import IsolatedFile
 from ..itk import ItkFile, dtype_of, read_header
-from .frames import DAMAGE, frame_count, header_of, is_segmentation, scales_of, table_of
+from .frames import DAMAGE, DicomHeader, brief, frame_count, header_of, spacing_of, table_of
 from .pixels import DecodedFile, DecodedSlices, OrderedFrames, check_size
 from .planes import arranged
 
 __all__ = ["open_dicom", "open_series", "stored_dicom"]
-
-POSITION, ORIENTATION, DESCRIPTION = "0020|0032", "0020|0037", "0008|103e"
 
 
 def open_dicom(path: Path) -> FileSource:
@@ -50,71 +49,98 @@ def stored_dicom(path: Path) -> tuple[torch.Tensor, Affine]:
 def _opened(path: Path, is_stored: bool) -> FileSource:
     header = header_of(path)
     if header is None:
-        return ItkFile.open(path)
-    if "Rows" not in header:
-        kind = header.get("SOPClassUID")
-        raise CorruptImageError(f"{path} is DICOM, but holds no image: it is {getattr(kind, 'name', kind) or 'of no known kind'}")
+        return IsolatedFile.open(path)
+    if header.pixel_bytes is None:
+        kind = header.data.SOPClassUID
+        raise CorruptImageError(f"{path} is DICOM, but holds no image: it is {getattr(kind, 'name', kind)}")
     try:
-        check_size(path, header)
-        table = table_of(header, path)
-        frames = DecodedFile(path, header, is_stored) if is_stored or _is_for_pydicom(header, path) else ItkFile.open(path)
+        check_size(header)
+        table = table_of(header.data, path)
+        frames = ItkFile.open(path) if _is_for_itk(header.data) and not is_stored else DecodedFile(header, is_stored)
     except VoxloomError:
         raise
     except DAMAGE as error:
-        raise CorruptImageError(f"{path}: its DICOM header cannot be used: {error}. Copy or download it again") from error
+        raise CorruptImageError(f"{path}: its DICOM header cannot be used: {brief(error)}. Copy it again") from error
     return frames if table is None else OrderedFrames(frames, table)
 
 
-def _is_for_pydicom(header: Any, path: Path) -> bool:
-    """Whether ITK would give other values than are stored, or none."""
-    count, bits, syntax = frame_count(header, path), int(header.BitsAllocated), header.file_meta.get("TransferSyntaxUID")
-    slopes, intercepts = scales_of(header, count)
-    return (
-        is_segmentation(header)
-        or (syntax == ExplicitVRBigEndian and bits > 16)
-        or (syntax == RLELossless and bits > 8 and int(header.get("SamplesPerPixel", 1)) > 1)
-        or (header.get("SOPClassUID") == RTDoseStorage and count == 1)
-        or ("PixelRepresentation" not in header and bits >= 32)
-        or bool(np.ptp(slopes) or np.ptp(intercepts))
-    )
+def _is_for_itk(header: Any) -> bool:
+    """Whether pixels are compressed as pictures are, or have the colours of a palette.
+
+    All others are pydicom's: ITK turns some of them to other values, and takes gigabytes before it notices that one is damaged.
+    """
+    syntax = header.file_meta.get("TransferSyntaxUID", ImplicitVRLittleEndian)
+    return (syntax.is_encapsulated and syntax != RLELossless) or header.get("PhotometricInterpretation") == "PALETTE COLOR"
 
 
 def open_series(folder: Path) -> FileSource:
-    """Open a folder that holds exactly one DICOM series of parallel, evenly spaced slices.
-
-    Raises:
-        SeriesError: if there is no series, more than one, or one with slices missing, repeated or shifted sideways.
-    """
-    series = SimpleITK.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
-    if not series:
-        raise SeriesError(f"{folder} is a folder without DICOM files: give a file, or a folder that holds one DICOM series")
-    files = {
-        name: [Path(file) for file in SimpleITK.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), name)] for name in series
-    }
-    if len(series) > 1:
-        listed = "; ".join(f"{name}, {len(paths)} files{_described(paths[0])}" for name, paths in files.items())
-        raise SeriesError(f"{folder} holds {len(series)} DICOM series: put each into a folder of its own. They are {listed}")
-    paths = files[series[0]]
-    _check_none_left_out(folder, paths)
-    if len(paths) == 1:
-        return open_dicom(paths[0])
-    return _checked_series(paths, folder)
-
-
-def _check_none_left_out(folder: Path, paths: list[Path]) -> None:
-    """Refuse damaged slices, which GDCM leaves out without a word: at the ends of a series nobody would miss them."""
-    kind = _storage_class(paths[0])
-    listed = {path.resolve() for path in paths}
-    names = {_pattern(path) for path in paths}
+    """See the function of the package."""
+    slices, others = [], []
     for path in sorted(folder.iterdir()):
-        if not path.is_file() or path.resolve() in listed or path.name.startswith("."):
-            continue
-        found = _storage_class(path)
-        if (found is None and _pattern(path) in names) or (kind is not None and found == kind):
-            raise SeriesError(
-                f"{path} is a slice that cannot be read: it is damaged or truncated. Copy or download it again, or, if it is"
-                " none, move it elsewhere"
-            )
+        if path.is_file() and not path.name.startswith("."):
+            found = Slice.of(path)
+            slices.append(found) if isinstance(found, Slice) else others.append((path, found))
+    _check_none_is_damaged(slices, others)
+    series: dict[str, list[Slice]] = {}
+    for each in slices:
+        series.setdefault(each.series, []).append(each)
+    if not series:
+        raise SeriesError(f"{folder} is a folder without DICOM files of images: give a file, or a folder with one DICOM series")
+    if len(series) > 1:
+        listed = "; ".join(f"{name}, {len(each)} files{each[0].described}" for name, each in series.items())
+        raise SeriesError(f"{folder} holds {len(series)} DICOM series: put each into a folder of its own. They are {listed}")
+    return open_dicom(slices[0].path) if len(slices) == 1 else _checked_series(slices, folder)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """What a file of a series says of itself."""
+
+    path: Path
+    header: DicomHeader
+    series: str
+    shape: tuple[int, int, int]
+    """Columns, rows and samples."""
+    frames: int
+
+    @classmethod
+    def of(cls, path: Path) -> "Slice | str | None":
+        """Read a header; where there are no pixels, say of which kind the file is, or None.
+
+        Raises:
+            SeriesError: if the file is damaged.
+        """
+        try:
+            header = header_of(path)
+            if header is None or header.pixel_bytes is None:
+                return None if header is None else str(header.data.SOPClassUID)
+            check_size(header)
+            data = header.data
+            shape = int(data.Columns), int(data.Rows), int(data.get("SamplesPerPixel", 1))
+            return cls(path, header, str(data.get("SeriesInstanceUID", "")), shape, frame_count(data, path))
+        except (CorruptImageError, *DAMAGE) as error:
+            raise SeriesError(_unreadable(path, f": {brief(error)}")) from error
+
+    @property
+    def described(self) -> str:
+        """The name of the series, in parentheses."""
+        name = str(self.header.data.get("SeriesDescription", "") or "").strip()
+        return f" ({name})" if name else ""
+
+
+def _unreadable(path: Path, why: str = "") -> str:
+    return (
+        f"{path} is a slice that cannot be read, since it is damaged or truncated{why}. Copy or download it again, or move it"
+        " elsewhere if it is none"
+    )
+
+
+def _check_none_is_damaged(slices: list[Slice], others: list[tuple[Path, str | None]]) -> None:
+    """Refuse what was a slice by its kind or its name, and no longer is one: at the ends of a series nobody would miss it."""
+    kinds, names = {str(each.header.data.SOPClassUID) for each in slices}, {_pattern(each.path) for each in slices}
+    for path, kind in others:
+        if kind in kinds or (_pattern(path) in names and kind is None):
+            raise SeriesError(_unreadable(path))
 
 
 def _pattern(path: Path) -> str:
@@ -122,53 +148,55 @@ def _pattern(path: Path) -> str:
     return re.sub(r"\d+", "0", path.name.lower())
 
 
-def _storage_class(path: Path) -> bytes | None:
-    """Say what kind of object a DICOM file holds, such as a CT slice, or None where it is no DICOM file."""
-    with path.open("rb") as file:
-        start = file.read(1024)
-    place = start.find(b"\x02\x00\x02\x00UI")
-    if start[128:132] != b"DICM" or place < 0:
-        return None
-    length = int.from_bytes(start[place + 6 : place + 8], "little")
-    return start[place + 8 : place + 8 + length].rstrip(b"\0 ")
-
-
-def _checked_series(paths: list[Path], folder: Path) -> FileSource:
-    headers = [read_header(path) for path in paths]
-    for path, header in zip(paths, headers, strict=True):
-        missing = [tag for tag in (POSITION, ORIENTATION) if not header.HasMetaDataKey(tag)]
-        if missing:
-            raise SeriesError(f"{path} has no DICOM tag {missing[0]}, so that the place of its slice is unknown")
-        if (header.GetSize(), header.GetNumberOfComponents()) != (headers[0].GetSize(), headers[0].GetNumberOfComponents()):
+def _checked_series(slices: list[Slice], folder: Path) -> FileSource:
+    first = slices[0]
+    for each in slices:
+        if each.shape != first.shape:
             raise SeriesError(
-                f"{path} has {header.GetSize()} pixels of {header.GetNumberOfComponents()} components, but {paths[0].name} has"
-                f" {headers[0].GetSize()} of {headers[0].GetNumberOfComponents()}: a series must be of one kind"
+                f"{each.path} has {each.shape[:2]} pixels of {each.shape[2]} components, but {first.path.name} has"
+                f" {first.shape[:2]} of {first.shape[2]}: a series must be of one kind"
             )
-        if header.GetSize()[2:] not in ((), (1,)):
-            raise SeriesError(f"{path} holds {header.GetSize()[2]} slices, and is one of several: open such files one by one")
-    types = {dtype_of(header, str(path)) for path, header in zip(paths, headers, strict=True)}
-    positions = np.array([_numbers(path, header, POSITION, 3) for path, header in zip(paths, headers, strict=True)])
-    orientations = np.array([_numbers(path, header, ORIENTATION, 6) for path, header in zip(paths, headers, strict=True)])
-    order, affine = arranged(str(folder), [path.name for path in paths], positions, orientations, headers[0].GetSpacing()[:2])
-    paths = [paths[index] for index in order]
-    first = header_of(paths[0])
-    if first is not None and _is_for_pydicom(first, paths[0]):
-        return DecodedSlices([DecodedFile(path, header_of(path)) for path in paths], affine)
-    # Slices that are scaled on their own, as in PET, may have types of their own, too.
-    return ItkFile(paths, str(folder), affine, None if len(types) == 1 else torch.float64)
-
-
-def _numbers(path: Path, header: Any, tag: str, count: int) -> list[float]:
-    value = header.GetMetaData(tag)
+        if each.frames > 1:
+            raise SeriesError(f"{each.path} holds {each.frames} slices, and is one of several: open such files one by one")
+    positions = np.array([_numbers(each, "ImagePositionPatient", 3) for each in slices])
+    orientations = np.array([_numbers(each, "ImageOrientationPatient", 6) for each in slices])
+    names = [each.path.name for each in slices]
+    order, affine = arranged(str(folder), names, positions, orientations, spacing_of(first.header.data))
+    ordered = [slices[index] for index in order]
     try:
-        numbers = [float(number) for number in value.split("\\")]
-    except ValueError:
-        numbers = []
-    if len(numbers) != count:
-        raise SeriesError(f"{path}: the DICOM tag {tag} is {value!r}, where {count} numbers should say where the slice lies")
+        if not _is_for_itk(first.header.data):
+            return DecodedSlices([DecodedFile(each.header, affine=affine) for each in ordered], affine)
+        kinds = {_kind_of_values(each.header.data): each.path for each in slices}
+    except DAMAGE as error:
+        raise CorruptImageError(f"{folder}: a DICOM header cannot be used: {brief(error)}. Copy it again") from error
+    types = {dtype_of(read_header(path), str(path)) for path in kinds.values()}
+    # Slices that are scaled on their own, as in PET, may have types of their own, too.
+    return ItkFile([each.path for each in ordered], str(folder), affine, None if len(types) == 1 else torch.float64)
+
+
+def _kind_of_values(header: Any) -> tuple[str, ...]:
+    """What decides of which type the values are."""
+    names = (
+        "RescaleSlope",
+        "RescaleIntercept",
+        "BitsAllocated",
+        "BitsStored",
+        "PixelRepresentation",
+        "PhotometricInterpretation",
+    )
+    return tuple(str(header.get(name)) for name in names)
+
+
+def _numbers(each: Slice, name: str, count: int) -> list[float]:
+    try:
+        value = each.header.data.get(name)
+        numbers = None if value is None else [float(number) for number in value]
+    except DAMAGE:
+        value, numbers = "no numbers", []
+    if numbers is None:
+        raise SeriesError(f"{each.path} has no DICOM tag {name}, so that the place of its slice is unknown")
+    if len(numbers) != count or not np.isfinite(numbers).all():
+        raise SeriesError(
+            f"{each.path}: the DICOM tag {name} is {value!r}, where {count} numbers should say where the slice lies"
+        )
     return numbers
-
-
-def _described(path: Path) -> str:
-    header = read_header(path)
-    return f" ({header.GetMetaData(DESCRIPTION).strip()})" if header.HasMetaDataKey(DESCRIPTION) else ""

@@ -1,27 +1,42 @@
 """What the header of a DICOM file says of its frames: which of them makes which plane, and where that lies."""
 
+import struct
 import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pydicom
-from pydicom.errors import InvalidDicomError
-from pydicom.uid import RTDoseStorage, SegmentationStorage
+from pydicom.errors import BytesLengthException, InvalidDicomError
+from pydicom.uid import ImplicitVRLittleEndian, RTDoseStorage, SegmentationStorage
 
 from ...core.affines import Affine
-from ...errors import CorruptImageError, SeriesError, UnsupportedImageError, VoxloomError
+from ...errors import CorruptImageError, ImageNotFoundError, SeriesError, UnsupportedImageError, VoxloomError
 from .planes import arranged, arranged_with_gaps
 
-__all__ = ["DAMAGE", "EMPTY", "FrameTable", "frame_count", "header_of", "is_segmentation", "place_of", "scales_of", "table_of"]
+__all__ = [
+    "DAMAGE",
+    "EMPTY",
+    "DicomHeader",
+    "FrameTable",
+    "brief",
+    "frame_count",
+    "header_of",
+    "is_segmentation",
+    "place_of",
+    "scales_of",
+    "spacing_of",
+    "table_of",
+]
 
 # What pydicom raises when a file is damaged.
 DAMAGE: tuple[Any, ...] = (
     ArithmeticError,
     AttributeError,
+    BytesLengthException,
     EOFError,
     LookupError,
     NotImplementedError,
@@ -30,12 +45,16 @@ DAMAGE: tuple[Any, ...] = (
     RuntimeError,
     TypeError,
     ValueError,
+    struct.error,
     zlib.error,
 )
 EMPTY = -1
 """In a table: no frame, and so a plane of zeros."""
 
 LABEL_MAP_STORAGE = "1.2.840.10008.5.1.4.1.1.66.7"
+GREATEST_DEFLATE_RATIO = 1032
+# Whole numbers, floats and doubles.
+PIXELS = (0x7FE00010, 0x7FE00008, 0x7FE00009)
 # Attributes that number the planes of one volume: what they tell apart are places, and not volumes.
 PLACES = (0x00200032, 0x00209057, 0x00201041)
 
@@ -50,18 +69,52 @@ class FrameTable:
     """RAS+."""
 
 
-def header_of(path: Path) -> Any | None:
-    """Read what comes before the pixels; None for what pydicom does not take for DICOM."""
+@dataclass(frozen=True)
+class DicomHeader:
+    """What comes before the pixels of a file."""
+
+    path: Path
+    data: Any
+    """A data set of pydicom's."""
+    pixel_bytes: int | None
+    """Bytes of the file from where its pixels begin; None where there are none. Of deflated files it is what they may hold."""
+
+
+def header_of(path: Path) -> DicomHeader | None:
+    """Read what comes before the pixels; None for what is not DICOM.
+
+    Raises:
+        CorruptImageError: if the file is damaged, or ends before its pixels.
+    """
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), path.open("rb") as file:
             warnings.simplefilter("ignore")  # values against the rules, which nothing here depends on
-            header = pydicom.dcmread(path, stop_before_pixels=True)
-            header.decode()
-            return header
+            # Old files lack the mark, and are known by what is in them.
+            data = pydicom.dcmread(file, stop_before_pixels=True, force=True)
+            if "SOPClassUID" not in data:
+                return None
+            size = path.stat().st_size
+            if data.file_meta.get("TransferSyntaxUID", ImplicitVRLittleEndian).is_deflated:
+                return DicomHeader(path, data, size * GREATEST_DEFLATE_RATIO if "Rows" in data else None)
+            rest, start = size - file.tell(), file.read(4)
+            if not start:
+                return DicomHeader(path, data, None)
+            order: Literal["little", "big"] = "little" if data.original_encoding[1] else "big"
+            tag = int.from_bytes(start[:2], order) << 16 | int.from_bytes(start[2:], order)
+            if tag not in PIXELS or "Rows" not in data:
+                raise EOFError("its header has no end that is followed by pixels")
+            return DicomHeader(path, data, rest)
     except InvalidDicomError:
         return None
+    except FileNotFoundError as error:
+        raise ImageNotFoundError(f"there is no file {path}") from error
     except DAMAGE as error:
-        raise CorruptImageError(f"{path} is not a DICOM file that can be read: {error}. Copy or download it again") from error
+        raise CorruptImageError(f"{path} is not a DICOM file that can be read: {brief(error)}. Copy it again") from error
+
+
+def brief(error: BaseException) -> str:
+    """Give the first line of an error: pydicom's hold tracebacks."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def frame_count(header: Any, path: Path) -> int:
@@ -94,12 +147,23 @@ def scales_of(header: Any, count: int) -> tuple[np.ndarray, np.ndarray]:
 def place_of(header: Any) -> Affine:
     """Give the affine of frames that have no places of their own, which are taken to follow each other evenly."""
     position, orientation = _numbers(header, "ImagePositionPatient", 3), _numbers(header, "ImageOrientationPatient", 6)
-    measures = next(filter(None, _groups(header, 1, "PixelMeasuresSequence")), header)
-    rows, columns = map(float, measures.get("PixelSpacing") or measures.get("ImagerPixelSpacing") or (1, 1))
     planes = np.array([(0, 0, 0) if position is None else position])
     orientations = np.array([(1, 0, 0, 0, 1, 0) if orientation is None else orientation])
-    _, affine = arranged(str(header.filename), ["it"], planes, orientations, (columns, rows), _distance(measures))
+    # What ITK takes, too: how thick a plane is says nothing of where the next one lies.
+    distance = abs(float(_first(_measures(header), "SpacingBetweenSlices", 0))) or 1.0
+    _, affine = arranged(str(header.filename), ["it"], planes, orientations, spacing_of(header), distance)
     return affine
+
+
+def spacing_of(header: Any) -> tuple[float, float]:
+    """Give mm from column to column, and from row to row."""
+    measures = _measures(header)
+    rows, columns = map(float, measures.get("PixelSpacing") or measures.get("ImagerPixelSpacing") or (1, 1))
+    return columns, rows
+
+
+def _measures(header: Any) -> Any:
+    return next(filter(None, _groups(header, 1, "PixelMeasuresSequence")), header)
 
 
 def table_of(header: Any, path: Path) -> FrameTable | None:
@@ -114,7 +178,7 @@ def table_of(header: Any, path: Path) -> FrameTable | None:
     except VoxloomError:
         raise
     except DAMAGE as error:
-        raise CorruptImageError(f"{path}: its header does not say where its frames lie: {error}. Copy it again") from error
+        raise CorruptImageError(f"{path}: its header does not say where its frames lie: {brief(error)}. Copy it again") from error
 
 
 def _table_of(header: Any, path: Path) -> FrameTable | None:

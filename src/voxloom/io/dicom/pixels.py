@@ -1,14 +1,17 @@
 """Pixels of DICOM files: those that pydicom decodes, and frames that are put in order."""
 
+import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pydicom
 import torch
 from pydicom.pixels.processing import apply_color_lut
 from pydicom.pixels.utils import pixel_array
+from pydicom.uid import ImplicitVRLittleEndian, RLELossless
 from torch import Tensor
 
 from ...core.affines import Affine
@@ -17,30 +20,33 @@ from ...errors import CorruptImageError, ImageNotFoundError, UnsupportedImageErr
 from ..arrays import torch_dtype, widest_unsigned
 from ..files import FileSource
 from ..protocols import VolumeSpec
-from .frames import DAMAGE, EMPTY, FrameTable, frame_count, is_segmentation, place_of, scales_of
+from .frames import DAMAGE, EMPTY, DicomHeader, FrameTable, brief, frame_count, is_segmentation, place_of, scales_of
 
 __all__ = ["DecodedFile", "DecodedSlices", "OrderedFrames", "check_size"]
 
-# The most that run lengths can have shrunk anything, and deflate.
-GREATEST_RATIO = {"1.2.840.10008.1.2.5": 64, "1.2.840.10008.1.2.1.99": 1032}
+# Planes that are turned from the order of files into a tensor's at a time.
+PLANES = 16
+# The most that run lengths can have shrunk anything, and that pictures of one colour shrink.
+RLE_RATIO, PICTURE_RATIO = 64, 20000
 
 
 class DecodedFile(FileSource):
     """Frames of a DICOM file, as planes in the order of the file, decoded by pydicom.
 
     Args:
-        path: the file.
-        header: its header.
+        opened: the header of the file, whose size was checked.
         is_stored: give what is stored: neither scaled, nor with MONOCHROME1 turned round, nor with a palette's colours.
+        affine: RAS+, where the header of this file alone does not tell it.
     """
 
     is_sliceable = False
 
-    def __init__(self, path: Path, header: Any, is_stored: bool = False) -> None:
+    def __init__(self, opened: DicomHeader, is_stored: bool = False, affine: Affine | None = None) -> None:
+        path, header = opened.path, opened.data
         self.paths = (path,)
         self._is_stored = is_stored
+        self._is_deflated = header.file_meta.get("TransferSyntaxUID", ImplicitVRLittleEndian).is_deflated
         count = frame_count(header, path)
-        check_size(path, header)
         slopes, intercepts = scales_of(header, count)
         is_scaled = not is_stored and bool((slopes != 1).any() or intercepts.any())
         self._scale = (slopes, intercepts) if is_scaled else None
@@ -52,36 +58,42 @@ class DecodedFile(FileSource):
         shape = (samples, int(header.Columns), int(header.Rows), count)
         if min(shape) < 1:
             raise CorruptImageError(f"{path} has shape {shape}, and so no voxels: its header is damaged")
-        self.spec = VolumeSpec(shape, self._dtype_of(header, path), place_of(header))
+        self.spec = VolumeSpec(shape, self._dtype_of(header, path), place_of(header) if affine is None else affine)
 
     def read(self, box: Box) -> Tensor:
         """Read a box of voxels into a new tensor; see `VolumeSource`."""
+        out = torch.empty((self.shape[0], *box.shape), dtype=self.dtype)
+        np.copyto(out.numpy(), self.planes(box).transpose(3, 2, 1, 0))
+        return out
+
+    def planes(self, box: Box) -> np.ndarray:
+        """Decode the voxels of a box, in the order of the file: `(K, J, I, C)`."""
         (path,) = self.paths
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                planes = pixel_array(path, raw=self._is_stored)
+                # pydicom does not inflate what it is given by its path.
+                source = pydicom.dcmread(path, force=True) if self._is_deflated else path
+                decoded = pixel_array(source, raw=self._is_stored)
             if self._palette is not None:
-                planes = apply_color_lut(planes, self._palette)
+                decoded = apply_color_lut(decoded, self._palette)
         except FileNotFoundError as error:
             raise ImageNotFoundError(f"there is no file {path}") from error
         except DAMAGE as error:
-            raise CorruptImageError(
-                f"{path} cannot be decoded: {error}. Copy it again, or convert it with a DICOM tool"
-            ) from error
-        samples, columns, rows, count = self.shape
-        if planes.size != samples * columns * rows * count:
-            raise CorruptImageError(f"{path} holds pixels of shape {planes.shape}, and not {self.shape} as its header says")
-        widest_unsigned(planes, str(path))
-        channels = planes.reshape(count, rows, columns, samples).transpose(3, 2, 1, 0)[(slice(None), *box.slices)]
+            raise CorruptImageError(f"{path} cannot be decoded: {brief(error)}. Copy it again, or convert it") from error
+        if decoded.size != math.prod(self.shape):
+            raise CorruptImageError(f"{path} holds pixels of shape {decoded.shape}, and not {self.shape} as its header says")
+        widest_unsigned(decoded, str(path))
+        values = decoded.reshape(self.shape[::-1])[box.slices[::-1]]
         if self._photometric == "MONOCHROME1" and not self._is_stored and self._bits:
-            channels = (-1 if channels.dtype.kind == "i" else 2**self._bits - 1) - channels.astype(np.int64)
-        if self._scale is not None:
-            slopes, intercepts = (numbers[box.slices[2]] for numbers in self._scale)
-            channels = channels * slopes + intercepts
-        out = torch.empty((samples, *box.shape), dtype=self.dtype)
-        np.copyto(out.numpy(), channels, casting="unsafe")
-        return out
+            values = (-1 if values.dtype.kind == "i" else 2**self._bits - 1) - values.astype(np.int64)
+        target = torch.empty(0, dtype=self.dtype).numpy().dtype
+        if self._scale is None:
+            return values.astype(target, copy=False)
+        slopes, intercepts = (numbers[box.slices[2]].reshape(-1, 1, 1, 1) for numbers in self._scale)
+        if target.kind == "i" or target.kind == "u":  # whole numbers, of which none is larger than this type
+            return values.astype(target) * slopes.astype(target) + intercepts.astype(target)
+        return (values * slopes + intercepts).astype(target, copy=False)
 
     def _dtype_of(self, header: Any, path: Path) -> torch.dtype:
         bits = int(header.BitsAllocated)
@@ -97,9 +109,21 @@ class DecodedFile(FileSource):
         plain = torch_dtype(np.dtype(f"{kind}{max(bits, 8)}"), str(path))
         if self._scale is None or plain == torch.float64:
             return plain
-        if all((numbers == np.rint(numbers)).all() for numbers in self._scale):
-            return torch.int64 if bits > 16 else torch.int32
-        return torch.float64 if bits > 16 else torch.float32
+        return torch.float32 if is_segmentation(header) else torch_dtype(self._scaled_dtype(header), str(path))
+
+    def _scaled_dtype(self, header: Any) -> np.dtype:
+        """The least whole type that holds every value that could be stored, as ITK has it; doubles for other scales."""
+        assert self._scale is not None
+        slopes, intercepts = self._scale
+        if (slopes != np.rint(slopes)).any() or (intercepts != np.rint(intercepts)).any():
+            return np.dtype("float64")
+        bits = int(header.BitsStored)
+        least, most = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if header.get("PixelRepresentation") else (0, 2**bits - 1)
+        ends = [slopes * least + intercepts, slopes * most + intercepts]
+        low, high = min(map(np.min, ends)), max(map(np.max, ends))
+        names = ("uint8", "uint16", "uint32") if low >= 0 else ("int8", "int16", "int32")
+        fitting = (name for name in names if np.iinfo(name).min <= low and high <= np.iinfo(name).max)
+        return np.dtype(next(fitting, "float64"))
 
 
 class DecodedSlices(FileSource):
@@ -123,8 +147,10 @@ class DecodedSlices(FileSource):
         """Read a box of voxels into a new tensor; see `VolumeSource`."""
         out = torch.empty((self.shape[0], *box.shape), dtype=self.dtype)
         plane = Box((*box.start[:2], 0), (*box.stop[:2], 1))
-        for number, file in enumerate(self._files[box.slices[2]]):
-            out[..., number] = file.read(plane)[..., 0]
+        files = self._files[box.slices[2]]
+        for first in range(0, len(files), PLANES):
+            planes = np.concatenate([file.planes(plane) for file in files[first : first + PLANES]])
+            np.copyto(out[..., first : first + len(planes)].numpy(), planes.transpose(3, 2, 1, 0))
         return out
 
 
@@ -165,26 +191,25 @@ class OrderedFrames(FileSource):
         return out
 
 
-def check_size(path: Path, header: Any) -> None:
+def check_size(header: DicomHeader) -> None:
     """Compare what a header promises with the size of the file, before memory is asked for.
 
     Raises:
         CorruptImageError: if it promises more than there can be.
     """
+    path, data, held = header.path, header.data, header.pixel_bytes or 0
     try:
-        values = int(header.Rows) * int(header.Columns) * int(header.get("SamplesPerPixel", 1)) * frame_count(header, path)
-        bits = int(header.BitsAllocated)
-        syntax = header.file_meta.get("TransferSyntaxUID", "1.2.840.10008.1.2")
+        values = int(data.Rows) * int(data.Columns) * int(data.get("SamplesPerPixel", 1)) * frame_count(data, path)
+        bits = int(data.BitsAllocated)
+        syntax = data.file_meta.get("TransferSyntaxUID", ImplicitVRLittleEndian)
     except DAMAGE as error:
-        raise CorruptImageError(f"{path} does not say how large its image is: {error}. Copy or download it again") from error
+        raise CorruptImageError(f"{path} does not say how large its image is: {brief(error)}. Copy it again") from error
     if bits not in (1, 8, 16, 32, 64):
         raise CorruptImageError(f"{path} has pixels of {bits} bits (BitsAllocated): its header is damaged")
-    size = path.stat().st_size
-    is_plain = not syntax.is_encapsulated and not syntax.is_deflated
-    # Colours of YBR_FULL_422 share their samples.
-    shared = 1.5 if header.get("PhotometricInterpretation") == "YBR_FULL_422" else 1
-    ratio = shared if is_plain else GREATEST_RATIO.get(str(syntax), 20000)
-    if values * bits / 8 > size * ratio:
+    ratio = RLE_RATIO if syntax == RLELossless else PICTURE_RATIO if syntax.is_encapsulated else 1.0
+    if data.get("PhotometricInterpretation") == "YBR_FULL_422":
+        ratio *= 1.5  # colours share their samples
+    if values * bits / 8 > held * ratio:
         raise CorruptImageError(
-            f"{path} claims {values} values of {bits} bits, but has {size} bytes: it is truncated, or its header is damaged"
+            f"{path} claims {values} values of {bits} bits, but has {held} bytes of pixels: it is truncated, or damaged"
         )
