@@ -281,8 +281,8 @@ def test_models_of_all_kinds_give_the_same(here, run):
     for number, arguments in enumerate(
         (
             ["model.pt2"],
-            ["script.pt", "--patch-size", 8],
-            ["trace.ts", "--patch-size", 8],
+            ["script.pt", "--patch-size", 8, "--allow-pickle"],
+            ["trace.ts", "--patch-size", 8, "--allow-pickle"],
             ["mymodels:network", "--weights", "w.safetensors", "--patch-size", 8],
             ["mymodels:network", "--weights", "c.ckpt", "--patch-size", 8],
         )
@@ -615,11 +615,52 @@ def test_another_model_of_the_same_name_is_another_model(here, run, kind):
 
     name = {"program": "model.pt2", "script": "model.ts", "function": "mymodels:model"}[kind]
     arguments = ["predict", name, "scans/a.nii.gz", "-o", "out.nii.gz", "--patch-size", 8]
+    if kind == "script":
+        arguments.append("--allow-pickle")
     make(1)
     run(*arguments)
     assert "is complete" in run(*arguments).out
     make(100)
     assert "is of something else: models was" in run(*arguments, code=1).err
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of TorchScript as such
+@pytest.mark.parametrize("name", ["model.pt2", "model.ts", "model.pt"])
+def test_torchscript_is_known_by_its_content_and_runs_only_if_that_is_allowed(here, run, name):
+    torch.jit.trace(Shifted(1), torch.zeros(1, 1, 8, 8, 8)).save(name)
+    arguments = ["predict", name, "scans/a.nii.gz", "-o", "out.nii.gz", "--patch-size", 8]
+    assert f"{name} is TorchScript, whatever it is called, and it would run code" in run(*arguments, code=1).err
+    assert "give --allow-pickle" in run("info", name, code=1).err
+    assert "batch size" in run("info", name, "--allow-pickle").out
+    run(*arguments, "--allow-pickle")
+    torch.testing.assert_close(data_of("out.nii.gz"), data_of("scans/a.nii.gz").float() + 1, atol=1e-3, rtol=1e-4)
+
+
+def test_compressed_entries_of_a_program_are_refused(here, run):
+    exported("model.pt2")
+    with zipfile.ZipFile("model.pt2") as archive, zipfile.ZipFile("packed.pt2", "w", zipfile.ZIP_DEFLATED) as packed:
+        for name in archive.namelist():
+            packed.writestr(name, archive.read(name) + bytes(2**20))
+    assert "is compressed, as torch.export leaves none" in run("info", "packed.pt2", code=1).err
+
+
+@pytest.mark.parametrize(
+    ("expression", "is_plain"),
+    [
+        ("s0**2 <= 8", True),
+        ("Pow(s0, Rational(1, 2))", True),
+        ("s0**(-1)", True),
+        ("Mod(s0, 8) - 2**3", True),
+        ("2**2**2**2**2**2", False),
+        ("(2**64)**64", False),
+        ("1 << 10**9", False),
+        ("Pow(2, Pow(2, 100))", False),
+        ("s0**s1", False),
+        ("+".join(["s0"] * 10_000), False),
+    ],
+)
+def test_checks_of_a_program_come_to_an_end(expression, is_plain):
+    assert program_check.is_plain(expression) is is_plain
 
 
 def test_folders_of_dicom_files(here, run):
@@ -789,7 +830,7 @@ def test_pickled_models_and_weights_run_only_if_that_is_allowed(here, run):
         ("mymodels:network", ["--weights", "text.safetensors"], "text.safetensors is not a file of safetensors"),
         ("mymodels:network", ["--weights", "text.pt"], "text.pt"),
         ("mymodels:network", ["--weights", "list.pt"], "list.pt holds no weights by name"),
-        ("text.pt", [], "text.pt is neither a torch.export program nor TorchScript"),
+        ("text.pt", [], "text.pt is no torch.export program"),
         ("mymodels:negative", ["--device", "tpu"], "device is 'tpu'"),
         ("script.pt", ["--weights", "other.pt"], "holds its weights itself"),
     ],

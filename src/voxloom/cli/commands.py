@@ -23,7 +23,7 @@ from ..volumes.image import ScalarImage
 from ..volumes.subject import Subject
 from .cases import Case, cases_of, cases_of_table
 from .demo import FilterNetwork, run_demo
-from .options import ModelOptions, spread
+from .options import AllowPickle, ModelOptions, spread
 
 __all__ = ["app", "main"]
 
@@ -180,12 +180,13 @@ def plan(
 @app.command()
 def info(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Images, or models (.pt2, TorchScript).")],
+    allow_pickle: AllowPickle = False,
 ) -> None:
     """Say what an image or a model is; of an image only the header is read."""
     failed = False
     for path in files:
         try:
-            _say(_description(path))
+            _say(_description(path, allow_pickle))
         except VoxloomError as error:
             _say(f"voxloom: {error}", err=True)
             failed = True
@@ -193,9 +194,9 @@ def info(
         raise typer.Exit(1)
 
 
-def _description(path: Path) -> str:
+def _description(path: Path, allow_pickle: bool) -> str:
     if path.suffix.lower() in (".pt2", ".pt", ".ts", ".pth"):
-        loaded = load_model(str(path))
+        loaded = load_model(str(path), allow_pickle=allow_pickle)
         least = loaded.least_batch_size()
         free = "any" if least == 1 else f"{least} or more"
         lines = {"batch size": loaded.batch_size or free, "patch size": pretty_sizes(loaded.patch_size)}

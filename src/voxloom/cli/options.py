@@ -17,7 +17,7 @@ from ..errors import ModeError, SizeError
 from ..inference import Predictor
 from ..models.loading import LoadedModel, load_model
 
-__all__ = ["ModelOptions", "spread"]
+__all__ = ["AllowPickle", "ModelOptions", "spread"]
 
 Number = TypeVar("Number", int, float)
 
@@ -27,6 +27,9 @@ class Activation(enum.StrEnum):
 
     softmax = "softmax"
     sigmoid = "sigmoid"
+
+
+AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Let files of models run the code that they bring.")]
 
 
 @dataclass(frozen=True)
@@ -40,9 +43,7 @@ class ModelOptions:
         ),
     ]
     weights: Annotated[Path | None, typer.Option(help="Weights for a factory: .safetensors, or a checkpoint.")] = None
-    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Let files of models run the code that they bring.")] = (
-        False
-    )
+    allow_pickle: AllowPickle = False
     patch_size: Annotated[str | None, typer.Option(help="Voxels of a patch: a number, or three such as 160,160,64.")] = None
     overlap: Annotated[str, typer.Option(help="What neighbours share: a fraction of the patch, or an even number of voxels.")] = (
         "0.5"

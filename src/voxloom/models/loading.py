@@ -216,6 +216,8 @@ def _of_file(path: Path, allow_pickle: bool) -> LoadedModel:
     if is_program(names):
         return _of_program(path, allow_pickle)
     if any(name.endswith("/constants.pkl") for name in names):
+        if not allow_pickle:
+            raise ModelFileError(f"{path} is TorchScript, whatever it is called, and {ALLOW}")
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)  # of TorchScript as such
@@ -224,7 +226,7 @@ def _of_file(path: Path, allow_pickle: bool) -> LoadedModel:
             raise ModelFileError(f"{path} cannot be loaded as TorchScript: {_first_line(error)}") from error
     if not allow_pickle:
         raise ModelFileError(
-            f"{path} is neither a torch.export program nor TorchScript. If it is a pickled model, {ALLOW}; if it holds weights,"
+            f"{path} is no torch.export program. If it is a pickled model, {ALLOW}; if it holds weights,"
             " give package.module:factory and --weights"
         )
     model = _unpickled(path, allow_pickle)

@@ -51,6 +51,8 @@ FUNCTIONS = re.compile(
     "|RShift|Rational|RoundDecimal|RoundToInt|StrictGreaterThan|StrictLessThan|ToFloat|TruncToFloat|TruncToInt|Unequality|Where"
     "|abs|bool|ceiling|float|floor|int|max|min"
 )
+LONGEST_EXPRESSION = 20_000
+GREATEST_EXPONENT = 64
 ATTRIBUTES = {"size", "stride", "storage_offset", "shape", "ndim", "dim", "dtype", "device"}
 OTHER_TEXT = {
     "as_operator",
@@ -85,6 +87,7 @@ def inspected(path: Path) -> io.BytesIO:
     copy = io.BytesIO()
     with zipfile.ZipFile(path) as archive, zipfile.ZipFile(copy, "w", zipfile.ZIP_STORED) as target:
         names = archive.namelist()
+        _check_sizes(archive, path.stat().st_size)
         kinds = _kinds_of(names)
         if len({name.lower() for name in names}) < len(names):
             raise ProgramRefusedError("it holds two entries of one name, of which only one can be looked into")
@@ -100,6 +103,16 @@ def inspected(path: Path) -> io.BytesIO:
         raise ProgramRefusedError("; ".join(dict.fromkeys(reasons)))
     copy.seek(0)
     return copy
+
+
+def _check_sizes(archive: zipfile.ZipFile, size: int) -> None:
+    """Refuse entries that would unpack to more than the file holds: torch.export compresses none."""
+    entries = archive.infolist()
+    packed = next((entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED), None)
+    if packed is not None:
+        raise ValueError(f"its entry {packed} is compressed, as torch.export leaves none: save it with torch.export.save")
+    if sum(entry.file_size for entry in entries) > size:
+        raise ValueError("its entries claim to be larger than the file")
 
 
 def _kinds_of(names: list[str]) -> dict[str, str | None]:
@@ -206,11 +219,47 @@ def _is_plain_tree(spec: Any, place: str) -> bool:
 
 
 def is_plain(text: str) -> bool:
-    """Whether an expression is arithmetic on sizes, and can do nothing else."""
+    """Whether an expression is arithmetic on sizes, can do nothing else, and comes to an end."""
     try:
-        return _is_arithmetic(ast.parse(text, mode="eval").body)
+        tree = ast.parse(text, mode="eval").body if len(text) < LONGEST_EXPRESSION else None
+        return tree is not None and _is_arithmetic(tree) and _has_small_powers(tree)
     except (SyntaxError, ValueError, RecursionError):
         return False
+
+
+def _has_small_powers(tree: ast.AST) -> bool:
+    """Whether numbers stay of a size that can be calculated: 2**2**2**2**2**2 does not."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.BinOp(left=base, op=ast.Pow() | ast.LShift(), right=exponent):
+                pass
+            case ast.Call(func=ast.Name(id="Pow" | "PowByNatural" | "FloatPow" | "LShift"), args=[base, exponent]):
+                pass
+            case _:
+                continue
+        value = _constant(exponent)
+        if value is None or abs(value) > GREATEST_EXPONENT or any(map(_is_power, ast.walk(base))):
+            return False
+    return True
+
+
+def _is_power(node: ast.AST) -> bool:
+    match node:
+        case ast.BinOp(op=ast.Pow() | ast.LShift()) | ast.Call(func=ast.Name(id="Pow" | "PowByNatural" | "FloatPow" | "LShift")):
+            return True
+    return False
+
+
+def _constant(node: ast.AST) -> float | None:
+    match node:
+        case ast.Constant(value=int() | float() as value):
+            return value
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            negated = _constant(operand)
+            return None if negated is None else -negated
+        case ast.Call(func=ast.Name(id="Integer" | "Rational"), args=[first, *_]):
+            return _constant(first)
+    return None
 
 
 def _is_arithmetic(node: ast.AST) -> bool:
