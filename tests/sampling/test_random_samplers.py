@@ -1,6 +1,7 @@
 """Random samplers: the right distribution, and the same draws however they are made."""
 
 import itertools
+import pickle
 import random
 
 import nibabel as nib
@@ -285,14 +286,25 @@ def test_patches_own_their_memory_and_agree_on_where_they_are():
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2])
-def test_ranks_share_the_draws_when_asked_to(rank, monkeypatch):
-    everything = locations(vx.UniformSampler(subject_of(), 3, num_patches=10, seed=1))
+@pytest.mark.parametrize("share_ranks", [None, True])
+def test_ranks_share_the_draws_and_have_as_many(rank, share_ranks, monkeypatch):
+    everything = locations(vx.UniformSampler(subject_of(), 3, num_patches=12, seed=1))
     for name, value in (("is_initialized", True), ("get_rank", rank), ("get_world_size", 3)):
         monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
-    sampler = vx.UniformSampler(subject_of(), 3, num_patches=10, seed=1, share_ranks=True)
-    assert len(sampler) == len(everything[rank::3])
-    assert locations(sampler) == everything[rank::3]
-    assert locations(vx.UniformSampler(subject_of(), 3, num_patches=10, seed=1)) == everything
+    for asked in (10, 11, 12):
+        sampler = vx.UniformSampler(subject_of(), 3, num_patches=asked, seed=1, share_ranks=share_ranks)
+        assert len(sampler) == 4
+        assert locations(sampler) == everything[rank::3]
+    assert locations(vx.UniformSampler(subject_of(), 3, num_patches=12, seed=1, share_ranks=False)) == everything
+
+
+def test_a_sampler_in_another_process_is_of_the_rank_that_sent_it(monkeypatch):
+    everything = locations(vx.UniformSampler(subject_of(), 3, num_patches=12, seed=1))
+    for name, value in (("is_initialized", True), ("get_rank", 1), ("get_world_size", 3)):
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    sent = pickle.dumps(vx.UniformSampler(subject_of(), 3, num_patches=12, seed=1))
+    monkeypatch.undo()
+    assert locations(pickle.loads(sent)) == everything[1::3]
 
 
 def test_a_sampler_of_ones_own():

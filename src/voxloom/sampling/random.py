@@ -17,6 +17,7 @@ from ..core.random_numbers import draw_generator
 from ..core.sizes import Ints, as_int, as_sizes
 from ..errors import LocationError, SizeError, SubjectError
 from ..runtime.epochs import EpochCounter
+from ..runtime.ranks import rank_and_size
 from ..volumes.subject import Subject
 from .patches import NumberedPatches, PatchCutter, PatchSequence
 from .spelling import subject_may_be_left_out
@@ -35,7 +36,7 @@ class Options(TypedDict, total=False):
     padding_mode: str | float | None
     fill: float
     check_space: bool
-    share_ranks: bool
+    share_ranks: bool | None
 
 
 class PatchSampler(IterableDataset[Subject]):
@@ -53,7 +54,8 @@ class PatchSampler(IterableDataset[Subject]):
         padding_mode: what to pad an axis with that is shorter than a patch; None makes that an error. See `GridSampler`.
         fill: what `"constant"` pads with.
         check_space: check that all images of the subject lie on one another.
-        share_ranks: under `torch.distributed`, let each rank make its share of the draws instead of all.
+        share_ranks: let each rank of `torch.distributed` make its share of the draws, all as many, instead of all of them; by
+            default they do where it is initialized.
 
     Raises:
         SizeError, ModeError, SpaceError: see `GridSampler`; `num_patches` must not be negative.
@@ -87,7 +89,7 @@ class PatchSampler(IterableDataset[Subject]):
         padding_mode: str | float | None = None,
         fill: float = 0,
         check_space: bool = True,
-        share_ranks: bool = False,
+        share_ranks: bool | None = None,
     ) -> None:
         if patch_size is None:
             raise SizeError(f"the patch size is missing: {type(self).__name__}(subject, patch_size)")
@@ -96,6 +98,8 @@ class PatchSampler(IterableDataset[Subject]):
         self.padding_mode = padding_mode
         self.check_space = check_space
         self.share_ranks = share_ranks
+        self._ranks: tuple[int, int] | None = None
+        """Rank and number of ranks where this was made, if that was another process."""
         self._mode = None if padding_mode is None else check_padding_mode(padding_mode, fill)
         self.seed_was_given = seed is not None
         self._epochs = EpochCounter(torch.initial_seed() if seed is None else as_int(seed, "seed", -(2**63)))
@@ -165,8 +169,10 @@ class PatchSampler(IterableDataset[Subject]):
         return self._cutter
 
     def _rank(self) -> tuple[int, int]:
-        is_shared = self.share_ranks and torch.distributed.is_available() and torch.distributed.is_initialized()
-        return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if is_shared else (0, 1)
+        return (0, 1) if self.share_ranks is False else self._ranks or rank_and_size()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_ranks": self._ranks or rank_and_size()}  # a loader's worker is not one of the ranks
 
     def first(self, epoch: int) -> int:
         """Say at which draw of the rank's share an epoch begins: not at 0 where it is resumed."""
@@ -177,15 +183,15 @@ class PatchSampler(IterableDataset[Subject]):
         """Give the numbers of the draws that a worker of this rank makes in an epoch, from where it was left."""
         rank, ranks = self._rank()
         share = self.first(epoch) + worker
-        while self.num_patches is None or share * ranks + rank < self.num_patches:
+        while self.num_patches is None or share * ranks < self.num_patches:
             yield share * ranks + rank
             share += workers
 
     def __len__(self) -> int:
         if self.num_patches is None:
             raise TypeError("the sampler has no end, and so no length: give num_patches")
-        rank, ranks = self._rank()
-        return len(range(rank, self.num_patches, ranks)) if self._cutter is None or self.prepare(self._parts().subject) else 0
+        _, ranks = self._rank()
+        return -(-self.num_patches // ranks) if self._cutter is None or self.prepare(self._parts().subject) else 0
 
     def __iter__(self) -> Iterator[Subject]:
         cutter = self._parts()

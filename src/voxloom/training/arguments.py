@@ -8,12 +8,13 @@ import torch
 
 from ..core.sizes import as_int
 from ..errors import QueueError, SubjectError
+from ..runtime.ranks import rank_and_size
 from ..sampling.patches import PatchSource
 from ..sampling.random import PatchSampler
 from ..volumes.loading import SubjectsDataset, Transform
 from ..volumes.subject import Subject
 
-__all__ = ["as_context", "as_dataset", "as_patch_source", "as_seed", "as_transform", "one_of"]
+__all__ = ["as_context", "as_dataset", "as_patch_source", "as_ranks", "as_seed", "as_transform", "one_of"]
 
 
 def one_of(**given: Any) -> Any:
@@ -84,6 +85,13 @@ def as_transform(given: Any, name: str) -> Transform | None:
     return given
 
 
+def as_ranks(rank: int | None, world_size: int | None, subject_sampler: Any) -> tuple[int, int]:
+    """Give the rank and the number of ranks: by default those of `torch.distributed`, unless a sampler shares the subjects."""
+    if rank is None and world_size is None:
+        return (0, 1) if subject_sampler is not None else rank_and_size()
+    return as_int(0 if rank is None else rank, "rank", 0), as_int(1 if world_size is None else world_size, "world_size", 1)
+
+
 def as_seed(seed: int | None, sampler: PatchSource, world_size: int) -> int:
     """Give the seed of everything random: by default that of the sampler, or else PyTorch's.
 
@@ -93,5 +101,8 @@ def as_seed(seed: int | None, sampler: PatchSource, world_size: int) -> int:
     if seed is None and isinstance(sampler, PatchSampler) and sampler.seed_was_given:
         seed = sampler.seed
     if seed is None and world_size > 1:
-        raise QueueError("ranks that share subjects need the same seed, or they would not agree on who has which: give seed")
+        raise QueueError(
+            f"the {world_size} ranks of this training share the subjects, and need the same seed to agree on who has which: give"
+            " seed, the same on each, or world_size=1 for all subjects on each of them"
+        )
     return as_int(torch.initial_seed() if seed is None else seed, "seed", -(2**63))

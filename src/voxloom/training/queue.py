@@ -11,9 +11,10 @@ from torch.utils.data import IterableDataset, get_worker_info
 from ..core.schedules import EpochSchedule
 from ..core.sizes import as_int, pretty_bytes
 from ..errors import QueueError, VoxloomError
+from ..runtime.ranks import rank_and_size
 from ..volumes.loading import Transform, one_reader
 from ..volumes.subject import Subject
-from .arguments import as_context, as_dataset, as_patch_source, as_seed, as_transform, one_of
+from .arguments import as_context, as_dataset, as_patch_source, as_ranks, as_seed, as_transform, one_of
 from .epoch_plans import EpochPlanner, check_same_keys
 from .patch_sizes import PatchSizes
 from .patch_worker import NUM_SAMPLES, name_of
@@ -67,7 +68,7 @@ class Queue(IterableDataset[Subject]):
             now.
         on_error: `"raise"` what loading or a transform raises, or `"skip"` the subject: further draws of others stand in for its
             own, `skipped` names it, and a warning does at the end of the epoch.
-        rank: which of several processes this is, of those that share the subjects.
+        rank: which of several processes this is, of those that share the subjects; by default that of `torch.distributed`.
         world_size: number of these. Each subject belongs to one of them in each epoch, and all have the same number of patches:
             ranks with fewer than another make further draws.
         drop_last: cut all ranks to the shortest instead.
@@ -113,8 +114,8 @@ class Queue(IterableDataset[Subject]):
         patch_transform: Transform | None = None,
         seed: int | None = None,
         on_error: str = "raise",
-        rank: int = 0,
-        world_size: int = 1,
+        rank: int | None = None,
+        world_size: int | None = None,
         drop_last: bool = False,
         multiprocessing_context: str | None = None,
         subjects: Any = None,
@@ -133,6 +134,8 @@ class Queue(IterableDataset[Subject]):
         if on_error not in ON_ERROR:
             raise QueueError(f"on_error is {on_error!r}: it must be one of {', '.join(map(repr, ON_ERROR))}")
         self.on_error = on_error
+        ranks = as_ranks(rank, world_size, subject_sampler)
+        self._finds_ranks = rank is None and world_size is None and subject_sampler is None
         self._planner = EpochPlanner(
             dataset=self.subjects_dataset,
             sampler=self.sampler,
@@ -141,10 +144,10 @@ class Queue(IterableDataset[Subject]):
             subject_sampler=subject_sampler,
             shuffle_subjects=shuffle_subjects,
             shuffle_patches=shuffle_patches,
-            rank=as_int(rank, "rank", 0),
-            world_size=as_int(world_size, "world_size", 1),
+            rank=ranks[0],
+            world_size=ranks[1],
             drop_last=drop_last,
-            seed=as_seed(seed, self.sampler, world_size),
+            seed=as_seed(seed, self.sampler, ranks[1]),
         )
         self._sizes = PatchSizes(self._planner, on_error == "skip")
         making = (self.transform, self.patch_transform, on_error == "skip", self.num_workers, as_context(multiprocessing_context))
@@ -248,6 +251,7 @@ class Queue(IterableDataset[Subject]):
         return self._pass()
 
     def _pass(self) -> Iterator[Subject]:
+        self._check_ranks()
         start = self._upcoming
         epoch, position = start.epoch, start.position
         schedule = self._planner.begin(epoch)
@@ -348,6 +352,15 @@ class Queue(IterableDataset[Subject]):
         self._epoch = given.epoch
         self._supply.rewind(schedule, given.position, given.skipped)
         self.times_loaded += 1
+
+    def _check_ranks(self) -> None:
+        """Refuse a pass in which each rank would give the patches of all."""
+        given, found = (self._planner.rank, self._planner.world_size), rank_and_size()
+        if self._finds_ranks and given != found:
+            raise QueueError(
+                f"this queue was made as rank {given[0]} of {given[1]}, and torch.distributed says rank {found[0]} of {found[1]}:"
+                " make the queue after init_process_group, or give rank and world_size"
+            )
 
     def _other_order(self, state: QueueState) -> QueueError:
         hint = "the subjects, their order or numbers of patches, max_length, shuffle_patches, rank or world_size differ"
