@@ -1,6 +1,7 @@
 """predict into files: as they would be saved, under their name only when whole, and taken up again after any interruption."""
 
 import contextlib
+import errno
 import filecmp
 import functools
 import json
@@ -353,6 +354,22 @@ class Fragile(nn.Module):
         if self.calls == self.at:
             raise Interrupted
         return self.network(batch)
+
+
+@pytest.mark.parametrize("answer", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_where_a_file_system_refuses_locks_the_file_itself_is_one(tmp_path, monkeypatch, answer):
+    def refused(*_):
+        raise OSError(answer, os.strerror(answer))
+
+    monkeypatch.setattr("fcntl.flock", refused)
+    assert vx.predict(nn.Identity(), torch.rand(1, 16, 16, 16), 8, output=tmp_path / "out.nii").shape == (1, 16, 16, 16)
+    assert names(tmp_path) == ["out.json", "out.nii"]
+    log = RunLog({None: stores.NiftiStore(tmp_path / "a.nii")})
+    with pytest.raises(RecordError, match=r"another process is writing .*a\.nii.* remove .*\.a\.lock"):
+        RunLog({None: stores.NiftiStore(tmp_path / "a.nii")})
+    log.close()
+    RunLog({None: stores.NiftiStore(tmp_path / "a.nii")}).close()
+    assert names(tmp_path) == ["out.json", "out.nii"]
 
 
 @settings(max_examples=12)

@@ -993,3 +993,51 @@ def test_an_interrupt_that_was_caught_in_the_training_step(tmp_path, then, patch
     command = [sys.executable, str(script), then]
     run = subprocess.run(command, capture_output=True, text=True, timeout=60, start_new_session=True)
     assert run.stdout.strip() == str(patches), run.stderr
+
+
+# Little shared memory, and few descriptors
+
+
+LITTLE = """
+import sys
+import torch
+import voxloom as vx
+
+if __name__ == "__main__":
+    subjects = [vx.Subject(t1=vx.ScalarImage(torch.rand(1, 64, 64, 64))) for _ in range(4)]
+    if sys.argv[1] == "descriptors":
+        import os, resource
+        limit = len(os.listdir("/proc/self/fd")) + int(sys.argv[3])
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+    else:
+        def refused(*_):
+            raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+        torch.Tensor.share_memory_ = torch.UntypedStorage._new_shared = refused
+    sampler = vx.UniformSampler(48, num_patches=8)
+    if sys.argv[2] == "queue":
+        loader = vx.SubjectsLoader(vx.Queue(subjects, samples_per_volume=4, sampler=sampler, num_workers=2, seed=0), batch_size=4)
+    else:
+        loader = vx.SubjectsLoader(vx.SubjectsDataset(subjects), batch_size=2, num_workers=2)
+    print(len(list(loader)))
+"""
+
+
+@pytest.mark.parametrize("kind", ["queue", "loader"])
+@pytest.mark.parametrize(("what", "number"), [("descriptors", 3), ("descriptors", 10), ("memory", 0)])
+def test_what_lacks_is_said_with_a_way_out(tmp_path, kind, what, number):
+    (tmp_path / "little.py").write_text(LITTLE)
+    done = subprocess.run(
+        [sys.executable, tmp_path / "little.py", what, kind, str(number)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 1
+    error = done.stderr[done.stderr.rindex("WorkerError") :]
+    if what == "memory":
+        assert "there is too little shared memory" in error
+        assert "--shm-size" in error
+    else:
+        assert "too few files may be open at a time: " in error
+        assert "ulimit -n 4096" in error

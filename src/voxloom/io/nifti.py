@@ -26,18 +26,6 @@ __all__ = ["NibabelFile"]
 
 # Planes that are turned from the file's order (first axis fastest) into a tensor's at a time: as fast as it gets.
 PLANES = 16
-# What nibabel raises when the header itself is damaged.
-HEADER_ERRORS: tuple[Any, ...] = (
-    *READ_ERRORS,
-    nib.filebasedimages.ImageFileError,
-    nib.spatialimages.HeaderDataError,
-    nib.spatialimages.HeaderTypeError,
-    nib.wrapstruct.WrapStructError,
-    nib.freesurfer.mghformat.MGHError,
-    ArithmeticError,
-    LookupError,
-    TypeError,
-)
 
 
 class _NoExtensions(nib.nifti1.Nifti1Extensions):
@@ -82,7 +70,9 @@ class NibabelFile(FileSource):
             self._check_size()
         except VoxloomError:
             raise
-        except HEADER_ERRORS as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever nibabel, or what it calls, stumbles over in a damaged header
             raise explained(error, self.name, "is not an image that can be read") from error
         self._state = self._state_of_file()
 

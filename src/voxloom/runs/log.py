@@ -5,13 +5,14 @@ is whole and only need be published. A line counts when it has its end.
 """
 
 import contextlib
+import errno
 import json
 import os
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from ..errors import RecordError, SaveError
 from ..io.formats import stem_of
@@ -25,6 +26,8 @@ __all__ = ["RunLog", "is_to_be_published", "left_behind", "remove_leftovers"]
 WHOLE = "whole"
 # How long a lock is tried for: one that is just being removed is as good as free.
 LOCK_SECONDS = 0.3
+# What a file system answers that has no locks.
+REFUSALS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
 def _log_of(target: Path) -> Path:
@@ -80,7 +83,7 @@ class RunLog:
         """Whether everything is there, and need only be published."""
         self.is_recorded = True
         """Whether the run is written down; not if some of its results could not be resumed."""
-        self.locks: list[FileLock] = []
+        self.locks: list[BaseFileLock] = []
         if len({_log_of(path) for path in paths.values()}) < len(paths):
             raise SaveError(
                 f"two results are to be written to the same file, or have one stem: {', '.join(self.targets.values())}"
@@ -197,18 +200,33 @@ def _lines_of(path: Path) -> Sequence[str]:
         return []
 
 
-def _locked(target: Path) -> FileLock:
-    lock = FileLock(_lock_of(target), timeout=LOCK_SECONDS)
+def _locked(target: Path) -> BaseFileLock:
+    path = _lock_of(target)
     try:
-        lock.acquire()
+        try:
+            return _acquired(FileLock(path, timeout=LOCK_SECONDS))
+        except OSError as error:
+            if isinstance(error, Timeout) or error.errno not in REFUSALS:
+                raise
+            # Some file systems of clusters refuse locks. Then the file itself is the lock, which a process that is killed leaves.
+            with contextlib.suppress(FileNotFoundError):
+                if not path.stat().st_size:
+                    path.unlink()  # of the attempt
+            return _acquired(SoftFileLock(path, timeout=LOCK_SECONDS))
     except Timeout:
-        raise RecordError(f"another process is writing {target}: wait for it, or choose another name") from None
+        raise RecordError(
+            f"another process is writing {target}: wait for it, or choose another name. If there is none, remove {path}"
+        ) from None
     except OSError as error:
         raise as_save_error(target, error) from error
+
+
+def _acquired(lock: BaseFileLock) -> BaseFileLock:
+    lock.acquire()
     return lock
 
 
-def _release(lock: FileLock) -> None:
+def _release(lock: BaseFileLock) -> None:
     """Remove the file of a lock, and let go of it: whoever has opened it meanwhile finds out, and makes another."""
     path = Path(lock.lock_file)
     if os.name == "posix":

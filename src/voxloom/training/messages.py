@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..runtime import memory
+from ..runtime.shared_memory import share
 from ..sampling.patches import MakeEmpty
 from ..volumes.image import Image
 from ..volumes.subject import Subject
@@ -57,7 +58,7 @@ class _Block:
     """Shared memory that tensors are laid into one after the other."""
 
     def __init__(self, num_bytes: int) -> None:
-        self.data = _shared(torch.empty(num_bytes, dtype=torch.uint8))
+        self.data = share(torch.empty(num_bytes, dtype=torch.uint8))
         self.is_new = True
         self._used = 0
         self._offsets: dict[int, int] = {}
@@ -171,11 +172,6 @@ def _filled(value: Any, block: Tensor, empty: MakeEmpty) -> Any:
     source = block[value.offset : value.offset + target.nbytes].view(value.dtype).view(value.shape)
     memory.copy_alone(target, source)
     return value.template.part(target, (0, 0, 0))
-
-
-def _shared(tensor: Tensor) -> Tensor:
-    share: Callable[[], Tensor] = tensor.share_memory_
-    return share()
 
 
 def _aligned(num_bytes: int) -> int:

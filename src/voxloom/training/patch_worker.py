@@ -15,6 +15,7 @@ from ..core.random_numbers import Purpose, seed_words
 from ..errors import SamplingError, SubjectError, VoxloomError
 from ..runtime import memory
 from ..runtime.seeding import reseed, seeded
+from ..runtime.shared_memory import share
 from ..sampling.patches import MakeEmpty, NumberedPatches, PatchSource
 from ..volumes.constants import PATCH_LOCATION
 from ..volumes.subject import Subject
@@ -91,9 +92,8 @@ class Wanted:
     """
 
     def __init__(self, is_shared: bool = False) -> None:
-        self._numbers = torch.zeros(2, dtype=torch.int64)  # run and epoch
-        if is_shared:
-            self._numbers.share_memory_()  # type: ignore[no-untyped-call]
+        numbers = torch.zeros(2, dtype=torch.int64)  # run and epoch
+        self._numbers = share(numbers) if is_shared else numbers
 
     @property
     def epoch(self) -> int:

@@ -11,6 +11,7 @@ from multiprocessing import connection
 
 from ..errors import WorkerError
 from ..runtime.memory import BufferPool
+from ..runtime.shared_memory import check_descriptors, explained_lack
 from ..volumes.subject import Subject
 from .messages import Failure, Message
 from .patch_worker import PatchWorker
@@ -22,6 +23,8 @@ __all__ = ["WorkerPool"]
 
 # How long this process waits for a patch before it makes sure that the workers live, in seconds.
 LIVENESS_SECONDS = 1.0
+# Descriptors of this process: pipes, the process itself and blocks of shared memory; and what is opened beside, files among it.
+DESCRIPTORS_PER_WORKER, DESCRIPTORS_BESIDE = 9, 12
 # How long closing waits for the thread that ends the workers.
 CLOSING_SECONDS = 30.0
 
@@ -70,9 +73,11 @@ class WorkerPool:
         self._buffered: dict[int, Subject] = {}
         self._first_wanted = self._num_yielded = 0
         self._workers: list[WorkerProcess] = []
+        check_descriptors(num_workers, DESCRIPTORS_PER_WORKER, DESCRIPTORS_BESIDE)
         try:
             for number in range(num_workers):
-                self._workers.append(WorkerProcess(worker, number, context))
+                with explained_lack():
+                    self._workers.append(WorkerProcess(worker, number, context))
         except BaseException:
             self._end_workers()
             raise
@@ -160,14 +165,15 @@ class WorkerPool:
 
     def _receive(self) -> None:
         try:
-            while not self._is_closed:
-                with self._changed:
-                    changes, self._needs_room = self._changes, False
-                for worker in self._workers:
-                    self._give_tasks(worker)
-                    self._admit(worker)
-                for worker in self._wait(changes):
-                    self._fetch(worker)
+            with explained_lack():
+                while not self._is_closed:
+                    with self._changed:
+                        changes, self._needs_room = self._changes, False
+                    for worker in self._workers:
+                        self._give_tasks(worker)
+                        self._admit(worker)
+                    for worker in self._wait(changes):
+                        self._fetch(worker)
         except BaseException as error:  # noqa: BLE001 - it is raised again where patches are taken
             with self._changed:
                 self._error = error.with_traceback(None)

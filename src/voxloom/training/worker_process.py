@@ -20,6 +20,7 @@ import torch.multiprocessing  # teaches pipes how tensors travel
 from torch import Tensor
 
 from ..errors import SubjectError, WorkerError
+from ..runtime.shared_memory import share
 from .messages import Failure, Message, Packer, Unpacker
 from .patch_worker import MadePatch, PatchTask, PatchWorker, name_of
 
@@ -63,8 +64,7 @@ class WorkerProcess:
         self._unpacker = Unpacker()
         self._dataset = worker.dataset
         # The subject whose patches it makes, which tells those who look for the reason of a death.
-        self._doing = torch.full((1,), NOTHING)
-        self._doing.share_memory_()  # type: ignore[no-untyped-call]
+        self._doing = share(torch.full((1,), NOTHING))
         processes: Any = multiprocessing.get_context(context)
         tasks, self._tasks = processes.Pipe(duplex=False)
         self.reader, messages = processes.Pipe(duplex=False)

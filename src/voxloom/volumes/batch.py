@@ -1,7 +1,7 @@
 """Batches: the images of several subjects stacked, and everything else as lists."""
 
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Protocol, Self, runtime_checkable
 
@@ -14,6 +14,7 @@ from torch.utils.data._utils.collate import default_collate_fn_map
 from ..core.locations import PatchLocation
 from ..errors import NoSuchKeyError, SubjectError
 from ..runtime import memory
+from ..runtime.shared_memory import shared_storage
 from .constants import AFFINE, DATA, INDEX_INI, LOCATION, PATCH_LOCATION, PATH, STEM, TYPE
 from .image import Image
 from .subject import Subject
@@ -259,12 +260,7 @@ def batch_memory(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Make an unset tensor for a batch: in a loader's worker in shared memory, so that it is not copied on its way out."""
     if get_worker_info() is None:
         return memory.empty(shape, dtype)
-    return torch.empty(0, dtype=dtype).set_(_shared_storage(shape, dtype)).view(tuple(shape))
-
-
-def _shared_storage(shape: Sequence[int], dtype: torch.dtype) -> torch.UntypedStorage:
-    make: Callable[..., torch.UntypedStorage] = torch.UntypedStorage._new_shared
-    return make(torch.Size(shape).numel() * dtype.itemsize)
+    return torch.empty(0, dtype=dtype).set_(shared_storage(torch.Size(shape).numel() * dtype.itemsize)).view(tuple(shape))
 
 
 def _collated(values: list[Any]) -> Any:

@@ -8,12 +8,15 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..core.sizes import type_names
 from ..errors import QueueError, SizeError, SubjectError
+from ..runtime.shared_memory import check_descriptors, explained_lack
 from .batch import SubjectsBatch, collate_subjects
 from .subject import Subject
 
 __all__ = ["SubjectsDataset", "SubjectsLoader"]
 
 Transform = Callable[[Subject], Subject]
+# What PyTorch's loader holds for each worker, and beside.
+DESCRIPTORS_PER_WORKER, DESCRIPTORS_BESIDE = 6, 6
 
 
 class SubjectsDataset(Dataset[Subject]):
@@ -193,7 +196,13 @@ class SubjectsLoader(DataLoader[Any]):
     def __iter__(self) -> Iterator[SubjectsBatch]:  # type: ignore[override]
         if isinstance(self.dataset, Resumable):
             return self._followed(super().__iter__(), self.dataset)
-        return super().__iter__() if self._source is None else self._counted(super().__iter__())
+        batches = self._explained() if self.num_workers else super().__iter__()
+        return batches if self._source is None else self._counted(batches)
+
+    def _explained(self) -> Iterator[SubjectsBatch]:
+        check_descriptors(self.num_workers, DESCRIPTORS_PER_WORKER, DESCRIPTORS_BESIDE)
+        with explained_lack():
+            yield from super().__iter__()
 
     def _followed(self, batches: Iterator[SubjectsBatch], dataset: Resumable) -> Iterator[SubjectsBatch]:
         """Note after each batch how far the data set has been read: an error may come in the middle of the next."""
