@@ -218,3 +218,50 @@ def test_that_gradients_are_dropped_is_said():
         for batch in vx.SubjectsLoader(sampler, batch_size=2):
             quiet.add_batch(model(batch.t1.data), batch[vx.LOCATION])
     assert torch.equal(aggregator.get_output_tensor(), quiet.get_output_tensor())
+
+
+def test_extract_patch_is_honoured():
+    class Marked(vx.UniformSampler):
+        def extract_patch(self, subject, index_ini):
+            patch = super().extract_patch(subject, index_ini)
+            patch["corner"] = tuple(index_ini)
+            patch.t1.data.mul_(-1)
+            return patch
+
+    class Theirs(tio.UniformSampler):
+        def extract_patch(self, subject, index_ini):
+            patch = super().extract_patch(subject, index_ini)
+            patch["corner"] = tuple(index_ini)
+            return patch
+
+    one, other = both()
+    (theirs,) = Theirs(4)(other, 1)
+    assert theirs["corner"] == tuple(theirs["location"][:3].tolist())
+    loader = vx.SubjectsLoader(Marked(one, 4, num_patches=3, seed=0), batch_size=1, num_workers=1)
+    queue = vx.Queue([one], samples_per_volume=3, sampler=Marked(4, seed=0), num_workers=1)
+    patches = [*Marked(4, seed=0)(one, 3), *Marked(one, 4, num_patches=3, seed=0), *queue]
+    for patch in patches:
+        location = patch.patch_location
+        assert patch["corner"] == location.index
+        assert patch.t1.data.equal(-one.t1.data[(slice(None), *location.to_slices())])
+    for batch in loader:
+        assert batch.t1.data[0].equal(-one.t1.data[(slice(None), *batch.metadata["patch_location"][0].to_slices())])
+    assert one.t1.data.min() == 0
+
+
+def test_extract_patch_must_give_a_subject():
+    class Wrong(vx.UniformSampler):
+        def extract_patch(self, subject, index_ini):
+            return subject.t1.data
+
+    with pytest.raises(SamplingError, match="extract_patch returned Tensor: it must return a Subject"):
+        next(Wrong(4)(both()[0], 1))
+
+
+@pytest.mark.parametrize("index", [20, -21])
+def test_an_index_beyond_an_axis_is_an_index_error_of_ours(index):
+    image = both()[0].t1
+    for act in (lambda: image[:, index], lambda: vx.PatchGrid.cover((20, 30, 40), 10)[12345]):
+        with pytest.raises(IndexError) as caught:
+            act()
+        assert isinstance(caught.value, VoxloomError)

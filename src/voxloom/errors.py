@@ -15,6 +15,7 @@
     ├── SamplingError         ValueError, RuntimeError    a map from which no patch can be drawn
     ├── QueueError            ValueError, RuntimeError    a queue that is put together or used in a way that cannot work
     ├── WorkerError           RuntimeError                a worker process that died
+    ├── NoSuchVoxelError      IndexError                  an index beyond an axis of an image, or beyond a grid
     ├── NoSuchKeyError        KeyError, RuntimeError      a name that a subject, image, batch or aggregator lacks
     ├── ImageError            ValueError, TypeError, RuntimeError   data or an affine that no image can have
     ├── ImageFileError        RuntimeError, OSError       a file that is not what it should be
@@ -44,6 +45,7 @@ __all__ = [
     "ModeError",
     "ModelFileError",
     "NoSuchKeyError",
+    "NoSuchVoxelError",
     "OutputError",
     "QueueError",
     "RecordError",
@@ -127,6 +129,10 @@ class SpaceError(SubjectError):
 
 class NoSuchKeyError(VoxloomError, KeyError, RuntimeError):
     """A subject, an image, a batch or an aggregator has nothing of that name."""
+
+
+class NoSuchVoxelError(VoxloomError, IndexError):
+    """An index lies beyond an axis of an image, or the patches of a grid."""
 
 
 class ImageError(VoxloomError, ValueError, TypeError, RuntimeError):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from monai.data import MetaTensor
 
 import voxloom as vx
 from voxloom.errors import ImageError, ImageNotFoundError, NoSuchKeyError, SizeError, SubjectError
@@ -360,3 +361,37 @@ def test_numpy_has_no_bfloat16():
 def test_names_that_no_file_can_have():
     with pytest.raises(ImageNotFoundError):
         vx.ScalarImage("x" * 5000)
+
+
+# Affines that arrays bring along
+
+
+AFFINE = np.array([[-0.8, 0.1, 0, 12], [0.1, 0.9, 0.2, -30], [0, -0.2, 2.5, 7], [0, 0, 0, 1]])
+
+
+class Placed(np.ndarray):
+    affine = AFFINE
+
+
+@pytest.mark.parametrize("space", ["RAS", "LPS"])
+def test_the_affine_of_a_metatensor_is_used(space):
+    affine = AFFINE if space == "RAS" else np.diag([-1, -1, 1, 1]) @ AFFINE
+    tensor = MetaTensor(torch.rand(1, 8, 9, 10), affine=torch.as_tensor(affine), meta={"space": space})
+    for image in (vx.ScalarImage(tensor), vx.ScalarImage(tensor=tensor), vx.predict(torch.nn.Identity(), tensor, 4)):
+        np.testing.assert_allclose(image.affine, AFFINE, atol=1e-6)
+        assert type(image.data) is torch.Tensor
+    labels = vx.predict(torch.nn.Identity(), tensor[0], 4, reduce=0.5)
+    np.testing.assert_allclose(labels.affine, AFFINE, atol=1e-6)
+    np.testing.assert_array_equal(vx.ScalarImage(tensor, affine=np.eye(4)).affine, np.eye(4))
+
+
+def test_the_affine_of_an_array_is_used():
+    array = np.zeros((1, 8, 9, 10), np.float32).view(Placed)
+    for image in (vx.ScalarImage(array), vx.ScalarImage(vx.ArraySource(array)), vx.predict(torch.nn.Identity(), array, 4)):
+        np.testing.assert_array_equal(image.affine, AFFINE)
+
+
+def test_an_affine_that_is_none_is_an_error():
+    tensor = MetaTensor(torch.rand(1, 8, 9, 10), affine=torch.zeros(4, 4))
+    with pytest.raises(ImageError, match="the affine of the MetaTensor"):
+        vx.ScalarImage(tensor)

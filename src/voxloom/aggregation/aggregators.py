@@ -177,7 +177,7 @@ class _Aggregator:
                 raise OutputError(
                     f"{name} has spatial shape {tuple(patch.shape[1:])}, but {where} has {place.size}"
                     + ("" if unscaled else f" at the scale {tuple(map(str, output.scale))}")
-                    + ": crop or pad the output to it, or tell the aggregator its scale"
+                    + ": pad the output of valid convolutions to it, or, if the model changes the scale, tell the aggregator"
                 )
             if location not in output.grid and not (self.takes_off_grid and self._window):
                 raise LocationError(

@@ -35,7 +35,7 @@ def as_affine(matrix: Any, name: str = "the affine") -> Affine:
         ImageError: if it is not 4 × 4, holds NaN or infinity, or squeezes the volume flat.
     """
     try:
-        affine = np.array(matrix, dtype=np.float64)
+        affine = np.array(matrix.tolist() if hasattr(matrix, "tolist") else matrix, dtype=np.float64)  # of tensors, too
     except (TypeError, ValueError) as error:
         raise ImageError(f"{name} is {matrix!r}: it must be a matrix of 4 × 4 numbers") from error
     if affine.shape != (4, 4):

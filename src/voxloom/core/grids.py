@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, overload
 
-from ..errors import ScaleError, SizeError
+from ..errors import LocationError, NoSuchVoxelError, ScaleError, SizeError
 from .boxes import Box
 from .locations import PatchLocation
 from .sizes import Ints, Scale, as_overlap, as_shape, as_sizes, axis_name
@@ -183,11 +183,11 @@ class PatchGrid(Sequence[PatchLocation]):
         """Number of a patch on each axis; negative indices count from the end.
 
         Raises:
-            IndexError: if there are not that many patches.
+            NoSuchVoxelError: if there are not that many patches.
         """
         number = operator.index(index)
         if not -self.num_patches <= number < self.num_patches:
-            raise IndexError(f"patch {number} of a grid of {self.num_patches} patches")
+            raise NoSuchVoxelError(f"patch {number} of a grid of {self.num_patches} patches")
         number %= self.num_patches
         numbers = []
         for count in reversed(self.counts):
@@ -263,11 +263,11 @@ class PatchGrid(Sequence[PatchLocation]):
         """Index of the patch at a location.
 
         Raises:
-            ValueError: if there is none.
+            LocationError: if there is none.
         """
         numbers = self.find(location) if isinstance(location, PatchLocation) else None
         if numbers is None or self.ravel(numbers) not in range(self.num_patches)[start:stop]:
-            raise ValueError(f"{location} is not one of the grid's {self.num_patches} patches")
+            raise LocationError(f"{location} is not one of the grid's {self.num_patches} patches")
         return self.ravel(numbers)
 
     def count(self, location: Any) -> int:

@@ -12,7 +12,7 @@ from ..core.boxes import Box
 from ..core.grids import PatchGrid
 from ..core.sizes import Ints
 from ..errors import SubjectError
-from ..io.arrays import ArraySource
+from ..io.arrays import ArraySource, affine_of
 from ..io.composed import StackedSource, read_into
 from ..io.protocols import VolumeSource, is_source
 from ..runtime import memory
@@ -45,9 +45,9 @@ def as_source(image: Any, image_name: str | Sequence[str] | None = None) -> Volu
     if isinstance(image, str | os.PathLike):
         return ScalarImage(image)
     if isinstance(image, Tensor | np.ndarray):
-        return ScalarImage(image[None] if image.ndim == 3 else image)
+        return ScalarImage(image[None] if image.ndim == 3 else image, affine=affine_of(image))
     if all(hasattr(image, name) for name in ("shape", "dtype", "__getitem__")):
-        return ArraySource(image, affine=getattr(image, "affine", None))
+        return ArraySource(image)
     raise SubjectError(
         f"the image is of type {type(image).__name__}: give a path, an Image, a Subject, a tensor (C, I, J, K), or an array that"
         " is read by slices"

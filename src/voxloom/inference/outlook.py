@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -114,9 +115,25 @@ class Outlook:
         patch_size = self.settings.patch_size
         expected = tuple(length * factor for length, factor in zip(patch_size, request.scale, strict=True))
         if size != expected:
-            scale = ", ".join(f"{length}/{patch}" for length, patch in zip(size, patch_size, strict=True))
             raise OutputError(
                 f"{called(request.source)} of the model has spatial shape {size} for a patch of {patch_size} of {name}: at"
                 f" output_scale {tuple(map(str, request.scale))} it must be {tuple(map(str, expected))}."
-                f" Give its scale, ({scale}), or let the model pad or crop it"
+                f" {_way_out(size, patch_size)}"
             )
+
+
+def _way_out(size: Ints, patch_size: Ints) -> str:
+    """Say what to do with an output of another size: as a change of scale, valid convolutions would move what they find."""
+    ratios = [Fraction(length, patch) for length, patch in zip(size, patch_size, strict=True)]
+    ways = []
+    if all(1 in (ratio.numerator, ratio.denominator) for ratio in ratios):
+        ways.append(f"If the model changes the scale, give it: output_scale=({', '.join(map(str, ratios))})")
+    lost = [patch - length for length, patch in zip(size, patch_size, strict=True)]
+    if min(lost) >= 0 and not any(number % 2 for number in lost):
+        sides = tuple(number // 2 for number in lost)
+        ways.append(
+            f"If its convolutions are valid, they give nothing for {sides} voxels on each side: let the model pad its output by"
+            f" {sides}, and, so that what is padded is not used, give overlap_mode='crop', patch_overlap={tuple(lost)} or more,"
+            " and a padding_mode for the borders of the volume"
+        )
+    return ". ".join(ways or ["Let the model pad or crop its output to that size"])

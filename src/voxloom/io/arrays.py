@@ -1,7 +1,7 @@
 """Arrays and tensors: which types become which, and anything that can be sliced as a source of voxels."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,17 @@ from ..core.walking import walk
 from ..errors import ImageError, UnsupportedImageError
 from .protocols import Json, SpaceCodes, VolumeSource, read_checked
 
-__all__ = ["ArraySource", "as_tensor", "as_volume", "hash_of", "raw_bytes", "torch_dtype", "values_hash", "widest_unsigned"]
+__all__ = [
+    "ArraySource",
+    "affine_of",
+    "as_tensor",
+    "as_volume",
+    "hash_of",
+    "raw_bytes",
+    "torch_dtype",
+    "values_hash",
+    "widest_unsigned",
+]
 
 # Values that are hashed at a time.
 CHUNK_VALUES = 2**20
@@ -76,7 +86,24 @@ def as_tensor(data: Any) -> Tensor:
         return torch.from_numpy(data)
     if data.is_complex():
         raise ImageError(f"the data of an image are {data.dtype}: save real and imaginary parts as two channels")
-    return data.detach()
+    data = data.detach()
+    # A subclass may do other things than tensors do, and costs time for each of them.
+    return data if type(data) is Tensor else data.as_subclass(Tensor)
+
+
+def affine_of(data: Any) -> Affine | None:
+    """Give the affine that an array or a tensor brings along, as MONAI's `MetaTensor` does; None where there is none.
+
+    Raises:
+        ImageError: if it cannot be one.
+    """
+    found = getattr(data, "affine", None)
+    if found is None or callable(found):
+        return None
+    affine = as_affine(found, f"the affine of the {type(data).__name__}")
+    meta = getattr(data, "meta", None)
+    is_lps = isinstance(meta, Mapping) and str(meta.get("space", "")).upper() == "LPS"
+    return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine if is_lps else affine
 
 
 def as_volume(data: Any) -> Tensor:
@@ -101,7 +128,8 @@ class ArraySource:
 
     Args:
         array: `(C, I, J, K)` or `(I, J, K)`: a tensor, or what has a `shape`, a `dtype`, and slices that NumPy makes arrays of.
-        affine: RAS+ matrix of 4 × 4 from voxels to millimetres; by default that of voxels of 1 mm that begin at the origin.
+        affine: RAS+ matrix of 4 × 4 from voxels to millimetres; by default that of the array, if it has one, or else that of
+            voxels of 1 mm that begin at the origin.
 
     Raises:
         ImageError: if the array has another number of axes, or no voxels, or the affine cannot be one.
@@ -128,7 +156,8 @@ class ArraySource:
             raise ImageError(f"the array has shape {tuple(sizes)}, which has no voxels")
         c, i, j, k = sizes if self._has_channels else [1, *sizes]
         self.shape = (c, i, j, k)
-        self.affine: Affine = np.eye(4) if affine is None else as_affine(affine)
+        given = affine_of(array) if affine is None else as_affine(affine)
+        self.affine: Affine = np.eye(4) if given is None else given
         self.codes = SpaceCodes()
 
     @property

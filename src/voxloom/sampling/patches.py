@@ -12,13 +12,14 @@ from ..core.boxes import Box
 from ..core.grids import PatchGrid
 from ..core.locations import PatchLocation
 from ..core.sizes import Ints
+from ..errors import SamplingError
 from ..runtime import memory
 from ..volumes.batch import ImagesBatch, SubjectsBatch, batch_memory
 from ..volumes.constants import PATCH_LOCATION
 from ..volumes.subject import Subject
 from .padded import PaddedSource
 
-__all__ = ["MakeEmpty", "NumberedPatches", "PatchCutter", "PatchSequence", "PatchSource"]
+__all__ = ["ExtractingCutter", "MakeEmpty", "NumberedPatches", "PatchCutter", "PatchSequence", "PatchSource"]
 
 MakeEmpty = Callable[[Sequence[int], torch.dtype], Tensor]
 """Makes a tensor whose values are not set."""
@@ -64,6 +65,39 @@ class PatchCutter:
             batches[name] = ImagesBatch(data, images)
         metadata = {name: [value] * len(locations) for name, value in self.subject.metadata.items()}
         return SubjectsBatch(batches, metadata | {PATCH_LOCATION: list(locations)})
+
+
+class ExtractingCutter(PatchCutter):
+    """Cuts patches out by a function of the user's.
+
+    Args:
+        subject: see `PatchCutter`, also for what follows.
+        domain: voxels from which patches may be cut.
+        padding_mode: a number, or a mode.
+        extract: takes the subject and where a patch begins, and returns it.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        domain: Box,
+        padding_mode: str | float | int | None,
+        extract: Callable[[Subject, Ints], Subject],
+    ) -> None:
+        super().__init__(subject, domain, padding_mode)
+        self._extract = extract
+
+    def cut(self, location: PatchLocation, empty: MakeEmpty = memory.empty) -> Subject:
+        """See `PatchCutter`."""
+        patch = self._extract(self.subject, location.index)
+        if not isinstance(patch, Subject):
+            raise SamplingError(f"extract_patch returned {type(patch).__name__}: it must return a Subject")
+        patch[PATCH_LOCATION] = location
+        return patch
+
+    def cut_batch(self, locations: Sequence[PatchLocation]) -> SubjectsBatch:
+        """See `PatchCutter`."""
+        return SubjectsBatch.from_subjects([self.cut(location) for location in locations])
 
 
 class PatchSequence(Sequence[Subject]):

@@ -19,7 +19,7 @@ from ..errors import LocationError, SizeError, SubjectError
 from ..runtime.epochs import EpochCounter
 from ..runtime.ranks import rank_and_size
 from ..volumes.subject import Subject
-from .patches import NumberedPatches, PatchCutter, PatchSequence
+from .patches import ExtractingCutter, NumberedPatches, PatchCutter, PatchSequence
 from .spelling import subject_may_be_left_out
 
 __all__ = ["PatchSampler", "Sizes", "UniformSampler"]
@@ -144,7 +144,20 @@ class PatchSampler(IterableDataset[Subject]):
     def _bind(self, subject: Subject) -> PatchCutter:
         if self.check_space:
             subject.check_space()
-        return PatchCutter(subject, self.domain(subject), self._mode)
+        domain = self.domain(subject)
+        if type(self).extract_patch is PatchSampler.extract_patch:
+            return PatchCutter(subject, domain, self._mode)
+        return ExtractingCutter(subject, domain, self._mode, self.extract_patch)
+
+    def extract_patch(self, subject: Subject, index_ini: Sequence[int]) -> Subject:
+        """Cut a patch out of a subject; a sampler of one's own may do it in another way, or do more to it.
+
+        Args:
+            subject: the subject.
+            index_ini: where the patch begins `(I, J, K)`, in the frame of the volume.
+        """
+        location = PatchLocation(tuple(int(value) for value in index_ini), self.patch_size)
+        return PatchCutter(subject, self.domain(subject), self._mode).cut(location)
 
     def _draw(self, cutter: PatchCutter, draw: Draw, seed: int | None = None, subject_index: int = 0) -> PatchLocation:
         """Find the location of a draw."""

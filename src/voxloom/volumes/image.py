@@ -14,7 +14,7 @@ from torch import Tensor
 from ..core.affines import Affine, as_affine, shifted
 from ..core.boxes import Box
 from ..errors import ImageError, SubjectError, VoxloomError
-from ..io.arrays import as_volume, values_hash
+from ..io.arrays import affine_of, as_volume, values_hash
 from ..io.compression import READ_ERRORS
 from ..io.formats import save_volume
 from ..io.protocols import Json, SpaceCodes, VolumeSource, is_source, read_checked
@@ -43,7 +43,8 @@ class Image(ImageEntries, PlacedVolume):
             or a source of voxels such as `ArraySource`.
         type: `"intensity"`, `"label"` or `"sampling_map"`; `ScalarImage` and `LabelMap` set it.
         tensor: tensor or array `(C, I, J, K)`, in place of a path. It is not copied.
-        affine: matrix of 4 × 4 from voxels to millimetres; for a file it takes the place of the one in its header.
+        affine: RAS+ matrix of 4 × 4 from voxels to millimetres; for a file it takes the place of the one in its header. By
+            default a tensor has that which it brings along, as MONAI's `MetaTensor` does, or else that of voxels of 1 mm.
         check_nans: warn when the data hold NaN.
         reader: function that takes a path and returns `(data, affine)`, for a format of one's own.
         verify_path: check at once that the file exists.
@@ -91,7 +92,7 @@ class Image(ImageEntries, PlacedVolume):
         self.check_nans = check_nans
         self.metadata: dict[str, Any] = dict(metadata)
         self.path: Path | list[Path] | None = None
-        self._affine = None if affine is None else as_affine(affine)
+        self._affine = affine_of(tensor) if affine is None else as_affine(affine)
         self._origin: Origin | None = None
         if is_source(path):
             self._origin = GivenOrigin(path)
