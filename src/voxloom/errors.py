@@ -15,7 +15,7 @@
     ├── SamplingError         ValueError, RuntimeError    a map from which no patch can be drawn
     ├── QueueError            ValueError, RuntimeError    a queue that is put together or used in a way that cannot work
     ├── WorkerError           RuntimeError                a worker process that died
-    ├── NoSuchVoxelError      IndexError                  an index beyond an axis of an image, or beyond a grid
+    ├── NoSuchIndexError      IndexError                  an index beyond an axis, a grid, a data set or a batch
     ├── NoSuchKeyError        KeyError, RuntimeError      a name that a subject, image, batch or aggregator lacks
     ├── ImageError            ValueError, TypeError, RuntimeError   data or an affine that no image can have
     ├── ImageFileError        RuntimeError, OSError       a file that is not what it should be
@@ -44,8 +44,8 @@ __all__ = [
     "MissingDependencyError",
     "ModeError",
     "ModelFileError",
+    "NoSuchIndexError",
     "NoSuchKeyError",
-    "NoSuchVoxelError",
     "OutputError",
     "QueueError",
     "RecordError",
@@ -131,8 +131,8 @@ class NoSuchKeyError(VoxloomError, KeyError, RuntimeError):
     """A subject, an image, a batch or an aggregator has nothing of that name."""
 
 
-class NoSuchVoxelError(VoxloomError, IndexError):
-    """An index lies beyond an axis of an image, or the patches of a grid."""
+class NoSuchIndexError(VoxloomError, IndexError):
+    """An index lies beyond an axis of an image, a grid, a data set or a batch."""
 
 
 class ImageError(VoxloomError, ValueError, TypeError, RuntimeError):

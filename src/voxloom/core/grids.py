@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, overload
 
-from ..errors import LocationError, NoSuchVoxelError, ScaleError, SizeError
+from ..errors import LocationError, NoSuchIndexError, ScaleError, SizeError
 from .boxes import Box
 from .locations import PatchLocation
 from .sizes import Ints, Scale, as_overlap, as_shape, as_sizes, axis_name
@@ -183,11 +183,14 @@ class PatchGrid(Sequence[PatchLocation]):
         """Number of a patch on each axis; negative indices count from the end.
 
         Raises:
-            NoSuchVoxelError: if there are not that many patches.
+            NoSuchIndexError: if there are not that many patches.
         """
-        number = operator.index(index)
+        try:
+            number = operator.index(index)
+        except TypeError as error:
+            raise SizeError(f"the index of a patch is {index!r}: it must be a whole number") from error
         if not -self.num_patches <= number < self.num_patches:
-            raise NoSuchVoxelError(f"patch {number} of a grid of {self.num_patches} patches")
+            raise NoSuchIndexError(f"patch {number} of a grid of {self.num_patches} patches")
         number %= self.num_patches
         numbers = []
         for count in reversed(self.counts):

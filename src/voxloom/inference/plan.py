@@ -37,11 +37,13 @@ class Memory:
     """The sum of patches, as far as it is open, and what is being reduced and written."""
     results: int
     """What is kept in memory in the end."""
+    loading: int = 0
+    """What reading the whole input takes beside it, before there is anything else."""
 
     @property
     def peak(self) -> int:
         """All of it."""
-        return self.volume + self.batches + self.front + self.results + BASE_BYTES
+        return self.volume + max(self.batches + self.front + self.results, self.loading) + BASE_BYTES
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,13 +216,14 @@ class PredictionPlan:
         beside = f"; {self.trial_patches} patches to see what the output looks like" if self.trial_patches else ""
         copies = self.given_patches - self.trial_patches - self.computed_patches
         beside += f"; {copies} copies fill up batches" if copies else ""
+        loading = f" and {pretty_bytes(memory.loading)} while it is read" if memory.loading else ""
         lines = {
             "volume": f"{pretty_sizes(grid.spatial_shape)} voxels",
             "patches": f"{grid.num_patches} of {pretty_sizes(grid.patch_size)}{some}, each computed {times}",
             "model": f"{self.forward_passes} forward passes of {self.batch_size} patches at most{beside}",
             "order": f"{parts}, along {order}; an interrupted run repeats at most {self.restart_passes} passes",
             "files": f"reads {pretty_bytes(self.bytes_read)}, writes {pretty_bytes(self.bytes_written)}",
-            "memory": f"{pretty_bytes(memory.peak)} at most: input {pretty_bytes(memory.volume)}, batches"
+            "memory": f"{pretty_bytes(memory.peak)} at most: input {pretty_bytes(memory.volume)}{loading}, batches"
             f" {pretty_bytes(memory.batches)}, open sums {pretty_bytes(memory.front)}, results {pretty_bytes(memory.results)};"
             " what the model itself uses is kept for it until the end",
         }

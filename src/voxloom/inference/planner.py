@@ -15,7 +15,7 @@ from ..core.sizes import Ints, pretty_bytes
 from ..core.traversal import AxisTraversal, Block, Traversal
 from ..core.windows import OverlapMode, Window, sampled
 from ..errors import RecordError, SizeError
-from ..io.protocols import Json, VolumeSource
+from ..io.protocols import Json, VolumeSource, loading_bytes
 from ..io.spooling import Packed
 from ..io.stores import BEGIN_AGAIN
 from ..models.outputs import Name, OutputSpec
@@ -237,7 +237,8 @@ class Planner:
         is_partial = given.needed is not None
         sums = (plan.outputs, plan.traversals)
         front = open_bytes(*sums, block, is_partial) + reduced_bytes(*sums, plan.results, is_partial)
-        return Memory(given.resident_bytes - spooled_bytes, batches, front, kept)
+        volume = given.resident_bytes - spooled_bytes
+        return Memory(volume, batches, front, kept, loading_bytes(given.source) if volume else 0)
 
     def _limit(self) -> tuple[int | None, bool]:
         """Give how much memory may be used, and whether the user said so."""

@@ -14,7 +14,7 @@ from ..core.boxes import Box
 from ..errors import ImageFileError, SpaceError
 from .arrays import as_tensor
 from .files import FileSource
-from .protocols import Json, SpaceCodes, VolumeSource, VolumeSpec, read_checked
+from .protocols import Json, SpaceCodes, VolumeSource, VolumeSpec, loading_bytes, read_checked
 from .spooling import Packed
 
 __all__ = ["CustomFile", "StackedSource", "read_into"]
@@ -56,6 +56,11 @@ class StackedSource:
     def resident_bytes(self) -> int:
         """See `VolumeSource`."""
         return sum(part.resident_bytes for part in self.parts)
+
+    @property
+    def loading_bytes(self) -> int:
+        """See the function `loading_bytes`: one is read after the other."""
+        return max(map(loading_bytes, self.parts))
 
     @property
     def paths(self) -> tuple[Path, ...]:

@@ -56,6 +56,11 @@ class FileSource(ABC):
         """See `VolumeSource`."""
         return 0 if self.is_sliceable else self.spec.num_bytes
 
+    @property
+    def loading_bytes(self) -> int:
+        """See the function `loading_bytes`: the file's own bytes, and what is decoded, before it is a tensor."""
+        return self.resident_bytes + sum(path.stat().st_size for path in self.paths) if self.resident_bytes else 0
+
     @abstractmethod
     def read(self, box: Box) -> Tensor:
         """See `VolumeSource`."""

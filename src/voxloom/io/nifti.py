@@ -95,6 +95,11 @@ class NibabelFile(FileSource):
             raise explained(error, self.name, "cannot be read to its end") from error
         return out
 
+    @property
+    def loading_bytes(self) -> int:
+        """A few planes: files are unpacked as they are read."""
+        return 3 * PLANES * self.file_shape[0] * self.file_shape[1] * 8
+
     def _samples(self, planes: np.ndarray) -> np.ndarray:
         """Put the samples of a voxel, such as red, green and blue, on an axis of their own in front."""
         names = planes.dtype.names

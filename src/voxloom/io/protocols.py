@@ -13,7 +13,17 @@ from ..core.affines import Affine
 from ..core.boxes import Box
 from ..errors import ImageError
 
-__all__ = ["MILLIMETRES", "Json", "SpaceCodes", "VolumeSource", "VolumeSpec", "VolumeStore", "is_source", "read_checked"]
+__all__ = [
+    "MILLIMETRES",
+    "Json",
+    "SpaceCodes",
+    "VolumeSource",
+    "VolumeSpec",
+    "VolumeStore",
+    "is_source",
+    "loading_bytes",
+    "read_checked",
+]
 
 Json = Any
 """What can be written down as JSON."""
@@ -151,6 +161,11 @@ class VolumeSource(Protocol):
 def is_source(thing: Any) -> TypeGuard[VolumeSource]:
     """Whether something is a source of voxels, by what it offers."""
     return all(hasattr(thing, name) for name in ("shape", "dtype", "affine", "read", "fingerprint"))
+
+
+def loading_bytes(source: VolumeSource) -> int:
+    """Memory that reading takes beside the resident bytes, for a moment, such as a decoder's copy; 0 if a source states none."""
+    return int(getattr(source, "loading_bytes", 0))
 
 
 def read_checked(source: VolumeSource, box: Box) -> Tensor:

@@ -1,5 +1,6 @@
 """MINC, PAR/REC and AFNI: nibabel reads them, whole."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,6 +49,11 @@ class WholeFile(FileSource):
                 raise CorruptImageError(f"{path} has shape {shape}, and so no voxels: its header is damaged")
             i, j, k, volumes = (*shape, 1, 1, 1)[:4]
             self.spec = VolumeSpec((volumes, i, j, k), self._dtype_of(image), np.asarray(image.affine, dtype=np.float64))
+
+    @property
+    def loading_bytes(self) -> int:
+        """Doubles, and what they are made of."""
+        return 2 * 8 * math.prod(self.shape)
 
     def read(self, box: Box) -> Tensor:
         """Read a box of voxels into a new tensor; see `VolumeSource`."""

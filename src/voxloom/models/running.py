@@ -13,7 +13,7 @@ from ..core.sizes import Ints
 from ..core.values import sum_dtype
 from ..errors import DeviceMemoryError, ModeError, OutputError, SizeError
 from ..runtime import memory
-from ..runtime.kept_memory import judge
+from ..runtime.kept_memory import begin_model, judge
 from .modes import evaluating, home_of
 from .outputs import ACTIVATIONS, OutputRequest, OutputSpec, RequestsFor, called, check_output, outputs_of
 
@@ -174,6 +174,7 @@ class Models:
         requests: list[OutputRequest] | None = None
         for number, (model, flip) in enumerate(itertools.product(self.models, self.flips)):
             given = _copied(batch, flip) if self.num_passes > 1 else batch
+            begin_model()
             with torch.inference_mode(), torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
                 outputs = outputs_of(model(given))
             judge(sum(each.numel() * each.element_size() for each in outputs.values() if isinstance(each, Tensor)))

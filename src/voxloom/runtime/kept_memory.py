@@ -19,7 +19,7 @@ from typing import Any
 
 from .forks import in_forked_process
 
-__all__ = ["Trimmer", "judge", "kept_for_models", "kept_memory"]
+__all__ = ["Trimmer", "begin_model", "judge", "kept_for_models", "kept_memory"]
 
 # Parameters of `mallopt`, and what they are set to afterwards: what the library itself comes to where much memory is used.
 TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4
@@ -37,19 +37,12 @@ GROWTH, GROWTH_BYTES = 0.3, 32 * 2**20
 TRIM_BYTES = 8 * 2**20
 
 
-class _HeapInfo(ctypes.Structure):
-    """`struct mallinfo2`, of which only the first number is of interest: bytes of the heap, in use or not."""
-
-    _fields_ = [("arena", ctypes.c_size_t), *((f"field{number}", ctypes.c_size_t) for number in range(9))]
-
-
 @dataclass
 class _Library:
     """The C library of this process."""
 
     mallopt: Callable[[int, int], int]
     trim: Callable[[int], int]
-    info: Callable[[], _HeapInfo] | None
 
     @classmethod
     def find(cls) -> "_Library | None":
@@ -58,24 +51,19 @@ class _Library:
         library: Any = ctypes.CDLL(None)
         if not hasattr(library, "gnu_get_libc_version"):
             return None
-        info = getattr(library, "mallinfo2", None)
-        if info is not None:
-            info.restype = _HeapInfo
-        return cls(library.mallopt, library.malloc_trim, info)
-
-    @property
-    def heap_bytes(self) -> int:
-        """Bytes of the heap, in use or not."""
-        return 0 if self.info is None else self.info().arena
+        return cls(library.mallopt, library.malloc_trim)
 
 
 @dataclass(eq=False)
 class _User:
     """Someone who wants memory to be kept; of a prediction it turns out with its first forward pass whether that is of use."""
 
-    heap_before: int
+    resident_before: int
+    """Bytes that the process held when the prediction began."""
+    before_model: int | None = None
+    """The same when a model was about to be called for the first time."""
     of_model: int | None = None
-    """By how many bytes the heap grew when a model was called for the first time; None as long as none was."""
+    """By how many bytes the process grew by that; None as long as no model was called."""
     is_served: bool = True
     """Whether memory is to be kept for it."""
 
@@ -125,7 +113,7 @@ def kept_for_models() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _used() -> Iterator[_User]:
-    state, user = _state, _User(0 if _library is None else _library.heap_bytes)
+    state, user = _state, _User(_resident_bytes())
     with state.lock:
         state.users.add(user)
         _follow(state)
@@ -169,6 +157,14 @@ def _chosen(parameter: int, usual: int) -> int:
     return number if number <= MOST else -1  # which is without end
 
 
+def begin_model() -> None:
+    """Before a model is called for the first time: give back what reading has left, so that it does not count as the model's."""
+    user = _prediction.get()
+    if _library is not None and user is not None and user.before_model is None:
+        _library.trim(0)
+        user.before_model = _resident_bytes()
+
+
 def judge(output_bytes: int) -> None:
     """After a model was called for the first time: stop keeping memory for its prediction if that is of no use to it.
 
@@ -176,26 +172,27 @@ def judge(output_bytes: int) -> None:
         output_bytes: what the outputs take of the heap.
     """
     user = _prediction.get()
-    if _library is None or user is None or user.of_model is not None:
+    if _library is None or user is None or user.of_model is not None or user.before_model is None:
         return
     with _state.lock:
-        user.of_model = _library.heap_bytes - user.heap_before
+        user.of_model = _resident_bytes() - user.before_model
         if user.of_model <= max(LEAST_USE * output_bytes, LEAST_BYTES):
             user.is_served = False
-            # Outputs of some size would otherwise leave gaps; smaller blocks are as quick as ever.
-            _follow(_state, min(max(output_bytes, LEAST_MAPPED), USUAL[MMAP_THRESHOLD]))
+            # Blocks of some size would otherwise leave gaps as large; smaller ones are as quick as ever.
+            _follow(_state, min(max(output_bytes // 4, LEAST_MAPPED), USUAL[MMAP_THRESHOLD]))
 
 
 class Trimmer:
     """Keeps a process within a bound, beside what a model itself uses and what is kept for it.
 
     Args:
-        num_bytes: by how much the process may grow.
+        num_bytes: by how much the process may grow, from when the prediction began.
     """
 
     def __init__(self, num_bytes: int) -> None:
         self._step = max(num_bytes // 100, TRIM_BYTES)
-        self._bound = _resident_bytes() + num_bytes
+        user = _prediction.get()
+        self._bound = num_bytes + (_resident_bytes() if user is None else user.resident_before)
 
     def check(self) -> None:
         """Give back what is free if the process has grown too large; costs hardly anything otherwise."""

@@ -15,7 +15,7 @@ from ..core.values import can_hold, limits_of
 from ..core.walking import walk
 from ..errors import ModeError, SubjectError
 from ..io.composed import read_into
-from ..io.protocols import Json, SpaceCodes, VolumeSource, read_checked
+from ..io.protocols import Json, SpaceCodes, VolumeSource, loading_bytes, read_checked
 
 __all__ = ["PaddedSource", "padding_constant"]
 
@@ -75,6 +75,11 @@ class PaddedSource:
     def resident_bytes(self) -> int:
         """See `VolumeSource`."""
         return self.source.resident_bytes
+
+    @property
+    def loading_bytes(self) -> int:
+        """See the function `loading_bytes`."""
+        return loading_bytes(self.source)
 
     @property
     def paths(self) -> tuple[Path, ...]:

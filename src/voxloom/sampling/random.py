@@ -18,6 +18,7 @@ from ..core.sizes import Ints, as_int, as_sizes
 from ..errors import LocationError, SizeError, SubjectError
 from ..runtime.epochs import EpochCounter
 from ..runtime.ranks import rank_and_size
+from ..volumes.loading import state_of_draws
 from ..volumes.subject import Subject
 from .patches import ExtractingCutter, NumberedPatches, PatchCutter, PatchSequence
 from .spelling import subject_may_be_left_out
@@ -245,9 +246,13 @@ class PatchSampler(IterableDataset[Subject]):
         return {"seed": self.seed, "epoch": epoch, "draw": draw}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue where `state_dict` was taken."""
-        self.seed = state["seed"]
-        self.seek(state["epoch"], state["draw"])
+        """Continue where `state_dict` was taken.
+
+        Raises:
+            SubjectError: if that is no state of a sampler.
+        """
+        self.seed, epoch, draw = state_of_draws(state)
+        self.seek(epoch, draw)
 
     def seek(self, epoch: int, draw: int) -> None:
         """Let the next pass be this epoch, and begin at this draw of the rank's share."""

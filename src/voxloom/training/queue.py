@@ -353,6 +353,12 @@ class Queue(IterableDataset[Subject]):
         self._supply.rewind(schedule, given.position, given.skipped)
         self.times_loaded += 1
 
+    def __getitem__(self, index: Any) -> Subject:
+        raise QueueError(
+            f"a queue has no patch of index {index!r}, since it makes them as they are wanted: iterate it, or give it to a"
+            " SubjectsLoader"
+        )
+
     def _check_ranks(self) -> None:
         """Refuse a pass in which each rank would give the patches of all."""
         given, found = (self._planner.rank, self._planner.world_size), rank_and_size()

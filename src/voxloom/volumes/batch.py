@@ -12,7 +12,7 @@ from torch.utils.data import default_collate, get_worker_info
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 from ..core.locations import PatchLocation
-from ..errors import NoSuchKeyError, SubjectError
+from ..errors import NoSuchIndexError, NoSuchKeyError, SubjectError
 from ..runtime import memory
 from ..runtime.shared_memory import shared_storage
 from .constants import AFFINE, DATA, INDEX_INI, LOCATION, PATCH_LOCATION, PATH, STEM, TYPE
@@ -113,7 +113,10 @@ class ImagesBatch(dict[str, Any]):
         if isinstance(key, str):
             return super().__getitem__(key)
         try:
-            number = range(self.batch_size)[operator.index(key)]
+            number = operator.index(key)
+            if not -self.batch_size <= number < self.batch_size:
+                raise NoSuchIndexError(f"the batch has {self.batch_size} subjects, and none of index {number}")
+            number %= self.batch_size
         except TypeError as error:
             raise SubjectError(f"a batch of images was asked for {key!r}: give a name, or the number of an image") from error
         return self.templates[number].new_like(self.data[number].clone(), self.affine[number].numpy())

@@ -17,7 +17,7 @@ from ..errors import ImageError, SubjectError, VoxloomError
 from ..io.arrays import affine_of, as_volume, values_hash
 from ..io.compression import READ_ERRORS
 from ..io.formats import save_volume
-from ..io.protocols import Json, SpaceCodes, VolumeSource, is_source, read_checked
+from ..io.protocols import Json, SpaceCodes, VolumeSource, is_source, loading_bytes, read_checked
 from ..io.spooling import is_packed, unpack
 from .constants import INTENSITY, LABEL
 from .derived import DerivedValues
@@ -203,6 +203,11 @@ class Image(ImageEntries, PlacedVolume):
     def resident_bytes(self) -> int:
         """Memory that is still needed because the file cannot be read in parts; see `VolumeSource`."""
         return 0 if self.can_be_sliced else self.memory
+
+    @property
+    def loading_bytes(self) -> int:
+        """Memory that reading takes beside that, for a moment."""
+        return 0 if self.can_be_sliced else loading_bytes(self._opened.source)
 
     @property
     def paths(self) -> tuple[Path, ...]:

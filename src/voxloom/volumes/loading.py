@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..core.sizes import type_names
-from ..errors import QueueError, SizeError, SubjectError
+from ..errors import NoSuchIndexError, QueueError, SizeError, SubjectError
 from ..runtime.shared_memory import check_descriptors, explained_lack
 from .batch import SubjectsBatch, collate_subjects
 from .subject import Subject
@@ -72,6 +72,8 @@ class SubjectsDataset(Dataset[Subject]):
             raise SizeError(
                 f"the index of a subject is {index!r}, {type_names.get(type(index), type(index).__name__)}, not a number"
             )
+        if not -len(self) <= index < len(self):
+            raise NoSuchIndexError(f"the data set has {len(self)} subjects, and none of index {index}")
         subject = copy.deepcopy(self._subjects[index])
         if self.load_getitem:
             subject.load()
@@ -132,6 +134,17 @@ class Resumable(Protocol):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from there."""
         ...
+
+
+def state_of_draws(state: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Give seed, epoch and draw of the state of a sampler.
+
+    Raises:
+        SubjectError: if it is none.
+    """
+    if not isinstance(state, Mapping) or not all(isinstance(state.get(key), int) for key in ("seed", "epoch", "draw")):
+        raise SubjectError(f"the state of a sampler has a seed, an epoch and a draw, which are whole numbers; it is {state!r}")
+    return state["seed"], state["epoch"], state["draw"]
 
 
 def one_reader(num_workers: int) -> str:
@@ -234,14 +247,19 @@ class SubjectsLoader(DataLoader[Any]):
         return {"seed": self._source.seed, "epoch": epoch, "draw": draw}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue with the batch that follows those that `state_dict` counted."""
+        """Continue with the batch that follows those that `state_dict` counted.
+
+        Raises:
+            SubjectError: if that is no state of such a loader.
+        """
         if self._source is None:
             self._resumable().load_state_dict(state)
             self._state = None
             return
-        self._source.seed = state["seed"]
-        self._source.seek(state["epoch"], state["draw"])
-        self._delivered = (state["epoch"], state["draw"])
+        seed, epoch, draw = state_of_draws(state)
+        self._source.seed = seed
+        self._source.seek(epoch, draw)
+        self._delivered = (epoch, draw)
 
     def _resumable(self) -> Resumable:
         if not isinstance(self.dataset, Resumable):

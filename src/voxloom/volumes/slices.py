@@ -4,7 +4,7 @@ import operator
 from typing import Any
 
 from ..core.sizes import as_sizes
-from ..errors import NoSuchVoxelError, SizeError
+from ..errors import NoSuchIndexError, SizeError
 
 __all__ = ["as_slices"]
 
@@ -37,7 +37,7 @@ def _as_slice(item: Any, size: int, axis: str) -> slice:
         except TypeError as error:
             raise SizeError(f"{name} was sliced with {item!r}: use numbers and slices") from error
         if not -size <= index < size:
-            raise NoSuchVoxelError(f"{name} was sliced with {index}, but it has {size} voxels")
+            raise NoSuchIndexError(f"{name} was sliced with {index}, but it has {size} voxels")
         index %= size
         return slice(index, index + 1, 1)
     if item.step is not None:

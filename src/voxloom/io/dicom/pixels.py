@@ -19,7 +19,7 @@ from ...core.boxes import Box
 from ...errors import CorruptImageError, ImageNotFoundError, UnsupportedImageError
 from ..arrays import torch_dtype, widest_unsigned
 from ..files import FileSource
-from ..protocols import VolumeSpec
+from ..protocols import VolumeSpec, loading_bytes
 from .frames import DAMAGE, EMPTY, DicomHeader, FrameTable, brief, frame_count, is_segmentation, place_of, scales_of
 
 __all__ = ["DecodedFile", "DecodedSlices", "OrderedFrames", "check_size"]
@@ -65,6 +65,11 @@ class DecodedFile(FileSource):
         out = torch.empty((self.shape[0], *box.shape), dtype=self.dtype)
         np.copyto(out.numpy(), self.planes(box).transpose(3, 2, 1, 0))
         return out
+
+    @property
+    def loading_bytes(self) -> int:
+        """What is decoded, and what it is scaled to."""
+        return (8 + 8 * (self._scale is not None or self._photometric == "MONOCHROME1")) * math.prod(self.shape)
 
     def planes(self, box: Box) -> np.ndarray:
         """Decode the voxels of a box, in the order of the file: `(K, J, I, C)`."""
@@ -143,6 +148,11 @@ class DecodedSlices(FileSource):
         types = {file.dtype for file in files}
         self.spec = VolumeSpec((samples, i, j, len(files)), types.pop() if len(types) == 1 else torch.float64, affine)
 
+    @property
+    def loading_bytes(self) -> int:
+        """Those of some planes."""
+        return 2 * PLANES * max(file.loading_bytes for file in self._files)
+
     def read(self, box: Box) -> Tensor:
         """Read a box of voxels into a new tensor; see `VolumeSource`."""
         out = torch.empty((self.shape[0], *box.shape), dtype=self.dtype)
@@ -177,6 +187,11 @@ class OrderedFrames(FileSource):
     def resident_bytes(self) -> int:
         """See `VolumeSource`."""
         return self._frames.resident_bytes
+
+    @property
+    def loading_bytes(self) -> int:
+        """All frames, whichever are wanted."""
+        return self._frames.resident_bytes + loading_bytes(self._frames)
 
     def read(self, box: Box) -> Tensor:
         """Read a box of voxels into a new tensor; see `VolumeSource`."""
