@@ -305,6 +305,11 @@ def test_a_sampler_in_another_process_is_of_the_rank_that_sent_it(monkeypatch):
     sent = pickle.dumps(vx.UniformSampler(subject_of(), 3, num_patches=12, seed=1))
     monkeypatch.undo()
     assert locations(pickle.loads(sent)) == everything[1::3]
+    # Sent before there were ranks, it finds out which it is.
+    sent = pickle.dumps(vx.UniformSampler(subject_of(), 3, num_patches=12, seed=1))
+    for name, value in (("is_initialized", True), ("get_rank", 2), ("get_world_size", 3)):
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    assert locations(pickle.loads(sent)) == everything[2::3]
 
 
 def test_a_sampler_of_ones_own():

@@ -1041,3 +1041,17 @@ def test_what_lacks_is_said_with_a_way_out(tmp_path, kind, what, number):
     else:
         assert "too few files may be open at a time: " in error
         assert "ulimit -n 4096" in error
+
+
+class FullDisk(torch.utils.data.Dataset):
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        raise OSError(28, "No space left on device", "/data/cache/x.npy")
+
+
+def test_what_a_data_set_of_the_users_raises_stays_the_users():
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        list(vx.SubjectsLoader(FullDisk(), batch_size=2, num_workers=1))
+    assert not isinstance(caught.value, WorkerError)

@@ -2,6 +2,7 @@
 
 import contextlib
 import gzip
+import os
 import tracemalloc
 import warnings
 import zlib
@@ -274,3 +275,18 @@ def test_a_reader_that_crashes_or_fills_the_memory_is_an_error(tmp_path, monkeyp
     monkeypatch.setattr(isolated, "SECONDS", 0.2)
     with pytest.raises(CorruptImageError, match=r"x\.vtk was not read within"):
         vx.ScalarImage(tmp_path / "x.vtk").load()
+
+
+def test_what_a_process_of_its_own_cannot_read_says_why(tmp_path, monkeypatch):
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(np.zeros((3, 4, 5), np.uint8)), str(tmp_path / "x.vtk"))
+    (tmp_path / "stored").write_bytes((tmp_path / "x.vtk").read_bytes())
+    (tmp_path / "link.vtk").symlink_to("stored")  # as stores of data have it: the name of the link counts
+    assert vx.ScalarImage(tmp_path / "link.vtk").shape == (1, 5, 4, 3)
+    odd = tmp_path / os.fsdecode(b"odd_\xff.vtk")
+    odd.write_bytes((tmp_path / "x.vtk").read_bytes())
+    with pytest.raises(UnsupportedImageError, match="not UTF-8"):
+        vx.ScalarImage(odd).load()
+    for executable in ("", str(tmp_path / "nothing")):
+        monkeypatch.setattr("sys.executable", executable)
+        with pytest.raises(UnsupportedImageError, match=r"x\.vtk is read by a process of its own"):
+            vx.ScalarImage(tmp_path / "x.vtk").load()

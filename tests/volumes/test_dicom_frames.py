@@ -9,10 +9,10 @@ import pydicom.data
 import pytest
 import SimpleITK
 import torch
-from pydicom.uid import RLELossless
+from pydicom.uid import CTImageStorage, RLELossless
 
 import voxloom as vx
-from dicom_samples import COLUMNS, FRAMES, ROWS, STEP, frames, write_enhanced, write_segments, write_slices
+from dicom_samples import COLUMNS, FRAMES, ROWS, STEP, base, frames, item, write_enhanced, write_segments, write_slices
 from voxloom.errors import CorruptImageError, SeriesError
 
 
@@ -194,3 +194,75 @@ def test_names_without_an_ending_are_dicom_by_their_content(tmp_path):
         image = vx.ScalarImage(tmp_path / "1.2.840.3")
     assert image.shape == (1, 10, 10, 15)
     assert SimpleITK.ReadImage(str(tmp_path / "1.2.840.3")).GetSize() == (10, 10, 15)
+
+
+# What else there is
+
+
+NUCLEAR, SECONDARY_CAPTURE, RT_IMAGE = (f"1.2.840.10008.5.1.4.1.1.{number}" for number in ("20", "7", "481.1"))
+
+
+def test_nuclear_medicine_says_where_it_lies_in_its_detector(tmp_path):
+    data = base(tmp_path / "a.dcm", NUCLEAR)
+    data.NumberOfFrames, data.PixelSpacing, data.PixelData = 4, [4, 4], frames(4).tobytes()
+    place = {"ImagePositionPatient": [-100.0, -110.0, 50.0], "ImageOrientationPatient": [1.0, 0.0, 0.0, 0.0, 0.0, -1.0]}
+    data.DetectorInformationSequence = [item(**place)]
+    data.save_as(tmp_path / "a.dcm")
+    image = vx.ScalarImage(tmp_path / "a.dcm")
+    np.testing.assert_allclose(image.affine[:3, 3], (100, 110, 50))
+    assert image.orientation == ("L", "I", "P")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(SECONDARY_CAPTURE, "NominalScannedPixelSpacing"), (RT_IMAGE, "ImagePlanePixelSpacing"), (NUCLEAR, "PixelSpacing")],
+)
+def test_pixels_have_the_size_that_their_kind_of_object_states(tmp_path, kind, name):
+    data = base(tmp_path / "a.dcm", kind)
+    setattr(data, name, [0.3, 0.2])
+    data.PixelData = frames(1).tobytes()
+    data.save_as(tmp_path / "a.dcm")
+    np.testing.assert_allclose(vx.ScalarImage(tmp_path / "a.dcm").spacing, (0.2, 0.3, 1))
+
+
+@pytest.mark.parametrize("is_implicit", [True, False])
+def test_old_files_without_a_mark_are_read(tmp_path, is_implicit):
+    data = base(tmp_path / "a.dcm", CTImageStorage)
+    data.PixelData = frames(1).tobytes()
+    bare = pydicom.Dataset(dict(data.items()))
+    pydicom.dcmwrite(tmp_path / "a.dcm", bare, implicit_vr=is_implicit, little_endian=True, enforce_file_format=False)
+    for reader in (None, vx.stored_dicom):
+        np.testing.assert_array_equal(vx.ScalarImage(tmp_path / "a.dcm", reader=reader).numpy()[0, ..., 0], frames(1)[0].T)
+
+
+@pytest.mark.parametrize(("digits", "count", "step"), [(2, 40, 1.0), (3, 200, 1.0), (3, 200, 1 / 3)])
+def test_rounded_places_of_oblique_segments_are_whole_planes(tmp_path, digits, count, step):
+    tilt = 0.3
+    path = write_segments(tmp_path / "a.dcm", [(1, k) for k in range(count)], np.ones((count, ROWS, COLUMNS)), count=1, step=None)
+    data = pydicom.dcmread(path)
+    for k, group in enumerate(data.PerFrameFunctionalGroupsSequence):
+        place = k * step * np.array([0, np.sin(tilt), np.cos(tilt)])
+        group.PlanePositionSequence[0].ImagePositionPatient = [round(float(value), digits) for value in place]
+    orientation = [1.0, 0.0, 0.0, 0.0, float(np.cos(tilt)), float(-np.sin(tilt))]
+    data.SharedFunctionalGroupsSequence[0].PlaneOrientationSequence[0].ImageOrientationPatient = orientation
+    data.save_as(path)
+    image = vx.LabelMap(path)
+    assert image.shape == (1, COLUMNS, ROWS, count)
+    assert image.spacing[2] == pytest.approx(step, rel=1e-3)
+    assert image.data.all()
+
+
+def test_large_files_of_other_kinds_beside_slices_are_not_parsed(tmp_path):
+    values = write_slices(tmp_path)
+    (tmp_path / "mask.raw").write_bytes(bytes(10**7))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("voxloom.io.dicom.frames.pydicom.dcmread", _refusing(pydicom.dcmread))
+        assert vx.ScalarImage(tmp_path).shape == (1, COLUMNS, ROWS, len(values[0, 0, 0]))
+
+
+def _refusing(read):
+    def dcmread(file, **options):
+        assert not file.name.endswith(".raw")
+        return read(file, **options)
+
+    return dcmread

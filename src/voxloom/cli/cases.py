@@ -8,7 +8,7 @@ from pathlib import Path
 import typer
 
 from ..errors import ImageNotFoundError, SaveError, SubjectError
-from ..io.formats import endings, is_unnamed_image, stem_of
+from ..io.formats import endings, is_image, is_unnamed_image, stem_of
 from ..volumes.image import ScalarImage
 from ..volumes.subject import Subject
 
@@ -165,7 +165,7 @@ def _images_in(folder: Path, output: Path) -> tuple[list[Path], list[Path]]:
     """Give the images in a folder, but for those in the folder of results, if that is inside; and what is one only by content."""
     found, unknown = [], []
     for path in _paths_in(folder, output):
-        if path.is_dir() or path.name.lower().endswith(IMAGES):
+        if path.is_dir() or is_image(path):
             found.append(path)
         elif is_unnamed_image(path):
             unknown.append(path)

@@ -27,6 +27,8 @@ __all__ = ["Input", "Planner", "Settings", "best_split", "open_bytes"]
 
 # Of the memory that is free, what a prediction takes at most if no limit is given.
 USED_PART = 0.9
+# What Linux maps around a page that is touched, before and behind.
+MAPPED_AROUND = 2**17
 # Files are not unpacked to the disk where they take less than this part of the memory that is free, and no limit is given.
 SPOOLED_PART = 1 / 8
 # Finished sums that may wait for the writer beside all that is open, at most. Less would make small sums wait for one another.
@@ -233,7 +235,7 @@ class Planner:
 
     def _memory(self, given: Input, plan: PredictionPlan, block: Block, kept: int, spooled_bytes: int) -> Memory:
         batches = batch_bytes(self._settings, given.source.shape[0], given.dtype, plan.outputs, self._num_models)
-        batches += self._bytes_mapped(given)
+        batches += self._bytes_mapped(given if not spooled_bytes else replace(given, resident_bytes=0))
         is_partial = given.needed is not None
         sums = (plan.outputs, plan.traversals)
         front = open_bytes(*sums, block, is_partial) + reduced_bytes(*sums, plan.results, is_partial)
@@ -248,11 +250,12 @@ class Planner:
         return None if free is None else int((free + self._kept_bytes()) * USED_PART), False
 
     def _bytes_mapped(self, given: Input) -> int:
-        """Memory for the part of a file that is mapped while a patch is read: whole rows of voxels, in two steps of planes."""
+        """Memory for the part of a file that is mapped while a patch is read: whole rows, and what is mapped around them."""
         source, patch = given.source, self._settings.patch_size
         if not source.paths or given.resident_bytes:
             return 0
-        return 2 * source.shape[1] * min(source.shape[2], patch[1]) * patch[2] * source.dtype.itemsize
+        rows = source.shape[1] * min(source.shape[2], patch[1]) * source.dtype.itemsize + MAPPED_AROUND
+        return min(source.shape[0] * patch[2] * rows, math.prod(source.shape) * source.dtype.itemsize)
 
 
 def open_bytes(outputs: Sequence[OutputSpec], traversals: Sequence[Traversal], block: Block, is_partial: bool) -> int:

@@ -98,7 +98,7 @@ def affine_of(data: Any) -> Affine | None:
         ImageError: if it cannot be one.
     """
     found = getattr(data, "affine", None)
-    if found is None or callable(found):
+    if found is None or callable(found) or tuple(getattr(found, "shape", ())) != (4, 4):
         return None
     affine = as_affine(found, f"the affine of the {type(data).__name__}")
     meta = getattr(data, "meta", None)

@@ -101,4 +101,8 @@ def explained(error: Exception, name: str, what: str) -> ImageFileError:
         return ImageNotFoundError(f"{name} {what}: there is no file {error.filename or name}")
     if isinstance(error, OSError) and error.errno is not None:
         return ImageFileError(f"{name} {what}: {error.strerror}")
-    return CorruptImageError(f"{name} {what}: {error}. It is damaged or truncated: copy or download it again")
+    return CorruptImageError(f"{name} {what}: {_text(error)}. It is damaged or truncated: copy or download it again")
+
+
+def _text(error: Exception) -> str:
+    return type(error).__name__ if str(error) in ("", "None") else str(error)

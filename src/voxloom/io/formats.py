@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import SimpleITK
 from torch import Tensor
 
 from ..core.affines import Affine
@@ -33,7 +32,7 @@ from .protocols import SpaceCodes
 from .saving import Writer, atomic_write, storable, write_compressed_nifti, write_itk, write_mgh, write_nifti
 from .whole_files import WholeFile
 
-__all__ = ["FORMATS", "Format", "endings", "format_of", "is_unnamed_image", "open_volume", "save_volume", "stem_of"]
+__all__ = ["FORMATS", "Format", "endings", "format_of", "is_image", "is_unnamed_image", "open_volume", "save_volume", "stem_of"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,8 @@ class Format:
     """Whether a result can be written block by block."""
     described_by: str | None = None
     """Ending of the file beside it that holds its header, and that is named in its place where a folder is searched."""
+    data_in: tuple[str, ...] = ()
+    """Endings of files of which one is beside it: others may have its ending, too."""
     is_dicom: bool = False
     """Whether files lie in folders of which each is one volume."""
 
@@ -69,8 +70,8 @@ FORMATS = (
     Format(".mha", partial(ItkFile.open, integrity=METAIMAGE), write_itk),
     Format(".mhd", partial(ItkFile.open, integrity=METAIMAGE)),
     Format(".mnc", WholeFile),
-    Format(".par", WholeFile),
-    Format(".head", WholeFile),
+    Format(".par", WholeFile, data_in=(".rec",)),
+    Format(".head", WholeFile, data_in=(".brik", ".brik.gz")),
     Format(".brik", WholeFile, described_by=".head"),
     Format(".brik.gz", WholeFile, described_by=".head"),
     Format(".tif", partial(ItkFile.open, integrity=TIFF)),
@@ -78,6 +79,12 @@ FORMATS = (
     Format(".dcm", open_dicom, is_dicom=True),
     Format(".ima", open_dicom, is_dicom=True),
 )
+
+
+# Endings of what SimpleITK alone reads. Pictures are read in this process, since their readers are proven, and others in one of
+# their own.
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp")
+OTHERS = (*PICTURES, ".gipl", ".gipl.gz", ".vtk", ".mrc", ".h5", ".hdf5", ".lsm", ".pic", ".jp2", ".spr")
 
 
 def format_of(path: Path) -> Format | None:
@@ -114,12 +121,24 @@ def open_volume(path: Path) -> FileSource:
     if known is not None:
         return known.open(path)
     # Names of DICOM files often have no ending, or the last part of an identifier for one.
-    return open_dicom(path) if is_dicom(path) else IsolatedFile.open(path)
+    if is_dicom(path):
+        return open_dicom(path)
+    return ItkFile.open(path) if path.suffix.lower() in PICTURES else IsolatedFile.open(path)
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file has the name of an image that a folder is searched for."""
+    known = format_of(path)
+    if known is None or known.is_dicom or known.described_by is not None:
+        return False
+    stem = path.name[: -len(known.ending)]
+    beside = {each.name.lower() for each in path.parent.iterdir()} if known.data_in else set()
+    return not known.data_in or any(f"{stem}{ending}".lower() in beside for ending in known.data_in)
 
 
 def is_unnamed_image(path: Path) -> bool:
-    """Whether a file is an image by what it holds, though not by its name."""
-    return format_of(path) is None and bool(SimpleITK.ImageFileReader.GetImageIOFromFileName(str(path)))
+    """Whether a file has a name of an image, though of a kind that folders are not searched for."""
+    return path.is_file() and path.name.lower().endswith(OTHERS)
 
 
 def save_volume(path: Path, data: Tensor, affine: Affine, codes: SpaceCodes) -> None:

@@ -52,8 +52,13 @@ class IsolatedFile(ItkFile):
 
 def _asked(path: Path, spare: int, target: IO[bytes] | None = None) -> dict[str, Any]:
     descriptor = None if target is None else target.fileno()
-    question = json.dumps({"path": str(path.resolve()), "spare": spare, "target": descriptor})
+    question = json.dumps({"path": str(path.absolute()), "spare": spare, "target": descriptor})
     size = path.stat().st_size
+    _check_name(path)
+    if not sys.executable:
+        raise UnsupportedImageError(
+            f"{path} is read by a process of its own, and there is no sys.executable to start: convert it"
+        )
     try:
         done = subprocess.run(  # noqa: S603 - a script of this package
             [sys.executable, str(SCRIPT)],
@@ -64,10 +69,14 @@ def _asked(path: Path, spare: int, target: IO[bytes] | None = None) -> dict[str,
             check=False,
             timeout=SECONDS + size / BYTES_PER_SECOND,
             pass_fds=() if descriptor is None else (descriptor,),
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "MALLOC_ARENA_MAX": "1"},
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, map(str, sys.path))), "MALLOC_ARENA_MAX": "1"},
         )
     except subprocess.TimeoutExpired as error:
         raise CorruptImageError(f"{path} was not read within {error.timeout:.0f} s: it is damaged, or too large") from error
+    except OSError as error:
+        raise UnsupportedImageError(
+            f"{path} is read by a process of its own, which cannot be started ({sys.executable}: {error.strerror}): convert it"
+        ) from error
     try:
         said = json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError):
@@ -76,3 +85,11 @@ def _asked(path: Path, spare: int, target: IO[bytes] | None = None) -> dict[str,
     if "error" in said:
         raise ItkFile.explained(path, said["error"])
     return said
+
+
+def _check_name(path: Path) -> None:
+    """Refuse names that ITK cannot have: it takes them for text."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise UnsupportedImageError(f"{path!r} has a name that is not UTF-8, which ITK cannot open: rename it") from error

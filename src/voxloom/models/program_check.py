@@ -233,8 +233,10 @@ def _has_small_powers(tree: ast.AST) -> bool:
         match node:
             case ast.BinOp(left=base, op=ast.Pow() | ast.LShift(), right=exponent):
                 pass
-            case ast.Call(func=ast.Name(id="Pow" | "PowByNatural" | "FloatPow" | "LShift"), args=[base, exponent]):
-                pass
+            case ast.Call(func=ast.Name(id="Pow" | "PowByNatural" | "FloatPow" | "LShift"), args=arguments):
+                if len(arguments) != 2:
+                    return False
+                base, exponent = arguments
             case _:
                 continue
         value = _constant(exponent)
@@ -257,8 +259,10 @@ def _constant(node: ast.AST) -> float | None:
         case ast.UnaryOp(op=ast.USub(), operand=operand):
             negated = _constant(operand)
             return None if negated is None else -negated
-        case ast.Call(func=ast.Name(id="Integer" | "Rational"), args=[first, *_]):
-            return _constant(first)
+        case ast.Call(func=ast.Name(id="Integer"), args=[whole]):
+            return _constant(whole)
+        case ast.Call(func=ast.Name(id="Rational"), args=[ast.Constant(int() as above), ast.Constant(int() as below)]):
+            return above / below if below else None
     return None
 
 
@@ -281,7 +285,9 @@ def _is_arithmetic(node: ast.AST) -> bool:
         case ast.Call(func=ast.Name(id="Symbol"), args=[ast.Constant(value=str(name))], keywords=assumptions):
             return re.fullmatch(r"\w+", name) is not None and all(_is_arithmetic(keyword.value) for keyword in assumptions)
         case ast.Call(func=ast.Name(id="Float"), args=[ast.Constant(value=str(digits))], keywords=precision):
-            return re.fullmatch(r"[\d.e+-]+", digits) is not None and all(_is_arithmetic(keyword.value) for keyword in precision)
+            return re.fullmatch(r"[\d.e+-]{1,40}", digits) is not None and all(
+                isinstance(keyword.value, ast.Constant) and keyword.value.value in range(1000) for keyword in precision
+            )
         case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]):
             return FUNCTIONS.fullmatch(name) is not None and all(map(_is_arithmetic, arguments))
         case ast.Call(func=ast.Attribute(value=ast.Name(id="math"), attr="trunc" | "floor" | "ceil"), args=[value], keywords=[]):

@@ -7,6 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
+import torch.multiprocessing
 from torch import Tensor
 
 from ..errors import WorkerError
@@ -49,7 +50,8 @@ def explained_lack() -> Iterator[None]:
         yield
     except (OSError, RuntimeError) as error:
         text = str(error).lower()
-        if isinstance(error, WorkerError):
+        # What a data set or a transform of the user's has raised is the user's, even if it is of a full disk.
+        if isinstance(error, WorkerError) or "in DataLoader worker process" in str(error) or getattr(error, "filename", None):
             raise
         if getattr(error, "errno", None) == errno.EMFILE or any(part in text for part in NO_DESCRIPTORS):
             raise WorkerError(_few_descriptors(str(error).splitlines()[0])) from error
@@ -76,6 +78,9 @@ def check_descriptors(num_workers: int, for_each: int, beside: int) -> None:
         import resource
     except ImportError:
         return
+    strategy: Callable[[], str] = torch.multiprocessing.get_sharing_strategy
+    if strategy() == "file_system":
+        return  # it needs hardly any
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(OSError):
         free, needed = limit - len(list(DESCRIPTORS.iterdir())), num_workers * for_each + beside

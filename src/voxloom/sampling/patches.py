@@ -92,6 +92,7 @@ class ExtractingCutter(PatchCutter):
         patch = self._extract(self.subject, location.index)
         if not isinstance(patch, Subject):
             raise SamplingError(f"extract_patch returned {type(patch).__name__}: it must return a Subject")
+        patch = copy.copy(patch)  # it may be the subject itself
         patch[PATCH_LOCATION] = location
         return patch
 

@@ -186,7 +186,9 @@ class PatchSampler(IterableDataset[Subject]):
         return (0, 1) if self.share_ranks is False else self._ranks or rank_and_size()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_ranks": self._ranks or rank_and_size()}  # a loader's worker is not one of the ranks
+        # A loader's worker is not one of the ranks; what is sent before there are any may go to a process that becomes one.
+        found = rank_and_size()
+        return self.__dict__ | {"_ranks": self._ranks or (found if found != (0, 1) else None)}
 
     def first(self, epoch: int) -> int:
         """Say at which draw of the rank's share an epoch begins: not at 0 where it is resumed."""

@@ -19,8 +19,8 @@ from ...errors import CorruptImageError, SeriesError, VoxloomError
 from ..files import FileSource
 from ..isolated import IsolatedFile
 from ..itk import ItkFile, dtype_of, read_header
-from .frames import DAMAGE, DicomHeader, brief, frame_count, header_of, spacing_of, table_of
-from .pixels import DecodedFile, DecodedSlices, OrderedFrames, check_size
+from .frames import DAMAGE, DicomHeader, brief, frame_count, header_of, is_segmentation, scales_of, spacing_of, table_of
+from .pixels import DecodedFile, DecodedSlices, OrderedFrames, RescaledFrames, check_size
 from .planes import arranged
 
 __all__ = ["open_dicom", "open_series", "stored_dicom"]
@@ -38,6 +38,7 @@ def open_dicom(path: Path) -> FileSource:
 
 def stored_dicom(path: Path) -> tuple[torch.Tensor, Affine]:
     """See the function of the package."""
+    path = Path(path)
     if not path.is_dir():
         source = _opened(path, is_stored=True)
         return source.read(Box.of_shape(source.shape[1:])), source.affine
@@ -51,17 +52,29 @@ def _opened(path: Path, is_stored: bool) -> FileSource:
     if header is None:
         return IsolatedFile.open(path)
     if header.pixel_bytes is None:
-        kind = header.data.SOPClassUID
+        kind = header.data.get("SOPClassUID", "of no known kind")
         raise CorruptImageError(f"{path} is DICOM, but holds no image: it is {getattr(kind, 'name', kind)}")
     try:
         check_size(header)
         table = table_of(header.data, path)
-        frames = ItkFile.open(path) if _is_for_itk(header.data) and not is_stored else DecodedFile(header, is_stored)
+        if is_stored or not _is_for_itk(header.data):
+            frames: FileSource = DecodedFile(header, is_stored)
+        else:
+            frames = _scaled(ItkFile.open(path), header.data)
     except VoxloomError:
         raise
     except DAMAGE as error:
         raise CorruptImageError(f"{path}: its DICOM header cannot be used: {brief(error)}. Copy it again") from error
     return frames if table is None else OrderedFrames(frames, table)
+
+
+def _scaled(frames: FileSource, header: Any) -> FileSource:
+    """Give frames that ITK has decoded the scale of each: it takes that of the first for all, and knows nothing of fractions."""
+    slopes, intercepts = scales_of(header, frames.shape[3])
+    first = scales_of(header, 1) if not is_segmentation(header) else (np.ones(1), np.zeros(1))
+    if (slopes == first[0]).all() and (intercepts == first[1]).all():
+        return frames
+    return RescaledFrames(frames, slopes / first[0], intercepts - first[1] * slopes / first[0])
 
 
 def _is_for_itk(header: Any) -> bool:
@@ -70,7 +83,8 @@ def _is_for_itk(header: Any) -> bool:
     All others are pydicom's: ITK turns some of them to other values, and takes gigabytes before it notices that one is damaged.
     """
     syntax = header.file_meta.get("TransferSyntaxUID", ImplicitVRLittleEndian)
-    return (syntax.is_encapsulated and syntax != RLELossless) or header.get("PhotometricInterpretation") == "PALETTE COLOR"
+    is_picture = syntax.is_encapsulated and syntax != RLELossless
+    return is_picture or (header.get("PhotometricInterpretation") == "PALETTE COLOR" and not is_segmentation(header))
 
 
 def open_series(folder: Path) -> FileSource:
@@ -113,7 +127,7 @@ class Slice:
         try:
             header = header_of(path)
             if header is None or header.pixel_bytes is None:
-                return None if header is None else str(header.data.SOPClassUID)
+                return None if header is None else str(header.data.get("SOPClassUID"))
             check_size(header)
             data = header.data
             shape = int(data.Columns), int(data.Rows), int(data.get("SamplesPerPixel", 1))
@@ -137,7 +151,7 @@ def _unreadable(path: Path, why: str = "") -> str:
 
 def _check_none_is_damaged(slices: list[Slice], others: list[tuple[Path, str | None]]) -> None:
     """Refuse what was a slice by its kind or its name, and no longer is one: at the ends of a series nobody would miss it."""
-    kinds, names = {str(each.header.data.SOPClassUID) for each in slices}, {_pattern(each.path) for each in slices}
+    kinds, names = {str(each.header.data.get("SOPClassUID")) for each in slices}, {_pattern(each.path) for each in slices}
     for path, kind in others:
         if kind in kinds or (_pattern(path) in names and kind is None):
             raise SeriesError(_unreadable(path))
@@ -164,7 +178,7 @@ def _checked_series(slices: list[Slice], folder: Path) -> FileSource:
     order, affine = arranged(str(folder), names, positions, orientations, spacing_of(first.header.data))
     ordered = [slices[index] for index in order]
     try:
-        if not _is_for_itk(first.header.data):
+        if not any(_is_for_itk(each.header.data) for each in slices):
             return DecodedSlices([DecodedFile(each.header, affine=affine) for each in ordered], affine)
         kinds = {_kind_of_values(each.header.data): each.path for each in slices}
     except DAMAGE as error:

@@ -1,5 +1,6 @@
 """What the header of a DICOM file says of its frames: which of them makes which plane, and where that lies."""
 
+import re
 import struct
 import warnings
 import zlib
@@ -11,10 +12,11 @@ from typing import Any, Literal
 import numpy as np
 import pydicom
 from pydicom.errors import BytesLengthException, InvalidDicomError
-from pydicom.uid import ImplicitVRLittleEndian, RTDoseStorage, SegmentationStorage
+from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian, RTDoseStorage, SegmentationStorage
 
 from ...core.affines import Affine
 from ...errors import CorruptImageError, ImageNotFoundError, SeriesError, UnsupportedImageError, VoxloomError
+from . import MARK, MARK_PLACE
 from .planes import arranged, arranged_with_gaps
 
 __all__ = [
@@ -53,6 +55,8 @@ EMPTY = -1
 
 LABEL_MAP_STORAGE = "1.2.840.10008.5.1.4.1.1.66.7"
 GREATEST_DEFLATE_RATIO = 1032
+# Groups of the first tags of files without a mark, in both orders of bytes.
+FIRST_GROUPS = (b"\x02\0", b"\x08\0", b"\0\x08")
 # Whole numbers, floats and doubles.
 PIXELS = (0x7FE00010, 0x7FE00008, 0x7FE00009)
 # Attributes that number the planes of one volume: what they tell apart are places, and not volumes.
@@ -78,6 +82,8 @@ class DicomHeader:
     """A data set of pydicom's."""
     pixel_bytes: int | None
     """Bytes of the file from where its pixels begin; None where there are none. Of deflated files it is what they may hold."""
+    has_mark: bool = True
+    """Whether it begins as DICOM files do today."""
 
 
 def header_of(path: Path) -> DicomHeader | None:
@@ -89,10 +95,19 @@ def header_of(path: Path) -> DicomHeader | None:
     try:
         with warnings.catch_warnings(), path.open("rb") as file:
             warnings.simplefilter("ignore")  # values against the rules, which nothing here depends on
-            # Old files lack the mark, and are known by what is in them.
-            data = pydicom.dcmread(file, stop_before_pixels=True, force=True)
-            if "SOPClassUID" not in data:
+            start = file.read(MARK_PLACE + len(MARK))
+            # Old files lack the mark, and begin with a group of theirs.
+            if start[MARK_PLACE:] != MARK and start[:2] not in FIRST_GROUPS:
                 return None
+            has_mark = start[MARK_PLACE:] == MARK
+            file.seek(0)
+            data = pydicom.dcmread(file, stop_before_pixels=True, force=True)
+            if "SOPClassUID" not in data and "Rows" not in data:
+                return None
+            if "TransferSyntaxUID" not in data.file_meta:
+                is_implicit, is_little = data.original_encoding
+                plain = ExplicitVRLittleEndian if is_little else ExplicitVRBigEndian
+                data.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if is_implicit else plain
             size = path.stat().st_size
             if data.file_meta.get("TransferSyntaxUID", ImplicitVRLittleEndian).is_deflated:
                 return DicomHeader(path, data, size * GREATEST_DEFLATE_RATIO if "Rows" in data else None)
@@ -103,7 +118,7 @@ def header_of(path: Path) -> DicomHeader | None:
             tag = int.from_bytes(start[:2], order) << 16 | int.from_bytes(start[2:], order)
             if tag not in PIXELS or "Rows" not in data:
                 raise EOFError("its header has no end that is followed by pixels")
-            return DicomHeader(path, data, rest)
+            return DicomHeader(path, data, rest, has_mark)
     except InvalidDicomError:
         return None
     except FileNotFoundError as error:
@@ -120,10 +135,8 @@ def brief(error: BaseException) -> str:
 def frame_count(header: Any, path: Path) -> int:
     """Say how many frames there are."""
     given = header.get("NumberOfFrames", 1) or 1
-    try:
-        count = int(given)
-    except (TypeError, ValueError):
-        count = 0
+    number = re.match(r"\s*(\d+)", str(given))
+    count = 0 if number is None else int(number[1])
     if count < 1:
         raise CorruptImageError(f"{path} has {given!r} as its number of frames: its header is damaged")
     return count
@@ -139,16 +152,20 @@ def scales_of(header: Any, count: int) -> tuple[np.ndarray, np.ndarray]:
     if header.get("SegmentationType") == "FRACTIONAL":
         return np.full(count, 1 / float(header.MaximumFractionalValue)), np.zeros(count)
     frames = _groups(header, count, "PixelValueTransformationSequence")
-    slopes = [float(_first(frame or header, "RescaleSlope", 1)) for frame in frames]
+    slopes = [float(_first(frame or header, "RescaleSlope", 1)) or 1.0 for frame in frames]  # a slope of 0 is none
     intercepts = [float(_first(frame or header, "RescaleIntercept", 0)) for frame in frames]
     return np.array(slopes), np.array(intercepts)
 
 
 def place_of(header: Any) -> Affine:
     """Give the affine of frames that have no places of their own, which are taken to follow each other evenly."""
-    position, orientation = _numbers(header, "ImagePositionPatient", 3), _numbers(header, "ImageOrientationPatient", 6)
+    # Nuclear medicine says it of the first detector.
+    detector = (header.get("DetectorInformationSequence") or [None])[0]
+    position = _numbers(header, "ImagePositionPatient", 3) or _numbers(detector, "ImagePositionPatient", 3)
+    orientation = _numbers(header, "ImageOrientationPatient", 6) or _numbers(detector, "ImageOrientationPatient", 6)
     planes = np.array([(0, 0, 0) if position is None else position])
-    orientations = np.array([(1, 0, 0, 0, 1, 0) if orientation is None else orientation])
+    is_flat = orientation is None or abs(np.linalg.norm(np.cross(orientation[:3], orientation[3:])) - 1) > 0.1
+    orientations = np.array([(1, 0, 0, 0, 1, 0) if is_flat else orientation])
     # What ITK takes, too: how thick a plane is says nothing of where the next one lies.
     distance = abs(float(_first(_measures(header), "SpacingBetweenSlices", 0))) or 1.0
     _, affine = arranged(str(header.filename), ["it"], planes, orientations, spacing_of(header), distance)
@@ -158,8 +175,11 @@ def place_of(header: Any) -> Affine:
 def spacing_of(header: Any) -> tuple[float, float]:
     """Give mm from column to column, and from row to row."""
     measures = _measures(header)
-    rows, columns = map(float, measures.get("PixelSpacing") or measures.get("ImagerPixelSpacing") or (1, 1))
-    return columns, rows
+    for name in ("PixelSpacing", "ImagerPixelSpacing", "ImagePlanePixelSpacing", "NominalScannedPixelSpacing"):
+        found = _numbers(measures, name, 2)
+        if found is not None and min(found) > 0:
+            return found[1], found[0]
+    return 1.0, 1.0
 
 
 def _measures(header: Any) -> Any:
@@ -257,7 +277,9 @@ def _segments(header: Any, path: Path, planes: _Planes) -> FrameTable:
     normal = np.cross(planes.orientations[0, :3], planes.orientations[0, 3:])
     distances = np.diff(np.unique((planes.positions @ normal).round(3)))
     is_stated = bool(_first(planes.measures, "SpacingBetweenSlices", 0))
-    step = float(distances.min()) if len(distances) and not is_stated else _distance(planes.measures)
+    # Positions are rounded, so that the least distance is a little less than a step.
+    usual = float(np.median(distances[distances < 1.5 * distances.min()])) if len(distances) else 0.0
+    step = usual if usual and not is_stated else _distance(planes.measures)
     places, affine = arranged_with_gaps(str(path), planes.positions, planes.orientations, planes.spacing, step)
     table = np.full((len(channel_of), int(places.max()) + 1), EMPTY)
     for frame, (segment, place) in enumerate(zip(numbers, places, strict=True)):

@@ -22,7 +22,7 @@ from ..files import FileSource
 from ..protocols import VolumeSpec, loading_bytes
 from .frames import DAMAGE, EMPTY, DicomHeader, FrameTable, brief, frame_count, is_segmentation, place_of, scales_of
 
-__all__ = ["DecodedFile", "DecodedSlices", "OrderedFrames", "check_size"]
+__all__ = ["DecodedFile", "DecodedSlices", "OrderedFrames", "RescaledFrames", "check_size"]
 
 # Planes that are turned from the order of files into a tensor's at a time.
 PLANES = 16
@@ -45,13 +45,15 @@ class DecodedFile(FileSource):
         path, header = opened.path, opened.data
         self.paths = (path,)
         self._is_stored = is_stored
-        self._is_deflated = header.file_meta.get("TransferSyntaxUID", ImplicitVRLittleEndian).is_deflated
+        # pydicom does not inflate what it is given by its path, and does not guess how it is encoded.
+        self._syntax = header.file_meta.TransferSyntaxUID
+        self._is_read_first = self._syntax.is_deflated or not opened.has_mark
         count = frame_count(header, path)
         slopes, intercepts = scales_of(header, count)
         is_scaled = not is_stored and bool((slopes != 1).any() or intercepts.any())
         self._scale = (slopes, intercepts) if is_scaled else None
         self._photometric = str(header.get("PhotometricInterpretation", ""))
-        is_palette = self._photometric == "PALETTE COLOR" and not is_stored
+        is_palette = self._photometric == "PALETTE COLOR" and not is_stored and not is_segmentation(header)
         self._palette = header if is_palette else None
         self._bits = 0 if is_segmentation(header) else int(header.BitsStored) if "BitsStored" in header else 0
         samples = 3 if is_palette else int(header.get("SamplesPerPixel", 1))
@@ -77,9 +79,7 @@ class DecodedFile(FileSource):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                # pydicom does not inflate what it is given by its path.
-                source = pydicom.dcmread(path, force=True) if self._is_deflated else path
-                decoded = pixel_array(source, raw=self._is_stored)
+                decoded = pixel_array(self._read_first(path) if self._is_read_first else path, raw=self._is_stored)
             if self._palette is not None:
                 decoded = apply_color_lut(decoded, self._palette)
         except FileNotFoundError as error:
@@ -99,6 +99,11 @@ class DecodedFile(FileSource):
         if target.kind == "i" or target.kind == "u":  # whole numbers, of which none is larger than this type
             return values.astype(target) * slopes.astype(target) + intercepts.astype(target)
         return (values * slopes + intercepts).astype(target, copy=False)
+
+    def _read_first(self, path: Path) -> Any:
+        data = pydicom.dcmread(path, force=True)
+        data.file_meta.TransferSyntaxUID = self._syntax
+        return data
 
     def _dtype_of(self, header: Any, path: Path) -> torch.dtype:
         bits = int(header.BitsAllocated)
@@ -162,6 +167,35 @@ class DecodedSlices(FileSource):
             planes = np.concatenate([file.planes(plane) for file in files[first : first + PLANES]])
             np.copyto(out[..., first : first + len(planes)].numpy(), planes.transpose(3, 2, 1, 0))
         return out
+
+
+class RescaledFrames(FileSource):
+    """Frames of which each has a scale of its own.
+
+    Args:
+        frames: gives the frames as planes.
+        slopes: what the values of each are multiplied by.
+        intercepts: and what is added.
+    """
+
+    is_sliceable = False
+
+    def __init__(self, frames: FileSource, slopes: np.ndarray, intercepts: np.ndarray) -> None:
+        self.paths = frames.paths
+        self._frames, self._slopes, self._intercepts = frames, torch.from_numpy(slopes), torch.from_numpy(intercepts)
+        # Parts of 1, as of segments, are small numbers; others may be of any size.
+        dtype = torch.float32 if frames.dtype == torch.uint8 else torch.float64
+        self.spec = VolumeSpec(frames.shape, dtype, frames.affine)
+
+    @property
+    def loading_bytes(self) -> int:
+        """Doubles, beside what is decoded."""
+        return 8 * math.prod(self.shape) + self._frames.resident_bytes + loading_bytes(self._frames)
+
+    def read(self, box: Box) -> Tensor:
+        """Read a box of voxels into a new tensor; see `VolumeSource`."""
+        k = box.slices[2]
+        return (self._frames.read(box).double() * self._slopes[k] + self._intercepts[k]).to(self.dtype)
 
 
 class OrderedFrames(FileSource):

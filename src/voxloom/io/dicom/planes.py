@@ -15,6 +15,8 @@ SLICE_TOLERANCE = 0.05
 TILT_TOLERANCE_DEGREES = 0.1
 # By how much the cosines of two parallel planes may differ.
 ANGLE_TOLERANCE = 1e-3
+# How far from 1 the area may be that the directions of rows and columns span: some are stored with two digits.
+UNIT_TOLERANCE = 0.1
 
 
 def arranged(
@@ -62,8 +64,10 @@ def arranged(
                 f"{where}: {pair} are {distance:.4g} mm apart, but slices are usually {usual:.4g} mm apart:"
                 + (f" {round(gap) - 1} of them are missing" if round(gap) > 1 else " the slices are not evenly spaced")
             )
-    sideways = np.linalg.norm(steps - along[:, None] * normal, axis=1)
-    _check_tilt(where, float(np.degrees(np.arctan2(sideways, along)).max()))
+    _check_tilt(where, positions, normal)
+    sideways = float(np.linalg.norm(steps - along[:, None] * normal, axis=1).max())
+    if sideways > SLICE_TOLERANCE * usual:
+        raise SeriesError(f"{where}: slices are shifted sideways by up to {sideways:.3g} mm, so that no affine fits")
     step = (positions[-1] - positions[0]) / (len(positions) - 1)
     return order, _affine(orientations[0], spacing, step, positions[0])
 
@@ -91,12 +95,15 @@ def arranged_with_gaps(
     first = int(along.argmin())
     places = (along - along[first]) / step
     whole = np.rint(places).astype(int)
+    if whole.max():
+        places *= whole.max() / places.max()  # the step that was given may be rounded
     off = float(np.abs(places - whole).max())
     # Rounding errors add up over the planes, but not to a plane.
     if off > SLICE_TOLERANCE * (1 + len(np.unique(whole)) / 50):
         raise SeriesError(f"{where}: planes lie {off:.2g} of their distance ({step:.4g} mm) beside where even spacing puts them")
-    sideways = np.linalg.norm(positions - positions[first] - np.outer(along - along[first], normal), axis=1)
-    _check_tilt(where, float(np.degrees(np.arctan2(sideways, np.maximum(along - along[first], step))).max()))
+    if whole.max():
+        step = float(along.max() - along[first]) / int(whole.max())
+    _check_tilt(where, positions[[first, int(along.argmax())]], normal)
     return whole, _affine(orientations[0], spacing, normal * step, positions[first])
 
 
@@ -104,12 +111,17 @@ def _normal(where: str, orientations: np.ndarray) -> np.ndarray:
     if np.abs(orientations - orientations[0]).max() > ANGLE_TOLERANCE:
         raise SeriesError(f"{where}: the slices are not parallel, so that they are no volume: split the series")
     normal = np.cross(orientations[0, :3], orientations[0, 3:])
-    if not np.isfinite(normal).all() or abs(np.linalg.norm(normal) - 1) > 10 * ANGLE_TOLERANCE:
+    length = float(np.linalg.norm(normal))
+    if not np.isfinite(length) or abs(length - 1) > UNIT_TOLERANCE:
         raise SeriesError(f"{where}: its directions of rows and columns, {orientations[0].tolist()}, are not at right angles")
-    return normal
+    return normal / length
 
 
-def _check_tilt(where: str, tilt: float) -> None:
+def _check_tilt(where: str, positions: np.ndarray, normal: np.ndarray) -> None:
+    """Refuse planes that are shifted sideways: by the first and the last, since each alone is rounded."""
+    whole = positions[-1] - positions[0]
+    along = float(whole @ normal)
+    tilt = float(np.degrees(np.arctan2(np.linalg.norm(whole - along * normal), along))) if along > 0 else 0.0
     if tilt > TILT_TOLERANCE_DEGREES:
         raise SeriesError(
             f"{where}: the gantry was tilted by {tilt:.3g} degrees, so that slices are shifted against one another and no"
