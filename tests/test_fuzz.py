@@ -4,7 +4,7 @@ from collections import Counter
 
 from fuzz import fuzz
 
-CASES = 320
+CASES = 240
 
 
 def test_damaged_files_are_right_or_a_clear_error():

@@ -124,8 +124,9 @@ def test_shape_affine_and_form_codes_of_a_real_scan_are_kept(mni_path, tmp_path)
 def test_the_sidecar_says_how_the_result_came_to_be(scan, tmp_path):
     model = network()
     options = {"output": tmp_path / "out.nii.gz", "reduce": "argmax"}
-    memory = vx.plan(model, scan, 8, 4, **options).memory
-    limit = BASE_BYTES + memory.batches + memory.front + memory.results - 1
+    with pytest.raises(vx.errors.SizeError) as caught:
+        vx.plan(model, scan, 8, 4, **options, memory_limit=BASE_BYTES)
+    limit = int(re.search(r"\((\d+) bytes\)", str(caught.value))[1])
     with pytest.warns(RuntimeWarning, match="blocks"):
         vx.predict(model, scan, 8, 4, **options, memory_limit=limit)
     said = json.loads((tmp_path / "out.json").read_text())

@@ -254,8 +254,10 @@ class Planner:
         source, patch = given.source, self._settings.patch_size
         if not source.paths or given.resident_bytes:
             return 0
-        rows = source.shape[1] * min(source.shape[2], patch[1]) * source.dtype.itemsize + MAPPED_AROUND
-        return min(source.shape[0] * patch[2] * rows, math.prod(source.shape) * source.dtype.itemsize)
+        line, planes = source.shape[1] * source.dtype.itemsize, min(source.shape[3], patch[2])
+        # Of each plane the rows of the patch; or, where planes are small, all of it.
+        in_parts = planes * (line * min(source.shape[2], patch[1]) + MAPPED_AROUND)
+        return source.shape[0] * min(in_parts, planes * line * source.shape[2] + MAPPED_AROUND)
 
 
 def open_bytes(outputs: Sequence[OutputSpec], traversals: Sequence[Traversal], block: Block, is_partial: bool) -> int:
