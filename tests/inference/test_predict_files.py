@@ -358,6 +358,20 @@ class Fragile(nn.Module):
         return self.network(batch)
 
 
+def test_nothing_is_read_to_see_that_there_is_no_result_yet(tmp_path):
+    class Unread:
+        shape, dtype, affine, codes = (1, 16, 16, 16), torch.float32, np.eye(4), vx.SpaceCodes()
+        chunks, resident_bytes, paths = (16, 16, 16), 0, ()
+
+        def read(self, box):
+            raise AssertionError
+
+        fingerprint = read
+
+    predictor = vx.Predictor(nn.Identity(), 8)
+    assert not predictor.is_made(Unread(), output=tmp_path / "out.nii", mask=0.5)
+
+
 @pytest.mark.parametrize("answer", [errno.ENOLCK, errno.EOPNOTSUPP])
 def test_where_a_file_system_refuses_locks_the_file_itself_is_one(tmp_path, monkeypatch, answer):
     def refused(*_):

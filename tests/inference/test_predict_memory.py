@@ -99,8 +99,6 @@ def test_the_peak_stays_within_what_was_stated(tmp_path, case, blocks):
     # Nor is it stated much higher than it is, but for a reserve of some megabytes.
     assert found["peak"] >= 0.7 * (found["planned"] - 2**24)
 
-    # Models that are called several times for a batch take 8 % more than is stated, and twice that beside other processes.
-
 
 READ = [
     {"ending": ".nii.gz", "output": "o.nii.gz", "reduce": "argmax"},

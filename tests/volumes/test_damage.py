@@ -281,7 +281,7 @@ def test_what_a_process_of_its_own_cannot_read_says_why(tmp_path, monkeypatch):
     SimpleITK.WriteImage(SimpleITK.GetImageFromArray(np.zeros((3, 4, 5), np.uint8)), str(tmp_path / "x.vtk"))
     (tmp_path / "stored").write_bytes((tmp_path / "x.vtk").read_bytes())
     (tmp_path / "link.vtk").symlink_to("stored")  # as stores of data have it: the name of the link counts
-    assert vx.ScalarImage(tmp_path / "link.vtk").shape == (1, 5, 4, 3)
+    assert vx.ScalarImage(tmp_path / "link.vtk").data.equal(torch.zeros(1, 5, 4, 3, dtype=torch.uint8))
     odd = tmp_path / os.fsdecode(b"odd_\xff.vtk")
     odd.write_bytes((tmp_path / "x.vtk").read_bytes())
     with pytest.raises(UnsupportedImageError, match="not UTF-8"):

@@ -266,3 +266,20 @@ def _refusing(read):
         return read(file, **options)
 
     return dcmread
+
+
+@pytest.mark.parametrize("scales", [[1, 2, 0.5, 1, 4, 1, 1], [0.5, 0.25, 0.125, 1, 2, 4, 0.5]])
+def test_frames_that_itk_decodes_get_scales_of_their_own_too(tmp_path, monkeypatch, scales):
+    """What is compressed as pictures is ITK's, which takes the first scale for all; here it decodes plain frames."""
+    path = write_enhanced(tmp_path / "a.dcm", [3, 0, 6, 1, 5, 2, 4], frames(), scales=scales)
+    expected = vx.ScalarImage(path).data
+    monkeypatch.setattr("voxloom.io.dicom.files._is_for_itk", lambda header: True)
+    assert SimpleITK.ReadImage(str(path)).GetSize() == (COLUMNS, ROWS, FRAMES)
+    torch.testing.assert_close(vx.ScalarImage(path).data.double(), expected.double())
+
+
+def test_fractions_that_itk_decodes_are_parts_of_1_too(tmp_path, monkeypatch):
+    path = write_segments(tmp_path / "a.dcm", ENTRIES, masks(250), kind="FRACTIONAL")
+    expected = vx.ScalarImage(path).data
+    monkeypatch.setattr("voxloom.io.dicom.files._is_for_itk", lambda header: True)
+    torch.testing.assert_close(vx.ScalarImage(path).data, expected)

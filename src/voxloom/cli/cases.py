@@ -8,7 +8,7 @@ from pathlib import Path
 import typer
 
 from ..errors import ImageNotFoundError, SaveError, SubjectError
-from ..io.formats import endings, is_image, is_unnamed_image, stem_of
+from ..io.formats import endings, is_image, is_other_image, stem_of
 from ..volumes.image import ScalarImage
 from ..volumes.subject import Subject
 
@@ -127,7 +127,7 @@ def _is_series(folder: Path) -> bool:
         SubjectError: if it holds other images too.
     """
     files = [file for file in folder.iterdir() if file.is_file() and not file.name.startswith(".")]
-    images = [file for file in files if file.name.lower().endswith(IMAGES)]
+    images = [file for file in files if is_image(file)]
     if not any(map(_is_dicom, set(files).difference(images))):
         return False
     if images:
@@ -162,12 +162,12 @@ def _check_folder(output: Path) -> None:
 
 
 def _images_in(folder: Path, output: Path) -> tuple[list[Path], list[Path]]:
-    """Give the images in a folder, but for those in the folder of results, if that is inside; and what is one only by content."""
+    """Give the images in a folder, but for those in the folder of results, if that is inside; and images of other kinds."""
     found, unknown = [], []
     for path in _paths_in(folder, output):
         if path.is_dir() or is_image(path):
             found.append(path)
-        elif is_unnamed_image(path):
+        elif is_other_image(path):
             unknown.append(path)
     return found, unknown
 

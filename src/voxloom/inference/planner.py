@@ -235,11 +235,12 @@ class Planner:
 
     def _memory(self, given: Input, plan: PredictionPlan, block: Block, kept: int, spooled_bytes: int) -> Memory:
         batches = batch_bytes(self._settings, given.source.shape[0], given.dtype, plan.outputs, self._num_models)
-        batches += self._bytes_mapped(given if not spooled_bytes else replace(given, resident_bytes=0))
         is_partial = given.needed is not None
         sums = (plan.outputs, plan.traversals)
         front = open_bytes(*sums, block, is_partial) + reduced_bytes(*sums, plan.results, is_partial)
         volume = given.resident_bytes - spooled_bytes
+        if given.source.paths and not volume:
+            batches += self._bytes_mapped(given.source)
         return Memory(volume, batches, front, kept, loading_bytes(given.source) if volume else 0)
 
     def _limit(self) -> tuple[int | None, bool]:
@@ -249,11 +250,9 @@ class Planner:
         free = free_bytes()
         return None if free is None else int((free + self._kept_bytes()) * USED_PART), False
 
-    def _bytes_mapped(self, given: Input) -> int:
+    def _bytes_mapped(self, source: VolumeSource) -> int:
         """Memory for the part of a file that is mapped while a patch is read: whole rows, and what is mapped around them."""
-        source, patch = given.source, self._settings.patch_size
-        if not source.paths or given.resident_bytes:
-            return 0
+        patch = self._settings.patch_size
         line, planes = source.shape[1] * source.dtype.itemsize, min(source.shape[3], patch[2])
         # Of each plane the rows of the patch; or, where planes are small, all of it.
         in_parts = planes * (line * min(source.shape[2], patch[1]) + MAPPED_AROUND)

@@ -32,7 +32,7 @@ from .protocols import SpaceCodes
 from .saving import Writer, atomic_write, storable, write_compressed_nifti, write_itk, write_mgh, write_nifti
 from .whole_files import WholeFile
 
-__all__ = ["FORMATS", "Format", "endings", "format_of", "is_image", "is_unnamed_image", "open_volume", "save_volume", "stem_of"]
+__all__ = ["FORMATS", "Format", "endings", "format_of", "is_image", "is_other_image", "open_volume", "save_volume", "stem_of"]
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def is_image(path: Path) -> bool:
     return not known.data_in or any(f"{stem}{ending}".lower() in beside for ending in known.data_in)
 
 
-def is_unnamed_image(path: Path) -> bool:
+def is_other_image(path: Path) -> bool:
     """Whether a file has a name of an image, though of a kind that folders are not searched for."""
     return path.is_file() and path.name.lower().endswith(OTHERS)
 

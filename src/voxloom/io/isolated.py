@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -44,15 +44,14 @@ class IsolatedFile(ItkFile):
         """See `ItkFile`."""
         (path,) = self.paths
         held = math.prod(self.shape) * 8
-        with tempfile.TemporaryFile() as target:
+        with tempfile.TemporaryDirectory(prefix="voxloom-") as folder:
+            target = Path(folder) / "voxels"
             said = _asked(path, SPARE_BYTES + COPIES * held, target)
-            target.seek(0)
             return np.fromfile(target, said["dtype"]), None
 
 
-def _asked(path: Path, spare: int, target: IO[bytes] | None = None) -> dict[str, Any]:
-    descriptor = None if target is None else target.fileno()
-    question = json.dumps({"path": str(path.absolute()), "spare": spare, "target": descriptor})
+def _asked(path: Path, spare: int, target: Path | None = None) -> dict[str, Any]:
+    question = json.dumps({"path": str(path.absolute()), "spare": spare, "target": None if target is None else str(target)})
     size = path.stat().st_size
     _check_name(path)
     if not sys.executable:
@@ -68,7 +67,6 @@ def _asked(path: Path, spare: int, target: IO[bytes] | None = None) -> dict[str,
             errors="replace",
             check=False,
             timeout=SECONDS + size / BYTES_PER_SECOND,
-            pass_fds=() if descriptor is None else (descriptor,),
             env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, map(str, sys.path))), "MALLOC_ARENA_MAX": "1"},
         )
     except subprocess.TimeoutExpired as error:

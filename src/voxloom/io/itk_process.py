@@ -1,7 +1,7 @@
 """Reads one file with SimpleITK, in a process of its own: run by `isolated.py`, and imports nothing of voxloom.
 
-It takes a line of JSON: the path, the bytes of memory that it may take beyond what it begins with, and the number of an open file
-for the voxels, or null for the header alone. It answers with a line of JSON.
+It takes a line of JSON: the path, the bytes of memory that it may take beyond what it begins with, and a file to write the
+voxels to, or null for the header alone. It answers with a line of JSON.
 """
 
 import json
@@ -25,7 +25,7 @@ def bound_memory(spare: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (held + spare, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
 
-def answer(path: str, spare: int, target: int | None) -> dict[str, Any]:
+def answer(path: str, spare: int, target: str | None) -> dict[str, Any]:
     """Read the header, and write the voxels into the target if there is one."""
     SimpleITK.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
     bound_memory(spare)
@@ -45,8 +45,7 @@ def answer(path: str, spare: int, target: int | None) -> dict[str, Any]:
         image = reader.Execute()
         voxels = SimpleITK.GetArrayViewFromImage(image)  # of memory that is the image's
         header["dtype"] = str(voxels.dtype)
-        with open(target, "wb", closefd=False) as file:
-            voxels.tofile(file)
+        voxels.tofile(target)
     return header
 
 

@@ -11,6 +11,7 @@ from ..core.grids import PatchGrid
 from ..core.schedules import EpochSchedule
 from ..core.sizes import as_int
 from ..errors import QueueError, SizeError, SubjectError
+from ..runtime.ranks import rank_and_size
 from ..sampling.grid import GridSampler
 from ..sampling.patches import PatchSource
 from ..volumes.subject import Subject
@@ -46,6 +47,8 @@ class EpochPlanner:
     """Which of the ranks this is."""
     world_size: int
     """Number of ranks."""
+    has_found_ranks: bool
+    """Whether these are those of `torch.distributed`, and were not given."""
     drop_last: bool
     """Cut all ranks to the shortest."""
     seed: int
@@ -171,7 +174,17 @@ class EpochPlanner:
         return schedule if len(schedule) else None
 
     def begin(self, epoch: int) -> EpochSchedule:
-        """Make the schedule of an epoch that begins now."""
+        """Make the schedule of an epoch that begins now.
+
+        Raises:
+            QueueError: if each rank would give the patches of all.
+        """
+        found = rank_and_size()
+        if self.has_found_ranks and found != (self.rank, self.world_size):
+            raise QueueError(
+                f"this queue was made as rank {self.rank} of {self.world_size}, and torch.distributed says rank {found[0]} of"
+                f" {found[1]}: make the queue after init_process_group, or give rank and world_size"
+            )
         if self.has_epochs:
             own = self.subject_sampler.epoch
             if self._begun is not None and self._begun[0] != epoch:

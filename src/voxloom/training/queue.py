@@ -11,7 +11,6 @@ from torch.utils.data import IterableDataset, get_worker_info
 from ..core.schedules import EpochSchedule
 from ..core.sizes import as_int, pretty_bytes
 from ..errors import QueueError, VoxloomError
-from ..runtime.ranks import rank_and_size
 from ..volumes.loading import Transform, one_reader
 from ..volumes.subject import Subject
 from .arguments import as_context, as_dataset, as_patch_source, as_ranks, as_seed, as_transform, one_of
@@ -135,7 +134,6 @@ class Queue(IterableDataset[Subject]):
             raise QueueError(f"on_error is {on_error!r}: it must be one of {', '.join(map(repr, ON_ERROR))}")
         self.on_error = on_error
         ranks = as_ranks(rank, world_size, subject_sampler)
-        self._finds_ranks = rank is None and world_size is None and subject_sampler is None
         self._planner = EpochPlanner(
             dataset=self.subjects_dataset,
             sampler=self.sampler,
@@ -146,6 +144,7 @@ class Queue(IterableDataset[Subject]):
             shuffle_patches=shuffle_patches,
             rank=ranks[0],
             world_size=ranks[1],
+            has_found_ranks=rank is None and world_size is None and subject_sampler is None,
             drop_last=drop_last,
             seed=as_seed(seed, self.sampler, ranks[1]),
         )
@@ -251,12 +250,11 @@ class Queue(IterableDataset[Subject]):
         return self._pass()
 
     def _pass(self) -> Iterator[Subject]:
-        self._check_ranks()
         start = self._upcoming
         epoch, position = start.epoch, start.position
         schedule = self._planner.begin(epoch)
         if not start.is_of(schedule):
-            raise self._other_order(start)
+            raise start.other_order(self.subject_sampler)
         supply = self._supply
         first_number = supply.begin(schedule, position)
         self._epoch, self._fingerprint = epoch, schedule.fingerprint
@@ -346,7 +344,7 @@ class Queue(IterableDataset[Subject]):
         schedule = self._planner.schedule(given.epoch) if self.subject_sampler is None else None
         if schedule is not None and not given.is_of(schedule):
             self._planner.seed = seed_before
-            raise self._other_order(given)
+            raise given.other_order(self.subject_sampler)
         self._upcoming, self._fingerprint = given, given.fingerprint
         self._reached = (given.epoch, given.position)
         self._epoch = given.epoch
@@ -357,24 +355,6 @@ class Queue(IterableDataset[Subject]):
         raise QueueError(
             f"a queue has no patch of index {index!r}, since it makes them as they are wanted: iterate it, or give it to a"
             " SubjectsLoader"
-        )
-
-    def _check_ranks(self) -> None:
-        """Refuse a pass in which each rank would give the patches of all."""
-        given, found = (self._planner.rank, self._planner.world_size), rank_and_size()
-        if self._finds_ranks and given != found:
-            raise QueueError(
-                f"this queue was made as rank {given[0]} of {given[1]}, and torch.distributed says rank {found[0]} of {found[1]}:"
-                " make the queue after init_process_group, or give rank and world_size"
-            )
-
-    def _other_order(self, state: QueueState) -> QueueError:
-        hint = "the subjects, their order or numbers of patches, max_length, shuffle_patches, rank or world_size differ"
-        if self.subject_sampler is not None:
-            hint += "; a DistributedSampler needs the set_epoch that it had"
-        return QueueError(
-            f"epoch {state.epoch} cannot be resumed at patch {state.position}, because it has another order than when the state"
-            f" was taken: {hint}"
         )
 
     # What is shown

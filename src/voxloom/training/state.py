@@ -54,3 +54,13 @@ class QueueState:
     def is_of(self, schedule: EpochSchedule) -> bool:
         """Say whether it was taken of a schedule, or can be resumed with any."""
         return not self.position or (schedule.fingerprint == self.fingerprint and self.position < len(schedule))
+
+    def other_order(self, subject_sampler: Any) -> QueueError:
+        """Make the error for an epoch that has another order than when the state was taken."""
+        hint = "the subjects, their order or numbers of patches, max_length, shuffle_patches, rank or world_size differ"
+        if subject_sampler is not None:
+            hint += "; a DistributedSampler needs the set_epoch that it had"
+        return QueueError(
+            f"epoch {self.epoch} cannot be resumed at patch {self.position}, because it has another order than when the state"
+            f" was taken: {hint}"
+        )

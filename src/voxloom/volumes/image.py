@@ -43,8 +43,8 @@ class Image(ImageEntries, PlacedVolume):
             or a source of voxels such as `ArraySource`.
         type: `"intensity"`, `"label"` or `"sampling_map"`; `ScalarImage` and `LabelMap` set it.
         tensor: tensor or array `(C, I, J, K)`, in place of a path. It is not copied.
-        affine: RAS+ matrix of 4 × 4 from voxels to millimetres; for a file it takes the place of the one in its header. By
-            default a tensor has that which it brings along, as MONAI's `MetaTensor` does, or else that of voxels of 1 mm.
+        affine: RAS+ matrix of 4 × 4 from voxels to millimetres; by default that of the file, or what a tensor brings along, as
+            MONAI's `MetaTensor` does, or voxels of 1 mm.
         check_nans: warn when the data hold NaN.
         reader: function that takes a path and returns `(data, affine)`, for a format of one's own.
         verify_path: check at once that the file exists.
@@ -85,9 +85,7 @@ class Image(ImageEntries, PlacedVolume):
             raise SubjectError(
                 "an image needs a path or a tensor: ScalarImage('t1.nii.gz') or ScalarImage(torch.rand(1, 8, 8, 8))"
             )
-        reserved = [key for key in RESERVED if key in metadata]
-        if reserved:
-            raise SubjectError(f"{reserved[0]!r} is the name of an entry that every image has: use another one")
+        _check_names(metadata)
         self.type = _checked_type(type, self.fixed_type, builtins.type(self).__name__)
         self.check_nans = check_nans
         self.metadata: dict[str, Any] = dict(metadata)
@@ -396,6 +394,12 @@ class LabelMap(Image):
     """An image whose values are labels, or whose channels are classes. See `Image`."""
 
     fixed_type = LABEL
+
+
+def _check_names(metadata: Mapping[str, Any]) -> None:
+    reserved = [key for key in RESERVED if key in metadata]
+    if reserved:
+        raise SubjectError(f"{reserved[0]!r} is the name of an entry that every image has: use another one")
 
 
 def _checked_type(given: str | None, fixed: str | None, name: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydicom.uid import ImplicitVRLittleEndian, RLELossless
+from pydicom.uid import RLELossless
 
 from ...core.affines import Affine
 from ...core.boxes import Box
@@ -53,7 +53,9 @@ def _opened(path: Path, is_stored: bool) -> FileSource:
         return IsolatedFile.open(path)
     if header.pixel_bytes is None:
         kind = header.data.get("SOPClassUID", "of no known kind")
-        raise CorruptImageError(f"{path} is DICOM, but holds no image: it is {getattr(kind, 'name', kind)}")
+        raise CorruptImageError(
+            f"{path} is DICOM, but holds no image: it is {getattr(kind, 'name', kind)}. Give a file that does"
+        )
     try:
         check_size(header)
         table = table_of(header.data, path)
@@ -82,7 +84,7 @@ def _is_for_itk(header: Any) -> bool:
 
     All others are pydicom's: ITK turns some of them to other values, and takes gigabytes before it notices that one is damaged.
     """
-    syntax = header.file_meta.get("TransferSyntaxUID", ImplicitVRLittleEndian)
+    syntax = header.file_meta.TransferSyntaxUID
     is_picture = syntax.is_encapsulated and syntax != RLELossless
     return is_picture or (header.get("PhotometricInterpretation") == "PALETTE COLOR" and not is_segmentation(header))
 

@@ -109,7 +109,7 @@ def header_of(path: Path) -> DicomHeader | None:
                 plain = ExplicitVRLittleEndian if is_little else ExplicitVRBigEndian
                 data.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if is_implicit else plain
             size = path.stat().st_size
-            if data.file_meta.get("TransferSyntaxUID", ImplicitVRLittleEndian).is_deflated:
+            if data.file_meta.TransferSyntaxUID.is_deflated:
                 return DicomHeader(path, data, size * GREATEST_DEFLATE_RATIO if "Rows" in data else None)
             rest, start = size - file.tell(), file.read(4)
             if not start:
@@ -211,14 +211,16 @@ def _table_of(header: Any, path: Path) -> FrameTable | None:
     if not listed:
         return None
     if listed != count and count > 1:
-        raise SeriesError(f"{path} has {count} frames, but describes {listed}: it is damaged")
+        raise SeriesError(f"{path} has {count} frames, but describes {listed}: it is damaged. Copy or download it again")
     positions = [_numbers(frame, "ImagePositionPatient", 3) for frame in _groups(header, count, "PlanePositionSequence")]
     orientations = [_numbers(frame, "ImageOrientationPatient", 6) for frame in _groups(header, count, "PlaneOrientationSequence")]
     lacking = [number for number, pair in enumerate(zip(positions, orientations, strict=True), 1) if None in pair]
     if len(lacking) == count:
         return None
     if lacking:
-        raise SeriesError(f"{path}: frame {lacking[0]} does not say where it lies, as others do, so that there is no volume")
+        raise SeriesError(
+            f"{path}: frame {lacking[0]} does not say where it lies, as others do, so that there is no volume: take it out"
+        )
     measures = _groups(header, count, "PixelMeasuresSequence")
     spacings = np.array([(1, 1) if frame is None else frame.PixelSpacing for frame in measures], dtype=float)
     if np.ptp(spacings, axis=0).max() > 1e-3 * spacings.max():
@@ -285,7 +287,7 @@ def _segments(header: Any, path: Path, planes: _Planes) -> FrameTable:
     for frame, (segment, place) in enumerate(zip(numbers, places, strict=True)):
         before = table[channel_of[segment], place]
         if before != EMPTY:
-            raise SeriesError(f"{path}: frames {before + 1} and {frame + 1} are of one segment and at one place")
+            raise SeriesError(f"{path}: frames {before + 1} and {frame + 1} are of one segment and at one place: remove one")
         table[channel_of[segment], place] = frame
     return FrameTable(table, affine)
 
@@ -294,7 +296,7 @@ def _dose(header: Any, path: Path, count: int) -> FrameTable:
     offsets = np.array(header.get("GridFrameOffsetVector") or [], dtype=float)
     position, orientation = _numbers(header, "ImagePositionPatient", 3), _numbers(header, "ImageOrientationPatient", 6)
     if len(offsets) != count or position is None or orientation is None:
-        raise SeriesError(f"{path} has {count} frames, but places {len(offsets)} (GridFrameOffsetVector): it is damaged")
+        raise SeriesError(f"{path} has {count} frames, but places {len(offsets)} (GridFrameOffsetVector): copy it again")
     # Offsets begin with 0, or are the z of planes.
     normal = np.cross(orientation[:3], orientation[3:])
     positions = np.array(position) + np.outer(offsets - offsets[0], normal)

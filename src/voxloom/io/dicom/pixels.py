@@ -11,7 +11,7 @@ import pydicom
 import torch
 from pydicom.pixels.processing import apply_color_lut
 from pydicom.pixels.utils import pixel_array
-from pydicom.uid import ImplicitVRLittleEndian, RLELossless
+from pydicom.uid import RLELossless
 from torch import Tensor
 
 from ...core.affines import Affine
@@ -107,13 +107,9 @@ class DecodedFile(FileSource):
 
     def _dtype_of(self, header: Any, path: Path) -> torch.dtype:
         bits = int(header.BitsAllocated)
-        kind = (
-            "float"
-            if "PixelRepresentation" not in header and bits >= 32
-            else "int"
-            if header.get("PixelRepresentation")
-            else "uint"
-        )
+        kind = "int" if header.get("PixelRepresentation") else "uint"
+        if "PixelRepresentation" not in header and bits >= 32:
+            kind = "float"
         if self._palette is not None:
             bits = int(header.RedPaletteColorLookupTableDescriptor[2])
         plain = torch_dtype(np.dtype(f"{kind}{max(bits, 8)}"), str(path))
@@ -250,7 +246,7 @@ def check_size(header: DicomHeader) -> None:
     try:
         values = int(data.Rows) * int(data.Columns) * int(data.get("SamplesPerPixel", 1)) * frame_count(data, path)
         bits = int(data.BitsAllocated)
-        syntax = data.file_meta.get("TransferSyntaxUID", ImplicitVRLittleEndian)
+        syntax = data.file_meta.TransferSyntaxUID
     except DAMAGE as error:
         raise CorruptImageError(f"{path} does not say how large its image is: {brief(error)}. Copy it again") from error
     if bits not in (1, 8, 16, 32, 64):
@@ -260,5 +256,5 @@ def check_size(header: DicomHeader) -> None:
         ratio *= 1.5  # colours share their samples
     if values * bits / 8 > held * ratio:
         raise CorruptImageError(
-            f"{path} claims {values} values of {bits} bits, but has {held} bytes of pixels: it is truncated, or damaged"
+            f"{path} claims {values} values of {bits} bits, but has {held} bytes of them: it is damaged; copy it again"
         )

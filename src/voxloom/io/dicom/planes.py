@@ -67,7 +67,7 @@ def arranged(
     _check_tilt(where, positions, normal)
     sideways = float(np.linalg.norm(steps - along[:, None] * normal, axis=1).max())
     if sideways > SLICE_TOLERANCE * usual:
-        raise SeriesError(f"{where}: slices are shifted sideways by up to {sideways:.3g} mm, so that no affine fits")
+        raise SeriesError(f"{where}: slices are shifted sideways by up to {sideways:.3g} mm, so that no affine fits: resample it")
     step = (positions[-1] - positions[0]) / (len(positions) - 1)
     return order, _affine(orientations[0], spacing, step, positions[0])
 
@@ -100,7 +100,9 @@ def arranged_with_gaps(
     off = float(np.abs(places - whole).max())
     # Rounding errors add up over the planes, but not to a plane.
     if off > SLICE_TOLERANCE * (1 + len(np.unique(whole)) / 50):
-        raise SeriesError(f"{where}: planes lie {off:.2g} of their distance ({step:.4g} mm) beside where even spacing puts them")
+        raise SeriesError(
+            f"{where}: planes lie {off:.2g} of their distance ({step:.4g} mm) beside where even spacing puts them: resample it"
+        )
     if whole.max():
         step = float(along.max() - along[first]) / int(whole.max())
     _check_tilt(where, positions[[first, int(along.argmax())]], normal)
