@@ -1026,6 +1026,20 @@ def test_masks_thresholds_and_other_options_reach_predict(here, run):
     torch.testing.assert_close(data_of("s.nii").sum(0), torch.ones(20, 18, 17))
 
 
+def test_results_on_another_grid(here, run):
+    vx.ScalarImage(torch.zeros(1, 9, 8, 7), affine=np.diag([2.3, 1.7, 2.9, 1])).save("native.nii")
+    run("predict", "mymodels:negative", "scans/a.nii.gz", "-o", "out.nii.gz", "--patch-size", 8, "--like", "native.nii")
+    expected = vx.predict(torch.neg, vx.ScalarImage("scans/a.nii.gz"), 8, like="native.nii", dtype=torch.float32)
+    made = vx.ScalarImage("out.nii.gz")
+    assert np.array_equal(made.affine, vx.ScalarImage("native.nii").affine)
+    torch.testing.assert_close(made.data, expected.data)
+    run("predict", "mymodels:negative", "scans/a.nii.gz", "-o", "near.nii", "--patch-size", 8, "--like", "native.nii",
+        "--interpolation", "nearest,nearest,linear")  # fmt: skip
+    assert not torch.equal(data_of("near.nii"), data_of("out.nii.gz"))
+    plan = run("plan", "mymodels:negative", "scans/a.nii.gz", "--patch-size", 8, "--like", "native.nii")
+    assert "result:  9 × 8 × 7 voxels" in plan.out
+
+
 def test_a_run_of_the_command_equals_the_call(here, run):
     exported("model.pt2")
     run("predict", "model.pt2", "scans/a.nii.gz", "-o", "out.nii.gz", "--labels")

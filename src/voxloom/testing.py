@@ -3,6 +3,7 @@
 The simplest source is `ArraySource`; the simplest store that can be resumed, and the simplest executor, are here.
 """
 
+import itertools
 import json
 import pickle
 import tempfile
@@ -17,8 +18,11 @@ from torch import Tensor
 
 from ._version import __version__
 from .aggregation.accumulator import Accumulator
+from .aggregation.streaming import FinishedTile
+from .aggregation.tiles import ExtendedTile
 from .core.boxes import Box
 from .errors import OutputError, RecordError
+from .inference.delivery import Delivery
 from .inference.inputs import read_batch
 from .inference.plan import PredictionPlan
 from .inference.predictor import Predictor, predict
@@ -277,22 +281,33 @@ class SerialExecutor:
                 for total, output in zip(sums, outputs, strict=True):
                     total.add(output[0].cpu(), total.grid.location(patch))
                 progress(1)
-        volumes = []
-        for result, reduction in zip(plan.results, runner.reductions, strict=True):
-            total = sums[result.output]
-            volumes.append(
-                torch.full(result.volume.shape, plan.fill, dtype=result.volume.dtype)
-                if total.is_empty
-                else reduction(total.result(strict=False).clone())
-            )
+        delivery = Delivery(plan, runner.reductions, stores)
         for number in range(start, plan.num_slabs):
             block, outer = divmod(number, plan.traversal.num_outer)
-            for store, result, volume in zip(stores, plan.results, volumes, strict=True):
-                box = plan.traversals[result.output].block_box(plan.blocks[block], outer)
+            for of, summed in enumerate(sums):
+                box = plan.traversals[of].block_box(plan.blocks[block].own, outer)
                 if box.numel:
-                    store.write(box, volume[(slice(None), *box.slices)])
+                    self._deliver(plan, delivery, of, box, summed)
             slab_finished()
         return []
+
+    def _deliver(self, plan: PredictionPlan, delivery: Delivery, output: int, box: Box, total: Accumulator) -> None:
+        """Write what is finished of an output in a box."""
+        traversal, spec = plan.traversals[output], plan.outputs[output]
+        whole = Box.of_shape(traversal.grid.spatial_shape)
+        covered = torch.zeros((1, *whole.shape))
+        for numbers in np.ndindex(*traversal.grid.counts) if plan.needed is None else np.argwhere(plan.needed).tolist():
+            covered[(slice(None), *traversal.span(tuple(numbers)).slices)] = 1
+        if total.is_empty:
+            values = torch.zeros((spec.channels, *whole.shape), dtype=spec.held_dtype(plan.window is None))
+        else:
+            values = total.result(strict=False).clone().mul_(covered)
+        if plan.maps is None:
+            part = (slice(None), *box.slices)
+            delivery(output, FinishedTile(box, None if total.is_empty else values[part], covered[0][box.slices] == 0))
+        else:
+            coverage = None if plan.needed is None else ExtendedTile(whole, covered, {})
+            delivery.write_interpolated(output, box, ExtendedTile(whole, values, {}), coverage, plan.maps[output])
 
 
 def check_executor(executor: Executor) -> None:
@@ -312,6 +327,8 @@ def check_executor(executor: Executor) -> None:
     image = ScalarImage(torch.rand(1, *SHAPE, generator=generator), affine=AFFINE)
     mask = torch.zeros(SHAPE, dtype=torch.bool)
     mask[3:9, 2:7, 5:20] = True
+    turned = np.array([[0.0, 0, 2.9, 9], [1.2, 0, 0, -2], [0, 2.4, 0, 10], [0, 0, 0, 1]])
+    oblique = turned @ np.array([[0.8, -0.6, 0, 4], [0.6, 0.8, 0, -3], [0, 0, 1, 0], [0, 0, 0, 1]])
     cases: list[tuple[Any, dict[str, Any]]] = [
         (_two_channels, {}),
         (_two_channels, {"overlap_mode": "crop", "batch_size": 3}),
@@ -320,15 +337,16 @@ def check_executor(executor: Executor) -> None:
         (torch.nn.MaxPool3d(2), {"output_scale": 0.5}),
         (_two_channels, {"padding_mode": "reflect", "memory_limit": 2**26}),
     ]
-    for model, options in cases:
-        for given in (None, mask):
-            made, expected = (
-                Predictor(model, 8, patch_overlap=4, executor=each, **options)(image, mask=given)
-                for each in (executor, SerialExecutor())
-            )
-            for one, other in zip(_values_of(made), _values_of(expected), strict=True):
-                assert one.shape == other.shape
-                assert torch.allclose(one, other, rtol=1e-5, atol=1e-6), f"other values for {options}"
+    for (model, options), given, like in itertools.product(
+        cases, (None, mask), (None, ((24, 9, 20), turned), ((24, 9, 20), oblique))
+    ):
+        made, expected = (
+            Predictor(model, 8, patch_overlap=4, executor=each, **options)(image, mask=given, like=like)
+            for each in (executor, SerialExecutor())
+        )
+        for one, other in zip(_values_of(made), _values_of(expected), strict=True):
+            assert one.shape == other.shape
+            assert torch.allclose(one, other, rtol=1e-5, atol=1e-6), f"other values for {options}"
     _raises(_StoppedError, lambda: Predictor(_Stopping(5), 8, executor=executor)(image))
     _raises(OutputError, lambda: Predictor(_not_a_number, 8, executor=executor)(image))
     _check_resuming(executor, image)

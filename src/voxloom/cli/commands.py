@@ -58,6 +58,7 @@ Table = Annotated[
     ),
 ]
 Mask = Annotated[Path | None, typer.Option(help="Image of where to compute; matched to each input by its affine.")]
+Like = Annotated[Path | None, typer.Option(help="Image on whose grid the results are to be, in place of the input's own.")]
 MaskAbove = Annotated[float | None, typer.Option(help="Compute only patches in which the input is above this value.")]
 
 
@@ -83,6 +84,7 @@ def predict(
     images: Images = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="A .nii or .nii.gz for one image, or a folder.")] = RESULTS,
     table: Table = None,
+    like: Like = None,
     mask: Mask = None,
     mask_above: MaskAbove = None,
     resume: Annotated[bool, typer.Option(help="Resume what was interrupted, or start over.")] = True,
@@ -98,7 +100,7 @@ def predict(
     done, skipped, failed = 0, 0, []
     for case in cases:
         try:
-            if _predict_case(predictor, _subject(case, model), case, where, resume, overwrite):
+            if _predict_case(predictor, _subject(case, model), case, like, where, resume, overwrite):
                 done += 1
                 _say(f"{case.name}: {case.target}")
             else:
@@ -137,16 +139,19 @@ def _subject(case: Case, model: LoadedModel) -> Subject:
     return subject
 
 
-def _predict_case(predictor: Predictor, subject: Subject, case: Case, mask: Any, resume: bool, overwrite: bool) -> bool:
+def _predict_case(
+    predictor: Predictor, subject: Subject, case: Case, like: Path | None, mask: Any, resume: bool, overwrite: bool
+) -> bool:
     """Predict a case, unless its result is there."""
     names = list(subject.images)
     _make_folder(case.target.parent)
-    if not overwrite and predictor.is_made(subject, image_name=names, output=case.target, mask=mask):
+    if not overwrite and predictor.is_made(subject, image_name=names, like=like, output=case.target, mask=mask):
         return False
     predictor(
         subject,
         image_name=names,
         output=case.target,
+        like=like,
         mask=mask,
         resume=resume,
         overwrite=overwrite,
@@ -158,7 +163,12 @@ def _predict_case(predictor: Predictor, subject: Subject, case: Case, mask: Any,
 @app.command()
 @spread
 def plan(
-    options: ModelOptions, images: Images = None, table: Table = None, mask: Mask = None, mask_above: MaskAbove = None
+    options: ModelOptions,
+    images: Images = None,
+    table: Table = None,
+    like: Like = None,
+    mask: Mask = None,
+    mask_above: MaskAbove = None,
 ) -> None:
     """Say what predict would do, and how much memory it would take."""
     cases = _cases(images, table, RESULTS)
@@ -168,7 +178,7 @@ def plan(
     for case in cases:
         try:
             subject = _subject(case, model)
-            found = predictor.plan(subject, image_name=list(subject.images), mask=where, output=case.target)
+            found = predictor.plan(subject, image_name=list(subject.images), like=like, mask=where, output=case.target)
             _say(f"{case.name}\n{found}\n" if len(cases) > 1 else str(found))
         except Exception as error:  # noqa: BLE001 - see above
             _say_failure(case, error)

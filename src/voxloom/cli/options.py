@@ -73,6 +73,9 @@ class ModelOptions:
     ] = None
     padding: Annotated[str | None, typer.Option(help="Pad the volume by half the overlap: edge, reflect, 0 ...")] = None
     mirror: Annotated[str | None, typer.Option(help="Mirror patches along these axes too, such as 0,1,2, and average.")] = None
+    interpolation: Annotated[
+        str, typer.Option(help="How scores get to the grid of --like: linear or nearest, or three with commas, for each axis.")
+    ] = "linear"
     memory_limit: Annotated[
         str | None, typer.Option(help="Memory beside the model's own, such as 2GiB.  \\[default: what is free]")
     ] = None
@@ -98,6 +101,7 @@ class ModelOptions:
             activation=None if self.activation is None else self.activation.value,
             reduce=reductions[0] if reductions else None,
             padding_mode=_number_or_text(self.padding),
+            interpolation=self.interpolation.split(",") if "," in self.interpolation else self.interpolation,
             mirror_axes=_numbers(self.mirror, int, "mirror") or (),
             memory_limit=self.memory_limit,
             full_batches=loaded.takes_full_batches(size),

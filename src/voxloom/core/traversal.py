@@ -149,6 +149,10 @@ class AxisTraversal:
         first = next((group for group in before if self.spans[self.groups[group].stop - 1][1] > start), groups.start)
         return range(first, groups.stop)
 
+    def before(self, group: int) -> int:
+        """Number of the last group that finishes a voxel before those that a group finishes; its own where there is none."""
+        return next((each for each in reversed(range(group)) if self._starts[each] < self._starts[group]), group)
+
     def adds_to_any(self, groups: range) -> np.ndarray:
         """Whether each patch adds to what is finished with some groups that follow one another."""
         begin, end = self.ends(groups)
@@ -182,9 +186,17 @@ class Block:
     """A part of the volume that is gathered on its own: all of it along the outer axis, some of it on the others."""
 
     middle: range
-    """Numbers of the groups that it is finished with, along the middle axis."""
+    """Numbers of the groups that it is gathered from, along the middle axis."""
     inner: range
     """The same along the inner axis."""
+    before: tuple[int, int] = (0, 0)
+    """How many of the first of these, along either axis, finish what belongs to the block before this one: it is gathered once
+    more, because what lies between the two is interpolated from both."""
+
+    @property
+    def own(self) -> "Block":
+        """What it is of the volume, without what belongs to others."""
+        return Block(self.middle[self.before[0] :], self.inner[self.before[1] :])
 
 
 @dataclass(frozen=True)
@@ -251,15 +263,27 @@ class Traversal:
     @property
     def whole(self) -> Block:
         """The whole volume as one block."""
-        return Block(*(range(len(part.groups)) for part in self.parts[1:]))
+        _, middle, inner = self.parts
+        return Block(range(len(middle.groups)), range(len(inner.groups)))
 
-    def split(self, middle: int, inner: int) -> list[Block]:
+    def split(self, middle: int, inner: int, has_edges: bool = False) -> list[Block]:
         """Cut the volume into blocks: so many at most along the middle axis, and so many along the inner.
 
         Groups of padding may finish no voxel; blocks of such groups alone are left out.
+
+        Args:
+            middle: blocks along the middle axis.
+            inner: blocks along the inner axis.
+            has_edges: let blocks also be gathered from the groups before them that finish the voxels next to them.
         """
-        blocks = itertools.starmap(Block, itertools.product(self.parts[1].cut(middle), self.parts[2].cut(inner)))
-        return [block for block in blocks if self.block_box(block).numel]
+        parts = itertools.product(self.parts[1].cut(middle), self.parts[2].cut(inner))
+        found = [block for block in itertools.starmap(Block, parts) if self.block_box(block).numel]
+        return [self._with_edges(block) for block in found] if has_edges else found
+
+    def _with_edges(self, block: Block) -> Block:
+        middle, inner = self.parts[1].before(block.middle.start), self.parts[2].before(block.inner.start)
+        before = (block.middle.start - middle, block.inner.start - inner)
+        return Block(range(middle, block.middle.stop), range(inner, block.inner.stop), before)
 
     def ordered(self, values: Sequence[int]) -> Ints:
         """Put numbers of the three axes from the order of the traversal into that of the volume."""

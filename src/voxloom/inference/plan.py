@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ..core.grids import PatchGrid
+from ..core.interpolation import Interpolation, SpaceMap
 from ..core.sizes import Ints, pretty_bytes, pretty_sizes
 from ..core.traversal import Block, Traversal
 from ..core.windows import Window
@@ -87,6 +88,10 @@ class PredictionPlan:
     memory: Memory
     spooled_bytes: int = 0
     """Size of the temporary files that a compressed input is unpacked to, where it is too large for memory."""
+    maps: tuple[SpaceMap, ...] | None = None
+    """What the voxels of the results are interpolated from, for each output; None where they are those of the output."""
+    kinds: tuple[Interpolation, ...] = ()
+    """How they are interpolated, along each axis of the output."""
     trial_patches: int = 0
     """Patches that the model is given beforehand, to see what its outputs look like, and that are given once more."""
 
@@ -132,7 +137,7 @@ class PredictionPlan:
         for block in self.blocks:
             firsts = [0, *itertools.accumulate(self.traversal.num_patches(block, self.needed))]
             for outer in range(self.traversal.num_outer):
-                begin = self.traversal.outer.added_by(range(outer, outer + 1)).start
+                begin = self.begin(outer)
                 last = min(firsts[outer + 1] + 1, firsts[-1])
                 worst = max(worst, -(-last // self.batch_size) - firsts[begin] // self.batch_size)
         return worst * self.num_models
@@ -146,6 +151,11 @@ class PredictionPlan:
     def peak_bytes(self) -> int:
         """Memory that is needed at most, beyond what the process has and what the model itself uses."""
         return self.memory.peak
+
+    def begin(self, outer: int) -> int:
+        """Say with which group of the outer axis gathering begins, if all that is finished with one and later ones is wanted."""
+        part = self.traversal.outer
+        return part.added_by(range(outer if self.maps is None else part.before(outer), outer + 1)).start
 
     @cached_property
     def traversals(self) -> tuple[Traversal, ...]:
@@ -178,14 +188,14 @@ class PredictionPlan:
         if number >= self.num_blocks or not outer:
             return 0
         firsts = [0, *itertools.accumulate(self.traversal.num_patches(self.blocks[number], self.needed))]
-        begin = self.traversal.outer.added_by(range(outer, outer + 1)).start
+        begin = self.begin(outer)
         return (-(-firsts[outer] // self.batch_size) - firsts[begin] // self.batch_size) * self.num_models
 
     def remaining_patches(self, slabs_done: int) -> int:
         """Number of patches that are computed from a slab to the end."""
         number, outer = divmod(slabs_done, self.traversal.num_outer)
         counts = [self.traversal.num_patches(block, self.needed) for block in self.blocks[number:]]
-        begin = self.traversal.outer.added_by(range(outer, outer + 1)).start if outer else 0
+        begin = self.begin(outer) if outer else 0
         return sum(map(sum, counts)) - sum(counts[0][:begin]) if counts else 0
 
     def to_json(self) -> Json:
@@ -194,7 +204,9 @@ class PredictionPlan:
         return {
             "axes": axes,
             "traversal": list(self.traversal.axes),
-            "blocks": [[part.middle.start, part.middle.stop, part.inner.start, part.inner.stop] for part in self.blocks],
+            "blocks": [
+                [part.middle.start, part.middle.stop, part.inner.start, part.inner.stop, *part.before] for part in self.blocks
+            ],
             "batch_size": self.batch_size,
             "outputs": [
                 [each.source, each.channels, str(each.dtype), [str(factor) for factor in each.scale], each.copies]
@@ -205,6 +217,11 @@ class PredictionPlan:
                 for each in self.results
             ],
         }
+
+    def _told_of_result(self) -> str:
+        shape = self.results[0].volume.shape[1:]
+        kinds = self.kinds[0] if len(set(self.kinds)) == 1 else ", ".join(self.kinds)
+        return f"{pretty_sizes(shape)} voxels, of scores that are interpolated ({kinds})"
 
     def __str__(self) -> str:
         memory, grid = self.memory, self.grid
@@ -219,6 +236,7 @@ class PredictionPlan:
         loading = f" and {pretty_bytes(memory.loading)} while it is read" if memory.loading else ""
         lines = {
             "volume": f"{pretty_sizes(grid.spatial_shape)} voxels",
+            **({} if self.maps is None else {"result": self._told_of_result()}),
             "patches": f"{grid.num_patches} of {pretty_sizes(grid.patch_size)}{some}, each computed {times}",
             "model": f"{self.forward_passes} forward passes of {self.batch_size} patches at most{beside}",
             "order": f"{parts}, along {order}; an interrupted run repeats at most {self.restart_passes} passes",

@@ -10,16 +10,20 @@ import numpy as np
 import torch
 
 from ..aggregation.weights import KEPT_WEIGHTS
+from ..core.affines import scaled
 from ..core.grids import PatchGrid
+from ..core.interpolation import Interpolation, SpaceMap
+from ..core.resampling import space_map
 from ..core.sizes import Ints, pretty_bytes
 from ..core.traversal import AxisTraversal, Block, Traversal
 from ..core.windows import OverlapMode, Window, sampled
 from ..errors import RecordError, SizeError
-from ..io.protocols import Json, VolumeSource, loading_bytes
+from ..io.protocols import Json, Space, VolumeSource, loading_bytes
 from ..io.spooling import Packed
 from ..io.stores import BEGIN_AGAIN
 from ..models.outputs import Name, OutputSpec
 from ..runtime.limits import free_bytes
+from .delivery import PIECE_BYTES
 from .plan import Memory, PredictionPlan, count_batches
 from .results import ResultSpec, spec_of_result
 
@@ -49,6 +53,8 @@ class Settings:
     fill: float
     memory_limit: int | None
     dtype: torch.dtype | None
+    kinds: tuple[Interpolation, Interpolation, Interpolation] = ("linear", "linear", "linear")
+    """How scores are interpolated to another grid, along each axis of the input."""
 
     def grid_of(self, shape: Ints) -> PatchGrid:
         """Cover a volume with patches; an axis that is shorter than a patch is padded in any case."""
@@ -76,6 +82,8 @@ class Input:
     """How much of this unpacking its files to the disk would save, where that may be done."""
     needed: np.ndarray | None = None
     """Which patches are computed, by their numbers; None for all."""
+    like: Space | None = None
+    """The grid that results are interpolated to; None for that of each output."""
     unpacked: VolumeSource | None = None
     """What is read in place of the source, if its files have been unpacked."""
 
@@ -97,12 +105,12 @@ class Planner:
     def __init__(self, settings: Settings, num_models: int, kept_bytes: Callable[[], int] = lambda: 0) -> None:
         self._settings, self._num_models, self._kept_bytes = settings, num_models, kept_bytes
 
-    def input(self, source: VolumeSource, name: str, dtype: torch.dtype) -> Input:
+    def input(self, source: VolumeSource, name: str, dtype: torch.dtype, like: Space | None = None) -> Input:
         """Say what is to be known of a source before it is read."""
         packed = source.packed_bytes if isinstance(source, Packed) else 0
         limit, is_given = self._limit()
         may_be_spooled = is_given or (limit is not None and packed > SPOOLED_PART * limit)
-        return Input(source, name, dtype, source.resident_bytes, packed if may_be_spooled else 0)
+        return Input(source, name, dtype, source.resident_bytes, packed if may_be_spooled else 0, like=like)
 
     def traversal(self, grid: PatchGrid) -> Traversal:
         """Say in what order patches are gathered."""
@@ -151,6 +159,8 @@ class Planner:
             bytes_read=0,
             bytes_written=sum(result.volume.num_bytes for result in results if not in_memory(result.name)),
             memory=Memory(0, 0, 0, 0),
+            maps=self._maps(given, outputs, traversal.grid),
+            kinds=settings.kinds,
         )
         kept = sum(result.volume.num_bytes for result in results if in_memory(result.name))
 
@@ -171,7 +181,7 @@ class Planner:
             RecordError: if it is not a plan for this input.
         """
         try:
-            blocks = [Block(range(*each[:2]), range(*each[2:])) for each in recorded["blocks"]]
+            blocks = [Block(range(*each[:2]), range(*each[2:4]), (each[4], each[5])) for each in recorded["blocks"]]
             outputs = [
                 OutputSpec(source, channels, _as_dtype(dtype), tuple(map(Fraction, scale)), copies)
                 for source, channels, dtype, scale, copies in recorded["outputs"]
@@ -181,16 +191,16 @@ class Planner:
                 ResultSpec(
                     name,
                     output,
-                    spec_of_result(given.source, outputs[output].scale, tuple(shape), _as_dtype(dtype), is_labels),
+                    spec_of_result(given.source, outputs[output].scale, tuple(shape), _as_dtype(dtype), is_labels, given.like),
                     needs_copy,
                 )
                 for name, output, shape, dtype, is_labels, needs_copy in recorded["results"]
             ]
             for result in results:
-                if result.volume.shape[1:] != grid.scaled(outputs[result.output].scale).spatial_shape:
+                if given.like is None and result.volume.shape[1:] != grid.scaled(outputs[result.output].scale).spatial_shape:
                     raise ValueError
             traversal = self.traversal(grid)
-            num_voxels = sum(traversal.block_box(block).numel for block in blocks)
+            num_voxels = sum(traversal.block_box(block.own).numel for block in blocks)
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise RecordError(f"the plan that {where} records is damaged: {BEGIN_AGAIN}") from error
         if num_voxels != math.prod(grid.spatial_shape) or list(traversal.axes) != recorded.get("traversal"):
@@ -215,7 +225,8 @@ class Planner:
             return memory_of(block, spooled_bytes).peak
 
         def split(spooled_bytes: int) -> Sequence[Block]:
-            return best_split(plan.traversal, partial(peak, spooled_bytes=spooled_bytes), limit, is_given, batch_size)
+            memory = partial(peak, spooled_bytes=spooled_bytes)
+            return best_split(plan.traversal, memory, limit, is_given, batch_size, has_edges=plan.maps is not None)
 
         if chosen is not None:
             fits = limit is None or max(map(peak, chosen)) <= limit
@@ -237,11 +248,29 @@ class Planner:
         batches = batch_bytes(self._settings, given.source.shape[0], given.dtype, plan.outputs, self._num_models)
         is_partial = given.needed is not None
         sums = (plan.outputs, plan.traversals)
-        front = open_bytes(*sums, block, is_partial) + reduced_bytes(*sums, plan.results, is_partial)
+        front = open_bytes(*sums, block, is_partial)
+        if plan.maps is None:
+            front += reduced_bytes(*sums, plan.results, is_partial)
+        else:
+            front += interpolation_bytes(*sums, plan.maps, block, is_partial)
+            front += 2 * max(min(PIECE_BYTES, result.volume.num_bytes) for result in plan.results)
         volume = given.resident_bytes - spooled_bytes
         if given.source.paths and not volume:
             batches += self._bytes_mapped(given.source)
         return Memory(volume, batches, front, kept, loading_bytes(given.source) if volume else 0)
+
+    def _maps(self, given: Input, outputs: Sequence[OutputSpec], grid: PatchGrid) -> tuple[SpaceMap, ...] | None:
+        """Say what results on another grid are interpolated from, for each output."""
+        like = given.like
+        if like is None:
+            return None
+        maps = []
+        for output in outputs:
+            scale = tuple(map(float, output.scale))
+            affine = scaled(given.source.affine, scale)
+            shape = grid.scaled(output.scale).spatial_shape
+            maps.append(space_map(shape, affine, like.shape, like.affine, self._settings.kinds))
+        return tuple(maps)
 
     def _limit(self) -> tuple[int | None, bool]:
         """Give how much memory may be used, and whether the user said so."""
@@ -283,6 +312,33 @@ def reduced_bytes(
     return most
 
 
+def interpolation_bytes(
+    outputs: Sequence[OutputSpec],
+    traversals: Sequence[Traversal],
+    maps: Sequence[SpaceMap],
+    block: Block,
+    is_partial: bool,
+) -> int:
+    """Bytes of the edges of tiles that are kept for those behind them, and of what is interpolated and written together."""
+    total = 0
+    for output, traversal, space in zip(outputs, traversals, maps, strict=True):
+        sizes = [
+            [stop - start for start, stop in part.intervals if stop > first and start < last]
+            for part, (first, last) in zip(traversal.parts, _ends(traversal, block), strict=True)
+        ]
+        deepest, middle, inner = max(sizes[0]) + 1, sum(sizes[1]) + len(sizes[1]), sum(sizes[2]) + len(sizes[2])
+        row = max(sizes[1]) + 1
+        edges = (middle + row) * inner + 2 * deepest * (inner + row)
+        total += (edges + space.part_voxels) * output.bytes_per_voxel(traversal.is_cropped, is_partial)
+    return total
+
+
+def _ends(traversal: Traversal, block: Block) -> list[tuple[int, int]]:
+    """First voxel of a block, and one past the last, on the outer, the middle and the inner axis."""
+    box = traversal.block_box(block)
+    return [(box.start[axis], box.stop[axis]) for axis in traversal.axes]
+
+
 def batch_bytes(settings: Settings, channels: int, dtype: torch.dtype, outputs: Sequence[OutputSpec], num_models: int) -> int:
     """Bytes of batches on their way into a model, of its outputs, and of the weights of patches."""
     patch_size, batch_size, is_cropped = settings.patch_size, settings.batch_size, settings.window is None
@@ -298,7 +354,12 @@ def batch_bytes(settings: Settings, channels: int, dtype: torch.dtype, outputs: 
 
 
 def best_split(
-    traversal: Traversal, memory_of: Callable[[Block], int], limit: int | None, is_given: bool, batch_size: int
+    traversal: Traversal,
+    memory_of: Callable[[Block], int],
+    limit: int | None,
+    is_given: bool,
+    batch_size: int,
+    has_edges: bool = False,
 ) -> list[Block]:
     """Cut the volume into as many blocks as are needed for each to fit, such that the fewest passes are made.
 
@@ -309,18 +370,22 @@ def best_split(
     if limit is None or memory_of(whole) <= limit:
         return [whole]
     best: tuple[int, list[Block]] | None = None
+
+    def peak(middle: int, inner: int) -> int:
+        return _peak(traversal, traversal.split(middle, inner, has_edges), memory_of)
+
     _, middles, inners = (_counts_of_parts(part) for part in traversal.parts)
     for middle in middles:
-        fitting = next((inner for inner in inners if _peak(traversal, middle, inner, memory_of) <= limit), None)
+        fitting = next((inner for inner in inners if peak(middle, inner) <= limit), None)
         if fitting is not None:
-            blocks = traversal.split(middle, fitting)
+            blocks = traversal.split(middle, fitting, has_edges)
             passes = count_batches(traversal, blocks, batch_size, None)
             if best is None or passes < best[0]:
                 best = passes, blocks
             if fitting == 1:
                 break  # more middle only cost more
     if best is None:
-        least = _peak(traversal, len(whole.middle), len(whole.inner), memory_of)
+        least = peak(len(whole.middle), len(whole.inner))
         raise SizeError(
             f"{'memory_limit is' if is_given else 'the memory that is free comes to'} {pretty_bytes(limit)}, but at least"
             f" {pretty_bytes(least)} ({least} bytes) are needed: {'allow that, or ' if is_given else ''}use smaller patches, a"
@@ -329,11 +394,11 @@ def best_split(
     return best[1]
 
 
-def _peak(traversal: Traversal, middle: int, inner: int, memory_of: Callable[[Block], int]) -> int:
+def _peak(traversal: Traversal, blocks: Sequence[Block], memory_of: Callable[[Block], int]) -> int:
     """Give the memory for the largest of the blocks; only those that differ are looked at."""
     whole = traversal.whole
     kinds = {}
-    for block in traversal.split(middle, inner):
+    for block in blocks:
         shape = traversal.block_box(block).shape
         ends = [
             (part.start == 0, part.stop == len(of)) for part, of in ((block.middle, whole.middle), (block.inner, whole.inner))

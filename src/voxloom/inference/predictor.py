@@ -8,6 +8,7 @@ from typing import Any, TypedDict, Unpack
 
 import torch
 
+from ..core.interpolation import as_interpolation
 from ..core.padding import check_padding_mode
 from ..core.sizes import as_int, as_sizes, overlap_of
 from ..core.values import as_number
@@ -47,6 +48,7 @@ class PredictorOptions(TypedDict, total=False):
     padding_mode: str | float | None
     mirror_axes: int | Sequence[int] | None
     fill: float
+    interpolation: str | Sequence[str]
     memory_limit: int | str | None
     full_batches: bool
     model_name: str | None
@@ -80,7 +82,9 @@ class Predictor:
         padding_mode: pad the volume by half the overlap on each side; see `GridSampler`. None pads only what is smaller than a
             patch, with zeros.
         mirror_axes: axes, of 0, 1 and 2, along which each patch is mirrored as well; outputs of all combinations are averaged.
-        fill: value of voxels that are not computed because of a mask.
+        fill: value of voxels that are not computed because of a mask, or that lie outside of the image.
+        interpolation: how scores are interpolated to the grid of `like`: `"linear"` or `"nearest"`, or one for each axis of the
+            image.
         memory_limit: bytes, or such as `"2GiB"`, that may be used beside what the process has and what the model itself uses.
             None for what is free. If the sum does not fit, it is computed in blocks, and patches that they share several times.
         full_batches: fill the last batch up with copies, for a model that takes batches of one size only.
@@ -115,6 +119,7 @@ class Predictor:
         padding_mode: str | float | None = None,
         mirror_axes: int | Sequence[int] | None = (),
         fill: float = 0,
+        interpolation: str | Sequence[str] = "linear",
         memory_limit: int | str | None = None,
         full_batches: bool = False,
         model_name: str | None = None,
@@ -134,6 +139,7 @@ class Predictor:
             fill=as_number(fill, "fill"),
             memory_limit=None if memory_limit is None else as_bytes(memory_limit, "memory_limit"),
             dtype=dtype,
+            kinds=as_interpolation(interpolation),
         )
         options = ResultOptions(activation, reduce, output_scale)
         models = Models(as_models(model), device, amp, mirror_axes)
@@ -141,7 +147,13 @@ class Predictor:
         self._preparation = Preparation(models, self.settings, options, runs_plans, model_name)
 
     def plan(
-        self, image: Any, *, image_name: str | Sequence[str] | None = None, mask: Any = None, output: Any = None
+        self,
+        image: Any,
+        *,
+        image_name: str | Sequence[str] | None = None,
+        like: Any = None,
+        mask: Any = None,
+        output: Any = None,
     ) -> PredictionPlan:
         """Say what a call with these arguments would do, without doing it.
 
@@ -150,7 +162,7 @@ class Predictor:
         """
         preparation = self._preparation
         with contextlib.ExitStack() as stack:
-            given = preparation.input(image, image_name)
+            given = preparation.input(image, image_name, like)
             was_known = preparation.known(given, output) is not None
             given = preparation.masked(given, mask, output, stack)
             return preparation.planned(given, preparation.seen(given, output), output, was_known)
@@ -160,6 +172,7 @@ class Predictor:
         image: Any,
         *,
         image_name: str | Sequence[str] | None = None,
+        like: Any = None,
         mask: Any = None,
         output: Any = None,
         resume: bool = True,
@@ -171,6 +184,8 @@ class Predictor:
         Args:
             image: a path, an `Image` or another source, a `Subject`, a tensor `(C, I, J, K)`, or an array that is read by slices.
             image_name: which image of a subject; several become channels, in that order.
+            like: the grid that the result is to be on, if that is not the image's: another image or its path, or a shape
+                `(I, J, K)` and an affine. Scores are interpolated to its voxels, and then reduced.
             mask: compute only patches that hold a voxel of it: an image or its path, matched by affine; a tensor; a threshold; or
                 a function that makes a mask of a part `(C, i, j, k)` of the volume.
             output: where the result goes: None for memory; a name that ends in `.nii` or `.nii.gz`, beside which a `.json` says
@@ -196,15 +211,21 @@ class Predictor:
             if preparation.models.device.type == "cpu":
                 stack.enter_context(kept_for_models())
             stores = self._stores(output, overwrite)
-            given = preparation.input(image, image_name)
-            _check_inputs(stores, given, mask)
+            given = preparation.input(image, image_name, like)
+            _check_inputs(stores, given, mask, like)
             given = preparation.masked(given, mask, output, stack)
             with_path = {name: store for name, store in stores.items() if store.path is not None}
             log = stack.enter_context(contextlib.closing(RunLog(with_path))) if with_path else None
             return Call(preparation, given, output, stores, log).run(resume, progress)
 
     def is_made(
-        self, image: Any, *, output: str | os.PathLike[str], image_name: str | Sequence[str] | None = None, mask: Any = None
+        self,
+        image: Any,
+        *,
+        output: str | os.PathLike[str],
+        image_name: str | Sequence[str] | None = None,
+        like: Any = None,
+        mask: Any = None,
     ) -> bool:
         """Whether a call with these arguments has already made its file, as the file's sidecar says.
 
@@ -219,7 +240,7 @@ class Predictor:
             return False
         preparation = self._preparation
         with contextlib.ExitStack() as stack:
-            given = preparation.masked(preparation.input(image, image_name), mask, output, stack)
+            given = preparation.masked(preparation.input(image, image_name, like), mask, output, stack)
             difference = _difference(target, preparation.fingerprint(given))
         if difference:
             raise TargetExistsError(
@@ -251,10 +272,11 @@ def _as_store(given: Any, overwrite: bool) -> VolumeStore:
     )
 
 
-def _check_inputs(stores: Stores, given: Input, mask: Any) -> None:
+def _check_inputs(stores: Stores, given: Input, *others: Any) -> None:
     """Refuse to write over what is read."""
-    paths = [*given.source.paths, *(mask.paths if is_source(mask) else ())]
-    paths += [Path(mask)] if isinstance(mask, str | os.PathLike) else []
+    paths = list(given.source.paths)
+    for other in others:
+        paths += [Path(other)] if isinstance(other, str | os.PathLike) else other.paths if is_source(other) else []
     inputs = {path.expanduser().resolve() for path in paths}
     for store in stores.values():
         if store.path is not None and store.path.resolve() in inputs:
@@ -282,6 +304,7 @@ def predict(
     overlap_mode: OverlapMode = "gaussian",
     *,
     image_name: str | Sequence[str] | None = None,
+    like: Any = None,
     mask: Any = None,
     output: Any = None,
     resume: bool = True,
@@ -298,6 +321,7 @@ def predict(
         patch_overlap: what neighbours share: an even number of voxels, or a fraction of the patch.
         overlap_mode: how overlapping patches are combined.
         image_name: which image of a subject.
+        like: the grid that the result is to be on, if that is not the image's.
         mask: compute only patches that hold a voxel of it.
         output: where the result goes.
         resume: let a run that was interrupted be resumed.
@@ -320,6 +344,7 @@ def predict(
     return predictor(
         image,
         image_name=image_name,
+        like=like,
         mask=mask,
         output=output,
         resume=resume,
@@ -336,6 +361,7 @@ def plan(
     overlap_mode: OverlapMode = "gaussian",
     *,
     image_name: str | Sequence[str] | None = None,
+    like: Any = None,
     mask: Any = None,
     output: Any = None,
     **options: Unpack[PredictorOptions],
@@ -349,6 +375,7 @@ def plan(
         patch_overlap: what neighbours share.
         overlap_mode: how overlapping patches are combined.
         image_name: which image of a subject.
+        like: the grid that the result is to be on, if that is not the image's.
         mask: compute only patches that hold a voxel of it.
         output: where the result would go.
         **options: the keywords of `Predictor`.
@@ -361,4 +388,4 @@ def plan(
         ...
     """
     predictor = Predictor(model, patch_size, patch_overlap, overlap_mode, **options)
-    return predictor.plan(image, image_name=image_name, mask=mask, output=output)
+    return predictor.plan(image, image_name=image_name, like=like, mask=mask, output=output)

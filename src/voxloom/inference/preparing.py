@@ -16,7 +16,7 @@ from ..io.spooling import spooled
 from ..models.outputs import Name
 from ..models.running import Models
 from ..runs.fingerprints import state_of_model
-from .inputs import as_source, name_of, padded, read_batch
+from .inputs import as_source, name_of, padded, read_batch, space_of
 from .masks import looks_at_input, needed_patches
 from .outlook import Outlook, Seen
 from .plan import Batch, PredictionPlan
@@ -58,11 +58,12 @@ class Preparation:
     def _outlook(self) -> Outlook:
         return Outlook(self.models, self.settings, self.options)
 
-    def input(self, image: Any, image_name: str | Sequence[str] | None) -> Input:
+    def input(self, image: Any, image_name: str | Sequence[str] | None, like: Any = None) -> Input:
         """Say what is to be known of an input before it is read."""
         source = as_source(image, image_name)
         dtype = self.settings.dtype or self.models.weights_dtype or source.dtype
-        return self.planner.input(source, name_of(image, source), dtype)
+        space = None if like is None else space_of(like, source)
+        return self.planner.input(source, name_of(image, source), dtype, space)
 
     def grid(self, given: Input) -> PatchGrid:
         """Say which patches cover an input."""
@@ -141,7 +142,16 @@ class Preparation:
             target: where results go.
             was_known: whether that was known before, so that no batch is run to find it out.
         """
-        results = result_specs(seen.results, seen.outputs, seen.samples, self.grid(given), given.source, self.settings.fill)
+        results = result_specs(
+            seen.results,
+            seen.outputs,
+            seen.samples,
+            self.grid(given),
+            given.source,
+            self.settings.fill,
+            given.like,
+            self.settings.kinds,
+        )
         plan = self.planner.plan(given, seen.outputs, results, stays_in_memory(target))
         patches = self._first_patches(given)
         if was_known or patches == next(plan.batches(plan.blocks[0]), ((), 0))[0] != ():

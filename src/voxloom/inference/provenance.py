@@ -49,6 +49,7 @@ def fingerprint_of_run(of_models: Json, models: Models, settings: Settings, opti
             "mirror_flips": [list(flip) for flip in models.flips],
             "amp": str(models.amp),
             "fill": fingerprint_of_option(settings.fill),
+            **({} if given.like is None else {"like": given.like.fingerprint(), "interpolation": list(settings.kinds)}),
             "mask": None if given.needed is None else fingerprint_of_option(given.needed),
             "device": models.device.type,
         },

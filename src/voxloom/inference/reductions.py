@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.sizes import as_int
+from ..core.sizes import Ints, as_int
 from ..core.values import as_number, sum_dtype
 from ..errors import ModeError, OutputError, SizeError
 
@@ -19,6 +19,8 @@ __all__ = ["Function", "Reduction", "Regions", "as_reduction"]
 # Voxels of a channel that are compared at a time: few enough to stay in the processor's cache, and enough for the thread to be
 # left alone by others, with which it shares Python's lock between one step and the next.
 CHUNK_VOXELS = 2**18
+# Channels whose mean is looked at to find those that may be the largest: more than meet in most places.
+MOST_CONTENDING = 4
 
 
 class Reduction(Protocol):
@@ -31,9 +33,31 @@ class Reduction(Protocol):
         """Reduce a tensor `(C, i, j, k)` to one `(C', i, j, k)`."""
         ...
 
+    def of_interpolated(self, values: Tensor, interpolate: Callable[[Tensor], Tensor], shape: Ints) -> Tensor:
+        """Reduce what is interpolated.
+
+        Args:
+            values: tensor `(C, i, j, k)`, which is not to be written to.
+            interpolate: makes one `(c, *shape)` of any of its channels; it may be a view of them.
+            shape: voxels of the result.
+        """
+        ...
+
+
+class _OfAll:
+    """A reduction that needs all channels."""
+
+    def __call__(self, block: Tensor) -> Tensor:
+        """See `Reduction`."""
+        raise NotImplementedError
+
+    def of_interpolated(self, values: Tensor, interpolate: Callable[[Tensor], Tensor], shape: Ints) -> Tensor:
+        """See `Reduction`."""
+        return self(interpolate(values))
+
 
 @dataclass(frozen=True)
-class Everything:
+class Everything(_OfAll):
     """Keeps all channels."""
 
     is_labels = False
@@ -61,6 +85,32 @@ class ArgMax:
                 found.copy_(part.argmax(0))
         return labels.view(1, *block.shape[1:])
 
+    def of_interpolated(self, values: Tensor, interpolate: Callable[[Tensor], Tensor], shape: Ints) -> Tensor:
+        """See `Reduction`: channels that are the largest nowhere between the voxels are left out."""
+        chosen = _contending(values)
+        if len(chosen) == 1:
+            return torch.full((1, *shape), chosen[0], dtype=label_dtype(len(values) - 1), device=values.device)
+        if len(chosen) == len(values):
+            return self(interpolate(values))
+        names = torch.tensor(chosen, dtype=label_dtype(len(values) - 1), device=values.device)
+        return names[self(interpolate(values[chosen])).int()]
+
+
+def _contending(values: Tensor) -> list[int]:
+    """Give the channels that may be the largest somewhere between the voxels of a block.
+
+    At each place the largest is at least the mean of some channels, whichever these are. What is interpolated of a channel is not
+    above its largest value, and of the mean not below its least.
+    """
+    most = values.amax((1, 2, 3))
+    ranked = most.argsort(descending=True)[:MOST_CONTENDING].tolist()
+    sums = values[ranked[0]].clone()
+    least = float(sums.min())
+    for count, channel in enumerate(ranked[1:], start=2):
+        least = max(least, float(sums.add_(values[channel]).min()) / count)
+    rounding = 8 * torch.finfo(torch.float32).eps * max(1.0, float(most.abs().max()), abs(least))
+    return torch.nonzero(most >= least - rounding).flatten().tolist() or ranked[:1]
+
 
 def _as_array(values: Tensor) -> np.ndarray:
     """Half precision is not known to NumPy, or slow."""
@@ -85,7 +135,7 @@ def _find_largest(channels: Iterator[np.ndarray], labels: np.ndarray) -> None:
 
 
 @dataclass(frozen=True)
-class Threshold:
+class Threshold(_OfAll):
     """1 where a channel is larger than a number, else 0; for each channel."""
 
     value: float
@@ -97,7 +147,7 @@ class Threshold:
 
 
 @dataclass(frozen=True)
-class Regions:
+class Regions(_OfAll):
     """One label map out of channels that stand for regions, of which later ones lie on top of earlier ones.
 
     Source: Isensee et al., nnU-Net for Brain Tumor Segmentation (2020), https://doi.org/10.1007/978-3-030-72087-2_11.
@@ -133,7 +183,7 @@ class Regions:
 
 
 @dataclass(frozen=True)
-class Entropy:
+class Entropy(_OfAll):
     """Entropy of the channels, which are probabilities, in nats: a measure of uncertainty."""
 
     is_labels = False
@@ -160,9 +210,13 @@ class Channels:
             raise OutputError(f"channel {wrong[0]} was chosen, but the output has {len(block)} channels")
         return block[list(self.indices)]
 
+    def of_interpolated(self, values: Tensor, interpolate: Callable[[Tensor], Tensor], shape: Ints) -> Tensor:
+        """See `Reduction`."""
+        return interpolate(self(values))
+
 
 @dataclass(frozen=True)
-class Function:
+class Function(_OfAll):
     """A user's function."""
 
     function: Callable[[Tensor], Tensor]

@@ -8,10 +8,11 @@ import torch
 
 from ..core.affines import scaled
 from ..core.grids import PatchGrid
+from ..core.interpolation import Interpolation, interpolated_dtype
 from ..core.sizes import Scale, as_scale
 from ..core.values import can_hold
 from ..errors import ModeError, NoSuchKeyError, OutputError
-from ..io.protocols import VolumeSource, VolumeSpec
+from ..io.protocols import Space, VolumeSource, VolumeSpec
 from ..models.outputs import Name, OutputRequest, OutputSpec, as_activation
 from .reductions import Function, Reduction, as_reduction
 
@@ -96,6 +97,8 @@ def result_specs(
     grid: PatchGrid,
     source: VolumeSource,
     fill: float,
+    like: Space | None = None,
+    kinds: Sequence[Interpolation] = (),
 ) -> list[ResultSpec]:
     """Say what results will be, by what is made of a single voxel.
 
@@ -106,6 +109,8 @@ def result_specs(
         grid: the patches, in the frame of the input.
         source: the input.
         fill: value of voxels that are not computed.
+        like: the grid that results are interpolated to; None for that of each output.
+        kinds: how they are interpolated, along each axis.
 
     Raises:
         OutputError: if a result cannot hold the value.
@@ -115,12 +120,13 @@ def result_specs(
     for result in results:
         output = outputs[result.output]
         with torch.no_grad():
-            reduced = result.reduction(samples[result.output][0].clone().nan_to_num_())
+            sample = samples[result.output][0].clone().nan_to_num_()
+            reduced = result.reduction(sample if like is None else sample.to(interpolated_dtype(sample.dtype, kinds)))
         if not can_hold(reduced.dtype, fill):
             raise OutputError(f"fill is {fill}, which a result of {reduced.dtype} cannot hold: choose another one")
         i, j, k = grid.scaled(output.scale).spatial_shape
         is_labels = result.reduction.is_labels or not reduced.dtype.is_floating_point
-        volume = spec_of_result(source, output.scale, (len(reduced), i, j, k), reduced.dtype, is_labels)
+        volume = spec_of_result(source, output.scale, (len(reduced), i, j, k), reduced.dtype, is_labels, like)
         # A function of the user's may write to what it is given.
         needs_copy = isinstance(result.reduction, Function) and is_shared[result.output]
         specs.append(ResultSpec(result.name, result.output, volume, needs_copy))
@@ -128,9 +134,16 @@ def result_specs(
 
 
 def spec_of_result(
-    source: VolumeSource, scale: Scale, shape: tuple[int, int, int, int], dtype: torch.dtype, is_labels: bool
+    source: VolumeSource,
+    scale: Scale,
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    is_labels: bool,
+    like: Space | None = None,
 ) -> VolumeSpec:
-    """Say what a result is as a volume: it fills the same space as the input."""
+    """Say what a result is as a volume: it fills the same space as the input, or is on a grid that is given."""
+    if like is not None:
+        return VolumeSpec((shape[0], *like.shape), dtype, like.affine, like.codes, is_labels)
     return VolumeSpec(shape, dtype, scaled(source.affine, tuple(map(float, scale))), source.codes, is_labels)
 
 

@@ -26,11 +26,10 @@ from ..runtime.kept_memory import Trimmer
 from ..runtime.limits import home_of_sums
 from ..runtime.memory import BufferPool
 from ..runtime.sharing import Share, SharedOut
+from .delivery import Delivery
 from .inputs import read_batch
 from .plan import Batch, PredictionPlan
 from .planner import open_bytes
-from .reductions import Function
-from .results import ResultSpec
 from .runner import FirstBatch, Runner
 
 __all__ = ["ThreadExecutor"]
@@ -102,6 +101,7 @@ class _Gathering:
     ) -> None:
         self.plan, self.runner, self.source, self.stores = plan, runner, source, stores
         self.warnings: list[str] = []
+        self._delivery = Delivery(plan, runner.reductions, stores)
         self._pool, self._first = pool, first
         self._slab_finished, self._progress = slab_finished, progress
         self._home = home_of_sums(runner.models.device, plan.memory.front)
@@ -163,6 +163,7 @@ class _Gathering:
                 continue
             self._sums = [self._sum(output, block) for output in range(len(plan.outputs))]
             self._room = open_bytes(plan.outputs, plan.traversals, block, plan.needed is not None)
+            self._writer.submit(self._delivery.begin, block)
             for outer in range(self._begin(first), traversal.num_outer):
                 self._gather_slab(outer, block, is_wanted=outer >= first)
         self._outputs = []
@@ -186,7 +187,7 @@ class _Gathering:
 
     def _begin(self, outer: int) -> int:
         """Say with which group of the outer axis to begin: what is finished with one began to be summed some groups earlier."""
-        return self.plan.traversal.outer.added_by(range(outer, outer + 1)).start if outer > 0 else 0
+        return self.plan.begin(outer) if outer > 0 else 0
 
     def _take(self, patch: Ints) -> list[Tensor]:
         """Give the outputs for the next patch, for which the model is run when those of the batch before have been used up."""
@@ -312,41 +313,16 @@ class _Gathering:
         """Hand over what is finished with a step."""
         for number, total in enumerate(self._sums):
             for finished in total.finish(step):
-                if is_wanted:
-                    self._writer.submit(self._deliver, number, [finished], num_bytes=finished.num_bytes)
+                if is_wanted or self.plan.maps is not None:
+                    self._writer.submit(self._deliver, number, [finished], is_wanted, num_bytes=finished.num_bytes)
                 del finished  # the writer alone holds it now
 
-    def _deliver(self, number: int, handed_over: list[FinishedTile]) -> None:
+    def _deliver(self, number: int, handed_over: list[FinishedTile], is_wanted: bool) -> None:
         """Reduce and write a tile, of which nothing is left when that is done: the writer keeps its arguments for longer."""
         finished = handed_over.pop()
-        if finished.values is not None:
+        if is_wanted and finished.values is not None:
             self._check_values(number, finished)
-        for result, spec in enumerate(self.plan.results):
-            if spec.output == number:
-                self.stores[result].write(finished.box, self._reduced(result, spec, finished))
-
-    @torch.no_grad()
-    def _reduced(self, number: int, spec: ResultSpec, finished: FinishedTile) -> Tensor:
-        shape, dtype = (spec.volume.shape[0], *finished.box.shape), spec.volume.dtype
-        if finished.values is None:
-            return torch.full(shape, self.plan.fill, dtype=dtype)
-        reduction = self.runner.reductions[number]
-        try:
-            block = reduction(finished.values.clone() if spec.needs_copy else finished.values)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            block = reduction(finished.values.cpu())
-        if tuple(block.shape) != shape or block.dtype != dtype:
-            raise OutputError(
-                f"reduce gave {block.dtype} of shape {tuple(block.shape)} for a block of shape {tuple(finished.values.shape)}; by"
-                f" what it gave for a single voxel, {dtype} of shape {shape} was expected"
-            )
-        if isinstance(reduction, Function) and block.is_floating_point() and bool(block.isnan().any()):
-            raise OutputError(f"the function that was given as reduce made NaN of a block of {self.plan.name} without any")
-        if finished.uncovered is not None:
-            block = block.masked_fill(finished.uncovered.to(block.device), self.plan.fill)
-        return block.cpu()
+        self._delivery(number, finished, is_wanted)
 
     def _check_values(self, number: int, finished: FinishedTile) -> None:
         values = finished.values

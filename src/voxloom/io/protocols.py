@@ -16,6 +16,7 @@ from ..errors import ImageError
 __all__ = [
     "MILLIMETRES",
     "Json",
+    "Space",
     "SpaceCodes",
     "VolumeSource",
     "VolumeSpec",
@@ -52,6 +53,27 @@ class SpaceCodes:
     time_unit: str = "unknown"
     time_step: float = 1.0
     """Distance between volumes of a 4-D image, in `time_unit`."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Space:
+    """A grid of voxels in the world, whatever they hold.
+
+    Example:
+        >>> import numpy as np
+        >>> Space((20, 30, 40), np.diag([1.5, 1.5, 3, 1])).fingerprint()["shape"]
+        [20, 30, 40]
+    """
+
+    shape: tuple[int, int, int]
+    """Voxels `(I, J, K)`."""
+    affine: Affine
+    """RAS+, in millimetres."""
+    codes: SpaceCodes = field(default_factory=SpaceCodes)
+
+    def fingerprint(self) -> Json:
+        """Say what tells it from others."""
+        return {"shape": list(self.shape), "affine": self.affine.tolist(), "codes": repr(self.codes)}
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,91 @@
+"""Tiles with what lies before them: a voxel between two tiles is interpolated from both."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..core.boxes import Box
+from ..core.sizes import Ints
+
+__all__ = ["ExtendedTile", "TileEdges"]
+
+
+@dataclass(frozen=True, eq=False)
+class _Face:
+    """The last voxels of a tile along an axis, one voxel deep."""
+
+    box: Box
+    values: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class ExtendedTile:
+    """A tile, and the voxels before it along each axis, as far as there are any."""
+
+    tile: Box
+    values: Tensor
+    """`(C, *tile.shape)`."""
+    faces: Mapping[int, _Face]
+    """By their axis."""
+
+    @property
+    def box(self) -> Box:
+        """All voxels that can be read."""
+        return Box(tuple(start - (axis in self.faces) for axis, start in enumerate(self.tile.start)), self.tile.stop)
+
+    def read(self, box: Box) -> Tensor:
+        """Give a box of voxels: a view of the tile, if they are in it."""
+        if box in self.tile:
+            return self.values[(slice(None), *box.relative_to(self.tile.start).slices)]
+        out = self.values.new_empty((len(self.values), *box.shape))
+        own = box & self.tile
+        out[(slice(None), *own.relative_to(box.start).slices)] = self.values[
+            (slice(None), *own.relative_to(self.tile.start).slices)
+        ]
+        for axis, face in self.faces.items():
+            if box.start[axis] < self.tile.start[axis]:
+                part = box & face.box
+                values = face.values[(slice(None), *part.relative_to(face.box.start).slices)]
+                out[(slice(None), *part.relative_to(box.start).slices)] = values
+        return out
+
+    def face(self, axis: int) -> _Face:
+        """Copy the last voxels along an axis, with what lies before them along the others."""
+        start = tuple(self.tile.stop[axis] - 1 if axis == other else first for other, first in enumerate(self.box.start))
+        box = Box(start, self.tile.stop)
+        return _Face(box, self.read(box).clone())
+
+
+class TileEdges:
+    """Keeps the last voxels of tiles for those that come behind them, which take them.
+
+    Tiles may come in any order in which each comes after those before it on every axis.
+
+    Args:
+        shape: voxels of the volume.
+        axes: those along which something between two tiles is interpolated.
+
+    Example:
+        >>> edges = TileEdges((4, 1, 1), axes=(0,))
+        >>> first = edges.extended(Box((0, 0, 0), (2, 1, 1)), torch.tensor([1.0, 2.0]).view(1, 2, 1, 1))
+        >>> second = edges.extended(Box((2, 0, 0), (4, 1, 1)), torch.tensor([3.0, 4.0]).view(1, 2, 1, 1))
+        >>> second.read(second.box).flatten().tolist()
+        [2.0, 3.0, 4.0]
+    """
+
+    def __init__(self, shape: Ints, axes: tuple[int, ...] = (0, 1, 2)) -> None:
+        self._shape, self._axes = shape, axes
+        self._kept: dict[tuple[int, Ints], _Face] = {}
+
+    @torch.no_grad()
+    def extended(self, box: Box, values: Tensor) -> ExtendedTile:
+        """Put a tile together with what lies before it, and keep what those behind it will need."""
+        found = {axis: self._kept.pop((axis, box.start), None) for axis in self._axes}
+        tile = ExtendedTile(box, values, {axis: face for axis, face in found.items() if face is not None})
+        for axis in self._axes:
+            if box.stop[axis] < self._shape[axis]:
+                behind = tuple(box.stop[axis] if axis == other else start for other, start in enumerate(box.start))
+                self._kept[axis, behind] = tile.face(axis)
+        return tile

@@ -1,0 +1,209 @@
+"""Interpolation between grids whose axes permute, flip, scale and shift: one axis after the other."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .boxes import Box
+from .interpolation import PART_VOXELS, ROUNDING, Interpolation, cut
+from .sizes import Ints
+from .walking import walk
+
+__all__ = ["AlignedMap", "AlignedPart", "AxisMap"]
+
+
+@dataclass(frozen=True, eq=False)
+class AxisMap:
+    """What the voxels along an axis of the target are interpolated from, along one axis of the source.
+
+    Example:
+        >>> axis = AxisMap.of(length=4, scale=0.5, offset=-0.25, source_length=2, kind="linear")
+        >>> axis.lower.tolist(), axis.upper.tolist(), axis.weight.tolist()
+        ([0, 0, 0, 1], [0, 1, 1, 1], [0.0, 0.25, 0.75, 0.0])
+        >>> axis.owned(1, 2)
+        range(1, 4)
+    """
+
+    lower: np.ndarray
+    """For each voxel of the target, the voxel before its centre."""
+    upper: np.ndarray
+    """The one behind it; the same where the centre lies on a voxel."""
+    weight: np.ndarray
+    """How much the one behind counts, from 0 to 1."""
+    is_inside: np.ndarray
+    """Whether the centre lies in the source."""
+
+    @classmethod
+    def of(cls, length: int, scale: float, offset: float, source_length: int, kind: Interpolation) -> "AxisMap":
+        """Map the voxels of the target `0 ... length - 1` to `scale · index + offset` in the source."""
+        places = scale * np.arange(length) + offset
+        is_inside = (places >= -0.5 - ROUNDING) & (places <= source_length - 0.5 + ROUNDING)
+        places = places.clip(0, source_length - 1)
+        if kind == "nearest":
+            # Of two that are equally near, the one behind.
+            nearest = np.floor(places + 0.5 + ROUNDING).astype(np.int64).clip(0, source_length - 1)
+            return cls(nearest, nearest, np.zeros(length), is_inside)
+        rounded = np.rint(places)
+        places = np.where(abs(places - rounded) < ROUNDING, rounded, places)
+        lower = np.floor(places).astype(np.int64)
+        return cls(lower, np.ceil(places).astype(np.int64), places - lower, is_inside)
+
+    def __len__(self) -> int:
+        return len(self.lower)
+
+    @cached_property
+    def _is_reversed(self) -> bool:
+        return bool(self.upper[0] > self.upper[-1])
+
+    def owned(self, start: int, stop: int) -> range:
+        """Voxels of the target that can be interpolated once those of the source before `stop` are there, not before `start`."""
+        upper = self.upper[::-1] if self._is_reversed else self.upper
+        first, end = np.searchsorted(upper, (start, stop)).tolist()
+        return range(len(self) - end, len(self) - first) if self._is_reversed else range(first, end)
+
+    def support(self, start: int, stop: int) -> tuple[int, int]:
+        """The voxels of the source that some of the target need, as the first and one past the last."""
+        return int(self.lower[start:stop].min()), int(self.upper[start:stop].max()) + 1
+
+    def inside(self, start: int, stop: int) -> range:
+        """Those voxels of the target from `start` to `stop` that lie in the source."""
+        found = np.flatnonzero(self.is_inside[start:stop])
+        return range(start + int(found[0]), start + int(found[-1]) + 1) if len(found) else range(start, start)
+
+    def apply(self, values: Tensor, dim: int, first: int, start: int, stop: int) -> Tensor:
+        """Interpolate along one dimension.
+
+        Args:
+            values: of the source, the first of which is voxel `first` along the dimension.
+            dim: the dimension.
+            first: see above.
+            start: first voxel of the target.
+            stop: one past the last.
+        """
+        lower, upper, weight = self.lower[start:stop], self.upper[start:stop], self.weight[start:stop]
+        if dim == values.ndim - 1 and not (_is_run(lower) and _is_run(upper)):
+            # Taking single values from rows takes ten times as long as taking rows.
+            turned = values.transpose(dim, dim - 1).contiguous()
+            return self.apply(turned, dim - 1, first, start, stop).transpose(dim, dim - 1).contiguous()
+        before = _taken(values, dim, lower - first)
+        if not weight.any():
+            return before
+        behind = _taken(values, dim, upper - first)
+        shape = [1] * values.ndim
+        shape[dim] = -1
+        factors = torch.from_numpy(weight).to(values.device, values.dtype).view(shape)
+        # One rounding each, whatever the shape is, so that bits do not depend on it; and where both are equal, so is the result.
+        difference = behind - before if _is_run(upper) else behind.sub_(before)
+        return difference.mul_(factors).add_(before)
+
+
+def _is_run(indices: np.ndarray) -> bool:
+    return bool((np.diff(indices) == 1).all())
+
+
+def _taken(values: Tensor, dim: int, indices: np.ndarray) -> Tensor:
+    """Take some voxels along a dimension: a view where they follow one another, or else a copy."""
+    if _is_run(indices):
+        return values.narrow(dim, int(indices[0]), len(indices))
+    return values.index_select(dim, torch.from_numpy(np.ascontiguousarray(indices)).to(values.device))
+
+
+@dataclass(frozen=True, eq=False)
+class AlignedMap:
+    """A map between grids whose axes permute, flip, scale and shift: each axis is interpolated on its own; see `SpaceMap`.
+
+    Args:
+        axes: for each axis of the target, what it is interpolated from.
+        order: number of the source's axis for each axis of the target.
+        shape: voxels of the source.
+    """
+
+    axes: tuple[AxisMap, AxisMap, AxisMap]
+    order: tuple[int, int, int]
+    shape: Ints
+
+    @cached_property
+    def sequence(self) -> list[int]:
+        """Axes of the target in the order in which they are interpolated: first those along which least is left."""
+        ratios = [len(axis) / self.shape[of] for axis, of in zip(self.axes, self.order, strict=True)]
+        return sorted(range(3), key=lambda axis: (ratios[axis], -self.order[axis]))
+
+    @property
+    def mixing_axes(self) -> Ints:
+        """See `SpaceMap`."""
+        return tuple(of for axis, of in zip(self.axes, self.order, strict=True) if axis.weight.any())
+
+    @cached_property
+    def _ratios(self) -> list[float]:
+        return [self.shape[of] / len(axis) for axis, of in zip(self.axes, self.order, strict=True)]
+
+    @cached_property
+    def _steps(self) -> Ints:
+        """Voxels of a part along each axis of the target."""
+        return tuple(max(1, math.floor(PART_VOXELS / max(1.0, ratio))) for ratio in self._ratios)
+
+    @property
+    def part_voxels(self) -> int:
+        """See `SpaceMap`."""
+        steps = [min(step, len(axis)) for step, axis in zip(self._steps, self.axes, strict=True)]
+        lengths = [self.shape[of] for of in self.order]
+        sizes = zip(steps, self._ratios, lengths, strict=True)
+        return math.prod(min(math.ceil(step * ratio) + 2, length) for step, ratio, length in sizes) + 3 * math.prod(steps)
+
+    def owned(self, own: Box) -> Box:
+        """Voxels of the target whose last voxels of the source lie in a box."""
+        ranges = [axis.owned(own.start[of], own.stop[of]) for axis, of in zip(self.axes, self.order, strict=True)]
+        return Box(tuple(each.start for each in ranges), tuple(each.stop for each in ranges))
+
+    def pieces(self, own: Box, most: int) -> Iterator[Box]:
+        """See `SpaceMap`."""
+        target = self.owned(own)
+        return walk(target, (1, 1, 1), most) if target.numel else iter(())
+
+    def boxes(self, piece: Box, own: Box) -> list[Box]:
+        """See `SpaceMap`."""
+        return [piece]
+
+    def parts(self, piece: Box, own: Box) -> Iterator["AlignedPart"]:
+        """See `SpaceMap`."""
+        ranges = [axis.inside(*ends) for axis, *ends in zip(self.axes, piece.start, piece.stop, strict=True)]
+        inside = Box(tuple(each.start for each in ranges), tuple(each.stop for each in ranges))
+        return (AlignedPart(self, box) for box in cut(inside, self._steps))
+
+
+@dataclass(frozen=True, eq=False)
+class AlignedPart:
+    """A box of the target; see `Part`."""
+
+    space: AlignedMap
+    box: Box
+
+    @property
+    def shape(self) -> Ints:
+        """See `Part`."""
+        return self.box.shape
+
+    @cached_property
+    def support(self) -> Box:
+        """See `Part`."""
+        ends = zip(self.space.axes, self.space.order, self.box.start, self.box.stop, strict=True)
+        of = {number: axis.support(start, stop) for axis, number, start, stop in ends}
+        return Box(tuple(of[number][0] for number in range(3)), tuple(of[number][1] for number in range(3)))
+
+    def apply(self, values: Tensor) -> Tensor:
+        """See `Part`."""
+        order = self.space.order
+        for axis in self.space.sequence:
+            of = order[axis]
+            ends = self.box.start[axis], self.box.stop[axis]
+            values = self.space.axes[axis].apply(values, 1 + of, self.support.start[of], *ends)
+        return values.permute(0, *(1 + of for of in order))
+
+    def put(self, piece: Tensor, origin: Ints, values: Tensor) -> None:
+        """See `Part`."""
+        piece[(slice(None), *self.box.relative_to(origin).slices)] = values
