@@ -37,21 +37,24 @@ class AxisMap:
     """How much the one behind counts, from 0 to 1."""
     is_inside: np.ndarray
     """Whether the centre lies in the source."""
+    places: np.ndarray
+    """Where the centre lies, at most half a voxel outside of the source."""
 
     @classmethod
     def of(cls, length: int, scale: float, offset: float, source_length: int, kind: Interpolation) -> "AxisMap":
         """Map the voxels of the target `0 ... length - 1` to `scale · index + offset` in the source."""
         places = scale * np.arange(length) + offset
         is_inside = (places >= -0.5 - ROUNDING) & (places <= source_length - 0.5 + ROUNDING)
+        near = places.clip(-0.5, source_length - 0.5)
         places = places.clip(0, source_length - 1)
         if kind == "nearest":
             # Of two that are equally near, the one behind.
             nearest = np.floor(places + 0.5 + ROUNDING).astype(np.int64).clip(0, source_length - 1)
-            return cls(nearest, nearest, np.zeros(length), is_inside)
+            return cls(nearest, nearest, np.zeros(length), is_inside, near)
         rounded = np.rint(places)
         places = np.where(abs(places - rounded) < ROUNDING, rounded, places)
         lower = np.floor(places).astype(np.int64)
-        return cls(lower, np.ceil(places).astype(np.int64), places - lower, is_inside)
+        return cls(lower, np.ceil(places).astype(np.int64), places - lower, is_inside, near)
 
     def __len__(self) -> int:
         return len(self.lower)

@@ -1,6 +1,5 @@
 """What a model is applied to, however it was given: one source of voxels, read patch by patch."""
 
-import itertools
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -9,20 +8,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.affines import as_affine
 from ..core.boxes import Box
 from ..core.grids import PatchGrid
-from ..core.sizes import Ints, as_sizes
-from ..errors import SpaceError, SubjectError
+from ..core.sizes import Ints
+from ..errors import SubjectError
 from ..io.arrays import ArraySource, affine_of
 from ..io.composed import StackedSource, read_into
-from ..io.protocols import Space, VolumeSource, is_source
+from ..io.objects import source_of
+from ..io.protocols import VolumeSource, is_source
 from ..runtime import memory
 from ..sampling.padded import PaddedSource
 from ..volumes.image import ScalarImage
 from ..volumes.subject import Subject
 
-__all__ = ["as_source", "name_of", "padded", "read_batch", "space_of"]
+__all__ = ["as_source", "name_of", "padded", "read_batch"]
 
 
 def as_source(image: Any, image_name: str | Sequence[str] | None = None) -> VolumeSource:
@@ -48,8 +47,9 @@ def as_source(image: Any, image_name: str | Sequence[str] | None = None) -> Volu
         return ScalarImage(image)
     if isinstance(image, Tensor | np.ndarray):
         return ScalarImage(image[None] if image.ndim == 3 else image, affine=affine_of(image))
-    if all(hasattr(image, name) for name in ("shape", "dtype", "__getitem__")):
-        return ArraySource(image)
+    found = source_of(image)
+    if found is not None:
+        return found
     raise SubjectError(
         f"the image is of type {type(image).__name__}: give a path, an Image, a Subject, a tensor (C, I, J, K), or an array that"
         " is read by slices"
@@ -76,43 +76,6 @@ def name_of(image: Any, source: VolumeSource) -> str:
     if source.paths:
         return ", ".join(map(str, source.paths))
     return "the array" if isinstance(image, Tensor | np.ndarray | ArraySource) or not is_source(image) else "the image"
-
-
-def space_of(like: Any, source: VolumeSource) -> Space:
-    """Give the grid that results are interpolated to.
-
-    Args:
-        like: an image or its path, or a shape `(I, J, K)` and an affine.
-        source: the input.
-
-    Raises:
-        SubjectError: if it is none of these.
-        SpaceError: if it lies beside the input.
-    """
-    if isinstance(like, str | os.PathLike):
-        like = ScalarImage(like)
-    if isinstance(like, Subject):
-        like = next(iter(like.images.values()))
-    if isinstance(like, Tensor | np.ndarray) and affine_of(like) is not None:
-        like = ScalarImage(like[None] if like.ndim == 3 else like)
-    if is_source(like):
-        space = Space(like.shape[1:], like.affine, like.codes)
-    elif isinstance(like, Sequence) and len(like) == 2:
-        i, j, k = as_sizes(like[0], 3, "the shape in like")
-        space = Space((i, j, k), as_affine(like[1], "the affine in like"), source.codes)
-    else:
-        raise SubjectError(
-            f"like is of type {type(like).__name__}: it must be an image, the name of one, or a shape (I, J, K) and an affine"
-        )
-    corners = np.array([(*corner, 1) for corner in itertools.product(*((-0.5, size - 0.5) for size in space.shape))])
-    places = corners @ (np.linalg.inv(source.affine) @ space.affine).T[:, :3]
-    ends = zip(places.min(0), places.max(0), source.shape[1:], strict=True)
-    if any(last <= -0.5 or first >= size - 0.5 for first, last, size in ends):
-        raise SpaceError(
-            f"the grid of like, {space.shape} voxels from {np.round(space.affine[:3, 3], 3).tolist()} mm, lies beside the image,"
-            f" {tuple(source.shape[1:])} voxels from {np.round(source.affine[:3, 3], 3).tolist()} mm: check both affines"
-        )
-    return space
 
 
 def padded(source: VolumeSource, domain: Box, mode: str | float) -> VolumeSource:

@@ -16,7 +16,8 @@ from ..io.spooling import spooled
 from ..models.outputs import Name
 from ..models.running import Models
 from ..runs.fingerprints import state_of_model
-from .inputs import as_source, name_of, padded, read_batch, space_of
+from ..volumes.spaces import space_of
+from .inputs import as_source, name_of, padded, read_batch
 from .masks import looks_at_input, needed_patches
 from .outlook import Outlook, Seen
 from .plan import Batch, PredictionPlan

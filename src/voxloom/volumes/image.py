@@ -17,22 +17,23 @@ from ..errors import ImageError, SubjectError, VoxloomError
 from ..io.arrays import affine_of, as_volume, values_hash
 from ..io.compression import READ_ERRORS
 from ..io.formats import save_volume
+from ..io.objects import source_of
 from ..io.protocols import Json, SpaceCodes, VolumeSource, is_source, loading_bytes, read_checked
-from ..io.spooling import is_packed, unpack
 from .constants import INTENSITY, LABEL
 from .derived import DerivedValues
 from .entries import RESERVED, ImageEntries
 from .origins import CustomReader, FileOrigin, GivenOrigin, Origin
-from .paths import PathLike, as_path
+from .paths import PathLike, as_path, is_path
 from .placed import PlacedVolume
 from .slices import as_slices
+from .viewing import Views
 
 __all__ = ["Image", "LabelMap", "ScalarImage"]
 
 TYPES = ("intensity", "label", "sampling_map")
 
 
-class Image(ImageEntries, PlacedVolume):
+class Image(ImageEntries, Views, PlacedVolume):
     """A volume `(C, I, J, K)` and the RAS+ affine that places it in the world.
 
     An image of a file is lazy: `shape`, `affine`, `spacing` and `orientation` come from the header, `data` is read when it is
@@ -40,7 +41,8 @@ class Image(ImageEntries, PlacedVolume):
 
     Args:
         path: a file, a folder that holds one DICOM series, or a list of files that become channels; or in its place the tensor,
-            or a source of voxels such as `ArraySource`.
+            a source of voxels such as `ArraySource`, an image of nibabel or SimpleITK, or an array that is read by slices, as of
+            Zarr.
         type: `"intensity"`, `"label"` or `"sampling_map"`; `ScalarImage` and `LabelMap` set it.
         tensor: tensor or array `(C, I, J, K)`, in place of a path. It is not copied.
         affine: RAS+ matrix of 4 × 4 from voxels to millimetres; by default that of the file, or what a tensor brings along, as
@@ -92,8 +94,9 @@ class Image(ImageEntries, PlacedVolume):
         self.path: Path | list[Path] | None = None
         self._affine = affine_of(tensor) if affine is None else as_affine(affine)
         self._origin: Origin | None = None
-        if is_source(path):
-            self._origin = GivenOrigin(path)
+        given = path if path is None or is_source(path) or is_path(path) else source_of(path, affine)
+        if is_source(given):
+            self._origin = GivenOrigin(given)
         elif path is not None:
             self.path = as_path(path, verify_path)
             self._origin = FileOrigin(self.paths, reader, is_placed=affine is not None)
@@ -178,8 +181,7 @@ class Image(ImageEntries, PlacedVolume):
 
     def prepare(self) -> None:
         """Make ready to be read in parts, also by workers: load what can only be read whole, so that they share it."""
-        if not self.can_be_sliced:
-            self.load()
+        self._make_sliceable()
         _ = self.affine  # kept with the header, so that no worker reads them again
 
     def read(self, box: Box) -> Tensor:
@@ -188,9 +190,15 @@ class Image(ImageEntries, PlacedVolume):
         Returns:
             Tensor `(C, *box.shape)`: a view where the data are in memory, otherwise read from the file.
         """
+        self._make_sliceable()
+        return read_checked(self._opened.source, box) if self._data is None else self._data[(slice(None), *box.slices)]
+
+    def _make_sliceable(self) -> None:
+        """Load what can only be read whole: of a view, what it is of."""
+        if not self.can_be_sliced:
+            self._opened.prepare()
         if not self.can_be_sliced:
             self.load()
-        return read_checked(self._opened.source, box) if self._data is None else self._data[(slice(None), *box.slices)]
 
     @property
     def chunks(self) -> tuple[int, int, int]:
@@ -200,7 +208,7 @@ class Image(ImageEntries, PlacedVolume):
     @property
     def resident_bytes(self) -> int:
         """Memory that is still needed because the file cannot be read in parts; see `VolumeSource`."""
-        return 0 if self.can_be_sliced else self.memory
+        return 0 if self.can_be_sliced else self._opened.source.resident_bytes
 
     @property
     def loading_bytes(self) -> int:
@@ -224,16 +232,18 @@ class Image(ImageEntries, PlacedVolume):
     @property
     def packed_bytes(self) -> int:
         """Memory that unpacking its files saves; see `Packed`."""
-        return self.memory if not self.can_be_sliced and self.paths and all(map(is_packed, self.paths)) else 0
+        return self.resident_bytes if self._origin is not None and self._origin.is_packed else 0
 
     def unpacked(self, folder: Path) -> Self:
         """Give the image of the same files, unpacked into a folder; see `Packed`."""
+        new = self.without_data()
         try:
-            paths = [unpack(path, folder) for path in self.paths]
+            new._origin = self._opened.unpacked(folder)
         except READ_ERRORS:
             self.load()  # which says what is wrong with the file
             raise
-        return type(self)(paths if isinstance(self.path, list) else paths[0], affine=self.affine)
+        new._affine = self.affine.copy()
+        return new
 
     def derived(self, key: Hashable, compute: Callable[[], Any]) -> Any:
         """Give what follows from the data, computed once and kept with the image until its data change.
@@ -329,6 +339,16 @@ class Image(ImageEntries, PlacedVolume):
         new = self.without_data()
         new._data = data
         new._affine = shifted(self.affine, index, step)
+        return new
+
+    def as_source(self) -> VolumeSource:
+        """Give the image as a source of voxels, which it is."""
+        return self
+
+    def of_source(self, source: VolumeSource) -> Self:
+        """Make an image of the same class, type and metadata whose voxels come from a source."""
+        new = self.without_data()
+        new._codes, new._origin = None, GivenOrigin(source)
         return new
 
     def without_data(self) -> Self:

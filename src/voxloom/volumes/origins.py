@@ -8,6 +8,7 @@ from ..errors import ImageFileError
 from ..io.composed import CustomFile, StackedSource
 from ..io.formats import open_volume
 from ..io.protocols import VolumeSource, VolumeSpec
+from ..io.spooling import Packed, is_packed, unpack
 
 __all__ = ["CustomReader", "FileOrigin", "GivenOrigin", "Origin"]
 
@@ -56,6 +57,22 @@ class FileOrigin:
         assert self._spec is not None
         return self._spec
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether its files need only be unpacked to be read in parts."""
+        return bool(self.paths) and all(map(is_packed, self.paths))
+
+    def unpacked(self, folder: Path) -> "FileOrigin":
+        """Unpack its files into a folder.
+
+        Raises:
+            OSError, EOFError, ValueError: if one is damaged.
+        """
+        return FileOrigin(tuple(unpack(path, folder) for path in self.paths), self._reader, self._is_placed)
+
+    def prepare(self) -> None:
+        """Files are read by whom they belong to."""
+
     def close(self) -> None:
         """Let go of the files."""
         self._source = None
@@ -71,6 +88,22 @@ class GivenOrigin:
         self.source = source
         self.paths = source.paths
         self.spec = VolumeSpec(source.shape, source.dtype, source.affine, source.codes)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether it need only be unpacked to be read in parts."""
+        return isinstance(self.source, Packed) and self.source.packed_bytes > 0
+
+    def unpacked(self, folder: Path) -> "GivenOrigin":
+        """Unpack its files into a folder."""
+        assert isinstance(self.source, Packed)
+        return GivenOrigin(self.source.unpacked(folder))
+
+    def prepare(self) -> None:
+        """Let the source load what can only be read whole, if it keeps that."""
+        prepare = getattr(self.source, "prepare", None)
+        if prepare is not None:
+            prepare()
 
     def close(self) -> None:
         """It is the giver's."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import ImageNotFoundError, SubjectError
 
-__all__ = ["PathLike", "as_path"]
+__all__ = ["PathLike", "as_path", "is_path"]
 
 PathLike = str | os.PathLike[str]
 
@@ -24,6 +24,11 @@ def as_path(path: Any, verify: bool) -> Path | list[Path]:
             raise SubjectError("an image was given an empty list of paths")
         return [_one_path(item, verify) for item in path]
     return _one_path(path, verify)
+
+
+def is_path(thing: Any) -> bool:
+    """Whether something is given as a path or several: what is neither an array nor an image."""
+    return isinstance(thing, str | os.PathLike | Sequence)
 
 
 def _one_path(path: Any, verify: bool) -> Path:
