@@ -119,6 +119,7 @@ def test_public_names():
         "STEM",
         "TYPE",
         "ArraySource",
+        "Gaussian",
         "GridAggregator",
         "GridSampler",
         "Image",

@@ -1040,6 +1040,34 @@ def test_results_on_another_grid(here, run):
     assert "result:  9 × 8 × 7 voxels" in plan.out
 
 
+def test_how_patches_lie_on_the_command_line(here, run):
+    command = ["predict", "mymodels:two_channels", "scans/a.nii.gz", "--dtype", "float32"]
+    run(
+        *command,
+        "-o",
+        "e.nii",
+        "--patch-size",
+        "8,-1,8",
+        "--patch-spacing",
+        "even",
+        "--overlap",
+        0.3,
+        "--mode",
+        "gaussian:0.2,0.3,0.4",
+    )
+    made = vx.ScalarImage("e.nii")
+    assert made.data.shape[0] == 2
+    image = vx.ScalarImage("scans/a.nii.gz").data.float()
+    torch.testing.assert_close(made.data[0], image[0])
+    for options, text in (
+        (["--mode", "hann:0.2"], "only gaussian has a width"),
+        (["--mode", "gaussian:wide"], "give a number"),
+        (["--mode", "gaussian:-1"], "width of a Gaussian"),
+        (["--patch-spacing", "odd"], "patch_spacing is 'odd'"),
+    ):
+        assert text in run(*command, "-o", "f.nii", "--patch-size", 8, *options, code=1).err
+
+
 def test_a_run_of_the_command_equals_the_call(here, run):
     exported("model.pt2")
     run("predict", "model.pt2", "scans/a.nii.gz", "-o", "out.nii.gz", "--labels")

@@ -36,7 +36,7 @@ def test_examples_in_the_readme(tmp_path, monkeypatch):
     phantom.t1.save("brain.nii.gz")
     namespace = {}
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    assert len(blocks) == 7
+    assert len(blocks) == 8
     for block in blocks:
         exec(block, namespace)
     assert vx.LabelMap("labels.nii.gz").data.unique().tolist() == [0, 1]

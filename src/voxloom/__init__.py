@@ -4,6 +4,7 @@ from . import data, datasets, errors, inference, loader
 from ._version import __version__
 from .core.grids import PatchGrid
 from .core.locations import PatchLocation
+from .core.windows import Gaussian
 from .inference import GridAggregator, PatchAggregator, PredictionPlan, Predictor, Regions, plan, predict
 from .io.arrays import ArraySource
 from .io.dicom import stored_dicom
@@ -31,6 +32,7 @@ __all__ = [
     "STEM",
     "TYPE",
     "ArraySource",
+    "Gaussian",
     "GridAggregator",
     "GridSampler",
     "Image",

@@ -1,15 +1,20 @@
+import itertools
 import re
 import time
+import warnings
 from fractions import Fraction
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from voxloom.core.blending import AxisWeights
 from voxloom.core.boxes import Box
 from voxloom.core.grids import AxisGrid, PatchGrid
 from voxloom.core.locations import PatchLocation
-from voxloom.errors import LocationError, ScaleError, SizeError
+from voxloom.core.windows import WINDOWS
+from voxloom.errors import LocationError, ModeError, ScaleError, SizeError
 
 from strategies import geometries
 
@@ -131,7 +136,7 @@ def test_misaligned_starts_are_named_together_with_an_overlap_that_would_do():
         PatchGrid.cover((64 + 56 * 2, 64, 64), 64, 10).scaled((Fraction(1, 4),) * 3)
 
 
-@pytest.mark.parametrize("value", [0, -1, 1.5, 64.0, True, "8", None, (4, 4), (4, 4, 4, 4), (4, True, 4)])
+@pytest.mark.parametrize("value", [0, -2, 1.5, 64.0, True, "8", None, (4, 4), (4, 4, 4, 4), (4, True, 4)])
 def test_sizes_that_are_none_are_refused_by_name(value):
     with pytest.raises(SizeError, match="patch_size"):
         PatchGrid.cover((16, 16, 16), value)
@@ -153,9 +158,7 @@ def test_rows_that_are_no_locations_are_refused(row):
         PatchLocation((1, 2, 3), 8)
 
 
-@pytest.mark.parametrize(
-    ("overlap", "rule"), [(-2, "at least 0"), (3, "even"), (8, "smaller than"), (10, "smaller than"), (1.0, "whole")]
-)
+@pytest.mark.parametrize(("overlap", "rule"), [(-2, "at least 0"), (8, "smaller than"), (10, "smaller than"), (1.0, "whole")])
 def test_overlaps_that_cannot_be_are_refused_with_the_rule(overlap, rule):
     with pytest.raises(SizeError, match=f"patch_overlap.*{rule}"):
         PatchGrid.cover((16, 16, 16), 8, overlap)
@@ -168,3 +171,79 @@ def test_locations_scale_exactly_or_not_at_all():
     with pytest.raises(ScaleError, match="voxel 10 on axis I"):
         location.scaled(Fraction(1, 4))
     assert PatchLocation.from_row(location.tolist()).box == location.box
+
+
+@given(st.integers(1, 90), st.integers(1, 40), st.sampled_from([0.5, 0.2, 0.75, 0.99, 1 / 3]))
+def test_even_starts_are_those_of_nnunet(length, patch, overlap):
+    """As their method is described: as many as are needed, as far apart as these allow, and rounded."""
+    patch = min(patch, length)
+    (axis,) = PatchGrid.cover((length,), (patch,), overlap, patch_spacing="even").axes
+    step = patch * (1 - overlap)
+    if step >= 1:
+        count = int(np.ceil((length - patch) / step)) + 1
+        exact = (length - patch) / (count - 1) if count > 1 else 0
+        assert list(axis) == [int(np.round(exact * number)) for number in range(count)]
+    gaps = np.diff(list(axis))
+    assert len(gaps) == 0 or (gaps.max() - gaps.min() <= 1 and gaps.min() >= 1)
+    assert (axis[0], axis[len(axis) - 1]) == (0, length - patch)
+
+
+@st.composite
+def grids(draw):
+    """Grids of one axis with any overlap, odd, even or a fraction, and either spacing."""
+    length, patch = draw(st.integers(1, 40)), draw(st.integers(1, 20))
+    padded = draw(st.booleans()) or patch > length
+    share = draw(st.one_of(st.integers(0, patch - 1), st.sampled_from([0.25, 0.5, 0.6, 0.9])))
+    if padded and isinstance(share, int):
+        share -= share % 2
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
+        return PatchGrid.cover((length,), (patch,), share, padded=padded, patch_spacing=draw(st.sampled_from(["fixed", "even"])))
+
+
+@given(grids())
+def test_what_is_asked_of_a_grid_is_true_of_its_list(grid):
+    (axis,) = grid.axes
+    starts = list(axis)
+    assert starts == sorted(set(starts))
+    assert starts[0] <= 0
+    assert starts[-1] + axis.patch >= grid.spatial_shape[0]
+    assert all(later - earlier <= axis.patch for earlier, later in itertools.pairwise(starts))
+    for voxel in range(axis.start - 2, axis.stop + 2):
+        assert axis.find(voxel) == (starts.index(voxel) if voxel in starts else None)
+        for end in (voxel + 1, voxel + 5):
+            assert list(axis.touching(voxel, end)) == [
+                number for number, start in enumerate(starts) if start < end and start + axis.patch > voxel
+            ]
+    for window in (None, *WINDOWS.values()):
+        weights = AxisWeights(axis, window)
+        total = np.zeros(axis.stop - axis.start)
+        for number, start in enumerate(starts):
+            first, last = (start, start + axis.patch) if window else weights.core(number)
+            total[first - axis.start : last - axis.start] += weights.of(number).numpy() if window else 1
+        assert np.allclose(total, 1)
+
+
+def test_even_grids_scale_exactly_or_not_at_all():
+    grid = PatchGrid.cover((20, 8, 8), 8, 0.5, patch_spacing="even")
+    assert [list(axis) for axis in grid.scaled((2, 1, 1)).axes] == [[0, 8, 16, 24], [0], [0]]
+    with pytest.raises(ScaleError, match="multiples of 8"):
+        PatchGrid.cover((22, 8, 8), 8, 0.5, patch_spacing="even").scaled((Fraction(1, 8), 1, 1))
+    assert PatchGrid.cover((22, 8, 8), 8, 0.5, patch_spacing="even") != PatchGrid.cover((22, 8, 8), 8, 0.5)
+
+
+def test_a_size_of_minus_one_is_all_of_an_axis():
+    grid = PatchGrid.cover((30, 70, 200), (-1, -1, 64), (0.5, 3, 32))
+    assert grid.patch_size == (30, 70, 64)
+    assert grid.counts == (1, 1, 6)
+
+
+@pytest.mark.parametrize("value", ["odd", None, 1])
+def test_spacings_that_are_none(value):
+    with pytest.raises(ModeError, match="patch_spacing"):
+        PatchGrid.cover((8, 8, 8), 4, patch_spacing=value)
+
+
+def test_only_padding_needs_even_overlaps():
+    assert PatchGrid.cover((20,), (8,), 3).axes[0].stride == 5
+    with pytest.raises(SizeError, match="must be even where the volume is padded.*use 2 or 4"):
+        PatchGrid.cover((20,), (8,), 3, padded=True)

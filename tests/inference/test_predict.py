@@ -212,13 +212,11 @@ def test_results_are_made_of_outputs_by_their_names():
 
 
 @pytest.mark.parametrize(
-    ("overlap", "expected"), [(0.5, 48), (0.29, 26), (0.0, 0), (0.99, 94), (10, 10), ((0.5, 10, 0.25), (48, 10, 24))]
+    ("overlap", "expected"), [(0.5, 48), (0.29, 68), (0.0, 96), (0.99, 1), (10, 86), (11, 85), ((0.5, 10, 0.25), (48, 86, 72))]
 )
-def test_an_overlap_is_voxels_or_a_fraction_rounded_down_to_even(overlap, expected):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that fractions are rounded
-        predictor = vx.Predictor(nn.Identity(), 96, overlap)
-    assert predictor.settings.patch_overlap == (expected if isinstance(expected, tuple) else (expected,) * 3)
+def test_an_overlap_is_voxels_or_a_fraction_by_which_patches_are_apart(overlap, expected):
+    plan = vx.plan(nn.Identity(), torch.zeros(1, 300, 300, 300), 96, overlap)
+    assert tuple(axis.stride for axis in plan.grid.axes) == (expected if isinstance(expected, tuple) else (expected,) * 3)
 
 
 # What runs, and how
@@ -326,13 +324,12 @@ def test_a_model_that_returns_its_input_gives_back_every_bit_of_it(dtype):
     assert torch.equal(result.data, data)
 
 
-def test_a_fraction_that_is_rounded_says_so():
-    for fraction, size, message in ((0.25, 4, "is 0.25 of 4 voxels on axis I, which is 1: an overlap is even, so that it is 0"),):
-        with pytest.warns(RuntimeWarning, match=message):
-            vx.Predictor(nn.Identity(), (size, 8, 8), fraction)
-    with pytest.warns(RuntimeWarning, match="0.3 of 10 .* which is 3: .* it is 2"):
-        vx.Predictor(nn.Identity(), 10, 0.3)
-    vx.Predictor(nn.Identity(), (8, 16, 96), 0.25)
+def test_a_fraction_of_a_padded_volume_is_rounded_and_says_so():
+    data = torch.rand(1, 20, 20, 20)
+    with pytest.warns(RuntimeWarning, match="0.3 of 10 voxels on axis I, which is 3: .* it is 2"):
+        plan = vx.plan(nn.Identity(), data, (10, 8, 8), (0.3, 2, 2), padding_mode="edge")
+    assert plan.grid.axes[0].stride == 8
+    assert vx.plan(nn.Identity(), data, 10, 0.3).grid.axes[0].stride == 7
 
 
 def test_mixed_precision_is_summed_in_float32():
@@ -654,7 +651,7 @@ def test_infinity_is_a_warning():
     ("options", "message"),
     [
         ({"patch_overlap": 1.0}, "patch_overlap is 1.0"),
-        ({"patch_overlap": 3}, "must be even"),
+        ({"patch_overlap": 3, "padding_mode": 0}, "must be even"),
         ({"patch_overlap": (0.5, 0.5)}, "give one number for all axes"),
         ({"overlap_mode": "blend"}, "Overlap mode must be one of"),
         ({"activation": "tanh"}, "activation is 'tanh'"),

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..core.boxes import Box
 from ..core.grids import PatchGrid
 from ..core.locations import PatchLocation
-from ..core.sizes import Ints, Scale, as_overlap, as_scale, as_shape, as_sizes
+from ..core.sizes import Ints, Scale, as_overlap, as_scale, as_shape, as_shares, as_sizes
 from ..core.values import as_number, is_finite
 from ..core.windows import OverlapMode, resolve_window
 from ..errors import IncompleteError, LocationError, NoSuchKeyError, OutputError, ScaleError, SubjectError
@@ -226,7 +226,7 @@ class PatchAggregator(_Aggregator):
         self,
         spatial_shape: Sequence[int],
         overlap_mode: OverlapMode = "crop",
-        patch_overlap: int | Sequence[int] = 0,
+        patch_overlap: float | Sequence[float] = 0,
         output_shape: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
         *,
         padded: bool | None = None,
@@ -235,9 +235,7 @@ class PatchAggregator(_Aggregator):
     ) -> None:
         shape = as_shape(spatial_shape, "spatial_shape")
         super().__init__(shape, overlap_mode, device, fill)
-        overlap = as_sizes(patch_overlap, len(shape), "patch_overlap", minimum=0)
-        # Against a patch that is large enough; against the real one when it is known.
-        self.patch_overlap = as_overlap(overlap, tuple(value + 2 for value in overlap))
+        self.patch_overlap = as_shares(patch_overlap, len(shape))
         self.padded = padded
         self.output_shape: Ints | dict[str, Ints]
         if isinstance(output_shape, Mapping):
@@ -252,13 +250,15 @@ class PatchAggregator(_Aggregator):
         if self._grid is not None:
             return self._grid
         size = locations[0].size if locations else self.spatial_shape
-        overlap = as_overlap(self.patch_overlap, size)
+        overlap = as_overlap(self.patch_overlap, size, is_even=self.padded is True)
+        if self.padded is False or any(each % 2 for each in overlap):  # odd ones are never of a padded volume
+            return PatchGrid.cover(self.spatial_shape, size, overlap)
         padded = PatchGrid.cover(self.spatial_shape, size, overlap, padded=True)
         if self.padded is None and not any(map(int.__gt__, size, self.spatial_shape)):
             plain = PatchGrid.cover(self.spatial_shape, size, overlap)
             on_plain, on_padded = (sum(location in grid for location in locations) for grid in (plain, padded))
             return padded if on_padded > on_plain else plain
-        return PatchGrid.cover(self.spatial_shape, size, overlap) if self.padded is False else padded
+        return padded
 
     def _settle(self, grid: PatchGrid) -> None:
         self._grid = grid

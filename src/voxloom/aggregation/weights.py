@@ -10,7 +10,7 @@ from ..core.boxes import Box
 from ..core.grids import PatchGrid
 from ..core.locations import PatchLocation
 from ..core.sizes import Ints
-from ..core.windows import Window
+from ..core.windows import Window, for_axis
 from ..runtime import memory
 
 __all__ = ["KEPT_WEIGHTS", "PatchWeights"]
@@ -31,7 +31,7 @@ class PatchWeights:
 
     def __init__(self, grid: PatchGrid, window: Window, dtype: torch.dtype, device: torch.device) -> None:
         self._grid, self._window = grid, window
-        self._axes = [AxisWeights(axis, window) for axis in grid.axes]
+        self._axes = [AxisWeights(axis, for_axis(window, number)) for number, axis in enumerate(grid.axes)]
         self._dtype, self._device = dtype, device
         self._vectors: dict[tuple[int, int], tuple[int, Tensor]] = {}
         self._distinct: dict[tuple[int, bytes], int] = {}
@@ -58,7 +58,9 @@ class PatchWeights:
         if self._window_sums is None:
             self._window_sums = [axis.window_sum()[-axis.grid.start :] for axis in self._axes]
         local = box.relative_to(location.index).slices
-        windows = [self._window(size)[part] for size, part in zip(location.size, local, strict=True)]
+        windows = [
+            for_axis(self._window, axis)(size)[part] for axis, (size, part) in enumerate(zip(location.size, local, strict=True))
+        ]
         sums = zip(windows, self._window_sums, box.slices, strict=True)
         return self._product([window / total[part] for window, total, part in sums])
 

@@ -12,7 +12,9 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 import torch
 import typer
 
+from ..core.grids import check_patch_spacing
 from ..core.sizes import pretty_sizes
+from ..core.windows import Gaussian, OverlapMode
 from ..errors import ModeError, SizeError
 from ..inference import Predictor
 from ..models.loading import LoadedModel, load_model
@@ -44,11 +46,15 @@ class ModelOptions:
     ]
     weights: Annotated[Path | None, typer.Option(help="Weights for a factory: .safetensors, or a checkpoint.")] = None
     allow_pickle: AllowPickle = False
-    patch_size: Annotated[str | None, typer.Option(help="Voxels of a patch: a number, or three such as 160,160,64.")] = None
-    overlap: Annotated[str, typer.Option(help="What neighbours share: a fraction of the patch, or an even number of voxels.")] = (
-        "0.5"
-    )
-    mode: Annotated[str, typer.Option(help="crop, average, hann or gaussian.")] = "gaussian"
+    patch_size: Annotated[
+        str | None, typer.Option(help="Voxels of a patch: a number, or three such as 160,160,64; -1 is all of an axis.")
+    ] = None
+    overlap: Annotated[str, typer.Option(help="What neighbours share: a fraction of the patch, or a number of voxels.")] = "0.5"
+    mode: Annotated[
+        str,
+        typer.Option(help="crop, average, hann or gaussian, or gaussian:0.25 for a standard deviation of that part of a patch."),
+    ] = "gaussian"
+    patch_spacing: Annotated[str, typer.Option(help="fixed, or even to spread the patches evenly, as nnU-Net does.")] = "fixed"
     labels: Annotated[bool, typer.Option("--labels", help="Write the number of the largest channel, not all channels.")] = False
     threshold: Annotated[float | None, typer.Option(help="Write 1 where a channel is larger, else 0.")] = None
     channels: Annotated[str | None, typer.Option(help="Write these channels alone, such as 0,2.")] = None
@@ -93,7 +99,8 @@ class ModelOptions:
             loaded.model,
             size,
             overlaps[0] if len(overlaps) == 1 else overlaps,
-            self.mode,
+            _as_mode(self.mode),
+            patch_spacing=check_patch_spacing(self.patch_spacing),
             batch_size=number,
             device=self.device,
             amp=self.amp,
@@ -104,7 +111,7 @@ class ModelOptions:
             interpolation=self.interpolation.split(",") if "," in self.interpolation else self.interpolation,
             mirror_axes=_numbers(self.mirror, int, "mirror") or (),
             memory_limit=self.memory_limit,
-            full_batches=loaded.takes_full_batches(size),
+            full_batches=-1 not in size and loaded.takes_full_batches(size),
             model_name=loaded.name,
         )
         return predictor, loaded
@@ -129,8 +136,9 @@ class ModelOptions:
         if len(size) < len(fixed):
             own = "has none of its own" if set(fixed) == {None} else f"was exported for {pretty_sizes(fixed)}"
             raise SizeError(f"the patch size is missing, and the model {own}: give --patch-size, such as --patch-size 128")
-        number = loaded.least_batch_size(size) if self.batch_size is None else self.batch_size
-        loaded.check_sizes(number, size)
+        number = loaded.least_batch_size(None if -1 in size else size) if self.batch_size is None else self.batch_size
+        if -1 not in size:
+            loaded.check_sizes(number, size)
         return size, number
 
 
@@ -168,6 +176,16 @@ def _numbers(text: str | None, convert: Callable[[str], Number], name: str) -> l
         return [convert(part.strip()) for part in text.split(",")]
     except ValueError as error:
         raise SizeError(f"--{name} is {text!r}: give a number, or several with commas between them") from error
+
+
+def _as_mode(text: str) -> OverlapMode:
+    name, colon, width = text.partition(":")
+    if not colon:
+        return text
+    widths = _numbers(width, float, "mode") or []
+    if name != "gaussian":
+        raise ModeError(f"--mode is {text!r}: only gaussian has a width")
+    return Gaussian(widths)
 
 
 def _number_or_text(text: str | None) -> str | float | None:

@@ -1,19 +1,33 @@
 """Regular grids of patches that cover a volume, computed rather than listed."""
 
+import bisect
 import itertools
 import math
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, overload
+from typing import Any, Literal, overload
 
-from ..errors import LocationError, NoSuchIndexError, ScaleError, SizeError
+from ..errors import LocationError, ModeError, NoSuchIndexError, ScaleError, SizeError
 from .boxes import Box
 from .locations import PatchLocation
-from .sizes import Ints, Scale, as_overlap, as_shape, as_sizes, axis_name
+from .sizes import Ints, Scale, as_overlap, as_patch_size, as_shape, as_shares, axis_name, filled_in
 
-__all__ = ["AxisGrid", "PatchGrid"]
+__all__ = ["AxisGrid", "EvenAxisGrid", "PatchGrid", "PatchSpacing", "check_patch_spacing"]
+
+PatchSpacing = Literal["fixed", "even"]
+
+
+def check_patch_spacing(given: object) -> PatchSpacing:
+    """Check how patches are spaced.
+
+    Raises:
+        ModeError: if there is no such way.
+    """
+    if given == "fixed" or given == "even":
+        return given
+    raise ModeError(f"patch_spacing is {given!r}: it must be 'fixed' or 'even'")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +82,10 @@ class AxisGrid:
         # The last patch does not keep to the stride: it reaches back further than its number tells.
         return range(min(first, len(self) - 1), end + 1 if self.last < stop else end)
 
+    def to_json(self) -> list[int]:
+        """Give the numbers that it is made of."""
+        return [self.start, self.stop, self.patch, self.stride]
+
     def scaled(self, factor: Fraction) -> "AxisGrid":
         """Express the grid on an axis that is `factor` times as long.
 
@@ -83,6 +101,73 @@ class AxisGrid:
             raise ScaleError(f"a patch of {self.patch} voxels")
         wrong = next((start for start in self if (start * factor).denominator != 1), self.stop)
         raise ScaleError(f"the patch that begins at voxel {wrong}")
+
+
+@dataclass(frozen=True, slots=True)
+class EvenAxisGrid(AxisGrid):
+    """The starts of patches that are spread as evenly as whole voxels allow.
+
+    Example:
+        >>> list(EvenAxisGrid.spread(start=0, stop=10, patch=4, step=2.5))
+        [0, 2, 4, 6]
+    """
+
+    starts: tuple[int, ...]
+    """All of them."""
+
+    @classmethod
+    def spread(cls, start: int, stop: int, patch: int, step: float) -> "EvenAxisGrid":
+        """Spread patches over an axis, as many as are needed for them to be no more than `step` voxels apart before rounding.
+
+        Args:
+            start: first voxel that is covered.
+            stop: one past the last.
+            patch: voxels per patch.
+            step: voxels from one start to the next at most; it need not be whole.
+        """
+        room = stop - start - patch
+        intervals = min(room, math.ceil(room / step))
+        exact = room / intervals if intervals else 0
+        starts = tuple(start + round(exact * number) for number in range(intervals + 1))
+        return cls(start, stop, patch, max(1, math.ceil(exact)), starts)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, number: int) -> int:
+        """First voxel of a patch."""
+        return self.starts[number]
+
+    def find(self, start: int) -> int | None:
+        """Number of the patch that begins at a voxel, or None where none does."""
+        number = bisect.bisect_left(self.starts, start)
+        return number if number < len(self.starts) and self.starts[number] == start else None
+
+    def touching(self, start: int, stop: int) -> range:
+        """Numbers of the patches that hold a voxel of `[start, stop)`."""
+        if stop <= max(start, self.start) or start >= self.stop:
+            return range(0)
+        return range(bisect.bisect_right(self.starts, start - self.patch), bisect.bisect_left(self.starts, stop))
+
+    def to_json(self) -> list[int]:
+        """Give the numbers that it is made of."""
+        return [self.start, self.stop, self.patch, self.stride, *self.starts]
+
+    def scaled(self, factor: Fraction) -> "EvenAxisGrid":
+        """Express the grid on an axis that is `factor` times as long.
+
+        Raises:
+            ScaleError: if a start or size would not be whole; says which.
+        """
+        if (self.patch * factor).denominator != 1:
+            raise ScaleError(f"a patch of {self.patch} voxels")
+        for voxel in (*self.starts, self.stop):
+            if (voxel * factor).denominator != 1:
+                raise ScaleError(f"the patch that begins at voxel {voxel}")
+        start, stop, patch = (int(value * factor) for value in (self.start, self.stop, self.patch))
+        return EvenAxisGrid(
+            start, stop, patch, max(1, math.ceil(self.stride * factor)), tuple(int(each * factor) for each in self.starts)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,28 +196,36 @@ class PatchGrid(Sequence[PatchLocation]):
         cls,
         spatial_shape: Sequence[int],
         patch_size: int | Sequence[int],
-        patch_overlap: int | Sequence[int] = 0,
+        patch_overlap: float | Sequence[float] = 0,
         *,
         padded: bool = False,
+        patch_spacing: PatchSpacing = "fixed",
     ) -> "PatchGrid":
         """Cover a volume with patches.
 
         Args:
             spatial_shape: voxels along each axis.
-            patch_size: voxels of a patch along each axis.
-            patch_overlap: even number of voxels that neighbours share on each axis.
+            patch_size: voxels of a patch along each axis; -1 is all of an axis.
+            patch_overlap: voxels that neighbours share on each axis, or the fraction of a patch: a float below 1, with which
+                they are `patch · (1 - fraction)` voxels apart, rounded down. Even, if the grid is padded.
             padded: let the grid begin half an overlap before the volume and end half an overlap behind it; an axis
                 that is still shorter than a patch is padded on both sides until the patch fits.
+            patch_spacing: `"fixed"` lets the last patch on each axis overlap its neighbour by more than the others do; `"even"`
+                spreads as many patches evenly, as nnU-Net does.
 
         Raises:
             SizeError: if a size or overlap cannot be used, or a patch does not fit and the grid is not padded.
         """
         shape = as_shape(spatial_shape, "spatial_shape")
         ndim = len(shape)
-        size = as_sizes(patch_size, ndim, "patch_size")
-        overlap = as_overlap(patch_overlap, size)
-        axes = []
-        for axis, (length, patch, shared) in enumerate(zip(shape, size, overlap, strict=True)):
+        check_patch_spacing(patch_spacing)
+        asked = as_patch_size(patch_size, ndim)
+        size = filled_in(asked, shape)
+        given = as_shares(patch_overlap, ndim)
+        shares = tuple(0 if each == -1 else share for each, share in zip(asked, given, strict=True))
+        overlap = as_overlap(shares, size, is_even=padded)
+        axes: list[AxisGrid] = []
+        for axis, (length, patch, shared, share) in enumerate(zip(shape, size, overlap, shares, strict=True)):
             if patch > length and not padded:
                 raise SizeError(
                     f"the patch size is {patch} on {axis_name(axis, ndim)}, but the volume has only {length} voxels there:"
@@ -141,7 +234,11 @@ class PatchGrid(Sequence[PatchLocation]):
             missing = max(0, patch - length - shared) if padded else 0
             before = shared // 2 + missing // 2 if padded else 0
             after = shared // 2 + missing - missing // 2 if padded else 0
-            axes.append(AxisGrid(-before, length + after, patch, patch - shared))
+            if patch_spacing == "even":
+                step = patch * (1 - share) if isinstance(share, float) else patch - share
+                axes.append(EvenAxisGrid.spread(-before, length + after, patch, step))
+            else:
+                axes.append(AxisGrid(-before, length + after, patch, patch - shared))
         return cls(tuple(axes), shape, padded)
 
     @property
@@ -207,18 +304,18 @@ class PatchGrid(Sequence[PatchLocation]):
 
     def location(self, numbers: Ints) -> PatchLocation:
         """Location of the patch that has these numbers on the axes."""
-        return PatchLocation(tuple(map(AxisGrid.__getitem__, self.axes, numbers)), self.patch_size)
+        return PatchLocation(tuple([axis[number] for axis, number in zip(self.axes, numbers, strict=True)]), self.patch_size)
 
     def find(self, location: PatchLocation) -> Ints | None:
         """Numbers of the patch at a location, or None where the location is not one of the grid's."""
         if location.size != self.patch_size:
             return None
-        numbers = tuple(map(AxisGrid.find, self.axes, location.index))
+        numbers = tuple(axis.find(start) for axis, start in zip(self.axes, location.index, strict=True))
         return numbers if None not in numbers else None  # type: ignore[return-value]
 
     def touching(self, box: Box) -> Iterator[int]:
         """Indices of the patches that hold a voxel of a box, in the order of the grid."""
-        ranges = map(AxisGrid.touching, self.axes, box.start, box.stop)
+        ranges = (axis.touching(*ends) for axis, *ends in zip(self.axes, box.start, box.stop, strict=True))
         return map(self.ravel, itertools.product(*ranges))
 
     def scaled(self, scale: Scale) -> "PatchGrid":
@@ -254,7 +351,8 @@ class PatchGrid(Sequence[PatchLocation]):
             return not any((value * factor).denominator != 1 for value in values)
 
         now = patch - stride
-        overlaps = [overlap for overlap in range(0, patch, 2) if is_aligned(length, overlap)]
+        step_of_overlaps = 2 if self.padded else 1
+        overlaps = [overlap for overlap in range(0, patch, step_of_overlaps) if is_aligned(length, overlap)]
         if overlaps:
             return f"An overlap of {min(overlaps, key=lambda overlap: (abs(overlap - now), -overlap))} would align them"
         enough = math.ceil(length / step) * step

@@ -1,5 +1,6 @@
 """Checks of sizes, overlaps and scales as users write them: one number for all axes, or one for each."""
 
+import math
 import operator
 import warnings
 from collections.abc import Iterable, Sequence
@@ -14,11 +15,14 @@ __all__ = [
     "Scale",
     "as_int",
     "as_overlap",
+    "as_patch_size",
     "as_scale",
     "as_shape",
+    "as_shares",
     "as_sizes",
     "axis_name",
-    "overlap_of",
+    "checked_overlap",
+    "filled_in",
     "pretty_bytes",
     "pretty_sizes",
 ]
@@ -105,58 +109,113 @@ def as_shape(value: Any, name: str) -> Ints:
     return as_sizes(value, len(value), name)
 
 
-def as_overlap(value: Any, patch_size: Ints, name: str = "patch_overlap") -> Ints:
-    """Check an overlap: even, not negative and smaller than the patch, on every axis.
+def as_patch_size(value: Any, ndim: int) -> Ints:
+    """Make the voxels of a patch along each axis; -1 is all of an axis.
+
+    Raises:
+        SizeError: if there are more or fewer than `ndim` numbers, or one of them is not allowed.
+    """
+    if hasattr(value, "tolist") and getattr(value, "ndim", 0) == 1:
+        value = value.tolist()
+    values = value if isinstance(value, Sequence) and not isinstance(value, str | bytes) else [value] * ndim
+    is_whole = [isinstance(each, int) and each == -1 for each in values]
+    sizes = as_sizes([1 if whole else each for each, whole in zip(values, is_whole, strict=True)], ndim, "patch_size")
+    return tuple(-1 if whole else size for size, whole in zip(sizes, is_whole, strict=True))
+
+
+def filled_in(patch_size: Ints, shape: Sequence[int]) -> Ints:
+    """Put the voxels of a volume in place of -1.
+
+    Example:
+        >>> filled_in((-1, 64, 64), (30, 200, 200))
+        (30, 64, 64)
+    """
+    return tuple(length if size == -1 else size for size, length in zip(patch_size, shape, strict=True))
+
+
+def as_overlap(value: Any, patch_size: Ints, *, is_even: bool = False) -> Ints:
+    """Make the voxels that neighbours share on each axis of voxels, or of fractions of the patch.
+
+    A fraction makes the patches `patch · (1 - fraction)` voxels apart, rounded down, and at least one, as MONAI has it.
+
+    Args:
+        value: one number or one for each axis: an int, or a float below 1.
+        patch_size: voxels of a patch.
+        is_even: whether overlaps must be even, since half of each lies before the volume. Fractions are then rounded down, with a
+            warning.
 
     Raises:
         SizeError: names the axis, the value and the nearest overlap that would do.
     """
-    overlap = as_sizes(value, len(patch_size), name, minimum=0)
-    for axis, (amount, patch) in enumerate(zip(overlap, patch_size, strict=True)):
+    overlaps = []
+    for axis, (amount, patch) in enumerate(zip(as_shares(value, len(patch_size)), patch_size, strict=True)):
         where = axis_name(axis, len(patch_size))
-        if amount >= patch:
-            largest = (patch - 1) // 2 * 2
-            raise SizeError(
-                f"{name} is {amount} on {where}, but must be smaller than the patch size, {patch}; the largest is {largest}"
-            )
-        if amount % 2:
-            raise SizeError(
-                f"{name} is {amount} on {where}, but must be even, because half of it belongs to each neighbour;"
-                f" use {amount - 1}" + (f" or {amount + 1}" if amount + 1 < patch else "")
-            )
-    return overlap
-
-
-def overlap_of(value: Any, patch_size: Ints) -> Ints:
-    """Make an even number of voxels for each axis out of voxels or fractions of the patch, which are rounded down to even.
-
-    A warning says so where that is not the fraction that was asked for.
-
-    Raises:
-        SizeError: if a fraction is not below 1, or a number of voxels cannot be used.
-    """
-    value = value.tolist() if hasattr(value, "tolist") else value
-    values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value] * len(patch_size)
-    if len(values) != len(patch_size):
-        raise SizeError(f"patch_overlap is {tuple(values)}: give one number for all axes, or {len(patch_size)}, one for each")
-    voxels = []
-    for axis, (part, patch) in enumerate(zip(values, patch_size, strict=True)):
-        if isinstance(part, float):
-            if not 0 <= part < 1:
-                raise SizeError(
-                    f"patch_overlap is {part}: a fraction of the patch must be at least 0 and below 1, and voxels whole"
-                )
-            exact = part * patch + 1e-9  # 0.29 · 100 is a little less than 29
-            part = int(exact) // 2 * 2
-            if part + 1 <= exact:
+        if isinstance(amount, float):
+            voxels = patch - max(1, math.floor(patch * (1 - amount) + 1e-9))
+            if is_even and voxels % 2:
                 warnings.warn(
-                    f"patch_overlap is {values[axis]:g} of {patch} voxels on {axis_name(axis, len(patch_size))}, which is"
-                    f" {exact:.4g}: an overlap is even, so that it is {part}",
+                    f"patch_overlap is {amount:g} of {patch} voxels on {where}, which is {voxels}: an overlap of a padded volume"
+                    f" is even, so that it is {voxels - 1}",
                     RuntimeWarning,
                     stacklevel=3,
                 )
-        voxels.append(part)
-    return as_overlap(voxels, patch_size)
+                voxels -= 1
+            overlaps.append(voxels)
+            continue
+        if amount >= patch:
+            largest = (patch - 1) // 2 * 2 if is_even else patch - 1
+            raise SizeError(
+                f"patch_overlap is {amount} on {where}, but must be smaller than the patch size, {patch}; the largest is"
+                f" {largest}"
+            )
+        if is_even and amount % 2:
+            raise SizeError(
+                f"patch_overlap is {amount} on {where}, but must be even where the volume is padded, because half of it lies"
+                f" outside; use {amount - 1}" + (f" or {amount + 1}" if amount + 1 < patch else "")
+            )
+        overlaps.append(amount)
+    return tuple(overlaps)
+
+
+def checked_overlap(value: Any, patch_size: Ints, *, is_even: bool = False) -> tuple[int | float, ...]:
+    """Check an overlap as it is given, before a volume says how many voxels -1 is.
+
+    Args:
+        value: see `as_overlap`.
+        patch_size: voxels of a patch, or -1.
+        is_even: see `as_overlap`.
+
+    Raises:
+        SizeError: see `as_overlap`.
+    """
+    shares = tuple(0 if size == -1 else share for share, size in zip(as_shares(value, len(patch_size)), patch_size, strict=True))
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # which comes when it is used
+        voxels = as_overlap(shares, filled_in(patch_size, [1] * len(patch_size)), is_even=is_even)
+    return shares if any(isinstance(share, float) for share in shares) else voxels
+
+
+def as_shares(value: Any, ndim: int) -> tuple[int | float, ...]:
+    """Check overlaps as they are given: for each axis voxels, or a fraction below 1.
+
+    Raises:
+        SizeError: if one is neither, or there are more or fewer than `ndim`.
+    """
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value] * ndim
+    if len(values) != ndim:
+        raise SizeError(f"patch_overlap is {tuple(values)}: give one number for all axes, or {ndim}, one for each")
+    shares: list[int | float] = []
+    for axis, each in enumerate(values):
+        if isinstance(each, float):
+            if not 0 <= each < 1:
+                raise SizeError(
+                    f"patch_overlap is {each}: a fraction of the patch must be at least 0 and below 1, and voxels whole"
+                )
+            shares.append(each)
+        else:
+            shares.append(as_int(each, f"patch_overlap on {axis_name(axis, ndim)}", 0))
+    return tuple(shares)
 
 
 def _as_fraction(item: Any) -> Fraction:

@@ -24,8 +24,8 @@ def cubic_matrix(places: np.ndarray, length: int) -> np.ndarray:
         Matrix of as many rows as places, and as many columns as voxels, in float64.
 
     Example:
-        >>> cubic_matrix(np.array([1.0, 1.5]), 3).round(3).tolist()
-        [[0.0, 1.0, 0.0], [-0.098, 0.598, 0.5]]
+        >>> cubic_matrix(np.array([1.5]), 4).round(2).tolist()
+        [[-0.1, 0.6, 0.6, -0.1]]
     """
     size = length + 2 * BORDER
     spline = (4 * np.eye(size) + np.eye(size, k=1) + np.eye(size, k=-1)) / 6

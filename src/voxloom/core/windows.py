@@ -1,16 +1,19 @@
 """How much a voxel counts, by its place in the patch."""
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
 
 from ..errors import ModeError
 
-__all__ = ["MODES", "OverlapMode", "Window", "resolve_window", "sampled"]
+__all__ = ["MODES", "Gaussian", "OverlapMode", "Window", "for_axis", "resolve_window", "sampled"]
 
 Window = Callable[[int], Tensor]
-"""Takes the voxels of a patch along an axis, and gives their weights: a 1-D tensor of that length, positive."""
+"""Takes the voxels of a patch along an axis, and gives their weights: a 1-D tensor of that length, positive. If it has a method
+`for_axis(axis)`, that gives the window of each axis."""
 
 OverlapMode = str | Window
 """`"crop"`, `"average"`, `"hann"`, `"gaussian"`, or a window of one's own."""
@@ -33,8 +36,65 @@ def gaussian(size: int) -> Tensor:
 
     Source: Isensee et al., nnU-Net, Nature Methods 18, 203-211 (2021), https://doi.org/10.1038/s41592-020-01008-z.
     """
+    return _gaussian(size, 1 / 8)
+
+
+def _gaussian(size: int, width: float) -> Tensor:
     distance = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
-    return torch.exp(-0.5 * (distance / (size / 8)) ** 2)
+    return torch.exp(-0.5 * (distance / (size * width)) ** 2)
+
+
+class Gaussian:
+    """A Gaussian of any width, in place of `"gaussian"`.
+
+    Args:
+        width: standard deviation as a part of the patch: one number, or one for each axis.
+
+    Raises:
+        ModeError: if one is not a positive number.
+
+    Example:
+        >>> Gaussian(0.25)(4).tolist() == Gaussian((1, 0.25, 1)).for_axis(1)(4).tolist()
+        True
+    """
+
+    def __init__(self, width: float | Sequence[float] = 1 / 8) -> None:
+        widths = tuple(width) if isinstance(width, Sequence) and not isinstance(width, str) else (width,)
+        for each in widths:
+            if not isinstance(each, Real) or isinstance(each, bool) or not 0 < each < math.inf:
+                raise ModeError(f"the width of a Gaussian is {width!r}: it must be a positive part of the patch, such as 0.125")
+        self.widths = tuple(float(each) for each in widths)
+
+    def __call__(self, size: int) -> Tensor:
+        """Give the weights along an axis, where all have one width."""
+        if len(self.widths) > 1:
+            raise ModeError(
+                f"the Gaussian has the widths {self.widths}, one for each axis, but it is used for one without a number"
+            )
+        return _gaussian(size, self.widths[0])
+
+    def for_axis(self, axis: int) -> "Gaussian":
+        """Give the window of one axis."""
+        if len(self.widths) == 1:
+            return self
+        if axis >= len(self.widths):
+            raise ModeError(f"the Gaussian has {len(self.widths)} widths, {self.widths}: give one, or one for each axis")
+        return Gaussian(self.widths[axis])
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Gaussian) and self.widths == other.widths
+
+    def __hash__(self) -> int:
+        return hash(self.widths)
+
+    def __repr__(self) -> str:
+        return f"Gaussian({self.widths[0] if len(self.widths) == 1 else self.widths})"
+
+
+def for_axis(window: Window, axis: int) -> Window:
+    """Give the window of one axis; most are the same for all."""
+    own = getattr(window, "for_axis", None)
+    return window if own is None else own(axis)
 
 
 WINDOWS: dict[str, Window] = {"average": average, "hann": hann, "gaussian": gaussian}
@@ -67,6 +127,11 @@ class _Checked:
         self.window = window
         self.name = getattr(window, "__name__", repr(window))
 
+    def for_axis(self, axis: int) -> "Window":
+        """Give the window of one axis, where it has one for each."""
+        own = for_axis(self.window, axis)
+        return self if own is self.window else _Checked(own)
+
     def __call__(self, size: int) -> Tensor:
         returned = self.window(size)
         try:
@@ -85,18 +150,25 @@ class _Checked:
 
 
 class _Sampled:
-    """A window for some sizes only, so that it can be pickled whatever it was made of."""
+    """A window for some sizes of each axis only, so that it can be pickled whatever it was made of."""
 
-    def __init__(self, weights: dict[int, Tensor]) -> None:
+    def __init__(self, weights: Sequence[dict[int, Tensor]]) -> None:
         self.weights = weights
 
+    def for_axis(self, axis: int) -> "_Sampled":
+        """Give the window of one axis."""
+        return _Sampled([self.weights[axis]])
+
     def __call__(self, size: int) -> Tensor:
-        return self.weights[size]
+        return self.weights[0][size]
 
 
-def sampled(window: Window, sizes: Iterable[int]) -> Window:
-    """Work a window of the user's out for the sizes that are needed; those that have a name stay as they are."""
-    return window if window in WINDOWS.values() else _Sampled({size: window(size) for size in sizes})
+def sampled(window: Window, sizes: Sequence[Iterable[int]]) -> Window:
+    """Work a window of the user's out for the sizes of each axis that are needed; those that have a name stay as they are."""
+    if window in WINDOWS.values():
+        return window
+    windows = [for_axis(window, axis) for axis in range(len(sizes))]
+    return _Sampled([{size: own(size) for size in needed} for own, needed in zip(windows, sizes, strict=True)])
 
 
 def _extreme(weights: Tensor, which: str) -> float:

@@ -200,7 +200,7 @@ class PredictionPlan:
 
     def to_json(self) -> Json:
         """Give what a run that resumes this one must do alike."""
-        axes = [[axis.start, axis.stop, axis.patch, axis.stride] for axis in self.grid.axes]
+        axes = [axis.to_json() for axis in self.grid.axes]
         return {
             "axes": axes,
             "traversal": list(self.traversal.axes),

@@ -11,10 +11,10 @@ import torch
 
 from ..aggregation.weights import KEPT_WEIGHTS
 from ..core.affines import scaled
-from ..core.grids import PatchGrid
+from ..core.grids import PatchGrid, PatchSpacing
 from ..core.interpolation import Interpolation, SpaceMap
 from ..core.resampling import space_map
-from ..core.sizes import Ints, pretty_bytes
+from ..core.sizes import Ints, filled_in, pretty_bytes
 from ..core.traversal import AxisTraversal, Block, Traversal
 from ..core.windows import OverlapMode, Window, sampled
 from ..errors import RecordError, SizeError
@@ -44,7 +44,10 @@ class Settings:
     """How a model is applied, whatever it is applied to."""
 
     patch_size: Ints
-    patch_overlap: Ints
+    """-1 stands for all of an axis."""
+    patch_overlap: tuple[int | float, ...]
+    """Voxels, or fractions of the patch."""
+    patch_spacing: PatchSpacing
     overlap_mode: OverlapMode
     window: Window | None
     batch_size: int
@@ -56,12 +59,19 @@ class Settings:
     kinds: tuple[Interpolation, Interpolation, Interpolation] = ("linear", "linear", "linear")
     """How scores are interpolated to another grid, along each axis of the input."""
 
+    def for_shape(self, shape: Ints) -> "Settings":
+        """Give the settings for a volume, whose axes are in place of -1."""
+        return replace(self, patch_size=filled_in(self.patch_size, shape))
+
     def grid_of(self, shape: Ints) -> PatchGrid:
         """Cover a volume with patches; an axis that is shorter than a patch is padded in any case."""
+        spacing = self.patch_spacing
         if self.padding_mode is not None:
-            return PatchGrid.cover(shape, self.patch_size, self.patch_overlap, padded=True)
+            return PatchGrid.cover(shape, self.patch_size, self.patch_overlap, padded=True, patch_spacing=spacing)
         axes = [
-            PatchGrid.cover((length,), patch, 0 if length < patch else shared, padded=length < patch).axes[0]
+            PatchGrid.cover(
+                (length,), (patch,), 0 if length < patch else shared, padded=length < patch, patch_spacing=spacing
+            ).axes[0]
             for length, patch, shared in zip(shape, self.patch_size, self.patch_overlap, strict=True)
         ]
         return PatchGrid(tuple(axes), tuple(shape), any(map(int.__lt__, shape, self.patch_size)))
@@ -151,7 +161,7 @@ class Planner:
             dtype=given.dtype,
             window=None
             if window is None
-            else sampled(window, {size for each in outputs for size in each.size(settings.patch_size)}),
+            else sampled(window, [{each.size(settings.patch_size)[axis] for each in outputs} for axis in range(3)]),
             fill=settings.fill,
             num_models=self._num_models,
             outputs=tuple(outputs),

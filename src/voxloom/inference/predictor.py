@@ -3,14 +3,16 @@
 import contextlib
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 import torch
 
+from ..core.grids import PatchSpacing, check_patch_spacing
 from ..core.interpolation import as_interpolation
 from ..core.padding import check_padding_mode
-from ..core.sizes import as_int, as_sizes, overlap_of
+from ..core.sizes import as_int, as_patch_size, checked_overlap
 from ..core.values import as_number
 from ..core.windows import OverlapMode, resolve_window
 from ..errors import ModeError, OutputError, SaveError, TargetExistsError
@@ -23,6 +25,7 @@ from ..runs.log import RunLog, is_to_be_published, remove_leftovers
 from ..runtime.kept_memory import kept_for_models
 from ..runtime.limits import as_bytes
 from .call import Call, Stores
+from .inputs import as_source
 from .plan import PredictionPlan
 from .planner import Input, Settings
 from .preparing import Preparation
@@ -38,6 +41,7 @@ Sizes = int | Sequence[int]
 class PredictorOptions(TypedDict, total=False):
     """What `Predictor`, `predict` and `plan` may be given by name; see `Predictor`."""
 
+    patch_spacing: PatchSpacing
     batch_size: int
     device: Any
     amp: bool | torch.dtype
@@ -65,10 +69,14 @@ class Predictor:
     Args:
         model: takes a batch `(B, C, I, J, K)` and returns a tensor `(B, C', I', J', K')`, or a dict or tuple of tensors. A module
             runs in evaluation mode, without gradients. Several in a list are an ensemble, whose outputs are averaged.
-        patch_size: voxels of a patch `(I, J, K)`, or one number for all axes. A volume that is smaller is padded.
-        patch_overlap: what neighbours share on each axis: an even number of voxels, or a fraction of the patch below 1.
+        patch_size: voxels of a patch `(I, J, K)`, or one number for all axes; -1 is all of an axis. A volume that is smaller is
+            padded.
+        patch_overlap: what neighbours share on each axis: voxels, or a fraction of the patch below 1, with which patches are
+            `patch · (1 - fraction)` voxels apart, rounded down. An even number where there is a padding mode.
         overlap_mode: how overlapping patches are combined: `"crop"`, `"average"`, `"hann"`, `"gaussian"`, or a window; see
             `PatchAggregator`.
+        patch_spacing: `"fixed"` lets the last patch on each axis overlap its neighbour by more than the others do; `"even"`
+            spreads as many evenly, as nnU-Net does.
         batch_size: patches that the model is given at a time, at most: the last batch is smaller.
         device: where the model runs; None for where its weights are. A module that is elsewhere is moved there for the run.
         amp: let the model run in mixed precision (`torch.autocast`): True, or `torch.float16` or `torch.bfloat16`.
@@ -109,6 +117,7 @@ class Predictor:
         patch_overlap: float | Sequence[float] = 0.5,
         overlap_mode: OverlapMode = "gaussian",
         *,
+        patch_spacing: PatchSpacing = "fixed",
         batch_size: int = 1,
         device: Any = None,
         amp: bool | torch.dtype = False,
@@ -125,12 +134,13 @@ class Predictor:
         model_name: str | None = None,
         executor: Executor | None = None,
     ) -> None:
-        size = as_sizes(patch_size, 3, "patch_size")
+        size = as_patch_size(patch_size, 3)
         if dtype is not None and not isinstance(dtype, torch.dtype):
             raise ModeError(f"dtype is {dtype!r}: it must be a type of PyTorch's, such as torch.float32")
         self.settings = Settings(
             patch_size=size,
-            patch_overlap=overlap_of(patch_overlap, size),
+            patch_overlap=checked_overlap(patch_overlap, size, is_even=padding_mode is not None),
+            patch_spacing=check_patch_spacing(patch_spacing),
             overlap_mode=overlap_mode,
             window=resolve_window(overlap_mode),
             batch_size=as_int(batch_size, "batch_size", 1),
@@ -146,6 +156,15 @@ class Predictor:
         runs_plans = ThreadExecutor() if executor is None else executor
         self._preparation = Preparation(models, self.settings, options, runs_plans, model_name)
 
+    def _preparation_for(self, image: Any, image_name: str | Sequence[str] | None) -> Preparation:
+        """Give what prepares predictions of an image, by whose axes -1 is replaced in the patch size."""
+        if -1 not in self.settings.patch_size:
+            return self._preparation
+        settings = self.settings.for_shape(as_source(image, image_name).shape[1:])
+        if self._preparation.settings.patch_size != settings.patch_size:
+            self._preparation = replace(self._preparation, settings=settings)
+        return self._preparation
+
     def plan(
         self,
         image: Any,
@@ -160,7 +179,7 @@ class Predictor:
         Of the image only the header is read, unless there is a mask. The model is called once, the first time, with a patch of
         zeros, to see what its output looks like.
         """
-        preparation = self._preparation
+        preparation = self._preparation_for(image, image_name)
         with contextlib.ExitStack() as stack:
             given = preparation.input(image, image_name, like)
             was_known = preparation.known(given, output) is not None
@@ -206,7 +225,7 @@ class Predictor:
             RecordError: if an interrupted run is found that is of another image, model or option; says in what.
             SaveError: if a file cannot be written. What is finished stays, and the same call goes on from there.
         """
-        preparation = self._preparation
+        preparation = self._preparation_for(image, image_name)
         with contextlib.ExitStack() as stack:
             if preparation.models.device.type == "cpu":
                 stack.enter_context(kept_for_models())
@@ -238,7 +257,7 @@ class Predictor:
         remove_leftovers(target)
         if not target.exists():
             return False
-        preparation = self._preparation
+        preparation = self._preparation_for(image, image_name)
         with contextlib.ExitStack() as stack:
             given = preparation.masked(preparation.input(image, image_name, like), mask, output, stack)
             difference = _difference(target, preparation.fingerprint(given))
@@ -318,7 +337,7 @@ def predict(
         model: see `Predictor`.
         image: see `Predictor.__call__`, also for all others that are not listed under `Predictor`.
         patch_size: voxels of a patch `(I, J, K)`, or one number for all axes.
-        patch_overlap: what neighbours share: an even number of voxels, or a fraction of the patch.
+        patch_overlap: what neighbours share: voxels, or a fraction of the patch.
         overlap_mode: how overlapping patches are combined.
         image_name: which image of a subject.
         like: the grid that the result is to be on, if that is not the image's.

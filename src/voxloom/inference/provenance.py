@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from .._version import __version__
+from ..core.windows import for_axis
 from ..io.files import files_in, hash_of_file
 from ..io.protocols import Json
 from ..models.running import Models
@@ -36,9 +37,10 @@ def fingerprint_of_run(of_models: Json, models: Models, settings: Settings, opti
         "options": {
             "patch_size": list(settings.patch_size),
             "patch_overlap": list(settings.patch_overlap),
+            **({} if settings.patch_spacing == "fixed" else {"patch_spacing": settings.patch_spacing}),
             "overlap_mode": settings.overlap_mode
             if is_named or window is None
-            else fingerprint_of_option([window(size) for size in settings.patch_size]),
+            else fingerprint_of_option([for_axis(window, axis)(size) for axis, size in enumerate(settings.patch_size)]),
             "batch_size": settings.batch_size,
             "full_batches": settings.full_batches,
             "dtype": str(given.dtype),

@@ -5,9 +5,9 @@ from typing import Any, overload
 
 from torch.utils.data import Dataset
 
-from ..core.grids import PatchGrid
+from ..core.grids import PatchGrid, PatchSpacing, check_patch_spacing
 from ..core.padding import check_padding_mode
-from ..core.sizes import as_overlap, as_sizes
+from ..core.sizes import as_patch_size, checked_overlap
 from ..errors import SizeError, SubjectError
 from ..volumes.subject import Subject
 from .patches import NumberedPatches, PatchCutter, PatchSequence
@@ -28,12 +28,14 @@ class GridSampler(Dataset[Subject]):
     Args:
         subject: the subject that patches are cut from: the sampler is a map-style data set. Or, in its place, the patch size:
             the sampler is then called with a subject.
-        patch_size: voxels of a patch `(I, J, K)`, or one number for all axes.
-        patch_overlap: even number of voxels that neighbours share on each axis.
+        patch_size: voxels of a patch `(I, J, K)`, or one number for all axes; -1 is all of an axis.
+        patch_overlap: voxels that neighbours share on each axis, or the fraction of a patch that they share, a float below 1;
+            an even number where the volume is padded. See `PatchGrid.cover`.
         padding_mode: pad the volume by half the overlap on each side, and an axis that is still shorter than a patch until
             the patch fits. A number, `"constant"`, `"edge"`, `"reflect"`, `"symmetric"`, `"wrap"`, `"linear_ramp"` (as in
             `numpy.pad`), or `"minimum"`, `"maximum"`, `"mean"` or `"median"` of the whole volume. None does not pad.
         fill: what `"constant"` pads with.
+        patch_spacing: `"fixed"`, or `"even"` to spread the patches evenly; see `PatchGrid.cover`.
         check_space: check that all images of the subject lie on one another; their shapes must be the same in any case.
 
     Raises:
@@ -56,10 +58,11 @@ class GridSampler(Dataset[Subject]):
         self,
         subject: Subject,
         patch_size: Sizes,
-        patch_overlap: Sizes = 0,
+        patch_overlap: float | Sequence[float] = 0,
         padding_mode: str | float | None = None,
         fill: float = 0,
         *,
+        patch_spacing: PatchSpacing = "fixed",
         check_space: bool = True,
     ) -> None: ...
     @overload
@@ -67,9 +70,10 @@ class GridSampler(Dataset[Subject]):
         self,
         subject: Sizes,
         *,
-        patch_overlap: Sizes = 0,
+        patch_overlap: float | Sequence[float] = 0,
         padding_mode: str | float | None = None,
         fill: float = 0,
+        patch_spacing: PatchSpacing = "fixed",
         check_space: bool = True,
     ) -> None: ...
     @overload
@@ -77,9 +81,10 @@ class GridSampler(Dataset[Subject]):
         self,
         *,
         patch_size: Sizes,
-        patch_overlap: Sizes = 0,
+        patch_overlap: float | Sequence[float] = 0,
         padding_mode: str | float | None = None,
         fill: float = 0,
+        patch_spacing: PatchSpacing = "fixed",
         check_space: bool = True,
     ) -> None: ...
     @subject_may_be_left_out(most=1)
@@ -87,16 +92,18 @@ class GridSampler(Dataset[Subject]):
         self,
         subject: Any = None,
         patch_size: Any = None,
-        patch_overlap: Sizes = 0,
+        patch_overlap: float | Sequence[float] = 0,
         padding_mode: str | float | None = None,
         fill: float = 0,
         *,
+        patch_spacing: PatchSpacing = "fixed",
         check_space: bool = True,
     ) -> None:
         if patch_size is None:
             raise SizeError("the patch size is missing: GridSampler(subject, patch_size)")
-        self.patch_size = as_sizes(patch_size, 3, "patch_size")
-        self.patch_overlap = as_overlap(patch_overlap, self.patch_size)
+        self.patch_size = as_patch_size(patch_size, 3)
+        self.patch_overlap = checked_overlap(patch_overlap, self.patch_size, is_even=padding_mode is not None)
+        self.patch_spacing = check_patch_spacing(patch_spacing)
         self.padding_mode = padding_mode
         self.fill = fill
         self.check_space = check_space
@@ -106,7 +113,10 @@ class GridSampler(Dataset[Subject]):
 
     def grid_of(self, subject: Subject) -> PatchGrid:
         """Plan the grid of a subject, of which only the headers are read."""
-        return PatchGrid.cover(subject.spatial_shape, self.patch_size, self.patch_overlap, padded=self._mode is not None)
+        is_padded = self._mode is not None
+        return PatchGrid.cover(
+            subject.spatial_shape, self.patch_size, self.patch_overlap, padded=is_padded, patch_spacing=self.patch_spacing
+        )
 
     def _bind(self, subject: Subject) -> tuple[PatchGrid, PatchCutter]:
         if self.check_space:
