@@ -1074,3 +1074,13 @@ def test_a_run_of_the_command_equals_the_call(here, run):
     model = torch.export.load("model.pt2").module()
     vx.predict(model, "scans/a.nii.gz", 8, reduce="argmax", output="call.nii.gz")
     assert filecmp.cmp("out.nii.gz", "call.nii.gz", shallow=False)
+
+
+def test_models_of_slices_on_the_command_line(here, run):
+    (here / "flat.py").write_text("def first(batch):\n    assert batch.ndim == 4\n    return batch[:, :1].float() * 2\n")
+    sys.path.insert(0, str(here))
+    command = ["predict", "flat:first", "scans/a.nii.gz", "--slice-axis", 2, "-o"]
+    run(*command, "a.nii", "--patch-size", "8,8")
+    torch.testing.assert_close(data_of("a.nii"), vx.ScalarImage("scans/a.nii.gz").data.float() * 2)
+    run(*command, "b.nii", "--patch-size", 8, "--context", "0,0,1")
+    assert "height,width" in run(*command, "c.nii", code=1).err

@@ -272,7 +272,7 @@ class SerialExecutor:
             for patch in plan.traversal.patches_from(0, plan.traversal.whole, plan.needed):
 
                 def read(patch: tuple[int, ...] = patch) -> Tensor:
-                    return read_batch(source, plan.grid, (patch,), size, plan.dtype, pinned=False)
+                    return read_batch(source, plan.grid, (patch,), size, plan.dtype, False, plan.context)
 
                 outputs = runner.run(read(), read)
                 runner.check(plan, outputs, size)

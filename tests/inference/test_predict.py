@@ -1086,15 +1086,10 @@ def test_a_plan_says_what_will_happen():
 
 
 class Valid(nn.Module):
-    """Finds bright voxels by two convolutions without padding, and pads its output if it is told to."""
-
-    def __init__(self, padding=0):
-        super().__init__()
-        self.padding = padding
+    """Finds bright voxels by two convolutions without padding."""
 
     def forward(self, batch):
-        out = nn.functional.avg_pool3d(nn.functional.avg_pool3d(batch, 3, stride=1), 3, stride=1)
-        return nn.functional.pad(out, [self.padding] * 6)
+        return nn.functional.avg_pool3d(nn.functional.avg_pool3d(batch, 3, stride=1), 3, stride=1)
 
 
 def test_the_advice_for_valid_convolutions_is_right():
@@ -1105,10 +1100,8 @@ def test_the_advice_for_valid_convolutions_is_right():
     message = str(caught.value)
     assert "28/32" not in message
     assert "7/8" not in message
-    assert "pad its output by (2, 2, 2)" in message
-    assert "overlap_mode='crop', patch_overlap=(4, 4, 4) or more, and a padding_mode" in message
-    options = {"overlap_mode": "crop", "padding_mode": "constant"}
-    found = vx.predict(Valid(padding=2), data, 12, (4, 4, 4), **options)
+    assert "give context=(2, 2, 2)" in message
+    found = vx.predict(Valid(), data, 12, 0, context=(2, 2, 2))
     whole = Valid()(nn.functional.pad(data, [2] * 6)[None])[0]
     torch.testing.assert_close(found.data, whole, atol=1e-6, rtol=1e-5)
     assert found.data.argmax() == whole.argmax()
@@ -1120,7 +1113,7 @@ def test_the_advice_for_valid_convolutions_is_right():
         ((16, 16, 16), "output_scale=(1/2, 1/2, 1/2)", "pad or crop"),
         ((64, 32, 16), "output_scale=(2, 1, 1/2)", "valid"),
         ((31, 31, 31), "pad or crop its output to that size", "output_scale=("),
-        ((24, 24, 24), "pad its output by (4, 4, 4)", "output_scale=("),
+        ((24, 24, 24), "give context=(4, 4, 4)", "output_scale=("),
     ],
 )
 def test_a_scale_is_only_advised_where_it_is_one(size, says, does_not_say):

@@ -54,6 +54,8 @@ class ModelOptions:
         str,
         typer.Option(help="crop, average, hann or gaussian, or gaussian:0.25 for a standard deviation of that part of a patch."),
     ] = "gaussian"
+    context: Annotated[str, typer.Option(help="Voxels around each patch that the model is given and does not predict.")] = "0"
+    slice_axis: Annotated[int | None, typer.Option(help="Axis of the slices, for a 2-D model; patches are height,width.")] = None
     patch_spacing: Annotated[str, typer.Option(help="fixed, or even to spread the patches evenly, as nnU-Net does.")] = "fixed"
     labels: Annotated[bool, typer.Option("--labels", help="Write the number of the largest channel, not all channels.")] = False
     threshold: Annotated[float | None, typer.Option(help="Write 1 where a channel is larger, else 0.")] = None
@@ -95,11 +97,14 @@ class ModelOptions:
             raise ModeError("of --labels, --threshold and --channels only one can be given")
         size, number = self._sizes(loaded)
         overlaps = _numbers(self.overlap, lambda text: int(text) if text.isdecimal() else float(text), "overlap") or []
+        contexts = _numbers(self.context, int, "context") or [0]
         predictor = Predictor(
             loaded.model,
             size,
             overlaps[0] if len(overlaps) == 1 else overlaps,
             _as_mode(self.mode),
+            context=contexts[0] if len(contexts) == 1 else contexts,
+            slice_axis=self.slice_axis,
             patch_spacing=check_patch_spacing(self.patch_spacing),
             batch_size=number,
             device=self.device,
@@ -120,8 +125,12 @@ class ModelOptions:
         """Give the sizes that are asked for, or else those that the model is fixed to."""
         asked = _numbers(self.patch_size, int, "patch-size")
         if asked is not None and len(asked) == 1:
-            asked *= 3
+            asked *= 3 if self.slice_axis is None else 2
         fixed = loaded.patch_size
+        if self.slice_axis is not None:
+            if asked is None:
+                raise SizeError("the patch size is missing: give --patch-size height,width of the slices")
+            return asked, self.batch_size or 1
         if asked is not None and any(own not in (None, each) for own, each in zip(fixed, asked, strict=False)):
             raise SizeError(
                 f"the patch size is {pretty_sizes(asked)}, but the model was exported for {pretty_sizes(fixed)}: ask for that,"

@@ -21,7 +21,7 @@ from ..sampling.padded import PaddedSource
 from ..volumes.image import ScalarImage
 from ..volumes.subject import Subject
 
-__all__ = ["as_source", "name_of", "padded", "read_batch"]
+__all__ = ["as_source", "name_of", "padded", "read_batch", "widened"]
 
 
 def as_source(image: Any, image_name: str | Sequence[str] | None = None) -> VolumeSource:
@@ -86,8 +86,20 @@ def padded(source: VolumeSource, domain: Box, mode: str | float) -> VolumeSource
     return StackedSource(parts, source.names, check_place=False)
 
 
+def widened(box: Box, context: Ints) -> Box:
+    """Give a box with what lies around it."""
+    start = tuple(first - around for first, around in zip(box.start, context, strict=True))
+    return Box(start, tuple(last + around for last, around in zip(box.stop, context, strict=True)))
+
+
 def read_batch(
-    source: VolumeSource, grid: PatchGrid, patches: Sequence[Ints], batch_size: int, dtype: torch.dtype, pinned: bool
+    source: VolumeSource,
+    grid: PatchGrid,
+    patches: Sequence[Ints],
+    batch_size: int,
+    dtype: torch.dtype,
+    pinned: bool,
+    context: Ints = (0, 0, 0),
 ) -> Tensor:
     """Read patches of a padded source, by their numbers on the axes of a grid.
 
@@ -98,14 +110,15 @@ def read_batch(
         batch_size: patches in the result, of which the last one is repeated where there are fewer.
         dtype: type of the batch.
         pinned: let the memory be such as can be copied to a GPU while that computes.
+        context: voxels that are read around each patch.
 
     Returns:
         Tensor `(B, C, I, J, K)`.
     """
-    shape = (batch_size, source.shape[0], *grid.patch_size)
+    shape = (batch_size, source.shape[0], *(size + 2 * around for size, around in zip(grid.patch_size, context, strict=True)))
     out = torch.empty(shape, dtype=dtype, pin_memory=True) if pinned else memory.empty(shape, dtype)
     for target, numbers in zip(out, patches, strict=False):
-        read_into(source, target, grid.location(numbers).box)
+        read_into(source, target, widened(grid.location(numbers).box, context))
     for target in out[len(patches) :]:
         target.copy_(out[len(patches) - 1])
     return out

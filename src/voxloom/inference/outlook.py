@@ -104,7 +104,7 @@ class Outlook:
         what = "its first batch, " if is_real else "zeros, to see what its output looks like, "
         text = (
             f"The model was called with {what}of shape {shape} and type {dtype}: it must take batches of up to"
-            f" {self.settings.batch_size}, {shape[1]} channels as {name} has, and patches of {self.settings.patch_size}"
+            f" {self.settings.batch_size}, {shape[1]} channels as {name} has, and patches of {self.settings.input_size}"
         )
         if self.models.weights_dtype is None and dtype != torch.float32:
             text += f". A model without weights is given the type of the input, {dtype}: dtype=torch.float32 (--dtype float32)"
@@ -118,7 +118,7 @@ class Outlook:
             raise OutputError(
                 f"{called(request.source)} of the model has spatial shape {size} for a patch of {patch_size} of {name}: at"
                 f" output_scale {tuple(map(str, request.scale))} it must be {tuple(map(str, expected))}."
-                f" {_way_out(size, patch_size)}"
+                f" {_way_out(size, self.settings.input_size)}"
             )
 
 
@@ -132,8 +132,7 @@ def _way_out(size: Ints, patch_size: Ints) -> str:
     if min(lost) >= 0 and not any(number % 2 for number in lost):
         sides = tuple(number // 2 for number in lost)
         ways.append(
-            f"If its convolutions are valid, they give nothing for {sides} voxels on each side: let the model pad its output by"
-            f" {sides}, and, so that what is padded is not used, give overlap_mode='crop', patch_overlap={tuple(lost)} or more,"
-            " and a padding_mode for the borders of the volume"
+            f"If its convolutions are valid, they give nothing for {sides} voxels on each side: give context={sides}, so that it"
+            " is given as many voxels around each patch, and predicts all of the patch"
         )
     return ". ".join(ways or ["Let the model pad or crop its output to that size"])

@@ -90,6 +90,8 @@ class PredictionPlan:
     """Size of the temporary files that a compressed input is unpacked to, where it is too large for memory."""
     maps: tuple[SpaceMap, ...] | None = None
     """What the voxels of the results are interpolated from, for each output; None where they are those of the output."""
+    context: Ints = (0, 0, 0)
+    """Voxels around a patch that the model is given, and that it does not predict."""
     kinds: tuple[Interpolation, ...] = ()
     """How they are interpolated, along each axis of the output."""
     trial_patches: int = 0
@@ -227,6 +229,7 @@ class PredictionPlan:
         memory, grid = self.memory, self.grid
         skipped = grid.num_patches - self.num_patches
         some = f", {skipped} of which the mask leaves out" if skipped else ""
+        around = f" with {pretty_sizes(self.context)} around them" if any(self.context) else ""
         times = "once" if self.redundancy == 1 else f"{self.redundancy:.3g} times on average"
         order = " then ".join("IJK"[axis] for axis in self.traversal.axes)
         parts = "one block" if self.num_blocks == 1 else f"{self.num_blocks} blocks"
@@ -237,7 +240,7 @@ class PredictionPlan:
         lines = {
             "volume": f"{pretty_sizes(grid.spatial_shape)} voxels",
             **({} if self.maps is None else {"result": self._told_of_result()}),
-            "patches": f"{grid.num_patches} of {pretty_sizes(grid.patch_size)}{some}, each computed {times}",
+            "patches": f"{grid.num_patches} of {pretty_sizes(grid.patch_size)}{around}{some}, each computed {times}",
             "model": f"{self.forward_passes} forward passes of {self.batch_size} patches at most{beside}",
             "order": f"{parts}, along {order}; an interrupted run repeats at most {self.restart_passes} passes",
             "files": f"reads {pretty_bytes(self.bytes_read)}, writes {pretty_bytes(self.bytes_written)}",

@@ -21,6 +21,7 @@ from ..errors import RecordError, SizeError
 from ..io.protocols import Json, Space, VolumeSource, loading_bytes
 from ..io.spooling import Packed
 from ..io.stores import BEGIN_AGAIN
+from ..models.forms import CallForm
 from ..models.outputs import Name, OutputSpec
 from ..runtime.limits import free_bytes
 from .delivery import PIECE_BYTES
@@ -56,8 +57,19 @@ class Settings:
     fill: float
     memory_limit: int | None
     dtype: torch.dtype | None
+    form: CallForm = CallForm()  # noqa: RUF009 - it is frozen
     kinds: tuple[Interpolation, Interpolation, Interpolation] = ("linear", "linear", "linear")
     """How scores are interpolated to another grid, along each axis of the input."""
+
+    @property
+    def context(self) -> Ints:
+        """Voxels around a patch that the model is given, and that it does not predict."""
+        return self.form.context
+
+    @property
+    def input_size(self) -> Ints:
+        """Voxels that the model is given for a patch."""
+        return self.form.input_size(self.patch_size)
 
     def for_shape(self, shape: Ints) -> "Settings":
         """Give the settings for a volume, whose axes are in place of -1."""
@@ -171,6 +183,7 @@ class Planner:
             memory=Memory(0, 0, 0, 0),
             maps=self._maps(given, outputs, traversal.grid),
             kinds=settings.kinds,
+            context=settings.context,
         )
         kept = sum(result.volume.num_bytes for result in results if in_memory(result.name))
 
@@ -181,7 +194,7 @@ class Planner:
         worst = max((memory_of(block, spooled_bytes) for block in chosen), key=lambda memory: memory.peak)
         plan = replace(plan, blocks=tuple(chosen), memory=worst, spooled_bytes=spooled_bytes)
         loaded = given.resident_bytes - spooled_bytes
-        patch_bytes = math.prod(settings.patch_size) * source.shape[0] * source.dtype.itemsize
+        patch_bytes = math.prod(settings.input_size) * source.shape[0] * source.dtype.itemsize
         return replace(plan, bytes_read=loaded if loaded > 0 else given.resident_bytes + patch_bytes * plan.computed_patches)
 
     def restored(self, recorded: Json, given: Input, in_memory: Callable[[Name], bool], where: str) -> PredictionPlan:
@@ -291,7 +304,7 @@ class Planner:
 
     def _bytes_mapped(self, source: VolumeSource) -> int:
         """Memory for the part of a file that is mapped while a patch is read: whole rows, and what is mapped around them."""
-        patch = self._settings.patch_size
+        patch = self._settings.input_size
         line, planes = source.shape[1] * source.dtype.itemsize, min(source.shape[3], patch[2])
         # Of each plane the rows of the patch; or, where planes are small, all of it.
         in_parts = planes * (line * min(source.shape[2], patch[1]) + MAPPED_AROUND)
@@ -353,7 +366,7 @@ def batch_bytes(settings: Settings, channels: int, dtype: torch.dtype, outputs: 
     """Bytes of batches on their way into a model, of its outputs, and of the weights of patches."""
     patch_size, batch_size, is_cropped = settings.patch_size, settings.batch_size, settings.window is None
     # One is read, one waits, one is in the model, and where it is used more than once, a copy of it.
-    total = (3 + int(num_models > 1)) * batch_size * channels * math.prod(patch_size) * dtype.itemsize
+    total = (3 + int(num_models > 1)) * batch_size * channels * math.prod(settings.input_size) * dtype.itemsize
     for each in outputs:
         voxels, held = math.prod(each.size(patch_size)), each.held_dtype(is_cropped)
         total += voxels * batch_size * each.channels * each.dtype.itemsize * each.copies

@@ -12,13 +12,14 @@ import torch
 from ..core.grids import PatchSpacing, check_patch_spacing
 from ..core.interpolation import as_interpolation
 from ..core.padding import check_padding_mode
-from ..core.sizes import as_int, as_patch_size, checked_overlap
+from ..core.sizes import as_int, checked_overlap
 from ..core.values import as_number
 from ..core.windows import OverlapMode, resolve_window
 from ..errors import ModeError, OutputError, SaveError, TargetExistsError
 from ..io.protocols import Json, VolumeStore, is_source
 from ..io.sidecars import is_as_written, read_sidecar, sidecar_of
 from ..io.stores import NiftiStore, Sink, SinkStore, as_target
+from ..models.forms import as_form, overlap_of_slices, size_of_slices
 from ..models.running import Models, as_models
 from ..runs.fingerprints import differences
 from ..runs.log import RunLog, is_to_be_published, remove_leftovers
@@ -42,6 +43,8 @@ class PredictorOptions(TypedDict, total=False):
     """What `Predictor`, `predict` and `plan` may be given by name; see `Predictor`."""
 
     patch_spacing: PatchSpacing
+    context: int | Sequence[int]
+    slice_axis: int | None
     batch_size: int
     device: Any
     amp: bool | torch.dtype
@@ -77,14 +80,19 @@ class Predictor:
             `PatchAggregator`.
         patch_spacing: `"fixed"` lets the last patch on each axis overlap its neighbour by more than the others do; `"even"`
             spreads as many evenly, as nnU-Net does.
+        context: voxels around each patch that the model is given and does not predict: what valid convolutions lose on each side,
+            or the neighbours of a slice. Beyond the volume they are 0, or as `padding_mode` says.
+        slice_axis: axis along which patches are one voxel deep, for a 2-D model that takes `(B, C, height, width)`; slices that
+            `context` adds come as more channels.
         batch_size: patches that the model is given at a time, at most: the last batch is smaller.
         device: where the model runs; None for where its weights are. A module that is elsewhere is moved there for the run.
         amp: let the model run in mixed precision (`torch.autocast`): True, or `torch.float16` or `torch.bfloat16`.
         dtype: type of the batches; None for that of the model's weights, or of the input where it has none.
         activation: acts on each output, before it is summed: `"softmax"`, `"sigmoid"`, or a function of a batch. A dict for
             several results.
-        reduce: acts on each voxel that is complete: `"argmax"`, a threshold, `Regions`, `"entropy"`, a list of channels, or a
-            function of blocks `(C, i, j, k)`. A dict for several results.
+        reduce: acts on each voxel that is complete: `"argmax"`, a threshold, `Regions`, `"entropy"`, `"variance"` of what was
+            averaged (an ensemble, mirrored patches, overlaps; summed over channels), a list of channels, or a function of blocks
+            `(C, i, j, k)`. A dict for several results.
         output_scale: how many times larger an output is than the input, such as `1 / 2`; a number, one for each axis, or a dict
             by the names of outputs.
         padding_mode: pad the volume by half the overlap on each side; see `GridSampler`. None pads only what is smaller than a
@@ -118,6 +126,8 @@ class Predictor:
         overlap_mode: OverlapMode = "gaussian",
         *,
         patch_spacing: PatchSpacing = "fixed",
+        context: int | Sequence[int] = 0,
+        slice_axis: int | None = None,
         batch_size: int = 1,
         device: Any = None,
         amp: bool | torch.dtype = False,
@@ -134,12 +144,13 @@ class Predictor:
         model_name: str | None = None,
         executor: Executor | None = None,
     ) -> None:
-        size = as_patch_size(patch_size, 3)
+        form = as_form(context, slice_axis)
+        size = size_of_slices(patch_size, slice_axis)
         if dtype is not None and not isinstance(dtype, torch.dtype):
             raise ModeError(f"dtype is {dtype!r}: it must be a type of PyTorch's, such as torch.float32")
         self.settings = Settings(
             patch_size=size,
-            patch_overlap=checked_overlap(patch_overlap, size, is_even=padding_mode is not None),
+            patch_overlap=checked_overlap(overlap_of_slices(patch_overlap, slice_axis), size, is_even=padding_mode is not None),
             patch_spacing=check_patch_spacing(patch_spacing),
             overlap_mode=overlap_mode,
             window=resolve_window(overlap_mode),
@@ -150,9 +161,10 @@ class Predictor:
             memory_limit=None if memory_limit is None else as_bytes(memory_limit, "memory_limit"),
             dtype=dtype,
             kinds=as_interpolation(interpolation),
+            form=form,
         )
         options = ResultOptions(activation, reduce, output_scale)
-        models = Models(as_models(model), device, amp, mirror_axes)
+        models = Models(as_models(model), device, amp, mirror_axes, form)
         runs_plans = ThreadExecutor() if executor is None else executor
         self._preparation = Preparation(models, self.settings, options, runs_plans, model_name)
 

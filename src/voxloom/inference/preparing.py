@@ -17,7 +17,7 @@ from ..models.outputs import Name
 from ..models.running import Models
 from ..runs.fingerprints import state_of_model
 from ..volumes.spaces import space_of
-from .inputs import as_source, name_of, padded, read_batch
+from .inputs import as_source, name_of, padded, read_batch, widened
 from .masks import looks_at_input, needed_patches
 from .outlook import Outlook, Seen
 from .plan import Batch, PredictionPlan
@@ -83,7 +83,7 @@ class Preparation:
     def readable(self, given: Input) -> VolumeSource:
         """Give an input with what lies around it: boxes of the grid can be read."""
         mode = self.settings.padding_mode
-        return padded(given.readable, self.grid(given).box, 0 if mode is None else mode)
+        return padded(given.readable, widened(self.grid(given).box, self.settings.context), 0 if mode is None else mode)
 
     # What the model gives
 
@@ -95,7 +95,8 @@ class Preparation:
         """Say what the outputs look like; if that is not known yet, by a batch of zeros."""
         seen = self.known(given, target)
         if seen is None:
-            batch = torch.zeros((self._num_zeros, given.source.shape[0], *self.settings.patch_size), dtype=given.dtype)
+            shape = (self._num_zeros, given.source.shape[0], *self.settings.input_size)
+            batch = torch.zeros(shape, dtype=given.dtype)
             with self.models.ready():
                 self._outlook.look(batch, target, lambda: torch.zeros_like(batch), given.name, is_real=False)
             seen = self.known(given, target)
@@ -120,7 +121,7 @@ class Preparation:
         grid, size = self.grid(given), self.settings.batch_size if self.settings.full_batches else len(patches)
 
         def read() -> Tensor:
-            return read_batch(readable(), grid, patches, size, given.dtype, pinned=False)
+            return read_batch(readable(), grid, patches, size, given.dtype, False, self.settings.context)
 
         with self.models.ready():
             return FirstBatch(patches, self._outlook.look(read(), target, read, given.name, is_real=True))

@@ -12,6 +12,7 @@ from .._version import __version__
 from ..core.windows import for_axis
 from ..io.files import files_in, hash_of_file
 from ..io.protocols import Json
+from ..models.forms import CallForm
 from ..models.running import Models
 from ..runs.fingerprints import fingerprint_of_model, fingerprint_of_option
 from .plan import PredictionPlan
@@ -51,6 +52,9 @@ def fingerprint_of_run(of_models: Json, models: Models, settings: Settings, opti
             "mirror_flips": [list(flip) for flip in models.flips],
             "amp": str(models.amp),
             "fill": fingerprint_of_option(settings.fill),
+            **(
+                {} if settings.form == CallForm() else {"context": list(settings.context), "slice_axis": settings.form.slice_axis}
+            ),
             **({} if given.like is None else {"like": given.like.fingerprint(), "interpolation": list(settings.kinds)}),
             "mask": None if given.needed is None else fingerprint_of_option(given.needed),
             "device": models.device.type,

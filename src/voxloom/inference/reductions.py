@@ -28,6 +28,8 @@ class Reduction(Protocol):
 
     is_labels: bool
     """Whether the result is a label map."""
+    needs_squares: bool
+    """Whether the means of the squares of all channels follow the channels."""
 
     def __call__(self, block: Tensor) -> Tensor:
         """Reduce a tensor `(C, i, j, k)` to one `(C', i, j, k)`."""
@@ -61,6 +63,7 @@ class Everything(_OfAll):
     """Keeps all channels."""
 
     is_labels = False
+    needs_squares = False
 
     def __call__(self, block: Tensor) -> Tensor:
         """See `Reduction`."""
@@ -72,6 +75,7 @@ class ArgMax:
     """The channel with the largest value; of those that are equal, the first."""
 
     is_labels = True
+    needs_squares = False
 
     def __call__(self, block: Tensor) -> Tensor:
         """See `Reduction`."""
@@ -140,6 +144,7 @@ class Threshold(_OfAll):
 
     value: float
     is_labels = True
+    needs_squares = False
 
     def __call__(self, block: Tensor) -> Tensor:
         """See `Reduction`."""
@@ -165,6 +170,7 @@ class Regions(_OfAll):
     labels: tuple[int, ...]
     threshold: float = 0.5
     is_labels = True
+    needs_squares = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.labels, Sequence):
@@ -187,6 +193,7 @@ class Entropy(_OfAll):
     """Entropy of the channels, which are probabilities, in nats: a measure of uncertainty."""
 
     is_labels = False
+    needs_squares = False
 
     def __call__(self, block: Tensor) -> Tensor:
         """See `Reduction`."""
@@ -197,11 +204,26 @@ class Entropy(_OfAll):
 
 
 @dataclass(frozen=True)
+class Variance(_OfAll):
+    """Variance of what is averaged, summed over the channels: of an ensemble, of mirrored patches and of those that overlap."""
+
+    is_labels = False
+    needs_squares = True
+
+    def __call__(self, block: Tensor) -> Tensor:
+        """See `Reduction`."""
+        mean, squares = block.tensor_split(2)
+        # Rounding may make it less than 0.
+        return (squares - mean.square()).clamp_(min=0).sum(0, keepdim=True)
+
+
+@dataclass(frozen=True)
 class Channels:
     """Some of the channels."""
 
     indices: tuple[int, ...]
     is_labels = False
+    needs_squares = False
 
     def __call__(self, block: Tensor) -> Tensor:
         """See `Reduction`."""
@@ -221,6 +243,7 @@ class Function(_OfAll):
 
     function: Callable[[Tensor], Tensor]
     is_labels = False
+    needs_squares = False
 
     def __call__(self, block: Tensor) -> Tensor:
         """See `Reduction`."""
@@ -234,15 +257,15 @@ class Function(_OfAll):
         return result
 
 
-NAMED: dict[str, Reduction] = {"argmax": ArgMax(), "entropy": Entropy()}
+NAMED: dict[str, Reduction] = {"argmax": ArgMax(), "entropy": Entropy(), "variance": Variance(), "scores": Everything()}
 
 
 def as_reduction(given: Any) -> Reduction:
     """Find a reduction.
 
     Args:
-        given: None for all channels; `"argmax"` or `"entropy"`; a number, which each channel is compared with; `Regions`;
-            indices of channels; or a function of blocks `(C, i, j, k)`.
+        given: None or `"scores"` for all channels; `"argmax"`, `"entropy"` or `"variance"`; a number, which each channel is
+            compared with; `Regions`; indices of channels; or a function of blocks `(C, i, j, k)`.
 
     Raises:
         ModeError: if there is none of that name.

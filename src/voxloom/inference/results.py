@@ -83,10 +83,11 @@ class ResultOptions:
         for name in outputs if names is None else names:
             source = _source(name, outputs)
             scale = _as_scale(of_name(self.scale, name, of_name(self.scale, source, 1)))
-            request = OutputRequest(source, as_activation(of_name(self.activation, name)), scale)
+            reduction = as_reduction(of_name(self.reduce, name))
+            request = OutputRequest(source, as_activation(of_name(self.activation, name)), scale, reduction.needs_squares)
             if request not in requests:
                 requests.append(request)
-            results.append(ResultRequest(name, requests.index(request), as_reduction(of_name(self.reduce, name))))
+            results.append(ResultRequest(name, requests.index(request), reduction))
         return requests, results
 
 

@@ -242,7 +242,8 @@ class _Gathering:
     def _read(self, patches: Batch) -> Tensor:
         """Read a batch, and bring it to the device while that computes."""
         device, size = self.runner.models.device, self._size_of(patches)
-        batch = read_batch(self.source, self.plan.grid, patches, size, self.plan.dtype, device.type == "cuda")
+        plan = self.plan
+        batch = read_batch(self.source, plan.grid, patches, size, plan.dtype, device.type == "cuda", plan.context)
         if device.type != "cuda":
             return batch
         stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

@@ -69,6 +69,8 @@ class OutputRequest:
     activation: Activation | None
     scale: Scale
     """How many times larger the output is than the input, on each axis."""
+    has_squares: bool = False
+    """Whether the squares of its channels follow them, as more channels, for what is made of both."""
 
 
 RequestsFor = Callable[[list[Name]], list[OutputRequest]]

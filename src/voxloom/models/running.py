@@ -14,6 +14,7 @@ from ..core.values import sum_dtype
 from ..errors import DeviceMemoryError, ModeError, OutputError, SizeError
 from ..runtime import memory
 from ..runtime.kept_memory import begin_model, judge
+from .forms import CallForm
 from .modes import evaluating, home_of
 from .outputs import ACTIVATIONS, OutputRequest, OutputSpec, RequestsFor, called, check_output, outputs_of
 
@@ -52,6 +53,7 @@ class Models:
         device: where they run; None for where the first one's weights are.
         amp: type in which matrices are multiplied (`torch.autocast`); True for that of the device, False for none.
         mirror_axes: axes along which patches are mirrored as well: outputs are averaged over all combinations.
+        form: how a model is called.
     """
 
     def __init__(
@@ -60,8 +62,10 @@ class Models:
         device: Any = None,
         amp: bool | torch.dtype = False,
         mirror_axes: int | Sequence[int] | None = (),
+        form: CallForm = CallForm(),  # noqa: B008 - it is frozen
     ) -> None:
         self.models = models
+        self.form = form
         self._given_device = None if device is None else _as_device(device)
         self._given_amp = _checked_amp(amp)
         axes = _as_axes(mirror_axes)
@@ -166,7 +170,7 @@ class Models:
 
     def spec_of(self, request: OutputRequest, output: Tensor) -> OutputSpec:
         """Say what the outputs for a request are, by those of a batch."""
-        copies = 1 + 2 * int(request.activation is not None) + int(self.num_passes > 1)
+        copies = 1 + 2 * int(request.activation is not None) + int(self.num_passes > 1) + int(request.has_squares)
         return OutputSpec(request.source, output.shape[1], output.dtype, request.scale, copies)
 
     def _average(self, batch: Tensor, requests_for: RequestsFor) -> list[Tensor]:
@@ -176,7 +180,7 @@ class Models:
             given = _copied(batch, flip) if self.num_passes > 1 else batch
             begin_model()
             with torch.inference_mode(), torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
-                outputs = outputs_of(model(given))
+                outputs = outputs_of(model(self.form.given(given)))
             judge(sum(each.numel() * each.element_size() for each in outputs.values() if isinstance(each, Tensor)))
             requests = requests_for(list(outputs)) if requests is None else requests
             for index, request in enumerate(requests):
@@ -184,9 +188,14 @@ class Models:
                     raise OutputError(
                         f"{called(request.source)} of the model is missing: earlier calls returned it, or another model did"
                     )
-                check_output(request.source, outputs[request.source], len(batch))
+                output = outputs[request.source]
+                if isinstance(output, Tensor):
+                    output = self.form.returned(output, batch, request.scale)
+                check_output(request.source, output, len(batch))
                 # Outputs of two names may be one tensor.
-                value = _activated(outputs[request.source], request, is_shared=len(requests) > 1)
+                value = _activated(output, request, is_shared=len(requests) > 1)
+                if request.has_squares:
+                    value = torch.cat([value, value.square()], 1).to(sum_dtype(value.dtype))
                 if self.num_passes == 1:
                     sums.append(value)
                 elif number == 0:
@@ -199,7 +208,7 @@ class Models:
                     )
                 else:
                     _add_mirrored(sums[index], value, flip)
-                del value
+                del value, output
             del given, outputs  # before those of the next call are made
         return sums if self.num_passes == 1 else [total.div_(self.num_passes) for total in sums]
 
