@@ -8,7 +8,10 @@ from .core.windows import Gaussian
 from .inference import GridAggregator, PatchAggregator, PredictionPlan, Predictor, Regions, plan, predict
 from .io.arrays import ArraySource
 from .io.dicom import stored_dicom
+from .io.labels import Label
 from .io.protocols import SpaceCodes, VolumeSource, VolumeSpec, VolumeStore
+from .models.loading import load_model
+from .models.spec import Crop, ModelSpec
 from .runtime.kept_memory import kept_memory
 from .sampling.grid import GridSampler
 from .sampling.random import PatchSampler, UniformSampler
@@ -17,6 +20,7 @@ from .training import Queue
 from .volumes.batch import ImagesBatch, SubjectsBatch
 from .volumes.constants import AFFINE, CHANNELS_DIMENSION, DATA, INTENSITY, LABEL, LOCATION, PATH, SAMPLING_MAP, STEM, TYPE
 from .volumes.image import Image, LabelMap, ScalarImage
+from .volumes.intensities import Intensity
 from .volumes.loading import SubjectsDataset, SubjectsLoader
 from .volumes.subject import Subject
 
@@ -32,14 +36,18 @@ __all__ = [
     "STEM",
     "TYPE",
     "ArraySource",
+    "Crop",
     "Gaussian",
     "GridAggregator",
     "GridSampler",
     "Image",
     "ImagesBatch",
+    "Intensity",
+    "Label",
     "LabelMap",
     "LabelSampler",
     "MixedSampler",
+    "ModelSpec",
     "PatchAggregator",
     "PatchGrid",
     "PatchLocation",
@@ -65,6 +73,7 @@ __all__ = [
     "errors",
     "inference",
     "kept_memory",
+    "load_model",
     "loader",
     "plan",
     "predict",

@@ -9,6 +9,7 @@
     ├── DeviceMemoryError     RuntimeError                a GPU without room for a single patch
     ├── RecordError           ValueError, RuntimeError    an unfinished prediction that is another one than was asked for
     ├── ModelFileError        ValueError, RuntimeError    a model that cannot, or must not, be loaded
+    ├── SpecError             ValueError                  what a model is said to expect, which cannot be
     ├── IncompleteError       RuntimeError                an output was asked for before all of it was there
     ├── SubjectError          ValueError, TypeError, RuntimeError   a subject or batch that is not put together properly
     │   └── SpaceError                                    images of one subject that do not lie on one another
@@ -55,6 +56,7 @@ __all__ = [
     "SeriesError",
     "SizeError",
     "SpaceError",
+    "SpecError",
     "SubjectError",
     "TargetExistsError",
     "UnsupportedImageError",
@@ -101,6 +103,10 @@ class RecordError(VoxloomError, ValueError, RuntimeError):
 
 class ModelFileError(VoxloomError, ValueError, RuntimeError):
     """A model cannot be loaded, or must not be, because its file holds code."""
+
+
+class SpecError(VoxloomError, ValueError):
+    """What a model is said to expect cannot be, or an image is not what it expects."""
 
 
 class IncompleteError(VoxloomError, RuntimeError):

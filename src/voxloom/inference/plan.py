@@ -94,6 +94,8 @@ class PredictionPlan:
     """Voxels around a patch that the model is given, and that it does not predict."""
     kinds: tuple[Interpolation, ...] = ()
     """How they are interpolated, along each axis of the output."""
+    steps: tuple[str, ...] = ()
+    """What was done to an image for the input, in words; none where a model is given the image as it is."""
     trial_patches: int = 0
     """Patches that the model is given beforehand, to see what its outputs look like, and that are given once more."""
 
@@ -237,8 +239,10 @@ class PredictionPlan:
         copies = self.given_patches - self.trial_patches - self.computed_patches
         beside += f"; {copies} copies fill up batches" if copies else ""
         loading = f" and {pretty_bytes(memory.loading)} while it is read" if memory.loading else ""
-        lines = {
-            "volume": f"{pretty_sizes(grid.spatial_shape)} voxels",
+        image = {"image": "; ".join(self.steps)} if self.steps else {}
+        plain = "" if self.steps else ", raw intensities, native grid"
+        lines = image | {
+            "volume": f"{pretty_sizes(grid.spatial_shape)} voxels{plain}",
             **({} if self.maps is None else {"result": self._told_of_result()}),
             "patches": f"{grid.num_patches} of {pretty_sizes(grid.patch_size)}{around}{some}, each computed {times}",
             "model": f"{self.forward_passes} forward passes of {self.batch_size} patches at most{beside}",

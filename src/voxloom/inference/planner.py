@@ -18,6 +18,7 @@ from ..core.sizes import Ints, filled_in, pretty_bytes
 from ..core.traversal import AxisTraversal, Block, Traversal
 from ..core.windows import OverlapMode, Window, sampled
 from ..errors import RecordError, SizeError
+from ..io.labels import Label
 from ..io.protocols import Json, Space, VolumeSource, loading_bytes
 from ..io.spooling import Packed
 from ..io.stores import BEGIN_AGAIN
@@ -58,8 +59,6 @@ class Settings:
     memory_limit: int | None
     dtype: torch.dtype | None
     form: CallForm = CallForm()  # noqa: RUF009 - it is frozen
-    kinds: tuple[Interpolation, Interpolation, Interpolation] = ("linear", "linear", "linear")
-    """How scores are interpolated to another grid, along each axis of the input."""
 
     @property
     def context(self) -> Ints:
@@ -106,6 +105,12 @@ class Input:
     """Which patches are computed, by their numbers; None for all."""
     like: Space | None = None
     """The grid that results are interpolated to; None for that of each output."""
+    kinds: tuple[Interpolation, Interpolation, Interpolation] = ("linear", "linear", "linear")
+    """How scores are interpolated to it, along each axis of the input."""
+    steps: tuple[str, ...] = ()
+    """What was done to an image for the input, in words."""
+    labels: tuple[Label, ...] = ()
+    """What the numbers of label maps mean."""
     unpacked: VolumeSource | None = None
     """What is read in place of the source, if its files have been unpacked."""
 
@@ -127,12 +132,12 @@ class Planner:
     def __init__(self, settings: Settings, num_models: int, kept_bytes: Callable[[], int] = lambda: 0) -> None:
         self._settings, self._num_models, self._kept_bytes = settings, num_models, kept_bytes
 
-    def input(self, source: VolumeSource, name: str, dtype: torch.dtype, like: Space | None = None) -> Input:
+    def input(self, source: VolumeSource, name: str, dtype: torch.dtype) -> Input:
         """Say what is to be known of a source before it is read."""
         packed = source.packed_bytes if isinstance(source, Packed) else 0
         limit, is_given = self._limit()
         may_be_spooled = is_given or (limit is not None and packed > SPOOLED_PART * limit)
-        return Input(source, name, dtype, source.resident_bytes, packed if may_be_spooled else 0, like=like)
+        return Input(source, name, dtype, source.resident_bytes, packed if may_be_spooled else 0)
 
     def traversal(self, grid: PatchGrid) -> Traversal:
         """Say in what order patches are gathered."""
@@ -182,7 +187,8 @@ class Planner:
             bytes_written=sum(result.volume.num_bytes for result in results if not in_memory(result.name)),
             memory=Memory(0, 0, 0, 0),
             maps=self._maps(given, outputs, traversal.grid),
-            kinds=settings.kinds,
+            kinds=given.kinds,
+            steps=given.steps,
             context=settings.context,
         )
         kept = sum(result.volume.num_bytes for result in results if in_memory(result.name))
@@ -292,7 +298,7 @@ class Planner:
             scale = tuple(map(float, output.scale))
             affine = scaled(given.source.affine, scale)
             shape = grid.scaled(output.scale).spatial_shape
-            maps.append(space_map(shape, affine, like.shape, like.affine, self._settings.kinds))
+            maps.append(space_map(shape, affine, like.shape, like.affine, given.kinds))
         return tuple(maps)
 
     def _limit(self) -> tuple[int | None, bool]:

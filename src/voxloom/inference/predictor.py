@@ -15,23 +15,27 @@ from ..core.padding import check_padding_mode
 from ..core.sizes import as_int, checked_overlap
 from ..core.values import as_number
 from ..core.windows import OverlapMode, resolve_window
-from ..errors import ModeError, OutputError, SaveError, TargetExistsError
-from ..io.protocols import Json, VolumeStore, is_source
+from ..errors import ModeError, OutputError, SaveError, SizeError, TargetExistsError
+from ..io.protocols import Json, Space, VolumeStore, is_source
 from ..io.sidecars import is_as_written, read_sidecar, sidecar_of
 from ..io.stores import NiftiStore, Sink, SinkStore, as_target
 from ..models.forms import as_form, overlap_of_slices, size_of_slices
+from ..models.loading import as_loaded
 from ..models.running import Models, as_models
+from ..models.spec import ModelSpec
 from ..runs.fingerprints import differences
 from ..runs.log import RunLog, is_to_be_published, remove_leftovers
 from ..runtime.kept_memory import kept_for_models
 from ..runtime.limits import as_bytes
+from ..volumes.spaces import space_of
 from .call import Call, Stores
-from .inputs import as_source
+from .inputs import as_source, name_of
 from .plan import PredictionPlan
 from .planner import Input, Settings
 from .preparing import Preparation
 from .results import ResultOptions, of_name
 from .runner import Executor
+from .specified import in_model_space, named_channels, usual_options
 from .threads import ThreadExecutor
 
 __all__ = ["Predictor", "PredictorOptions", "plan", "predict"]
@@ -42,10 +46,11 @@ Sizes = int | Sequence[int]
 class PredictorOptions(TypedDict, total=False):
     """What `Predictor`, `predict` and `plan` may be given by name; see `Predictor`."""
 
-    patch_spacing: PatchSpacing
-    context: int | Sequence[int]
+    spec: ModelSpec | None
+    patch_spacing: PatchSpacing | None
+    context: int | Sequence[int] | None
     slice_axis: int | None
-    batch_size: int
+    batch_size: int | None
     device: Any
     amp: bool | torch.dtype
     dtype: torch.dtype | None
@@ -55,7 +60,7 @@ class PredictorOptions(TypedDict, total=False):
     padding_mode: str | float | None
     mirror_axes: int | Sequence[int] | None
     fill: float
-    interpolation: str | Sequence[str]
+    interpolation: str | Sequence[str] | None
     memory_limit: int | str | None
     full_batches: bool
     model_name: str | None
@@ -71,13 +76,16 @@ class Predictor:
 
     Args:
         model: takes a batch `(B, C, I, J, K)` and returns a tensor `(B, C', I', J', K')`, or a dict or tuple of tensors. A module
-            runs in evaluation mode, without gradients. Several in a list are an ensemble, whose outputs are averaged.
+            runs in evaluation mode, without gradients. Several in a list are an ensemble, whose outputs are averaged. Or the name
+            of a file (`.pt2`), or what `load_model` gives.
         patch_size: voxels of a patch `(I, J, K)`, or one number for all axes; -1 is all of an axis. A volume that is smaller is
             padded.
         patch_overlap: what neighbours share on each axis: voxels, or a fraction of the patch below 1, with which patches are
             `patch · (1 - fraction)` voxels apart, rounded down. An even number where there is a padding mode.
         overlap_mode: how overlapping patches are combined: `"crop"`, `"average"`, `"hann"`, `"gaussian"`, or a window; see
             `PatchAggregator`.
+        spec: what the model expects, and what its outputs mean; by default that which came with the model. Arguments that are
+            given count in place of what it says. Without one, a model is given raw intensities on the image's own grid.
         patch_spacing: `"fixed"` lets the last patch on each axis overlap its neighbour by more than the others do; `"even"`
             spreads as many evenly, as nnU-Net does.
         context: voxels around each patch that the model is given and does not predict: what valid convolutions lose on each side,
@@ -121,14 +129,15 @@ class Predictor:
     def __init__(
         self,
         model: Any,
-        patch_size: Sizes,
-        patch_overlap: float | Sequence[float] = 0.5,
-        overlap_mode: OverlapMode = "gaussian",
+        patch_size: Sizes | None = None,
+        patch_overlap: float | Sequence[float] | None = None,
+        overlap_mode: OverlapMode | None = None,
         *,
-        patch_spacing: PatchSpacing = "fixed",
-        context: int | Sequence[int] = 0,
+        spec: ModelSpec | None = None,
+        patch_spacing: PatchSpacing | None = None,
+        context: int | Sequence[int] | None = None,
         slice_axis: int | None = None,
-        batch_size: int = 1,
+        batch_size: int | None = None,
         device: Any = None,
         amp: bool | torch.dtype = False,
         dtype: torch.dtype | None = None,
@@ -136,46 +145,79 @@ class Predictor:
         reduce: Any = None,
         output_scale: Any = 1,
         padding_mode: str | float | None = None,
-        mirror_axes: int | Sequence[int] | None = (),
+        mirror_axes: int | Sequence[int] | None = None,
         fill: float = 0,
-        interpolation: str | Sequence[str] = "linear",
+        interpolation: str | Sequence[str] | None = None,
         memory_limit: int | str | None = None,
         full_batches: bool = False,
         model_name: str | None = None,
         executor: Executor | None = None,
     ) -> None:
-        form = as_form(context, slice_axis)
+        loaded = as_loaded(model)
+        spec = loaded.spec if spec is None else spec
+        self.spec = ModelSpec() if spec is None else spec
+        self._is_specified = spec is not None
+        own = usual_options(self.spec)
+        patch_size = own.patch_size if patch_size is None else patch_size
+        if patch_size is None and None not in loaded.patch_size:
+            patch_size = loaded.patch_size  # type: ignore[assignment]
+        if patch_size is None:
+            raise SizeError("the patch size is missing: give patch_size, or a spec that says it")
+        mode = own.overlap_mode if overlap_mode is None else overlap_mode
+        overlap = own.patch_overlap if patch_overlap is None else patch_overlap
+        slice_axis = own.slice_axis if slice_axis is None else slice_axis
+        padding_mode = own.padding_mode if padding_mode is None else padding_mode
+        form = as_form(own.context if context is None else context, slice_axis)
         size = size_of_slices(patch_size, slice_axis)
         if dtype is not None and not isinstance(dtype, torch.dtype):
             raise ModeError(f"dtype is {dtype!r}: it must be a type of PyTorch's, such as torch.float32")
         self.settings = Settings(
             patch_size=size,
-            patch_overlap=checked_overlap(overlap_of_slices(patch_overlap, slice_axis), size, is_even=padding_mode is not None),
-            patch_spacing=check_patch_spacing(patch_spacing),
-            overlap_mode=overlap_mode,
-            window=resolve_window(overlap_mode),
-            batch_size=as_int(batch_size, "batch_size", 1),
-            full_batches=full_batches,
+            patch_overlap=checked_overlap(overlap_of_slices(overlap, slice_axis), size, is_even=padding_mode is not None),
+            patch_spacing=check_patch_spacing(own.patch_spacing if patch_spacing is None else patch_spacing),
+            overlap_mode=mode,
+            window=resolve_window(mode),
+            batch_size=loaded.least_batch_size(None if -1 in size else size)
+            if batch_size is None
+            else as_int(batch_size, "batch_size", 1),
+            full_batches=full_batches or loaded.takes_full_batches(None if -1 in size else size),
             padding_mode=None if padding_mode is None else check_padding_mode(padding_mode, 0),
             fill=as_number(fill, "fill"),
             memory_limit=None if memory_limit is None else as_bytes(memory_limit, "memory_limit"),
             dtype=dtype,
-            kinds=as_interpolation(interpolation),
             form=form,
         )
-        options = ResultOptions(activation, reduce, output_scale)
-        models = Models(as_models(model), device, amp, mirror_axes, form)
+        self._kinds = None if interpolation is None else as_interpolation(interpolation)
+        options = ResultOptions(
+            own.activation if activation is None else activation, own.reduce if reduce is None else reduce, output_scale
+        )
+        models = Models(as_models(loaded.model), device, amp, own.mirror_axes if mirror_axes is None else mirror_axes, form)
         runs_plans = ThreadExecutor() if executor is None else executor
-        self._preparation = Preparation(models, self.settings, options, runs_plans, model_name)
+        self._preparation = Preparation(
+            models, self.settings, options, runs_plans, loaded.name if model_name is None else model_name
+        )
 
-    def _preparation_for(self, image: Any, image_name: str | Sequence[str] | None) -> Preparation:
-        """Give what prepares predictions of an image, by whose axes -1 is replaced in the patch size."""
-        if -1 not in self.settings.patch_size:
-            return self._preparation
-        settings = self.settings.for_shape(as_source(image, image_name).shape[1:])
-        if self._preparation.settings.patch_size != settings.patch_size:
-            self._preparation = replace(self._preparation, settings=settings)
-        return self._preparation
+    def _prepared(
+        self, image: Any, image_name: str | Sequence[str] | None, like: Any, resample_to: str | None
+    ) -> tuple[Preparation, Input]:
+        """Give what prepares predictions of an image, and what the model is applied to."""
+        given = image if image_name is not None else named_channels(image, self.spec, resample_to)
+        source = as_source(given, image_name)
+        name = name_of(image, source)
+        found = in_model_space(source, self.spec, name)
+        if -1 in self.settings.patch_size:
+            settings = self.settings.for_shape(found.source.shape[1:])
+            if self._preparation.settings.patch_size != settings.patch_size:
+                self._preparation = replace(self._preparation, settings=settings)
+        space = None
+        if like is not None:
+            space = space_of(like, found.source)
+        elif self.spec.changes_space:
+            space = Space(source.shape[1:], source.affine, source.codes)
+        kinds = found.kinds if self._kinds is None else self._kinds
+        steps = found.steps if self._is_specified else ()
+        prepared = self._preparation.input(found.source, name)
+        return self._preparation, replace(prepared, like=space, kinds=kinds, steps=steps, labels=self.spec.labels)
 
     def plan(
         self,
@@ -183,6 +225,7 @@ class Predictor:
         *,
         image_name: str | Sequence[str] | None = None,
         like: Any = None,
+        resample_to: str | None = None,
         mask: Any = None,
         output: Any = None,
     ) -> PredictionPlan:
@@ -191,9 +234,8 @@ class Predictor:
         Of the image only the header is read, unless there is a mask. The model is called once, the first time, with a patch of
         zeros, to see what its output looks like.
         """
-        preparation = self._preparation_for(image, image_name)
+        preparation, given = self._prepared(image, image_name, like, resample_to)
         with contextlib.ExitStack() as stack:
-            given = preparation.input(image, image_name, like)
             was_known = preparation.known(given, output) is not None
             given = preparation.masked(given, mask, output, stack)
             return preparation.planned(given, preparation.seen(given, output), output, was_known)
@@ -204,6 +246,7 @@ class Predictor:
         *,
         image_name: str | Sequence[str] | None = None,
         like: Any = None,
+        resample_to: str | None = None,
         mask: Any = None,
         output: Any = None,
         resume: bool = True,
@@ -217,6 +260,8 @@ class Predictor:
             image_name: which image of a subject; several become channels, in that order.
             like: the grid that the result is to be on, if that is not the image's: another image or its path, or a shape
                 `(I, J, K)` and an affine. Scores are interpolated to its voxels, and then reduced.
+            resample_to: name of the image of a subject onto whose grid the others are resampled (linearly), where they are not
+                all on one.
             mask: compute only patches that hold a voxel of it: an image or its path, matched by affine; a tensor; a threshold; or
                 a function that makes a mask of a part `(C, i, j, k)` of the volume.
             output: where the result goes: None for memory; a name that ends in `.nii` or `.nii.gz`, beside which a `.json` says
@@ -237,12 +282,12 @@ class Predictor:
             RecordError: if an interrupted run is found that is of another image, model or option; says in what.
             SaveError: if a file cannot be written. What is finished stays, and the same call goes on from there.
         """
-        preparation = self._preparation_for(image, image_name)
+        preparation = self._preparation
         with contextlib.ExitStack() as stack:
             if preparation.models.device.type == "cpu":
                 stack.enter_context(kept_for_models())
             stores = self._stores(output, overwrite)
-            given = preparation.input(image, image_name, like)
+            preparation, given = self._prepared(image, image_name, like, resample_to)
             _check_inputs(stores, given, mask, like)
             given = preparation.masked(given, mask, output, stack)
             with_path = {name: store for name, store in stores.items() if store.path is not None}
@@ -256,6 +301,7 @@ class Predictor:
         output: str | os.PathLike[str],
         image_name: str | Sequence[str] | None = None,
         like: Any = None,
+        resample_to: str | None = None,
         mask: Any = None,
     ) -> bool:
         """Whether a call with these arguments has already made its file, as the file's sidecar says.
@@ -269,9 +315,9 @@ class Predictor:
         remove_leftovers(target)
         if not target.exists():
             return False
-        preparation = self._preparation_for(image, image_name)
+        preparation, given = self._prepared(image, image_name, like, resample_to)
         with contextlib.ExitStack() as stack:
-            given = preparation.masked(preparation.input(image, image_name, like), mask, output, stack)
+            given = preparation.masked(given, mask, output, stack)
             difference = _difference(target, preparation.fingerprint(given))
         if difference:
             raise TargetExistsError(
@@ -330,12 +376,13 @@ def _difference(target: Path, fingerprint: Json) -> str:
 def predict(
     model: Any,
     image: Any,
-    patch_size: Sizes,
-    patch_overlap: float | Sequence[float] = 0.5,
-    overlap_mode: OverlapMode = "gaussian",
+    patch_size: Sizes | None = None,
+    patch_overlap: float | Sequence[float] | None = None,
+    overlap_mode: OverlapMode | None = None,
     *,
     image_name: str | Sequence[str] | None = None,
     like: Any = None,
+    resample_to: str | None = None,
     mask: Any = None,
     output: Any = None,
     resume: bool = True,
@@ -348,11 +395,12 @@ def predict(
     Args:
         model: see `Predictor`.
         image: see `Predictor.__call__`, also for all others that are not listed under `Predictor`.
-        patch_size: voxels of a patch `(I, J, K)`, or one number for all axes.
-        patch_overlap: what neighbours share: voxels, or a fraction of the patch.
-        overlap_mode: how overlapping patches are combined.
+        patch_size: voxels of a patch `(I, J, K)`, or one number for all axes; by default as the model's spec says.
+        patch_overlap: what neighbours share: voxels, or a fraction of the patch; by default half.
+        overlap_mode: how overlapping patches are combined; by default `"gaussian"`.
         image_name: which image of a subject.
         like: the grid that the result is to be on, if that is not the image's.
+        resample_to: name of the image of a subject onto whose grid the others are resampled.
         mask: compute only patches that hold a voxel of it.
         output: where the result goes.
         resume: let a run that was interrupted be resumed.
@@ -376,6 +424,7 @@ def predict(
         image,
         image_name=image_name,
         like=like,
+        resample_to=resample_to,
         mask=mask,
         output=output,
         resume=resume,
@@ -387,12 +436,13 @@ def predict(
 def plan(
     model: Any,
     image: Any,
-    patch_size: Sizes,
-    patch_overlap: float | Sequence[float] = 0.5,
-    overlap_mode: OverlapMode = "gaussian",
+    patch_size: Sizes | None = None,
+    patch_overlap: float | Sequence[float] | None = None,
+    overlap_mode: OverlapMode | None = None,
     *,
     image_name: str | Sequence[str] | None = None,
     like: Any = None,
+    resample_to: str | None = None,
     mask: Any = None,
     output: Any = None,
     **options: Unpack[PredictorOptions],
@@ -407,6 +457,7 @@ def plan(
         overlap_mode: how overlapping patches are combined.
         image_name: which image of a subject.
         like: the grid that the result is to be on, if that is not the image's.
+        resample_to: name of the image of a subject onto whose grid the others are resampled.
         mask: compute only patches that hold a voxel of it.
         output: where the result would go.
         **options: the keywords of `Predictor`.
@@ -414,9 +465,9 @@ def plan(
     Example:
         >>> import torch, voxloom as vx
         >>> print(vx.plan(torch.nn.Identity(), torch.zeros(1, 100, 100, 100), patch_size=64))
-        volume:  100 × 100 × 100 voxels
+        volume:  100 × 100 × 100 voxels, raw intensities, native grid
         patches: 27 of 64 × 64 × 64, each computed once
         ...
     """
     predictor = Predictor(model, patch_size, patch_overlap, overlap_mode, **options)
-    return predictor.plan(image, image_name=image_name, like=like, mask=mask, output=output)
+    return predictor.plan(image, image_name=image_name, like=like, resample_to=resample_to, mask=mask, output=output)

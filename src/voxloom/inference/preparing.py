@@ -2,7 +2,7 @@
 
 import contextlib
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -16,8 +16,7 @@ from ..io.spooling import spooled
 from ..models.outputs import Name
 from ..models.running import Models
 from ..runs.fingerprints import state_of_model
-from ..volumes.spaces import space_of
-from .inputs import as_source, name_of, padded, read_batch, widened
+from .inputs import padded, read_batch, widened
 from .masks import looks_at_input, needed_patches
 from .outlook import Outlook, Seen
 from .plan import Batch, PredictionPlan
@@ -59,12 +58,14 @@ class Preparation:
     def _outlook(self) -> Outlook:
         return Outlook(self.models, self.settings, self.options)
 
-    def input(self, image: Any, image_name: str | Sequence[str] | None, like: Any = None) -> Input:
-        """Say what is to be known of an input before it is read."""
-        source = as_source(image, image_name)
-        dtype = self.settings.dtype or self.models.weights_dtype or source.dtype
-        space = None if like is None else space_of(like, source)
-        return self.planner.input(source, name_of(image, source), dtype, space)
+    def input(self, source: VolumeSource, name: str) -> Input:
+        """Say what is to be known of an input before it is read.
+
+        Args:
+            source: the input.
+            name: what messages call it.
+        """
+        return self.planner.input(source, name, self.settings.dtype or self.models.weights_dtype or source.dtype)
 
     def grid(self, given: Input) -> PatchGrid:
         """Say which patches cover an input."""
@@ -152,7 +153,7 @@ class Preparation:
             given.source,
             self.settings.fill,
             given.like,
-            self.settings.kinds,
+            given.kinds,
         )
         plan = self.planner.plan(given, seen.outputs, results, stays_in_memory(target))
         patches = self._first_patches(given)

@@ -55,7 +55,7 @@ def fingerprint_of_run(of_models: Json, models: Models, settings: Settings, opti
             **(
                 {} if settings.form == CallForm() else {"context": list(settings.context), "slice_axis": settings.form.slice_axis}
             ),
-            **({} if given.like is None else {"like": given.like.fingerprint(), "interpolation": list(settings.kinds)}),
+            **({} if given.like is None else {"like": given.like.fingerprint(), "interpolation": list(given.kinds)}),
             "mask": None if given.needed is None else fingerprint_of_option(given.needed),
             "device": models.device.type,
         },

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import os
 import pickle
 import sys
 import warnings
@@ -19,11 +20,14 @@ from ..io.arrays import hash_of, raw_bytes
 from ..io.files import hash_of_file
 from .guards import Guards
 from .program_check import ProgramRefusedError, inspected, is_program
+from .spec import ModelSpec, spec_beside
 
-__all__ = ["LoadedModel", "load_model"]
+__all__ = ["LoadedModel", "as_loaded", "load_model"]
 
 # Where checkpoints keep the weights, beside the state of an optimiser and the like.
 STATE_KEYS = ("state_dict", "model_state_dict", "model", "network_weights")
+# Name of the spec among the extra files of a program.
+SPEC_FILE = "voxloom.json"
 ALLOW = "it would run code from the file: give --allow-pickle if you trust where it is from"
 
 
@@ -31,7 +35,8 @@ ALLOW = "it would run code from the file: give --allow-pickle if you trust where
 class LoadedModel:
     """A model, and the sizes that it is fixed to; None for any size."""
 
-    model: Callable
+    model: Any
+    """What can be called, or several of an ensemble."""
     name: str | None = None
     """By what it is known: the hash of its file, or of the code and the weights. None for what was unpickled."""
     batch_size: int | None = None
@@ -39,6 +44,8 @@ class LoadedModel:
     channels: int | None = None
     guards: Guards | None = None
     """What an exported program demands of its batches, unless it may do whatever it wants."""
+    spec: ModelSpec | None = None
+    """What it expects, if it came with that."""
 
     def least_batch_size(self, patch_size: Sequence[int] | None = None) -> int:
         """Give the batch size that it is fixed to, or else the smallest that it was made for."""
@@ -57,6 +64,13 @@ class LoadedModel:
     def takes_full_batches(self, patch_size: Sequence[int] | None = None) -> bool:
         """Whether it takes batches of some sizes only, so that the last one of a volume must be filled up."""
         return self.least_batch_size(patch_size) > 1
+
+
+def as_loaded(model: Any) -> LoadedModel:
+    """Give a model, whatever it was given as: loaded, the name of a file, or what can be called."""
+    if isinstance(model, LoadedModel):
+        return model
+    return load_model(os.fspath(model)) if isinstance(model, str | os.PathLike) else LoadedModel(model)
 
 
 def load_model(name: str, weights: Path | None = None, allow_pickle: bool = False) -> LoadedModel:
@@ -95,7 +109,8 @@ def load_model(name: str, weights: Path | None = None, allow_pickle: bool = Fals
     if not isinstance(network, nn.Module):
         raise ModelFileError(f"{name} returned {type(network).__name__}: with weights it must make a torch.nn.Module")
     _load_weights(network, weights, allow_pickle)
-    return LoadedModel(network.eval(), f"{_name_of_code(name, found)} {_name_of_network(network)}")
+    name_of_both = f"{_name_of_code(name, found)} {_name_of_network(network)}"
+    return LoadedModel(network.eval(), name_of_both, spec=spec_beside(weights))
 
 
 def _name_of_code(name: str, found: Callable) -> str:
@@ -221,7 +236,7 @@ def _of_file(path: Path, allow_pickle: bool) -> LoadedModel:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)  # of TorchScript as such
-                return LoadedModel(torch.jit.load(path, map_location="cpu").eval(), _name_of(path))
+                return LoadedModel(torch.jit.load(path, map_location="cpu").eval(), _name_of(path), spec=spec_beside(path))
         except Exception as error:  # see above
             raise ModelFileError(f"{path} cannot be loaded as TorchScript: {_first_line(error)}") from error
     if not allow_pickle:
@@ -261,7 +276,16 @@ def _of_program(path: Path, allow_pickle: bool) -> LoadedModel:
         ) from error
     module = _module_of(program, guards)
     batch, channels, *patch = (size if isinstance(size, int) else None for size in shapes[0])
-    return LoadedModel(module, _name_of(path), batch, tuple(patch), channels, guards)
+    return LoadedModel(module, _name_of(path), batch, tuple(patch), channels, guards, _spec_of(path))
+
+
+def _spec_of(path: Path) -> ModelSpec | None:
+    """Read the spec that a file of a program holds, or that lies beside it."""
+    with zipfile.ZipFile(path) as archive:
+        inside = [name for name in archive.namelist() if name.endswith(f"extra/{SPEC_FILE}")]
+        if inside:
+            return ModelSpec.from_json(archive.read(inside[0]), f"{SPEC_FILE} in {path}")
+    return spec_beside(path)
 
 
 def _module_of(program: torch.export.ExportedProgram, guards: Guards | None) -> nn.Module:

@@ -7,7 +7,7 @@ from ..errors import SizeError
 from ..io.protocols import VolumeSource
 from .constants import LABEL
 from .spaces import as_spacing, at_spacing, space_of
-from .views import ReorientedSource, ResampledSource
+from .views import ResampledSource, TurnedSource
 
 __all__ = ["Views"]
 
@@ -40,7 +40,7 @@ class Views:
             >>> image.shape, image.orientation
             ((1, 40, 20, 30), ('S', 'L', 'P'))
         """
-        return self.of_source(ReorientedSource(self.as_source(), orientation))
+        return self.of_source(TurnedSource.to(self.as_source(), orientation))
 
     def resampled(self, spacing: Any = None, *, like: Any = None, order: int | None = None, fill: float = 0) -> Self:
         """Give the image on another grid; voxels are interpolated when they are read.

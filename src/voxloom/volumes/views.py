@@ -1,5 +1,8 @@
 """Images in another space: turned, or resampled, when they are read."""
 
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -9,18 +12,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.affines import Affine
+from ..core.affines import Affine, shifted
 from ..core.aligned import AlignedMap
 from ..core.boxes import Box
 from ..core.interpolation import Interpolation, SpaceMap, interpolated_dtype
 from ..core.resampling import space_map
 from ..core.splines import cubic_matrix
-from ..core.values import can_hold, sum_dtype
+from ..core.values import can_hold
 from ..errors import ImageError, ModeError
 from ..io.protocols import Json, Space, SpaceCodes, VolumeSource, loading_bytes, read_checked
 from ..io.spooling import Packed
 
-__all__ = ["ReorientedSource", "ResampledSource", "as_orientation"]
+__all__ = ["CroppedSource", "ResampledSource", "TurnedSource", "View", "as_orientation"]
 
 
 def as_orientation(given: Any) -> str:
@@ -36,7 +39,7 @@ def as_orientation(given: Any) -> str:
     return text
 
 
-class _View:
+class View(ABC):
     """What a view has in common with the source that it is of.
 
     Args:
@@ -77,31 +80,46 @@ class _View:
         """See `Packed`."""
         return self.of.packed_bytes if isinstance(self.of, Packed) else 0
 
-    def _unpacked(self, folder: Path) -> VolumeSource:
+    def unpacked(self, folder: Path) -> VolumeSource:
+        """See `Packed`."""
         assert isinstance(self.of, Packed)
-        return self.of.unpacked(folder)
+        return self.over(self.of.unpacked(folder))
+
+    @abstractmethod
+    def over(self, source: VolumeSource) -> VolumeSource:
+        """Give the same view of another source."""
 
 
-class ReorientedSource(_View):
-    """A source whose axes are permuted and flipped, such that they point to other directions.
+class TurnedSource(View):
+    """A source whose axes are permuted and flipped: no value and no place changes.
 
     Args:
         of: the source.
-        orientation: where the axes are to point to, such as `"RAS"`.
+        order: number of the source's axis for each axis.
+        flipped: whether each is flipped.
     """
 
-    def __init__(self, of: VolumeSource, orientation: Any) -> None:
+    def __init__(self, of: VolumeSource, order: Sequence[int], flipped: Sequence[bool] = (False, False, False)) -> None:
         super().__init__(of)
-        self.orientation = as_orientation(orientation)
-        now = nib.io_orientation(of.affine)
-        turn = nib.orientations.ornt_transform(now, nib.orientations.axcodes2ornt(self.orientation))
-        # For each axis of the source where it goes to, and whether it is flipped.
-        self._order = [int(np.flatnonzero(turn[:, 0] == axis)[0]) for axis in range(3)]
-        self._flipped = [bool(turn[source, 1] < 0) for source in self._order]
+        self._order, self._flipped = list(order), list(flipped)
         i, j, k = (of.shape[1 + source] for source in self._order)
         self.shape = (of.shape[0], i, j, k)
         self.dtype = of.dtype
-        self.affine: Affine = of.affine @ nib.orientations.inv_ornt_aff(turn, of.shape[1:])
+        turn = np.eye(4)
+        turn[:3, :3] = 0
+        for axis, (source, is_flipped) in enumerate(zip(self._order, self._flipped, strict=True)):
+            turn[source, axis] = -1 if is_flipped else 1
+            turn[source, 3] = of.shape[1 + source] - 1 if is_flipped else 0
+        self.affine: Affine = of.affine @ turn
+
+    @classmethod
+    def to(cls, of: VolumeSource, orientation: Any) -> "TurnedSource":
+        """Let the axes point to other directions, such as `"RAS"`; of axes that are oblique, the nearest."""
+        wanted = nib.orientations.axcodes2ornt(as_orientation(orientation))
+        turn = nib.orientations.ornt_transform(nib.io_orientation(of.affine), wanted)
+        # For each axis of the source where it goes to, and whether it is flipped.
+        order = [int(np.flatnonzero(turn[:, 0] == axis)[0]) for axis in range(3)]
+        return cls(of, order, [bool(turn[source, 1] < 0) for source in order])
 
     @property
     def chunks(self) -> tuple[int, int, int]:
@@ -121,49 +139,87 @@ class ReorientedSource(_View):
 
     def fingerprint(self) -> Json:
         """See `VolumeSource`."""
-        return {"reoriented": self.orientation, "of": self.of.fingerprint()}
+        return {"axes": self._order, "flipped": self._flipped, "of": self.of.fingerprint()}
 
-    def unpacked(self, folder: Path) -> "ReorientedSource":
-        """See `Packed`."""
-        return ReorientedSource(self._unpacked(folder), self.orientation)
-
-
-KINDS: dict[int, Interpolation] = {0: "nearest", 1: "linear"}
+    def over(self, source: VolumeSource) -> "TurnedSource":
+        """See `View`."""
+        return TurnedSource(source, self._order, self._flipped)
 
 
-class ResampledSource(_View):
+class CroppedSource(View):
+    """A box of a source.
+
+    Args:
+        of: the source.
+        box: voxels `(I, J, K)` of it.
+    """
+
+    def __init__(self, of: VolumeSource, box: Box) -> None:
+        super().__init__(of)
+        self.box = box
+        i, j, k = box.shape
+        self.shape = (of.shape[0], i, j, k)
+        self.dtype, self.chunks = of.dtype, of.chunks
+        self.affine: Affine = shifted(of.affine, box.start)
+
+    def read(self, box: Box) -> Tensor:
+        """See `VolumeSource`."""
+        return read_checked(self.of, box.shift(self.box.start))
+
+    def fingerprint(self) -> Json:
+        """See `VolumeSource`."""
+        return {"cropped": [*self.box.start, *self.box.stop], "of": self.of.fingerprint()}
+
+    def over(self, source: VolumeSource) -> "CroppedSource":
+        """See `View`."""
+        return CroppedSource(source, self.box)
+
+
+KINDS: dict[int, Interpolation] = {0: "nearest", 1: "linear", 3: "linear"}
+
+
+class ResampledSource(View):
     """A source on another grid of voxels.
 
     Args:
         of: the source.
         space: the grid.
         order: 0 takes the nearest voxel, 1 interpolates linearly, and both do so when a box is read; 3 fits cubic splines to the
-            whole volume, and keeps the result.
+            whole volume, and keeps the result. One number, or one for each axis of the source.
         fill: value of voxels whose centres lie outside of the source, more than half a voxel beyond its outermost centres.
+        is_clipped: keep what cubic splines overshoot within the range of the values; where an axis has order 0, of each of its
+            planes.
 
     Raises:
         ModeError: if there is no such order, or it is 3 and the axes of the grid are not those of the source.
         ImageError: if the result cannot hold the value.
     """
 
-    def __init__(self, of: VolumeSource, space: Space, order: int, fill: float = 0) -> None:
+    def __init__(
+        self, of: VolumeSource, space: Space, order: int | Sequence[int], fill: float = 0, is_clipped: bool = False
+    ) -> None:
         super().__init__(of)
-        if order not in (0, 1, 3) or isinstance(order, bool):
+        orders = tuple(order) if isinstance(order, Sequence) and not isinstance(order, str) else (order,) * 3
+        if len(orders) != 3 or any(each not in KINDS or isinstance(each, bool) for each in orders):
             raise ModeError(f"order is {order!r}: it must be 0 for the nearest voxel, 1 for linear or 3 for cubic interpolation")
-        self.space, self.order, self.fill = space, order, fill
+        self.space, self.orders, self.fill, self.is_clipped = space, orders, fill, is_clipped
         self.shape = (of.shape[0], *space.shape)
         self.affine: Affine = space.affine
-        self.dtype = sum_dtype(of.dtype) if order == 3 else interpolated_dtype(of.dtype, [KINDS[order]])
+        self.dtype = interpolated_dtype(of.dtype, [KINDS[each] for each in orders])
         if not can_hold(self.dtype, fill):
             raise ImageError(f"fill is {fill}, which a volume of {self.dtype} cannot hold: choose another one")
-        if order == 3 and not isinstance(self._map, AlignedMap):
+        if self._is_cubic and not isinstance(self._map, AlignedMap):
             raise ModeError("order is 3, which is for axes that are only permuted, flipped, scaled and shifted: use order 1")
         self._whole: Tensor | None = None
 
+    @property
+    def _is_cubic(self) -> bool:
+        return 3 in self.orders
+
     @cached_property
     def _map(self) -> SpaceMap:
-        kind = KINDS.get(self.order, "linear")
-        return space_map(self.of.shape[1:], self.of.affine, self.space.shape, self.affine, [kind] * 3)
+        kinds = [KINDS[each] for each in self.orders]
+        return space_map(self.of.shape[1:], self.of.affine, self.space.shape, self.affine, kinds)
 
     @property
     def codes(self) -> SpaceCodes:
@@ -173,24 +229,24 @@ class ResampledSource(_View):
     @property
     def chunks(self) -> tuple[int, int, int]:
         """See `VolumeSource`: patches of any shape are as quick."""
-        return (1, 1, 1) if self.order != 3 else (1, *self.shape[2:])
+        return (1, *self.shape[2:]) if self._is_cubic else (1, 1, 1)
 
     @property
     def resident_bytes(self) -> int:
         """See `VolumeSource`."""
-        whole = int(np.prod(self.shape)) * self.dtype.itemsize if self.order == 3 and self._whole is None else 0
+        whole = math.prod(self.shape) * self.dtype.itemsize if self._is_cubic and self._whole is None else 0
         return super().resident_bytes + whole
 
     @property
     def loading_bytes(self) -> int:
         """See the function `loading_bytes`."""
-        if self.order != 3:
+        if not self._is_cubic:
             return super().loading_bytes
-        return super().loading_bytes + 3 * max(int(np.prod(each)) for each in (self.shape, self.of.shape)) * self.dtype.itemsize
+        return super().loading_bytes + 3 * max(math.prod(each) for each in (self.shape, self.of.shape)) * self.dtype.itemsize
 
     def read(self, box: Box) -> Tensor:
         """See `VolumeSource`."""
-        if self.order == 3:
+        if self._is_cubic:
             if self._whole is None:
                 self._whole = self._cubic()
             return self._whole[(slice(None), *box.slices)]
@@ -205,22 +261,39 @@ class ResampledSource(_View):
         """Resample the whole volume."""
         space = self._map
         assert isinstance(space, AlignedMap)
-        whole = Box.of_shape(self.of.shape[1:])
-        values = read_checked(self.of, whole).to(self.dtype)
+        values = read_checked(self.of, Box.of_shape(self.of.shape[1:])).to(self.dtype)
         with torch.inference_mode(False), torch.no_grad():
-            for axis in space.sequence:
+            # What the nearest are taken of comes last, after all else has been clipped.
+            for axis in sorted(space.sequence, key=lambda axis: self.orders[space.order[axis]] == 0):
                 of = space.order[axis]
-                matrix = torch.from_numpy(cubic_matrix(space.axes[axis].places, self.of.shape[1 + of])).to(self.dtype)
-                values = torch.tensordot(matrix, values, dims=([1], [1 + of])).movedim(0, 1 + of)
+                line = space.axes[axis]
+                if self.orders[of] == 0:
+                    values = line.apply(self._clipped(values), 1 + of, 0, 0, len(line))
+                elif self.orders[of] == 1:
+                    values = line.apply(values, 1 + of, 0, 0, len(line))
+                elif not np.array_equal(line.places, np.arange(self.of.shape[1 + of])):
+                    matrix = torch.from_numpy(cubic_matrix(line.places, self.of.shape[1 + of])).to(self.dtype)
+                    values = torch.tensordot(matrix, values, dims=([1], [1 + of])).movedim(0, 1 + of)
+            if 0 not in self.orders:
+                values = self._clipped(values)
             values = values.permute(0, *(1 + of for of in space.order)).contiguous()
             for axis, line in enumerate(space.axes):
                 values[(slice(None),) * (1 + axis) + (torch.from_numpy(~line.is_inside),)] = self.fill
         return values
 
+    def _clipped(self, values: Tensor) -> Tensor:
+        """Keep values within the range of the source's, channel by channel, and plane by plane where planes are alone."""
+        if not self.is_clipped:
+            return values
+        source = read_checked(self.of, Box.of_shape(self.of.shape[1:])).to(self.dtype)
+        dims = tuple(1 + axis for axis, order in enumerate(self.orders) if order != 0)
+        return torch.clamp(values, source.amin(dims, keepdim=True), source.amax(dims, keepdim=True))
+
     def fingerprint(self) -> Json:
         """See `VolumeSource`."""
-        return {"resampled": self.space.fingerprint(), "order": self.order, "fill": self.fill, "of": self.of.fingerprint()}
+        how = {"order": list(self.orders), "fill": self.fill, "clipped": self.is_clipped}
+        return {"resampled": self.space.fingerprint(), **how, "of": self.of.fingerprint()}
 
-    def unpacked(self, folder: Path) -> "ResampledSource":
-        """See `Packed`."""
-        return ResampledSource(self._unpacked(folder), self.space, self.order, self.fill)
+    def over(self, source: VolumeSource) -> "ResampledSource":
+        """See `View`."""
+        return ResampledSource(source, self.space, self.orders, self.fill, self.is_clipped)

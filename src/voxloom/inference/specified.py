@@ -1,0 +1,216 @@
+"""An image as a model expects it: turned, cropped, scaled and resampled, by its spec, when it is read."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..core.affines import scaled, spacing_of
+from ..core.boxes import Box
+from ..core.grids import PatchSpacing
+from ..core.interpolation import Interpolation
+from ..core.sizes import pretty_sizes
+from ..core.windows import Gaussian, OverlapMode
+from ..errors import MissingDependencyError, SpaceError, SpecError
+from ..io.composed import StackedSource
+from ..io.protocols import Space, VolumeSource, read_checked
+from ..models.spec import NATIVE, ModelSpec
+from ..volumes.intensities import Intensity, NormalizedSource, foreground_box
+from ..volumes.spaces import at_spacing
+from ..volumes.subject import Subject
+from ..volumes.views import CroppedSource, ResampledSource, TurnedSource
+from .reductions import Regions
+
+__all__ = ["ModelInput", "in_model_space", "named_channels", "usual_options"]
+
+
+@dataclass(frozen=True, eq=False)
+class ModelInput:
+    """What a model is applied to."""
+
+    source: VolumeSource
+    steps: tuple[str, ...]
+    """What was done to the image for it, in words."""
+    kinds: tuple[Interpolation, Interpolation, Interpolation]
+    """How scores are interpolated back, along each axis of the model."""
+
+
+def named_channels(image: Any, spec: ModelSpec, resample_to: str | None) -> Any:
+    """Put the images of a subject in the order of the spec's channels.
+
+    Args:
+        image: what was given; all but a `Subject`, or a dict of images, stays as it is.
+        spec: the spec.
+        resample_to: name of the image on whose grid the others are resampled; None where all are on one grid.
+
+    Raises:
+        SpecError: if a channel is missing, or there is another one.
+    """
+    if isinstance(image, Mapping) and not isinstance(image, Subject):
+        image = Subject(dict(image))
+    if not isinstance(image, Subject) or (not spec.channels and resample_to is None):
+        return image
+    images = dict(image.images)
+    if spec.channels:
+        missing = [name for name in spec.channels if name not in images]
+        if missing:
+            raise SpecError(
+                f"the model takes {', '.join(spec.channels)}, but the subject has {', '.join(images)}: {missing[0]!r} is missing"
+            )
+        images = {name: images[name] for name in spec.channels}
+    if resample_to is not None:
+        if resample_to not in images:
+            raise SpecError(f"resample_to is {resample_to!r}, but the subject has {', '.join(images)}")
+        target = images[resample_to]
+        images = {name: each if each is target else each.resampled(like=target) for name, each in images.items()}
+    try:
+        Subject(images).check_space()
+    except SpaceError as error:
+        names = ", ".join(map(repr, images))
+        raise SpaceError(f"{error}. resample_to= one of {names} brings the others onto its grid") from error
+    sources: Sequence[VolumeSource] = list(images.values())
+    return sources[0] if len(sources) == 1 else StackedSource(sources, list(images), check_place=False)
+
+
+def in_model_space(source: VolumeSource, spec: ModelSpec, name: str) -> ModelInput:
+    """Give a source as a model expects it.
+
+    Args:
+        source: the image.
+        spec: what the model expects.
+        name: what messages call the image.
+
+    Raises:
+        SpecError: if the image is not such as the spec needs.
+    """
+    channels = source.shape[0]
+    if spec.channels and channels != len(spec.channels):
+        raise SpecError(
+            f"{name} has {channels} channel{'s' if channels > 1 else ''}, but the model takes {len(spec.channels)},"
+            f" {', '.join(spec.channels)}"
+        )
+    view: VolumeSource = source
+    steps = [f"{_told(source)}"]
+    if spec.orientation != NATIVE:
+        if source.codes.qform == source.codes.sform == 0:
+            raise SpecError(
+                f"{name} does not say where its axes point, but the model takes {spec.orientation}: give it an affine, and codes"
+                " that are not 0"
+            )
+        view = TurnedSource.to(view, spec.orientation)
+        steps.append(f"turned to {spec.orientation}: {_told(view)}")
+    if spec.axes != (0, 1, 2):
+        view = TurnedSource(view, spec.axes)
+        steps.append(f"axes in the order {spec.axes}: {pretty_sizes(view.shape[1:])} voxels")
+    if spec.crop is not None:
+        box = foreground_box(view, spec.crop.above, spec.crop.margin)
+        if box is None:
+            what = "not 0" if spec.crop.above is None else f"above {spec.crop.above:g}"
+            warnings.warn(f"no voxel of {name} is {what}: it is not cropped", RuntimeWarning, stacklevel=2)
+        elif box.shape != view.shape[1:]:
+            view = CroppedSource(view, box)
+            steps.append(f"cropped to the foreground: {pretty_sizes(box.shape)} voxels from {box.start}")
+    if spec.intensity:
+        view = _scaled(view, spec.intensity, steps)
+    kinds: tuple[Interpolation, Interpolation, Interpolation] = ("linear", "linear", "linear")
+    if spec.spacing != (None, None, None):
+        space = at_spacing(view, spec.spacing) if spec.fits == "spacing" else _filling(view, spec.spacing)
+        thick = _thick_axis(spec, spacing_of(view.affine), spec.spacing)
+        orders = tuple(0 if axis == thick else spec.order for axis in range(3))
+        i, j, k = ("nearest" if axis == thick else "linear" for axis in range(3))
+        kinds = (i, j, k)  # type: ignore[assignment]
+        if space.shape != view.shape[1:] or not np.allclose(space.affine, view.affine):
+            view = ResampledSource(view, space, orders, is_clipped=spec.order == 3)
+            order = spec.order if thick is None else orders
+            steps.append(f"resampled (order {order}): {_told(view)}")
+    return ModelInput(view, tuple(steps), kinds)
+
+
+def _scaled(view: VolumeSource, intensity: Sequence[Intensity], steps: list[str]) -> VolumeSource:
+    each = list(intensity) * (view.shape[0] if len(intensity) == 1 else 1)
+    if len(each) != view.shape[0]:
+        raise SpecError(f"intensity of the spec has {len(each)} entries, but there are {view.shape[0]} channels")
+    mask = _filled_mask(view) if any(one.over == "mask" for one in each) else None
+    scalings = [one.of_channel(view, channel, mask) for channel, one in enumerate(each)]
+    if all(scaling.is_nothing for scaling in scalings):
+        return view
+    steps.append("intensities " + "; ".join(dict.fromkeys(map(str, scalings))))
+    return NormalizedSource(view, scalings, mask)
+
+
+def _filled_mask(view: VolumeSource) -> np.ndarray:
+    """Say which voxels have a channel that is not 0, or are enclosed by such."""
+    try:
+        from scipy.ndimage import binary_fill_holes
+    except ImportError as error:
+        raise MissingDependencyError("a spec whose intensities are over a mask needs SciPy: pip install scipy") from error
+    return np.asarray(binary_fill_holes((read_checked(view, Box.of_shape(view.shape[1:])) != 0).any(0).numpy()))
+
+
+def _filling(source: VolumeSource, spacing: Sequence[float | None]) -> Space:
+    """Give the grid of as nearly a spacing as whole voxels allow that fills the volume exactly."""
+    old = spacing_of(source.affine)
+    shape = [
+        length if new is None else max(1, round(before / new * length))
+        for before, new, length in zip(old, spacing, source.shape[1:], strict=True)
+    ]
+    i, j, k = shape
+    factors = tuple(size / length for size, length in zip(shape, source.shape[1:], strict=True))
+    return Space((i, j, k), scaled(source.affine, factors), source.codes)
+
+
+def _thick_axis(spec: ModelSpec, own: Sequence[float], wanted: Sequence[float | None]) -> int | None:
+    """Say which axis, if any, is to be interpolated on its own because the voxels are much longer along it."""
+    if spec.thick_slices is None:
+        return None
+    target = [before if new is None else new for before, new in zip(own, wanted, strict=True)]
+    for spacing in (own, target):
+        longest = max(spacing)
+        if longest / min(spacing) > spec.thick_slices:
+            axes = [axis for axis, each in enumerate(spacing) if longest / each == 1]
+            return axes[0] if len(axes) == 1 else None
+    return None
+
+
+def _told(source: VolumeSource) -> str:
+    spacing = " × ".join(f"{each:.4g}" for each in spacing_of(source.affine))
+    return f"{pretty_sizes(source.shape[1:])} voxels of {spacing} mm"
+
+
+@dataclass(frozen=True)
+class UsualOptions:
+    """What a predictor does where the user does not say otherwise."""
+
+    patch_size: Any
+    patch_overlap: Any
+    overlap_mode: OverlapMode
+    patch_spacing: PatchSpacing
+    context: Any
+    slice_axis: int | None
+    mirror_axes: Any
+    padding_mode: str | float | None
+    activation: Any
+    reduce: Any
+
+
+def usual_options(spec: ModelSpec) -> UsualOptions:
+    """Say what a spec asks for."""
+    is_gaussian = spec.overlap_mode == "gaussian" and spec.overlap_width is not None
+    reduce: Any = spec.reduce
+    if spec.regions:
+        threshold = spec.reduce if isinstance(spec.reduce, int | float) else 0.5
+        reduce = Regions(spec.regions, threshold)
+    return UsualOptions(
+        patch_size=spec.patch_size,
+        patch_overlap=spec.patch_overlap,
+        overlap_mode=Gaussian(spec.overlap_width) if is_gaussian and spec.overlap_width else spec.overlap_mode,
+        patch_spacing=spec.patch_spacing,
+        context=spec.context,
+        slice_axis=spec.slice_axis,
+        mirror_axes=spec.mirror_axes,
+        padding_mode=spec.padding_mode,
+        activation=spec.activation,
+        reduce=reduce,
+    )

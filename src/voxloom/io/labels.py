@@ -1,0 +1,37 @@
+"""What the numbers of a label map mean."""
+
+import colorsys
+from dataclasses import dataclass
+
+__all__ = ["Label", "color_of"]
+
+
+@dataclass(frozen=True)
+class Label:
+    """A number of a label map, and what it means.
+
+    Example:
+        >>> Label(5, "liver", color=(221, 130, 101), code=("SCT", "10200004", "Liver")).name
+        'liver'
+    """
+
+    value: int
+    name: str
+    color: tuple[int, int, int] | None = None
+    """Red, green and blue from 0 to 255; None for one that differs from those of other numbers."""
+    code: tuple[str, str, str] | None = None
+    """Scheme, value and meaning of what it is in a terminology, such as `("SCT", "10200004", "Liver")`."""
+
+
+def color_of(label: Label) -> tuple[int, int, int]:
+    """Give the colour of a label, or one that follows from its number.
+
+    Example:
+        >>> color_of(Label(1, "liver"))
+        (217, 121, 65)
+    """
+    if label.color is not None:
+        return label.color
+    # Hues by the golden ratio lie far from one another, however many there are.
+    red, green, blue = colorsys.hsv_to_rgb((0.443 + label.value * 0.618034) % 1, 0.7, 0.85)
+    return round(red * 255), round(green * 255), round(blue * 255)
