@@ -1084,3 +1084,36 @@ def test_models_of_slices_on_the_command_line(here, run):
     torch.testing.assert_close(data_of("a.nii"), vx.ScalarImage("scans/a.nii.gz").data.float() * 2)
     run(*command, "b.nii", "--patch-size", 8, "--context", "0,0,1")
     assert "height,width" in run(*command, "c.nii", code=1).err
+
+
+def test_a_model_is_packed_with_what_it_expects(here, run):
+    (here / "nets.py").write_text("import torch\n\ndef net():\n    return torch.nn.Conv3d(2, 3, 1)\n")
+    sys.path.insert(0, str(here))
+    torch.save(torch.nn.Conv3d(2, 3, 1).state_dict(), here / "w.pth")
+    spec = vx.ModelSpec(
+        channels=("T1", "T2"), spacing=(2, 2, 2), intensity=(vx.Intensity(scale="z-score"),), patch_size=8, reduce="argmax"
+    )
+    spec.write(here / "expects.json")
+    run("pack", "nets:net", "--weights", "w.pth", "--spec", "expects.json", "-o", "packed.pt2")
+    assert '"T2"' in run("info", "packed.pt2").out
+    assert "exists" in run("pack", "packed.pt2", "--spec", "expects.json", "-o", "packed.pt2", code=1).err
+    run("pack", "packed.pt2", "--spec", "expects.json", "-o", "again.pt2")
+    for name in ("T2", "T1"):
+        vx.ScalarImage(torch.rand(1, 20, 18, 17), affine=np.diag([1, 1, 3, 1])).save(f"{name}.nii.gz")
+    (here / "cases.csv").write_text("case,T2,T1\nfirst,T2.nii.gz,T1.nii.gz\n")
+    run("predict", "again.pt2", "--table", "cases.csv", "-o", "out")
+    made = vx.LabelMap("out/first.nii.gz")
+    assert made.spatial_shape == (20, 18, 17)
+    expected = vx.predict("packed.pt2", vx.Subject(T1=vx.ScalarImage("T1.nii.gz"), T2=vx.ScalarImage("T2.nii.gz")))
+    assert torch.equal(made.data, expected.data)
+    (here / "other.csv").write_text("case,T2,FLAIR\nfirst,T2.nii.gz,T1.nii.gz\n")
+    assert "'T1' is missing" in run("predict", "again.pt2", "--table", "other.csv", "-o", "else", code=1).err
+    spec = vx.ModelSpec(patch_size=8)
+    spec.write(here / "plain.json")
+    run("predict", "again.pt2", "--table", "cases.csv", "-o", "raw", "--spec", "plain.json")
+    assert vx.ScalarImage("raw/first.nii.gz").num_channels == 3
+    for wrong, text in (("w.pth", "no torch.export program"), ("nets:net", "makes a network")):
+        assert text in run("pack", wrong, "--spec", "plain.json", "-o", "no.pt2", code=1).err
+    assert "must say its channels" in run(
+        "pack", "nets:net", "--weights", "w.pth", "--spec", "plain.json", "-o", "no.pt2", code=1
+    ).err  # fmt: skip

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import typer
 
-from ..errors import ImageNotFoundError, SaveError, SubjectError
+from ..errors import ImageNotFoundError, SaveError, SpecError, SubjectError
 from ..io.formats import endings, is_image, is_other_image, stem_of
 from ..volumes.image import ScalarImage
 from ..volumes.subject import Subject
@@ -27,10 +27,28 @@ class Case:
     name: str
     files: tuple[Path, ...]
     target: Path
+    channels: tuple[str, ...] = ()
+    """Names of the channels, where there are any."""
 
-    def subject(self) -> Subject:
-        """Make a subject whose images are the channels, in order; nothing is read yet."""
-        return Subject({f"channel {number}": ScalarImage(path) for number, path in enumerate(self.files)})
+    def subject(self, wanted: Sequence[str] = ()) -> Subject:
+        """Make a subject whose images are the channels, in order; nothing is read yet.
+
+        Args:
+            wanted: names of the channels that a model takes: a table puts them in this order.
+
+        Raises:
+            SpecError: if the table has no column of that name.
+        """
+        names = self.channels or tuple(f"channel {number}" for number in range(len(self.files)))
+        images = {name: ScalarImage(path) for name, path in zip(names, self.files, strict=True)}
+        if not self.channels or not wanted:
+            return Subject(images)
+        missing = [name for name in wanted if name not in images]
+        if missing:
+            raise SpecError(
+                f"the model takes {', '.join(wanted)}, but the columns are {', '.join(images)}: {missing[0]!r} is missing"
+            )
+        return Subject({name: images[name] for name in wanted})
 
 
 def cases_of(images: Sequence[Path], output: Path) -> list[Case]:
@@ -112,7 +130,7 @@ def cases_of_table(table: Path, output: Path) -> list[Case]:
                 f"line {line} of {table} would put its result at {place}, outside of {output}: name it with a column case"
             )
         files = tuple(table.parent / path for path in given)
-        cases.append(Case(str(place), files, output / f"{place}{DEFAULT_ENDING}"))
+        cases.append(Case(str(place), files, output / f"{place}{DEFAULT_ENDING}", tuple(columns[each] for each in channels)))
     return _checked(cases)
 
 

@@ -17,6 +17,8 @@ from ..datasets import HeadPhantom
 from ..errors import ModeError, SaveError, SizeError, VoxloomError
 from ..inference import Predictor
 from ..models.loading import LoadedModel, load_model
+from ..models.packing import pack_model
+from ..models.spec import ModelSpec
 from ..plotting.comparison import require_matplotlib, save_comparison
 from ..runs.log import left_behind
 from ..volumes.image import ScalarImage
@@ -100,7 +102,7 @@ def predict(
     done, skipped, failed = 0, 0, []
     for case in cases:
         try:
-            if _predict_case(predictor, _subject(case, model), case, like, where, resume, overwrite):
+            if _predict_case(predictor, _subject(case, model, predictor), case, like, where, resume, overwrite):
                 done += 1
                 _say(f"{case.name}: {case.target}")
             else:
@@ -127,9 +129,9 @@ def _say_failure(case: Case, error: Exception) -> None:
     _say(f"voxloom: {case.name} failed: {text}", err=True)
 
 
-def _subject(case: Case, model: LoadedModel) -> Subject:
+def _subject(case: Case, model: LoadedModel, predictor: Predictor) -> Subject:
     """Make a subject of a case, and check that a model takes as many channels."""
-    subject = case.subject()
+    subject = case.subject(predictor.spec.channels)
     channels = sum(image.num_channels for image in subject.images.values())
     if model.channels not in (None, channels):
         raise SizeError(
@@ -177,7 +179,7 @@ def plan(
     failed = False
     for case in cases:
         try:
-            subject = _subject(case, model)
+            subject = _subject(case, model, predictor)
             found = predictor.plan(subject, image_name=list(subject.images), like=like, mask=where, output=case.target)
             _say(f"{case.name}\n{found}\n" if len(cases) > 1 else str(found))
         except Exception as error:  # noqa: BLE001 - see above
@@ -210,6 +212,8 @@ def _description(path: Path, allow_pickle: bool) -> str:
         least = loaded.least_batch_size()
         free = "any" if least == 1 else f"{least} or more"
         lines = {"batch size": loaded.batch_size or free, "patch size": pretty_sizes(loaded.patch_size)}
+        said = "none: raw intensities, native grid" if loaded.spec is None else str(loaded.spec).replace("\n", "\n  ")
+        lines["spec"] = said
     else:
         image = ScalarImage(path)
         size = image.memory / 2**20
@@ -222,6 +226,20 @@ def _description(path: Path, allow_pickle: bool) -> str:
             "read": "in parts" if image.can_be_sliced else "as a whole",
         }
     return "\n".join([str(path), *(f"  {name + ':':<13}{value}" for name, value in lines.items())])
+
+
+@app.command()
+def pack(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A .pt2 program, or with --weights package.module:factory.")],
+    spec: Annotated[Path, typer.Option(help="What the model expects (.json).")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The .pt2 to write.")],
+    weights: Annotated[Path | None, typer.Option(help="Weights for a factory: .safetensors, or a checkpoint.")] = None,
+    allow_pickle: AllowPickle = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
+) -> None:
+    """Put a model and what it expects into one file."""
+    pack_model(model, ModelSpec.read(spec), output, weights, allow_pickle, overwrite)
+    _say(f"{output}: {model} with {spec}")
 
 
 @app.command()

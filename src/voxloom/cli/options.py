@@ -18,6 +18,7 @@ from ..core.windows import Gaussian, OverlapMode
 from ..errors import ModeError, SizeError
 from ..inference import Predictor
 from ..models.loading import LoadedModel, load_model
+from ..models.spec import ModelSpec
 
 __all__ = ["AllowPickle", "ModelOptions", "spread"]
 
@@ -41,22 +42,37 @@ class ModelOptions:
     model: Annotated[
         str,
         typer.Argument(
-            metavar="MODEL", help="A .pt2 program, a TorchScript file, package.module:callable, or, with --weights, a factory."
+            metavar="MODEL",
+            help="A .pt2 program, a TorchScript file, package.module:callable, or, with --weights, a factory; nnunet:FOLDER is a"
+            " trained nnU-Net.",
         ),
     ]
+    spec: Annotated[
+        Path | None,
+        typer.Option(help="What the model expects (.json).  \\[default: what is in or beside its file]", show_default=False),
+    ] = None
     weights: Annotated[Path | None, typer.Option(help="Weights for a factory: .safetensors, or a checkpoint.")] = None
     allow_pickle: AllowPickle = False
     patch_size: Annotated[
         str | None, typer.Option(help="Voxels of a patch: a number, or three such as 160,160,64; -1 is all of an axis.")
     ] = None
-    overlap: Annotated[str, typer.Option(help="What neighbours share: a fraction of the patch, or a number of voxels.")] = "0.5"
+    overlap: Annotated[
+        str | None, typer.Option(help="What neighbours share: a fraction of the patch, or a number of voxels.  \\[default: 0.5]")
+    ] = None
     mode: Annotated[
-        str,
-        typer.Option(help="crop, average, hann or gaussian, or gaussian:0.25 for a standard deviation of that part of a patch."),
-    ] = "gaussian"
-    context: Annotated[str, typer.Option(help="Voxels around each patch that the model is given and does not predict.")] = "0"
+        str | None,
+        typer.Option(
+            help="crop, average, hann or gaussian, or gaussian:0.25 for a standard deviation of that part of a patch."
+            "  \\[default: gaussian]"
+        ),
+    ] = None
+    context: Annotated[
+        str | None, typer.Option(help="Voxels around each patch that the model is given and does not predict.  \\[default: 0]")
+    ] = None
     slice_axis: Annotated[int | None, typer.Option(help="Axis of the slices, for a 2-D model; patches are height,width.")] = None
-    patch_spacing: Annotated[str, typer.Option(help="fixed, or even to spread the patches evenly, as nnU-Net does.")] = "fixed"
+    patch_spacing: Annotated[
+        str | None, typer.Option(help="fixed, or even to spread the patches evenly, as nnU-Net does.  \\[default: fixed]")
+    ] = None
     labels: Annotated[bool, typer.Option("--labels", help="Write the number of the largest channel, not all channels.")] = False
     threshold: Annotated[float | None, typer.Option(help="Write 1 where a channel is larger, else 0.")] = None
     channels: Annotated[str | None, typer.Option(help="Write these channels alone, such as 0,2.")] = None
@@ -82,30 +98,33 @@ class ModelOptions:
     padding: Annotated[str | None, typer.Option(help="Pad the volume by half the overlap: edge, reflect, 0 ...")] = None
     mirror: Annotated[str | None, typer.Option(help="Mirror patches along these axes too, such as 0,1,2, and average.")] = None
     interpolation: Annotated[
-        str, typer.Option(help="How scores get to the grid of --like: linear or nearest, or three with commas, for each axis.")
-    ] = "linear"
+        str | None,
+        typer.Option(
+            help="How scores get to another grid: linear or nearest, or three with commas, for each axis.  \\[default: linear]"
+        ),
+    ] = None
     memory_limit: Annotated[
         str | None, typer.Option(help="Memory beside the model's own, such as 2GiB.  \\[default: what is free]")
     ] = None
 
     def predictor(self) -> tuple[Predictor, LoadedModel]:
         """Make a predictor, and give what is known of its model."""
-        loaded = load_model(self.model, self.weights, self.allow_pickle)
+        loaded = self._loaded()
+        spec = loaded.spec if self.spec is None else ModelSpec.read(self.spec)
         given = ("argmax" if self.labels else None, self.threshold, _numbers(self.channels, int, "channels"))
         reductions = [value for value in given if value is not None]
         if len(reductions) > 1:
             raise ModeError("of --labels, --threshold and --channels only one can be given")
-        size, number = self._sizes(loaded)
-        overlaps = _numbers(self.overlap, lambda text: int(text) if text.isdecimal() else float(text), "overlap") or []
-        contexts = _numbers(self.context, int, "context") or [0]
+        size, number = self._sizes(loaded, spec)
         predictor = Predictor(
             loaded.model,
             size,
-            overlaps[0] if len(overlaps) == 1 else overlaps,
+            _one_or_all(_numbers(self.overlap, lambda text: int(text) if text.isdecimal() else float(text), "overlap")),
             _as_mode(self.mode),
-            context=contexts[0] if len(contexts) == 1 else contexts,
+            spec=spec,
+            context=_one_or_all(_numbers(self.context, int, "context")),
             slice_axis=self.slice_axis,
-            patch_spacing=check_patch_spacing(self.patch_spacing),
+            patch_spacing=None if self.patch_spacing is None else check_patch_spacing(self.patch_spacing),
             batch_size=number,
             device=self.device,
             amp=self.amp,
@@ -113,21 +132,31 @@ class ModelOptions:
             activation=None if self.activation is None else self.activation.value,
             reduce=reductions[0] if reductions else None,
             padding_mode=_number_or_text(self.padding),
-            interpolation=self.interpolation.split(",") if "," in self.interpolation else self.interpolation,
-            mirror_axes=_numbers(self.mirror, int, "mirror") or (),
+            interpolation=None if self.interpolation is None else _one_or_all(self.interpolation.split(",")),
+            mirror_axes=_numbers(self.mirror, int, "mirror"),
             memory_limit=self.memory_limit,
-            full_batches=-1 not in size and loaded.takes_full_batches(size),
+            full_batches=size is not None and -1 not in size and loaded.takes_full_batches(size),
             model_name=loaded.name,
         )
         return predictor, loaded
 
-    def _sizes(self, loaded: LoadedModel) -> tuple[list[int], int]:
-        """Give the sizes that are asked for, or else those that the model is fixed to."""
+    def _loaded(self) -> LoadedModel:
+        kind, colon, rest = self.model.partition(":")
+        if colon and kind in LOADERS:
+            return LOADERS[kind](self, rest)
+        return load_model(self.model, self.weights, self.allow_pickle)
+
+    def _sizes(self, loaded: LoadedModel, spec: ModelSpec | None) -> tuple[list[int] | None, int | None]:
+        """Give the sizes that are asked for, or else those that the model is fixed to; None for what its spec says."""
         asked = _numbers(self.patch_size, int, "patch-size")
+        of_slices = self.slice_axis is not None or (spec is not None and spec.slice_axis is not None)
         if asked is not None and len(asked) == 1:
-            asked *= 3 if self.slice_axis is None else 2
+            asked *= 2 if of_slices else 3
         fixed = loaded.patch_size
-        if self.slice_axis is not None:
+        is_specified = spec is not None and spec.patch_size is not None
+        if asked is None and is_specified:
+            return None, self.batch_size
+        if of_slices:
             if asked is None:
                 raise SizeError("the patch size is missing: give --patch-size height,width of the slices")
             return asked, self.batch_size or 1
@@ -149,6 +178,10 @@ class ModelOptions:
         if -1 not in size:
             loaded.check_sizes(number, size)
         return size, number
+
+
+LOADERS: dict[str, Callable[[ModelOptions, str], LoadedModel]] = {}
+"""What loads models of other projects, by what stands before the colon."""
 
 
 def spread(command: Callable[..., None]) -> Callable[..., None]:
@@ -187,7 +220,13 @@ def _numbers(text: str | None, convert: Callable[[str], Number], name: str) -> l
         raise SizeError(f"--{name} is {text!r}: give a number, or several with commas between them") from error
 
 
-def _as_mode(text: str) -> OverlapMode:
+def _one_or_all(values: list[Any] | None) -> Any:
+    return values[0] if values is not None and len(values) == 1 else values
+
+
+def _as_mode(text: str | None) -> OverlapMode | None:
+    if text is None:
+        return None
     name, colon, width = text.partition(":")
     if not colon:
         return text

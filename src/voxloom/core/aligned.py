@@ -41,10 +41,28 @@ class AxisMap:
     """Where the centre lies, at most half a voxel outside of the source."""
 
     @classmethod
-    def of(cls, length: int, scale: float, offset: float, source_length: int, kind: Interpolation) -> "AxisMap":
-        """Map the voxels of the target `0 ... length - 1` to `scale · index + offset` in the source."""
+    def of(
+        cls,
+        length: int,
+        scale: float,
+        offset: float,
+        source_length: int,
+        kind: Interpolation,
+        extent: tuple[float, float] | None = None,
+    ) -> "AxisMap":
+        """Map the voxels of the target `0 ... length - 1` to `scale · index + offset` in the source.
+
+        Args:
+            length: see above.
+            scale: see above.
+            offset: see above.
+            source_length: voxels of the source.
+            kind: how to interpolate.
+            extent: where the source begins and ends; None for the edges of its voxels.
+        """
+        first, last = (-0.5, source_length - 0.5) if extent is None else extent
         places = scale * np.arange(length) + offset
-        is_inside = (places >= -0.5 - ROUNDING) & (places <= source_length - 0.5 + ROUNDING)
+        is_inside = (places >= first - ROUNDING) & (places <= last + ROUNDING)
         near = places.clip(-0.5, source_length - 0.5)
         places = places.clip(0, source_length - 1)
         if kind == "nearest":

@@ -27,12 +27,14 @@ class ObliqueMap:
         target_shape: voxels of the target.
         matrix: from voxels of the target to those of the source, 4 × 4.
         kinds: how to interpolate along each axis of the source.
+        extent: where the source begins and ends along each axis.
     """
 
     shape: Ints
     target_shape: Ints
     matrix: Affine
     kinds: tuple[Interpolation, ...]
+    extent: tuple[tuple[float, float], ...]
 
     mixing_axes = (0, 1, 2)
 
@@ -52,9 +54,9 @@ class ObliqueMap:
         i, j, k = np.ogrid[tuple(slice(start, stop) for start, stop in zip(box.start, box.stop, strict=True))]
         is_inside = np.ones(box.shape, dtype=bool)
         places = []
-        for row, length, kind in zip(self.matrix, self.shape, self.kinds, strict=False):
+        for row, length, kind, (first, last) in zip(self.matrix[:3], self.shape, self.kinds, self.extent, strict=True):
             place = i * row[0] + (j * row[1] + (k * row[2] + row[3]))
-            is_inside &= (place >= -0.5 - ROUNDING) & (place <= length - 0.5 + ROUNDING)
+            is_inside &= (place >= first - ROUNDING) & (place <= last + ROUNDING)
             place = place.clip(0, length - 1)
             if kind == "nearest":
                 place = np.floor(place + 0.5 + ROUNDING).clip(0, length - 1)

@@ -22,6 +22,7 @@ def space_map(
     target_shape: Sequence[int],
     target_affine: Affine,
     kinds: Sequence[Interpolation] = ("linear",) * 3,
+    extent: Sequence[tuple[float, float]] | None = None,
 ) -> SpaceMap:
     """Map the voxels of a target to a source.
 
@@ -31,7 +32,9 @@ def space_map(
         target_shape: voxels of the target.
         target_affine: where they lie.
         kinds: how to interpolate along each axis of the source.
+        extent: where the source begins and ends along each axis; None for the edges of its voxels.
     """
+    ends = tuple((-0.5, size - 0.5) for size in source_shape) if extent is None else tuple(extent)
     matrix = np.linalg.inv(source_affine) @ target_affine
     middle = (np.asarray(target_shape) - 1) / 2
     extents = abs(matrix[:3, :3]) * (middle + 0.5)
@@ -41,8 +44,8 @@ def space_map(
     for row, column in enumerate(columns):
         others = [other for other in range(3) if other != column]
         if sum(abs(matrix[row, other]) * middle[other] for other in others) > SHEAR:
-            return ObliqueMap(tuple(source_shape), tuple(target_shape), matrix, tuple(kinds))
+            return ObliqueMap(tuple(source_shape), tuple(target_shape), matrix, tuple(kinds), ends)
         offset = matrix[row, 3] + sum(matrix[row, other] * middle[other] for other in others)
-        axes[column] = AxisMap.of(target_shape[column], matrix[row, column], offset, source_shape[row], kinds[row])
+        axes[column] = AxisMap.of(target_shape[column], matrix[row, column], offset, source_shape[row], kinds[row], ends[row])
     i, j, k = (columns.index(axis) for axis in range(3))
     return AlignedMap((axes[0], axes[1], axes[2]), (i, j, k), tuple(source_shape))

@@ -19,7 +19,7 @@ from ..core.traversal import AxisTraversal, Block, Traversal
 from ..core.windows import OverlapMode, Window, sampled
 from ..errors import RecordError, SizeError
 from ..io.labels import Label
-from ..io.protocols import Json, Space, VolumeSource, loading_bytes
+from ..io.protocols import Json, Space, VolumeSource, extent_of, loading_bytes
 from ..io.spooling import Packed
 from ..io.stores import BEGIN_AGAIN
 from ..models.forms import CallForm
@@ -298,7 +298,12 @@ class Planner:
             scale = tuple(map(float, output.scale))
             affine = scaled(given.source.affine, scale)
             shape = grid.scaled(output.scale).spatial_shape
-            maps.append(space_map(shape, affine, like.shape, like.affine, given.kinds))
+            # In voxels of the output, as those of the input are scaled.
+            extent = [
+                ((first + 0.5) * factor - 0.5, (last + 0.5) * factor - 0.5)
+                for (first, last), factor in zip(extent_of(given.source), scale, strict=True)
+            ]
+            maps.append(space_map(shape, affine, like.shape, like.affine, given.kinds, extent))
         return tuple(maps)
 
     def _limit(self) -> tuple[int | None, bool]:

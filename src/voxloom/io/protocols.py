@@ -15,12 +15,14 @@ from ..errors import ImageError
 
 __all__ = [
     "MILLIMETRES",
+    "Extent",
     "Json",
     "Space",
     "SpaceCodes",
     "VolumeSource",
     "VolumeSpec",
     "VolumeStore",
+    "extent_of",
     "is_source",
     "loading_bytes",
     "read_checked",
@@ -188,6 +190,16 @@ def is_source(thing: Any) -> TypeGuard[VolumeSource]:
 def loading_bytes(source: VolumeSource) -> int:
     """Memory that reading takes beside the resident bytes, for a moment, such as a decoder's copy; 0 if a source states none."""
     return int(getattr(source, "loading_bytes", 0))
+
+
+Extent = tuple[tuple[float, float], ...]
+"""Where a volume begins and ends along each axis, in voxels: at -0.5 and at their number less 0.5, if it is a stored one."""
+
+
+def extent_of(source: VolumeSource) -> Extent:
+    """Say where a volume begins and ends: one that was resampled stands for the volume that it is of, to less than a voxel."""
+    given: Extent | None = getattr(source, "extent", None)
+    return tuple((-0.5, size - 0.5) for size in source.shape[1:]) if given is None else given
 
 
 def read_checked(source: VolumeSource, box: Box) -> Tensor:

@@ -92,8 +92,8 @@ class ModelSpec:
                 object.__setattr__(self, each.name, _parsed(each.name, getattr(self, each.name), parse, "the spec"))
         if self.intensity and self.channels and len(self.intensity) not in (1, len(self.channels)):
             raise SpecError(
-                f"intensity has {len(self.intensity)} entries, but there are {len(self.channels)} channels: give one for all, or"
-                " one for each"
+                f"intensity of the spec has {len(self.intensity)} entries, but there are {len(self.channels)} channels: give one"
+                " for all, or one for each"
             )
 
     def to_json(self) -> Json:

@@ -18,7 +18,7 @@ from ..io.arrays import affine_of, as_volume, values_hash
 from ..io.compression import READ_ERRORS
 from ..io.formats import save_volume
 from ..io.objects import source_of
-from ..io.protocols import Json, SpaceCodes, VolumeSource, is_source, loading_bytes, read_checked
+from ..io.protocols import Extent, Json, SpaceCodes, VolumeSource, is_source, loading_bytes, read_checked
 from .constants import INTENSITY, LABEL
 from .derived import DerivedValues
 from .entries import RESERVED, ImageEntries
@@ -221,6 +221,11 @@ class Image(ImageEntries, Views, PlacedVolume):
         if isinstance(self._origin, GivenOrigin):
             return self._origin.paths
         return tuple(self.path) if isinstance(self.path, list) else () if self.path is None else (self.path,)
+
+    @property
+    def extent(self) -> Extent | None:
+        """Where the volume begins and ends, for one that was resampled when it was read; see `VolumeSource`."""
+        return getattr(self._opened.source, "extent", None) if self.can_be_reloaded else None
 
     def fingerprint(self) -> Json:
         """Say what tells the image from others; see `VolumeSource`."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..core.boxes import Box
 from ..core.values import sum_dtype
-from ..io.protocols import Json, VolumeSource, read_checked
+from ..io.protocols import Extent, Json, VolumeSource, read_checked
 from .views import View
 
 __all__ = ["Intensity", "NormalizedSource", "Region", "foreground_box"]
@@ -272,6 +272,11 @@ class NormalizedSource(View):
     def fingerprint(self) -> Json:
         """See `VolumeSource`."""
         return {"scaled": [repr(scaling) for scaling in self.scalings], "of": self.of.fingerprint()}
+
+    @property
+    def extent(self) -> Extent | None:
+        """See `View`."""
+        return getattr(self.of, "extent", None)
 
     def over(self, source: VolumeSource) -> "NormalizedSource":
         """See `View`."""

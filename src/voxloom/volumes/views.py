@@ -20,7 +20,7 @@ from ..core.resampling import space_map
 from ..core.splines import cubic_matrix
 from ..core.values import can_hold
 from ..errors import ImageError, ModeError
-from ..io.protocols import Json, Space, SpaceCodes, VolumeSource, loading_bytes, read_checked
+from ..io.protocols import Extent, Json, Space, SpaceCodes, VolumeSource, loading_bytes, read_checked
 from ..io.spooling import Packed
 
 __all__ = ["CroppedSource", "ResampledSource", "TurnedSource", "View", "as_orientation"]
@@ -68,6 +68,11 @@ class View(ABC):
     def loading_bytes(self) -> int:
         """See the function `loading_bytes`."""
         return loading_bytes(self.of)
+
+    @property
+    def extent(self) -> Extent | None:
+        """Where the volume begins and ends; see `extent_of`."""
+        return None
 
     def prepare(self) -> None:
         """Load what can only be read whole."""
@@ -215,6 +220,20 @@ class ResampledSource(View):
     @property
     def _is_cubic(self) -> bool:
         return 3 in self.orders
+
+    @cached_property
+    def extent(self) -> Extent | None:
+        """Where the volume begins and ends: as what it is of, where that goes on for a part of a voxel; see `extent_of`."""
+        if not isinstance(self._map, AlignedMap):
+            return None
+        matrix = np.linalg.inv(self.affine) @ self.of.affine
+        ends = np.array([(-0.5, -0.5, -0.5, 1), (*(size - 0.5 for size in self.of.shape[1:]), 1)]) @ matrix[:3].T
+        lows, highs = ends.min(0).tolist(), ends.max(0).tolist()
+        own = [(-0.5, size - 0.5) for size in self.shape[1:]]
+        return tuple(
+            (low if -1 < low - first < 0 else first, high if 0 < high - last < 1 else last)
+            for low, high, (first, last) in zip(lows, highs, own, strict=True)
+        )
 
     @cached_property
     def _map(self) -> SpaceMap:

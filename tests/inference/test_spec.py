@@ -1,0 +1,319 @@
+"""Models that come with what they expect: from a scan to labels on its own grid."""
+
+import json
+
+import numpy as np
+import pytest
+import SimpleITK
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import voxloom as vx
+from voxloom.errors import SpaceError, SpecError
+from voxloom.volumes.intensities import Intensity, foreground_box
+
+CT = np.array([[-0.8, 0, 0, 20], [0, -0.8, 0, 25], [0, 0, 2.5, -30], [0, 0, 0, 1]])
+
+
+def scan(shape=(40, 36, 14), affine=CT, channels=1):
+    generator = torch.Generator().manual_seed(6)
+    noise = torch.randn((channels, *shape), generator=generator)
+    smooth = nn.functional.avg_pool3d(noise, 3, 1, 1)
+    return vx.ScalarImage((smooth * 800).round(), affine=affine)
+
+
+def network(channels=1):
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        return nn.Sequential(nn.Conv3d(channels, 4, 3, padding=1, bias=False), nn.Tanh(), nn.Conv3d(4, 3, 1, bias=False)).eval()
+
+
+SPEC = vx.ModelSpec(
+    channels=("CT",),
+    orientation="RAS",
+    spacing=(1.5, 1.5, 1.5),
+    intensity=(Intensity(clip=(-300, 400), scale="z-score", mean=20, std=150),),
+    patch_size=16,
+    patch_overlap=0.5,
+    reduce="argmax",
+    labels=(vx.Label(1, "liver"), vx.Label(2, "tumour", (255, 0, 0))),
+)
+
+
+def by_hand(model, image):
+    """The same with SimpleITK, on whole volumes."""
+    array = image.data[0].numpy()
+    given = SimpleITK.GetImageFromArray(array.T)
+    spacing = np.linalg.norm(image.affine[:3, :3], axis=0)
+    flip = np.diag([-1, -1, 1])
+    given.SetSpacing(spacing.tolist())
+    given.SetDirection((flip @ image.affine[:3, :3] / spacing).ravel().tolist())
+    given.SetOrigin((flip @ image.affine[:3, 3]).tolist())
+    turned = SimpleITK.DICOMOrient(given, "LPS")  # where its axes point to is called RAS+ by others
+    turned = SimpleITK.Flip(turned, [True, True, False])
+    clipped = SimpleITK.Clamp(turned, SimpleITK.sitkFloat32, -300, 400)
+    scaled = (clipped - 20) / 150
+    size = [int(np.floor(length * own / 1.5 + 0.5)) for length, own in zip(scaled.GetSize(), scaled.GetSpacing(), strict=True)]
+    grid = SimpleITK.Image(size, SimpleITK.sitkFloat32)
+    grid.SetSpacing([1.5] * 3)
+    grid.SetDirection(scaled.GetDirection())
+    offset = (1.5 - np.array(scaled.GetSpacing())) / 2
+    direction = np.array(scaled.GetDirection()).reshape(3, 3)
+    grid.SetOrigin((np.array(scaled.GetOrigin()) + direction @ offset).tolist())
+    resample = SimpleITK.ResampleImageFilter()
+    resample.SetReferenceImage(grid)
+    resample.SetInterpolator(SimpleITK.sitkLinear)
+    resample.SetUseNearestNeighborExtrapolator(True)
+    fine = resample.Execute(scaled)
+    with torch.inference_mode():
+        scores = model(torch.from_numpy(SimpleITK.GetArrayFromImage(fine).T.copy()).float()[None, None])[0]
+    back = SimpleITK.ResampleImageFilter()
+    back.SetReferenceImage(given)
+    back.SetInterpolator(SimpleITK.sitkLinear)
+    back.SetUseNearestNeighborExtrapolator(True)
+    found = []
+    for channel in scores.numpy():
+        image = SimpleITK.GetImageFromArray(channel.T)
+        image.CopyInformation(fine)
+        found.append(SimpleITK.GetArrayFromImage(back.Execute(image)).T)
+    return np.stack(found).argmax(0)
+
+
+def test_a_scan_becomes_labels_on_its_own_grid(tmp_path):
+    image = scan()
+    image.save(tmp_path / "ct.nii.gz")
+    made = vx.predict(network(), tmp_path / "ct.nii.gz", spec=SPEC, output=tmp_path / "labels.nii.gz", patch_size=32)
+    assert made.spatial_shape == image.spatial_shape
+    assert np.allclose(made.affine, image.affine, atol=1e-5)
+    expected = by_hand(network(), image)
+    is_equal = made.data[0].numpy() == expected
+    # The first plane lies 0.1 mm beyond the model's grid, where SimpleITK takes the nearest voxel.
+    assert is_equal[1:].mean() > 0.9999
+    assert is_equal[0].mean() > 0.8
+    assert (by_hand(network(), scan()) != 0).mean() > 0.2
+    raw = vx.predict(network(), image, patch_size=20, reduce="argmax")
+    assert (raw.data[0].numpy() == expected).mean() < 0.9  # so that it matters
+
+
+def test_the_plan_shows_each_step():
+    plan = str(vx.plan(network(), scan(), spec=SPEC))
+    for part in (
+        "turned to RAS",
+        "clipped to -300 … 400",
+        "minus 20, divided by 150",
+        "resampled (order 1): 21 × 19 × 23",
+        "40 × 36 × 14",
+    ):
+        assert part in plan
+    assert "raw intensities, native grid" in str(vx.plan(network(), scan(), patch_size=16))
+
+
+def test_arguments_count_before_the_spec():
+    image = scan()
+    predictor = vx.Predictor(network(), spec=SPEC, patch_size=8, patch_overlap=2, overlap_mode="hann", reduce="scores")
+    plan = predictor.plan(image)
+    assert (plan.grid.patch_size, plan.grid.axes[0].stride) == ((8, 8, 8), 6)
+    assert predictor(image).shape == (3, 40, 36, 14)
+    assert predictor(image, like=((10, 10, 10), image.affine)).spatial_shape == (10, 10, 10)
+
+
+def test_channels_go_in_the_order_of_their_names():
+    spec = vx.ModelSpec(channels=("T1", "FLAIR"), patch_size=16)
+    one, other = scan(), scan().new_like(scan().data * 2)
+    expected = torch.cat([one.data, other.data])
+    for given_images in (vx.Subject(FLAIR=other, T1=one), {"FLAIR": other, "T1": one}, vx.Subject(T1=one, FLAIR=other, seg=one)):
+        assert torch.allclose(vx.predict(nn.Identity(), given_images, spec=spec).data, expected, atol=1e-3)
+    with pytest.raises(SpecError, match="'FLAIR' is missing"):
+        vx.predict(nn.Identity(), vx.Subject(T1=one, T2=other), spec=spec)
+    with pytest.raises(SpecError, match="1 channel, but the model takes 2"):
+        vx.predict(nn.Identity(), one, spec=spec)
+    elsewhere = other.resampled(2)
+    with pytest.raises(SpaceError, match="resample_to= one of 'T1', 'FLAIR'"):
+        vx.predict(nn.Identity(), vx.Subject(T1=one, FLAIR=elsewhere), spec=spec)
+    made = vx.predict(nn.Identity(), vx.Subject(T1=one, FLAIR=elsewhere), spec=spec, resample_to="T1")
+    assert torch.allclose(made.data[1:], elsewhere.resampled(like=one).data, atol=1e-3)
+    with pytest.raises(SpecError, match="resample_to is 'T3'"):
+        vx.predict(nn.Identity(), vx.Subject(T1=one, FLAIR=elsewhere), spec=spec, resample_to="T3")
+
+
+def test_cropping_leaves_the_rest_as_background():
+    data = torch.zeros(1, 30, 30, 30)
+    data[0, 8:20, 9:21, 10:22] = 5
+    image = vx.ScalarImage(data, affine=CT)
+    spec = vx.ModelSpec(crop=vx.Crop(margin=(1, 2, 3)), patch_size=8, reduce="argmax")
+    model = lambda batch: torch.cat([batch * 0, torch.ones_like(batch)], 1)  # noqa: E731
+    made = vx.predict(model, image, spec=spec)
+    expected = torch.zeros_like(data, dtype=torch.uint8)
+    expected[0, 7:21, 7:23, 7:25] = 1
+    assert torch.equal(made.data, expected)
+    with pytest.warns(RuntimeWarning, match="is not cropped"):
+        empty = vx.predict(model, image.new_like(data * 0), spec=spec)
+    assert bool(empty.data.all())
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.float32])
+@pytest.mark.parametrize("over", ["all", "nonzero", 60.0])
+def test_numbers_of_the_volume_are_exact(dtype, over):
+    values = (torch.rand(1, 17, 13, 11, generator=torch.Generator().manual_seed(1)) * 250 - 100).clamp(min=0).to(dtype)
+    image = vx.ScalarImage(values)
+    counted = values[values != 0] if over == "nonzero" else values[values > over] if over != "all" else values.flatten()
+    array = counted.double().numpy()
+    z = Intensity(scale="z-score", over=over).of_channel(image, 0)
+    assert (z.shift, z.divisor) == pytest.approx((array.mean(), array.std()), rel=1e-12)
+    ends = Intensity(scale="percentiles", low=0.5, high=99.5, over=over).of_channel(image, 0)
+    low, high = np.percentile(array, (0.5, 99.5))
+    assert (ends.shift, ends.divisor) == pytest.approx((low, high - low), rel=1e-6)
+    clipped = Intensity(clip_percentiles=(5, 95), scale="range", over=over).of_channel(image, 0)
+    assert (clipped.low, clipped.high) == pytest.approx(tuple(np.percentile(array, (5, 95))), rel=1e-6)
+
+
+@given(st.integers(1, 60), st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=40))
+@settings(max_examples=40)
+def test_percentiles_are_those_of_numpy(chunk, numbers):
+    values = torch.tensor(numbers, dtype=torch.float32).reshape(1, -1, 1, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("voxloom.volumes.intensities.CHUNK_VOXELS", chunk)
+        found = Intensity(clip_percentiles=(12.5, 80)).of_channel(vx.ScalarImage(values), 0)
+        z = Intensity(scale="z-score").of_channel(vx.ScalarImage(values), 0)
+    assert (found.low, found.high) == pytest.approx(
+        tuple(np.percentile(np.array(numbers, dtype=np.float64), (12.5, 80))), rel=1e-5
+    )
+    whole = Intensity(scale="z-score").of_channel(vx.ScalarImage(values), 0)
+    assert z == whole  # to the bit, whatever is read together
+
+
+def test_what_is_constant_becomes_nothing():
+    spec = vx.ModelSpec(intensity=(Intensity(scale="z-score"),), patch_size=8)
+    made = vx.predict(nn.Identity(), vx.ScalarImage(torch.full((1, 9, 9, 9), 7.0)), spec=spec)
+    assert not bool(made.data.any())
+    for scale in ("range", "percentiles"):
+        spec = vx.ModelSpec(intensity=(Intensity(scale=scale),), patch_size=8)
+        assert not bool(vx.predict(nn.Identity(), vx.ScalarImage(torch.full((1, 9, 9, 9), 7.0)), spec=spec).data.any())
+
+
+def test_the_box_of_the_foreground():
+    data = torch.zeros(2, 9, 9, 9)
+    data[1, 2, 3, 4] = -1
+    image = vx.ScalarImage(data)
+    assert foreground_box(image).start == (2, 3, 4)
+    assert foreground_box(image, margin=(3, 3, 9)).stop == (6, 7, 9)
+    assert foreground_box(image, above=0) is None
+
+
+def test_an_image_without_orientation(tmp_path):
+    image = scan()
+    image.codes = vx.SpaceCodes(qform=0, sform=0)
+    with pytest.raises(SpecError, match="does not say where its axes point"):
+        vx.predict(network(), image, spec=SPEC)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"voxloom_spec": 2}, "version 2"),
+        ({"voxloom_spec": None}, "no key voxloom_spec"),
+        ({"colour": 1}, "unknown key 'colour'"),
+        ({"spacing": [1, 2]}, "spacing"),
+        ({"spacing": [0, 1, 1]}, "spacing"),
+        ({"orientation": "RAR"}, "orientation"),
+        ({"patch_size": 0}, "patch_size"),
+        ({"patch_overlap": 1.5}, "patch_overlap"),
+        ({"intensity": [{"clip": [5, 1]}]}, "intensity"),
+        ({"intensity": [{"scale": "z"}]}, "intensity"),
+        ({"intensity": [{"mode": 1}]}, "'mode' is none of them"),
+        ({"channels": ["A", "B"], "intensity": [{}, {}, {}]}, "3 entries"),
+        ({"channels": "CT"}, "channels"),
+        ({"crop": 5}, "crop"),
+        ({"labels": [{"value": -1, "name": "x"}]}, "labels"),
+        ({"labels": [{"value": 1, "name": "x", "color": [1, 2, 300]}]}, "labels"),
+        ({"mirror_axes": [3]}, "mirror_axes"),
+        ({"axes": [0, 0, 1]}, "axes"),
+        ({"order": 2}, "order"),
+        ({"reduce": "max"}, "reduce"),
+        ({"activation": "relu"}, "activation"),
+        ({"overlap_mode": "blend"}, "overlap_mode"),
+        ({"regions": [-1]}, "regions"),
+    ],
+)
+def test_specs_that_are_none(change, text):
+    given_json = {"voxloom_spec": 1, **change}
+    if change.get("voxloom_spec", 1) is None:
+        del given_json["voxloom_spec"]
+    with pytest.raises(SpecError, match=text) as caught:
+        vx.ModelSpec.from_json(json.dumps(given_json), "model.json")
+    assert "model.json" in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "3", '"x"'])
+def test_what_is_no_spec(text):
+    with pytest.raises(SpecError, match="the spec is"):
+        vx.ModelSpec.from_json(text)
+
+
+def test_specs_survive_json():
+    full = vx.ModelSpec(
+        channels=("a", "b"),
+        orientation="LPS",
+        axes=(2, 1, 0),
+        crop=vx.Crop(above=-500, margin=(1, 2, 3)),
+        intensity=(Intensity(clip=(0, 1), over="nonzero"), Intensity(clip_percentiles=(0.5, 99.5), scale="range")),
+        spacing=(1, None, 2.5),
+        fits="volume",
+        order=3,
+        thick_slices=3,
+        patch_size=(32, 16, -1),
+        patch_overlap=(0.5, 3, 0.25),
+        patch_spacing="even",
+        overlap_width=0.2,
+        context=(1, 1, 0),
+        mirror_axes=(0, 2),
+        padding_mode="edge",
+        activation="sigmoid",
+        regions=(2, 1),
+        labels=(vx.Label(1, "x", (1, 2, 3), ("SCT", "1", "X")),),
+    )
+    assert vx.ModelSpec.from_json(json.loads(json.dumps(full.to_json()))) == full
+    assert vx.ModelSpec.from_json({"voxloom_spec": 1}) == vx.ModelSpec()
+    assert full.to_json()["spacing"] == [1, "native", 2.5]
+
+
+def test_regions_of_a_spec():
+    spec = vx.ModelSpec(regions=(2, 1), patch_size=8, activation="sigmoid")
+    data = torch.randn(2, 9, 9, 9)
+    made = vx.predict(nn.Identity(), data, spec=spec)
+    expected = torch.where(data[1] > 0, 1, torch.where(data[0] > 0, 2, 0))
+    assert torch.equal(made.data[0].long(), expected)
+
+
+def test_a_model_file_brings_its_spec(tmp_path):
+    model = network()
+    program = torch.export.export(model, (torch.zeros(2, 1, 16, 16, 16),), dynamic_shapes=({0: torch.export.Dim("b", min=1)},))
+    torch.export.save(program, tmp_path / "with.pt2", extra_files={"voxloom.json": str(SPEC)})
+    torch.export.save(program, tmp_path / "beside.pt2")
+    SPEC.write(tmp_path / "beside.json")
+    torch.export.save(program, tmp_path / "alone.pt2")
+    image = scan()
+    expected = vx.predict(model, image, spec=SPEC)
+    for name in ("with", "beside"):
+        assert vx.load_model(str(tmp_path / f"{name}.pt2")).spec == SPEC
+        assert torch.equal(vx.predict(tmp_path / f"{name}.pt2", image).data, expected.data)
+    assert vx.load_model(str(tmp_path / "alone.pt2")).spec is None
+    (tmp_path / "beside.json").write_text('{"voxloom_spec": 1, "spaceing": 3}')
+    with pytest.raises(SpecError, match="beside.json has an unknown key 'spaceing'"):
+        vx.predict(tmp_path / "beside.pt2", image)
+
+
+def test_thick_slices_are_interpolated_by_the_nearest_both_ways():
+    spec = vx.ModelSpec(spacing=(1, 1, 1), thick_slices=3, fits="volume", patch_size=16)
+    image = scan((20, 20, 6), np.diag([0.8, 0.8, 4, 1]))
+    plan = vx.plan(nn.Identity(), image, spec=spec)
+    assert plan.kinds == ("linear", "linear", "nearest")
+    assert plan.grid.spatial_shape == (16, 16, 24)
+    made = vx.predict(nn.Identity(), image, spec=spec)
+    in_plane = image.resampled(
+        like=((16, 16, 6), np.diag([1, 1, 4, 1]) + np.eye(4, k=3) * 0.1 + np.array([[0] * 4, [0, 0, 0, 0.1], [0] * 4, [0] * 4]))
+    )
+    back = in_plane.resampled(like=image)
+    assert torch.allclose(made.data, back.data, atol=1e-2)
