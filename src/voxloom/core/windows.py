@@ -44,6 +44,15 @@ def _gaussian(size: int, width: float) -> Tensor:
     return torch.exp(-0.5 * (distance / (size * width)) ** 2)
 
 
+def nnunet(size: int) -> Tensor:
+    """The Gaussian of nnU-Net, whose peak is on a voxel: that behind the middle of an even size.
+
+    Source: see `gaussian`.
+    """
+    distance = torch.arange(size, dtype=torch.float64) - size // 2
+    return torch.exp(-0.5 * (distance / (size / 8)) ** 2)
+
+
 class Gaussian:
     """A Gaussian of any width, in place of `"gaussian"`.
 
@@ -97,7 +106,7 @@ def for_axis(window: Window, axis: int) -> Window:
     return window if own is None else own(axis)
 
 
-WINDOWS: dict[str, Window] = {"average": average, "hann": hann, "gaussian": gaussian}
+WINDOWS: dict[str, Window] = {"average": average, "hann": hann, "gaussian": gaussian, "nnunet": nnunet}
 MODES = ("crop", *WINDOWS)
 
 

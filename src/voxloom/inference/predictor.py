@@ -187,6 +187,8 @@ class Predictor:
             dtype=dtype,
             form=form,
         )
+        self._preceding = loaded.preceding
+        self._shared_options = {"device": device, "amp": amp, "memory_limit": memory_limit, "batch_size": batch_size}
         self._kinds = None if interpolation is None else as_interpolation(interpolation)
         options = ResultOptions(
             own.activation if activation is None else activation, own.reduce if reduce is None else reduce, output_scale
@@ -205,6 +207,9 @@ class Predictor:
         source = as_source(given, image_name)
         name = name_of(image, source)
         found = in_model_space(source, self.spec, name)
+        if self._preceding is not None:
+            own = Space(source.shape[1:], source.affine, source.codes)
+            found = replace(found, source=self._preceding.added(image, found, own, self._shared_options))
         if -1 in self.settings.patch_size:
             settings = self.settings.for_shape(found.source.shape[1:])
             if self._preparation.settings.patch_size != settings.patch_size:

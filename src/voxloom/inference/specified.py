@@ -1,8 +1,9 @@
 """An image as a model expects it: turned, cropped, scaled and resampled, by its spec, when it is read."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,15 @@ class ModelInput:
     """What was done to the image for it, in words."""
     kinds: tuple[Interpolation, Interpolation, Interpolation]
     """How scores are interpolated back, along each axis of the model."""
+    space: Space | None
+    """The grid that it was resampled to; None where it was not."""
+    views: tuple[Callable[[VolumeSource], VolumeSource], ...]
+
+    def turned_and_cropped(self, source: VolumeSource) -> VolumeSource:
+        """Do with another source on the image's own grid what was done with the image before its values were scaled."""
+        for view in self.views:
+            source = view(source)
+        return source
 
 
 def named_channels(image: Any, spec: ModelSpec, resample_to: str | None) -> Any:
@@ -92,6 +102,7 @@ def in_model_space(source: VolumeSource, spec: ModelSpec, name: str) -> ModelInp
             f" {', '.join(spec.channels)}"
         )
     view: VolumeSource = source
+    views: list[Callable[[VolumeSource], VolumeSource]] = []
     steps = [f"{_told(source)}"]
     if spec.orientation != NATIVE:
         if source.codes.qform == source.codes.sform == 0:
@@ -99,10 +110,12 @@ def in_model_space(source: VolumeSource, spec: ModelSpec, name: str) -> ModelInp
                 f"{name} does not say where its axes point, but the model takes {spec.orientation}: give it an affine, and codes"
                 " that are not 0"
             )
-        view = TurnedSource.to(view, spec.orientation)
+        views.append(partial(TurnedSource.to, orientation=spec.orientation))
+        view = views[-1](view)
         steps.append(f"turned to {spec.orientation}: {_told(view)}")
     if spec.axes != (0, 1, 2):
-        view = TurnedSource(view, spec.axes)
+        views.append(partial(TurnedSource, order=spec.axes))
+        view = views[-1](view)
         steps.append(f"axes in the order {spec.axes}: {pretty_sizes(view.shape[1:])} voxels")
     if spec.crop is not None:
         box = foreground_box(view, spec.crop.above, spec.crop.margin)
@@ -110,11 +123,13 @@ def in_model_space(source: VolumeSource, spec: ModelSpec, name: str) -> ModelInp
             what = "not 0" if spec.crop.above is None else f"above {spec.crop.above:g}"
             warnings.warn(f"no voxel of {name} is {what}: it is not cropped", RuntimeWarning, stacklevel=2)
         elif box.shape != view.shape[1:]:
-            view = CroppedSource(view, box)
+            views.append(partial(CroppedSource, box=box))
+            view = views[-1](view)
             steps.append(f"cropped to the foreground: {pretty_sizes(box.shape)} voxels from {box.start}")
     if spec.intensity:
         view = _scaled(view, spec.intensity, steps)
     kinds: tuple[Interpolation, Interpolation, Interpolation] = ("linear", "linear", "linear")
+    resampled: Space | None = None
     if spec.spacing != (None, None, None):
         space = at_spacing(view, spec.spacing) if spec.fits == "spacing" else _filling(view, spec.spacing)
         thick = _thick_axis(spec, spacing_of(view.affine), spec.spacing)
@@ -123,9 +138,10 @@ def in_model_space(source: VolumeSource, spec: ModelSpec, name: str) -> ModelInp
         kinds = (i, j, k)  # type: ignore[assignment]
         if space.shape != view.shape[1:] or not np.allclose(space.affine, view.affine):
             view = ResampledSource(view, space, orders, is_clipped=spec.order == 3)
+            resampled = space
             order = spec.order if thick is None else orders
             steps.append(f"resampled (order {order}): {_told(view)}")
-    return ModelInput(view, tuple(steps), kinds)
+    return ModelInput(view, tuple(steps), kinds, resampled, tuple(views))
 
 
 def _scaled(view: VolumeSource, intensity: Sequence[Intensity], steps: list[str]) -> VolumeSource:

@@ -10,7 +10,7 @@ import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,17 +18,33 @@ from torch import Tensor, nn
 from ..errors import MissingDependencyError, ModelFileError
 from ..io.arrays import hash_of, raw_bytes
 from ..io.files import hash_of_file
+from ..io.protocols import Space, VolumeSource
 from .guards import Guards
 from .program_check import ProgramRefusedError, inspected, is_program
 from .spec import ModelSpec, spec_beside
 
-__all__ = ["LoadedModel", "as_loaded", "load_model"]
+__all__ = ["LoadedModel", "Preceding", "as_loaded", "load_model"]
 
 # Where checkpoints keep the weights, beside the state of an optimiser and the like.
 STATE_KEYS = ("state_dict", "model_state_dict", "model", "network_weights")
 # Name of the spec among the extra files of a program.
 SPEC_FILE = "voxloom.json"
 ALLOW = "it would run code from the file: give --allow-pickle if you trust where it is from"
+
+
+class Preceding(Protocol):
+    """What comes before a model, and gives it more channels."""
+
+    def added(self, image: Any, made: Any, like: Space, options: Mapping[str, Any]) -> VolumeSource:
+        """Give the input of a model with what comes before it.
+
+        Args:
+            image: the image, as the user gave it.
+            made: the input that the model's spec makes of it.
+            like: the image's own grid.
+            options: how models are run: the keywords of `Predictor` that are not a matter of one model.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -46,6 +62,8 @@ class LoadedModel:
     """What an exported program demands of its batches, unless it may do whatever it wants."""
     spec: ModelSpec | None = None
     """What it expects, if it came with that."""
+    preceding: Preceding | None = None
+    """What comes before it, of a cascade."""
 
     def least_batch_size(self, patch_size: Sequence[int] | None = None) -> int:
         """Give the batch size that it is fixed to, or else the smallest that it was made for."""

@@ -336,7 +336,7 @@ PARSERS: dict[str, Callable[[Any], Any]] = {
     "patch_size": _or_none(_size),
     "patch_overlap": _overlap,
     "patch_spacing": _one_of("fixed", "even"),
-    "overlap_mode": _one_of("crop", "average", "hann", "gaussian"),
+    "overlap_mode": _one_of("crop", "average", "hann", "gaussian", "nnunet"),
     "overlap_width": _or_none(_number),
     "context": _listed(_whole(0), 3),
     "slice_axis": _or_none(_one_of(0, 1, 2)),

@@ -1,0 +1,1 @@
+"""Models and objects of other projects. Each is imported where it is used."""

@@ -1,0 +1,241 @@
+"""Trained models of nnU-Net give the labels that nnU-Net's own predictor gives, from file to file."""
+
+import json
+import os
+import pickle
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from nnunet_samples import configuration, write_case, write_folder
+
+import voxloom as vx
+from voxloom.errors import ModelFileError, SpecError
+from voxloom.integrations import nnunet
+
+REGIONS = {"background": 0, "whole": [1, 2, 3], "core": [2, 3], "active": 3}
+# A name; the configuration; the rest of the folder; the scan.
+CASES = {
+    "full resolution": ({"spacing": (1.4, 1.2, 1.0), "patch": (16, 16, 16)}, {}, {}),
+    "two dimensions": ({"spacing": (1.2, 1.0), "patch": (16, 24)}, {"mirrored": (0, 1)}, {}),
+    "thick slices": ({"spacing": (4.0, 1.0, 1.0), "patch": (8, 16, 16)}, {}, {"shape": (30, 26, 16), "spacing": (0.8, 0.9, 5.0)}),
+    "channels, mask, transposed": (
+        {
+            "spacing": (1.3, 1.1, 1.2),
+            "patch": (16, 8, 16),
+            "schemes": ("ZScoreNormalization", "ZScoreNormalization"),
+            "masked": (True, False),
+        },
+        {"channels": ("T1", "T2"), "forward": (1, 0, 2), "mirrored": None},
+        {"channels": 2},
+    ),
+    "regions, several folds": (
+        {"spacing": (1.4, 1.2, 1.0), "patch": (16, 16, 16)},
+        {"labels": REGIONS, "regions": (1, 2, 3), "folds": (0, 1, 3), "mirrored": (0,)},
+        {},
+    ),
+    "residual encoder": (
+        {"spacing": (1.4, 1.2, 1.0), "patch": (16, 16, 16), "kind": "ResidualEncoderUNet"},
+        {"mirrored": None},
+        {},
+    ),
+    "old plans": ({"spacing": (1.4, 1.2, 1.0), "patch": (16, 16, 16), "old": True}, {"mirrored": None}, {}),
+    "other scalings": (
+        {
+            "spacing": (1.6, 1.1, 0.9),
+            "patch": (16, 16, 16),
+            "schemes": ("RescaleTo01Normalization", "NoNormalization", "ZScoreNormalization"),
+            "masked": (False, False, False),
+        },
+        {"channels": ("a", "b", "c"), "mirrored": (1, 2)},
+        {"channels": 3},
+    ),
+    "reoriented, smaller than a patch": (
+        {"spacing": (2.5, 2.5, 2.5), "patch": (16, 16, 16)},
+        {"reader": "NibabelIOWithReorient", "mirrored": None},
+        {},
+    ),
+    "resampled by torch": (
+        {
+            "spacing": (1.4, 1.2, 1.0),
+            "patch": (16, 16, 16),
+            **{f"resampling_fn_{of}": "resample_torch_fornnunet" for of in ("data", "seg", "probabilities")},
+            "resampling_fn_data_kwargs": {"is_seg": False, "force_separate_z": False},
+            "resampling_fn_probabilities_kwargs": {"is_seg": False, "force_separate_z": False},
+            "resampling_fn_seg_kwargs": {"is_seg": True, "force_separate_z": False},
+        },
+        {"mirrored": None},
+        {},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """Their predictor, on the CPU, whose sums are in float32."""
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        os.environ.setdefault(name, str(Path.cwd()))
+    with warnings.catch_warnings(action="ignore"):
+        from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+        def predict(folder, cases, out, folds=None, half=False, previous=None):
+            predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False, verbose=False)
+            predictor.perform_everything_on_device = False
+            predictor.initialize_from_trained_model_folder(str(folder), folds, "checkpoint_final.pth")
+            with pytest.MonkeyPatch.context() as patch:
+                if not half:
+                    patch.setattr(torch, "half", torch.float32)
+                    from nnunetv2.inference import predict_from_raw_data as module
+
+                    own = module.compute_gaussian
+
+                    def in_float32(*args, **options):
+                        return own(*args, **{**options, "dtype": torch.float32})
+
+                    in_float32.cache_clear = own.cache_clear
+                    patch.setattr(module, "compute_gaussian", in_float32)
+                predictor.predict_from_files_sequential(
+                    [[str(file) for file in files] for files in cases],
+                    [str(each) for each in out],
+                    overwrite=True,
+                    folder_with_segs_from_prev_stage=previous,
+                )
+            return [vx.LabelMap(f"{each}.nii.gz").data for each in out]
+
+        yield lambda *args, **options: _quietly(predict, *args, **options)
+
+
+def _quietly(function, *args, **options):
+    with warnings.catch_warnings(action="ignore"):
+        return function(*args, **options)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_labels_are_those_of_nnunet(name, tmp_path, reference, capsys):
+    own, rest, scan = CASES[name]
+    configurations = {"base": configuration(**own), "tiny": {"inherits_from": "base"}}
+    folder = write_folder(tmp_path / "model__nnUNetPlans__tiny", configurations, "tiny", **rest)
+    files = write_case(tmp_path / "scans", "case", **scan)
+    (expected,) = reference(folder, [files], [tmp_path / "theirs"])
+    model = nnunet.load(folder)
+    subject = dict(zip(model.spec.channels, map(vx.ScalarImage, files), strict=True))
+    made = vx.predict(model, subject, output=tmp_path / "ours.nii.gz")
+    assert len(expected.unique()) > 2
+    assert (made.data == expected).float().mean() >= 0.9999
+    assert np.allclose(made.affine, vx.ScalarImage(tmp_path / "theirs.nii.gz").affine, atol=1e-4)
+    (in_half,) = reference(folder, [files], [tmp_path / "half"], half=True)
+    assert (made.data == in_half).float().mean() >= 0.98
+
+
+def test_a_cascade_runs_the_stage_before(tmp_path, reference, capsys):
+    configurations = {
+        "3d_lowres": configuration((2.2, 2.0, 2.1), (8, 8, 8), next_stage="3d_cascade_fullres"),
+        "3d_cascade_fullres": configuration((1.4, 1.2, 1.0), (16, 16, 16), previous_stage="3d_lowres"),
+    }
+    low = write_folder(tmp_path / "t__p__3d_lowres", configurations, "3d_lowres", mirrored=(0,))
+    high = write_folder(
+        tmp_path / "t__p__3d_cascade_fullres", configurations, "3d_cascade_fullres", extra_inputs=3, mirrored=(0,), seed=3
+    )
+    files = write_case(tmp_path / "scans", "case", spacing=(0.9, 1.0, 1.3))
+    (tmp_path / "low").mkdir()
+    reference(low, [files], [tmp_path / "low" / "case"])
+    (tmp_path / "high").mkdir()
+    (expected,) = reference(high, [files], [tmp_path / "high" / "case"], previous=str(tmp_path / "low"))
+    made = vx.predict(nnunet.load(high), files[0])
+    assert (made.data == expected).float().mean() >= 0.9999
+    again = vx.predict(nnunet.load(high, previous=low), files[0], memory_limit="40MiB")
+    assert torch.equal(again.data, made.data)
+    low.rename(tmp_path / "elsewhere")
+    with pytest.raises(ModelFileError, match="3d_lowres"):
+        nnunet.load(high)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_folder(tmp_path / "model", {"tiny": configuration((1.4, 1.2, 1.0), (16, 16, 16))}, "tiny", folds=(0, 2))
+
+
+def test_the_spec_of_a_folder(folder):
+    model = nnunet.load(folder, folds=0)
+    assert model.spec.channels == ("CT",)
+    assert [label.name for label in model.spec.labels] == ["liver", "tumour", "kidney"]
+    assert model.spec.mirror_axes == (0, 1, 2)
+    assert nnunet.load(folder, folds=[2], mirror=False).spec.mirror_axes == ()
+    assert vx.ModelSpec.from_json(model.spec.to_json()) == model.spec
+    assert len(nnunet.load(folder).model) == 2
+
+
+def changed(path, **values):
+    found = json.loads(path.read_text())
+    found.update(values)
+    path.write_text(json.dumps(found))
+
+
+def test_what_is_wrong_with_a_folder_is_said(folder, tmp_path):
+    with pytest.raises(ModelFileError, match="no fold 1 with a checkpoint_final.pth; there is 0, 2"):
+        nnunet.load(folder, folds=1)
+    with pytest.raises(ModelFileError, match="no fold with a checkpoint_best.pth"):
+        nnunet.load(folder, checkpoint="checkpoint_best.pth")
+    with pytest.raises(ModelFileError, match="plans.json: give the folder"):
+        nnunet.load(tmp_path)
+    (tmp_path / "plans.pkl").touch()
+    with pytest.raises(ModelFileError, match="nnU-Net v1"):
+        nnunet.load(tmp_path)
+    files = write_case(tmp_path / "scans", "case", channels=2)
+    with pytest.raises(SpecError, match="takes 1"):
+        vx.predict(nnunet.load(folder), vx.Subject(CT=vx.ScalarImage(files)))
+    good = (folder / "plans.json").read_text()
+    for values, text in (
+        ({"image_reader_writer": "NaturalImage2DIO"}, "NaturalImage2DIO"),
+        ({"configurations": {"other": {}}}, "configuration tiny, but .* has other"),
+        ({"configurations": {"tiny": configuration((1, 1, 1), (16, 16, 16), schemes=("Mine",))}}, "Mine"),
+        ({"configurations": {"tiny": configuration((1, 1, 1), (16, 16, 16), kind="ResidualEncoderUNet")}}, "do not fit"),
+    ):
+        changed(folder / "plans.json", **values)
+        with pytest.raises(ModelFileError, match=text):
+            nnunet.load(folder)
+        (folder / "plans.json").write_text(good)
+    architecture = configuration((1, 1, 1), (16, 16, 16))
+    architecture["architecture"]["network_class_name"] = "os.system"
+    changed(folder / "plans.json", configurations={"tiny": architecture})
+    with pytest.raises(ModelFileError, match="os.system, which is of none of the packages"):
+        nnunet.load(folder)
+    (folder / "plans.json").write_text("{")
+    with pytest.raises(ModelFileError, match="damaged"):
+        nnunet.load(folder)
+
+
+class Evil:
+    """Runs when it is unpickled."""
+
+    def __reduce__(self):
+        return (Path("/tmp/voxloom-was-here").touch, ())
+
+
+def test_checkpoints_that_bring_code_are_refused(folder):
+    path = folder / "fold_0" / "checkpoint_final.pth"
+    state = torch.load(path, weights_only=False)
+    torch.save({**state, "logging": Evil()}, path)
+    with pytest.raises(ModelFileError, match="allow_pickle=True"):
+        nnunet.load(folder, folds=0)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ModelFileError, match="cannot be read"):
+        nnunet.load(folder, folds=0)
+    path.write_bytes(pickle.dumps({"a": 1}))
+    with pytest.raises(ModelFileError):
+        nnunet.load(folder, folds=0)
+
+
+def test_names_of_cases(tmp_path):
+    for name in ("b_0001.nii.gz", "b_0000.nii.gz", "a_b_0000.nii.gz", "a_b_0001.nii.gz", "notes.txt"):
+        (tmp_path / name).touch()
+    found = nnunet.cases_in(tmp_path, {"file_ending": ".nii.gz"})
+    assert {case: [path.name for path in files] for case, files in found.items()} == {
+        "a_b": ["a_b_0000.nii.gz", "a_b_0001.nii.gz"],
+        "b": ["b_0000.nii.gz", "b_0001.nii.gz"],
+    }
+    (tmp_path / "a_b_0000.nii.gz").unlink()
+    with pytest.raises(ModelFileError, match="a_b in .* has no channel 0000"):
+        nnunet.cases_in(tmp_path)
