@@ -30,7 +30,7 @@ format: $(VENV)/lint.installed  ## Mend what can be mended of the style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/bench.installed  ## Measure aggregation, sampling, training and prediction side by side with TorchIO, MONAI and nnU-Net
+bench: $(VENV)/test.installed  ## Measure aggregation, sampling, training and prediction side by side with TorchIO, MONAI and nnU-Net
 	$(BIN)/python benchmarks/aggregation.py
 	$(BIN)/python benchmarks/sampling.py
 	$(BIN)/python benchmarks/training.py
@@ -65,6 +65,4 @@ $(VENV)/lint.installed: $(VENV)/python.made pyproject.toml constraints.txt
 	$(PIP) --editable ".[plot,datasets,test,lint]"
 	@touch $@
 
-$(VENV)/bench.installed: $(VENV)/python.made pyproject.toml constraints.txt
-	$(PIP) --editable ".[test,bench]"
 	@touch $@

@@ -12,7 +12,7 @@ from ..io.formats import endings, is_image, is_other_image, stem_of
 from ..volumes.image import ScalarImage
 from ..volumes.subject import Subject
 
-__all__ = ["Case", "cases_of", "cases_of_table"]
+__all__ = ["DEFAULT_ENDING", "Case", "cases_of", "cases_of_table", "checked"]
 
 IMAGES = endings(lambda each: not each.is_dicom and each.described_by is None)
 DICOM = endings(lambda each: each.is_dicom)
@@ -62,7 +62,7 @@ def cases_of(images: Sequence[Path], output: Path) -> list[Case]:
         SaveError: if two results would go to the same file, or one would replace an input.
     """
     if len(images) == 1 and not _is_folder_of_images(images[0]) and output.name.lower().endswith(TARGETS):
-        return _checked([Case(images[0].name, (images[0],), output)])
+        return checked([Case(images[0].name, (images[0],), output)])
     _check_folder(output)
     for path in images:
         if path.is_dir() and path.resolve() == output.resolve():
@@ -86,7 +86,7 @@ def cases_of(images: Sequence[Path], output: Path) -> list[Case]:
         for file in found:
             place = file.relative_to(path).parent if file != path else Path()
             cases.append(Case(str(place / file.name), (file,), output / place / f"{_stem_of(file)}{DEFAULT_ENDING}"))
-    return _checked(cases)
+    return checked(cases)
 
 
 def cases_of_table(table: Path, output: Path) -> list[Case]:
@@ -131,7 +131,7 @@ def cases_of_table(table: Path, output: Path) -> list[Case]:
             )
         files = tuple(table.parent / path for path in given)
         cases.append(Case(str(place), files, output / f"{place}{DEFAULT_ENDING}", tuple(columns[each] for each in channels)))
-    return _checked(cases)
+    return checked(cases)
 
 
 def _is_folder_of_images(path: Path) -> bool:
@@ -204,7 +204,7 @@ def _paths_in(folder: Path, output: Path, above: tuple[Path, ...] = ()) -> Itera
             yield path
 
 
-def _checked(cases: list[Case]) -> list[Case]:
+def checked(cases: list[Case]) -> list[Case]:
     """Refuse, before anything is computed, what would write twice to one file, or over an input."""
     inputs = {file.resolve(): case for case in cases for file in case.files}
     sources: dict[Path, Case] = {}

@@ -26,6 +26,7 @@ from ..volumes.subject import Subject
 from .cases import Case, cases_of, cases_of_table
 from .demo import FilterNetwork, run_demo
 from .options import AllowPickle, ModelOptions, spread
+from .others import cases_of_other
 
 __all__ = ["app", "main"]
 
@@ -64,10 +65,12 @@ Like = Annotated[Path | None, typer.Option(help="Image on whose grid the results
 MaskAbove = Annotated[float | None, typer.Option(help="Compute only patches in which the input is above this value.")]
 
 
-def _cases(images: list[Path] | None, table: Path | None, output: Path) -> list[Case]:
+def _cases(images: list[Path] | None, table: Path | None, output: Path, model: str) -> list[Case]:
     if bool(images) == (table is not None):
         raise SizeError("give either images or a --table of cases")
-    return cases_of(images or [], output) if table is None else cases_of_table(table, output)
+    if table is not None:
+        return cases_of_table(table, output)
+    return cases_of_other(model, images or [], output) or cases_of(images or [], output)
 
 
 def _mask(mask: Path | None, mask_above: float | None) -> Path | float | None:
@@ -96,7 +99,7 @@ def predict(
 
     What is interrupted goes on from there when the same command is given again; what is complete is left out.
     """
-    cases = _cases(images, table, output)
+    cases = _cases(images, table, output, options.model)
     where = _mask(mask, mask_above)
     predictor, model = options.predictor()
     done, skipped, failed = 0, 0, []
@@ -173,7 +176,7 @@ def plan(
     mask_above: MaskAbove = None,
 ) -> None:
     """Say what predict would do, and how much memory it would take."""
-    cases = _cases(images, table, RESULTS)
+    cases = _cases(images, table, RESULTS, options.model)
     where = _mask(mask, mask_above)
     predictor, model = options.predictor()
     failed = False

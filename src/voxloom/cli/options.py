@@ -19,6 +19,7 @@ from ..errors import ModeError, SizeError
 from ..inference import Predictor
 from ..models.loading import LoadedModel, load_model
 from ..models.spec import ModelSpec
+from .others import other_model
 
 __all__ = ["AllowPickle", "ModelOptions", "spread"]
 
@@ -53,6 +54,8 @@ class ModelOptions:
     ] = None
     weights: Annotated[Path | None, typer.Option(help="Weights for a factory: .safetensors, or a checkpoint.")] = None
     allow_pickle: AllowPickle = False
+    folds: Annotated[str | None, typer.Option(help="Folds of a trained nnU-Net, such as 0,1.  \\[default: all]")] = None
+    checkpoint: Annotated[str, typer.Option(help="File of weights of each fold of a trained nnU-Net.")] = "checkpoint_final.pth"
     patch_size: Annotated[
         str | None, typer.Option(help="Voxels of a patch: a number, or three such as 160,160,64; -1 is all of an axis.")
     ] = None
@@ -141,9 +144,10 @@ class ModelOptions:
         return predictor, loaded
 
     def _loaded(self) -> LoadedModel:
-        kind, colon, rest = self.model.partition(":")
-        if colon and kind in LOADERS:
-            return LOADERS[kind](self, rest)
+        other = other_model(self.model)
+        if other is not None:
+            folds = None if self.folds is None else [fold.strip() for fold in self.folds.split(",")]
+            return other[0].load(other[1], folds, self.checkpoint, allow_pickle=self.allow_pickle)
         return load_model(self.model, self.weights, self.allow_pickle)
 
     def _sizes(self, loaded: LoadedModel, spec: ModelSpec | None) -> tuple[list[int] | None, int | None]:
@@ -178,10 +182,6 @@ class ModelOptions:
         if -1 not in size:
             loaded.check_sizes(number, size)
         return size, number
-
-
-LOADERS: dict[str, Callable[[ModelOptions, str], LoadedModel]] = {}
-"""What loads models of other projects, by what stands before the colon."""
 
 
 def spread(command: Callable[..., None]) -> Callable[..., None]:

@@ -4,6 +4,7 @@ import datetime
 import json
 import platform
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import numpy as np
 import torch
@@ -74,6 +75,7 @@ def sidecar_of_run(fingerprint: Json, given: Input, plan: PredictionPlan, models
             "forward_passes": plan.forward_passes,
             "peak_bytes": plan.peak_bytes,
         },
+        **({"labels": [asdict(label) for label in given.labels]} if given.labels else {}),
         "made_with": {
             "python": platform.python_version(),
             "numpy": np.__version__,

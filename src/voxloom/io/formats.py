@@ -66,6 +66,7 @@ FORMATS = (
     Format(".mgh", NibabelFile, write_mgh),
     Format(".mgz", NibabelFile, write_mgh, unpacked=".mgh"),
     Format(".nrrd", partial(ItkFile.open, integrity=NRRD), write_itk),
+    Format(".seg.nrrd", partial(ItkFile.open, integrity=NRRD), is_streamed=True),
     Format(".nhdr", partial(ItkFile.open, integrity=NRRD)),
     Format(".mha", partial(ItkFile.open, integrity=METAIMAGE), write_itk),
     Format(".mhd", partial(ItkFile.open, integrity=METAIMAGE)),
@@ -98,7 +99,7 @@ def endings(which: Callable[[Format], object]) -> tuple[str, ...]:
 
     Example:
         >>> endings(lambda each: each.is_streamed)
-        ('.nii', '.nii.gz')
+        ('.nii', '.nii.gz', '.seg.nrrd')
     """
     return tuple(each.ending for each in FORMATS if which(each))
 

@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -13,10 +13,12 @@ from torch import Tensor
 from ..core.boxes import Box
 from ..errors import RecordError, SaveError, TargetExistsError, UnsupportedImageError, VoxloomError
 from .compression import compressing
-from .formats import endings, stem_of
+from .formats import endings, format_of, stem_of
+from .labels import Label
 from .nifti_writer import NiftiWriter
 from .protocols import Json, VolumeSpec
 from .saving import as_save_error, write_safely
+from .segments import write_segments
 from .sidecars import is_as_written, other_told_of, read_sidecar, sidecar_of, written
 
 __all__ = ["BEGIN_AGAIN", "OVERWRITE", "NiftiStore", "Sink", "SinkStore", "as_target", "put"]
@@ -123,11 +125,23 @@ def as_target(path: Any) -> Path:
     return target
 
 
-class NiftiStore:
-    """Writes `STEM.nii` or `STEM.nii.gz`, with `STEM.json` beside it.
+def _compress(plain: Path, whole: Path, labels: Sequence[Label]) -> None:
+    with plain.open("rb") as unpacked, whole.open("wb") as file:
+        with compressing(file) as packed:
+            shutil.copyfileobj(unpacked, packed, CHUNK_BYTES)
+        file.flush()
+        os.fsync(file.fileno())
 
-    Until it is whole, a result is in `.STEM.RUN.nii`; if it is to be compressed then in `.STEM.RUN.nii.gz`, and what its sidecar
-    will say is in `.STEM.RUN.json`.
+
+FINISHED_BY: dict[str, Callable[[Path, Path, Sequence[Label]], None]] = {".nii.gz": _compress, ".seg.nrrd": write_segments}
+"""What makes a file of some format out of a NIfTI file, when all of that is written."""
+
+
+class NiftiStore:
+    """Writes `STEM.nii`, `STEM.nii.gz` or `STEM.seg.nrrd`, with `STEM.json` beside it.
+
+    Until it is whole, a result is in `.STEM.RUN.nii`; if it is to be of another format then in a file of that, such as
+    `.STEM.RUN.nii.gz`, and what its sidecar will say is in `.STEM.RUN.json`.
 
     Args:
         target: the file.
@@ -197,21 +211,21 @@ class NiftiStore:
     def discard(self, run: str) -> None:
         """See `VolumeStore`."""
         self.abort()
-        for ending in (".nii", ".nii.gz", ".json"):
+        for ending in (".nii", self._ending, ".json"):
             self._part(run, ending).unlink(missing_ok=True)
 
     def commit(self, sidecar: Mapping[str, Json], run: str) -> Path:
         """See `VolumeStore`."""
         self.abort()
         plain, described = self._part(run, ".nii"), self._part(run, ".json")
-        whole = self._part(run, ".nii.gz") if self.path.name.lower().endswith(".gz") else plain
+        whole = self._part(run, self._ending)
         with self._explained():
             published = read_sidecar(sidecar_of(self.path)) or {}
             if not described.exists() and published.get("run") == run:  # that was done before an interruption
                 plain.unlink(missing_ok=True)
                 return self.path
             if not described.exists():
-                self._make_whole(plain, whole)
+                self._make_whole(plain, whole, [Label(**each) for each in sidecar.get("labels", ())])
                 write_safely(described, json.dumps({**sidecar, "run": run, "written": written(whole, self.path)}, indent=1))
             elif not is_as_written(whole if whole.exists() else self.path, self.path, read_sidecar(described)):
                 raise RecordError(f"the result that was ready to be put at {self.path} is gone or damaged: {BEGIN_AGAIN}")
@@ -227,16 +241,19 @@ class NiftiStore:
             plain.unlink(missing_ok=True)
         return self.path
 
-    @staticmethod
-    def _make_whole(plain: Path, whole: Path) -> None:
+    @property
+    def _ending(self) -> str:
+        """That of the format which the file is of."""
+        known = format_of(self.path)
+        assert known is not None
+        return known.ending
+
+    def _make_whole(self, plain: Path, whole: Path, labels: Sequence[Label]) -> None:
         if not plain.exists():
             raise RecordError(f"the unfinished file {plain} is gone: {BEGIN_AGAIN}")
-        if whole != plain:
-            with plain.open("rb") as unpacked, whole.open("wb") as file:
-                with compressing(file) as packed:
-                    shutil.copyfileobj(unpacked, packed, CHUNK_BYTES)
-                file.flush()
-                os.fsync(file.fileno())
+        finish = FINISHED_BY.get(self._ending)
+        if finish is not None:
+            finish(plain, whole, labels)
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
