@@ -36,10 +36,11 @@ def test_examples_in_the_readme(tmp_path, monkeypatch):
     phantom.t1.save("brain.nii.gz")
     namespace = {}
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    assert len(blocks) == 8
+    assert len(blocks) == 9
     for block in blocks:
         exec(block, namespace)
     assert vx.LabelMap("labels.nii.gz").data.unique().tolist() == [0, 1]
+    assert vx.LabelMap("lungs.seg.nrrd").spatial_shape == (96, 80, 72)
     assert set(namespace["results"]) == {"labels", "doubt"}
     assert vx.ScalarImage("output.nii.gz").shape == (2, 96, 80, 72)
     assert namespace["embedding"].shape == (1, 12, 10, 9)

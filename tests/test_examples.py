@@ -73,3 +73,12 @@ def test_a_training_that_is_resumed_goes_on_as_it_would_have(train_unet, tmp_pat
     again, _ = train_unet.main([*other, "--epochs", "2"])
     assert again == pytest.approx(losses, rel=1e-4)
     assert vx.LabelMap(tmp_path / "two" / "prediction.nii.gz").spatial_shape == (32, 32, 32)
+
+
+def test_from_dicom_to_segments_of_a_model_that_knows_what_it_expects(tmp_path):
+    dice = load("dicom_to_segments").main(tmp_path / "out", steps=30)
+    assert dice > 0.7
+    written = {"series", "tissue.dcm", "tissue.json", "tissue.png", "tissue.pt2", "tissue.seg.nrrd"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == written
+    picture = matplotlib.image.imread(tmp_path / "out" / "tissue.png")[..., :3]
+    assert 0.05 < ((picture.max(axis=2) - picture.min(axis=2)) > 0.1).mean() < 0.6

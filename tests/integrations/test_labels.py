@@ -81,7 +81,9 @@ def test_a_dicom_segmentation(tmp_path):
     highdicom = pytest.importorskip("highdicom", reason="an extra, which `make test` installs")
     folder = tmp_path / "series"
     folder.mkdir()
-    write_slices(folder, FrameOfReferenceUID="1.2.3.4", StudyInstanceUID="1.2.3.5", SeriesInstanceUID="1.2.3.6", SliceThickness="2.0")
+    write_slices(
+        folder, FrameOfReferenceUID="1.2.3.4", StudyInstanceUID="1.2.3.5", SeriesInstanceUID="1.2.3.6", SliceThickness="2.0"
+    )
     scan = vx.ScalarImage(folder)
     values = torch.zeros(scan.spatial_shape, dtype=torch.uint8)
     values[1:3, 1:3, :2], values[0, 0, -1] = 1, 2

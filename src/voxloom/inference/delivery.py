@@ -1,6 +1,7 @@
 """What becomes of finished tiles: they are reduced, on the grid of the model or on another one, and written."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,10 +11,11 @@ from ..aggregation.tiles import ExtendedTile, TileEdges
 from ..core.boxes import Box
 from ..core.interpolation import Part, SpaceMap, interpolated_dtype
 from ..core.traversal import Block
-from ..core.values import is_finite
+from ..core.values import is_finite as are_finite
 from ..errors import OutputError
 from ..io.protocols import VolumeStore
 from ..models.running import is_out_of_memory
+from ..runtime.sharing import Share
 from .plan import PredictionPlan
 from .reductions import Function, Reduction
 from .results import ResultSpec
@@ -31,10 +33,18 @@ class Delivery:
         plan: the plan.
         reductions: what its results are made by.
         stores: where they go.
+        share: does the work of interpolation; None for the thread that calls.
     """
 
-    def __init__(self, plan: PredictionPlan, reductions: Sequence[Reduction], stores: Sequence[VolumeStore]) -> None:
+    def __init__(
+        self,
+        plan: PredictionPlan,
+        reductions: Sequence[Reduction],
+        stores: Sequence[VolumeStore],
+        share: Share | None = None,
+    ) -> None:
         self._plan, self._reductions, self._stores = plan, reductions, stores
+        self.share = share
 
     def begin(self, block: Block) -> None:
         """Tiles of a block come next."""
@@ -43,16 +53,17 @@ class Delivery:
             self._own = [traversal.block_box(block.own) for traversal in plan.traversals]
             self._edges = [(_edges(each), _edges(each)) for each in plan.maps]
 
-    def __call__(self, number: int, finished: FinishedTile, is_wanted: bool = True) -> None:
+    def __call__(self, number: int, finished: FinishedTile, is_wanted: bool = True, is_finite: bool | None = None) -> None:
         """Deliver a tile.
 
         Args:
             number: number of the output that it is of.
             finished: the tile.
             is_wanted: whether it is to be written, rather than only needed by those behind it.
+            is_finite: whether all its values are finite, if that is known.
         """
         if self._plan.maps is not None:
-            self._deliver_interpolated(number, finished, is_wanted, self._plan.maps[number])
+            self._deliver_interpolated(number, finished, is_wanted, is_finite, self._plan.maps[number])
         elif is_wanted:
             for result, spec in enumerate(self._plan.results):
                 if spec.output == number:
@@ -97,13 +108,15 @@ class Delivery:
 
     # On another grid
 
-    def _deliver_interpolated(self, number: int, finished: FinishedTile, is_wanted: bool, space: SpaceMap) -> None:
+    def _deliver_interpolated(
+        self, number: int, finished: FinishedTile, is_wanted: bool, is_finite: bool | None, space: SpaceMap
+    ) -> None:
         spec = self._plan.outputs[number]
         held = spec.held_dtype(self._plan.window is None)
         values = finished.values
         if values is None:
             values = torch.zeros((1, 1, 1, 1), dtype=held).expand(spec.channels, *finished.box.shape)
-        if not is_finite(values):  # between infinities there would be NaN
+        if not (are_finite(values) if is_finite is None else is_finite):  # between infinities there would be NaN
             limits = torch.finfo(values.dtype)
             values = values.clamp(limits.min, limits.max)
         of_values, of_coverage = self._edges[number]
@@ -133,8 +146,18 @@ class Delivery:
             channels, dtype = spec.volume.shape[0], spec.volume.dtype
             for piece in space.pieces(own, max(1, PIECE_BYTES // (channels * dtype.itemsize))):
                 values = torch.full((channels, *piece.shape), self._plan.fill, dtype=dtype)
-                for part in space.parts(piece, own):
-                    part.put(values, piece.start, self._part(result, spec, part, tile, coverage))
+
+                def make(
+                    part: Part, result: int = result, spec: ResultSpec = spec, piece: Box = piece, into: Tensor = values
+                ) -> None:
+                    part.put(into, piece.start, self._part(result, spec, part, tile, coverage))
+
+                works = [partial(make, part) for part in space.parts(piece, own)]
+                if self.share is None or len(works) == 1:
+                    for work in works:
+                        work()
+                else:
+                    self.share(works)
                 for box in space.boxes(piece, own):
                     self._stores[result].write(box, values[(slice(None), *box.relative_to(piece.start).slices)])
 

@@ -39,6 +39,8 @@ MAPPED_AROUND = 2**17
 SPOOLED_PART = 1 / 8
 # Finished sums that may wait for the writer beside all that is open, at most. Less would make small sums wait for one another.
 WAITING_BYTES = 16 * 2**20
+# Threads that interpolate at a time.
+INTERPOLATING = 2
 
 
 @dataclass(frozen=True)
@@ -363,7 +365,7 @@ def interpolation_bytes(
         deepest, middle, inner = max(sizes[0]) + 1, sum(sizes[1]) + len(sizes[1]), sum(sizes[2]) + len(sizes[2])
         row = max(sizes[1]) + 1
         edges = (middle + row) * inner + 2 * deepest * (inner + row)
-        total += (edges + space.part_voxels) * output.bytes_per_voxel(traversal.is_cropped, is_partial)
+        total += (edges + INTERPOLATING * space.part_voxels) * output.bytes_per_voxel(traversal.is_cropped, is_partial)
     return total
 
 

@@ -119,10 +119,11 @@ class _Gathering:
     def run(self, start: int) -> None:
         """Run from a slab to the end."""
         with contextlib.ExitStack() as stack:
-            names = ["read", "write", *["add"] * self._num_adding()]
+            names = ["read", "write", "interpolate", *["add"] * self._num_adding()]
             threads = [stack.enter_context(ThreadPoolExecutor(1, f"voxloom-{name}")) for name in names]
             _use_one_thread(threads)
-            self._reading, writing, *adding = threads
+            self._reading, writing, interpolating, *adding = threads
+            self._delivery.share = SharedOut([interpolating], takes_part=True)
             self._writer = _Writer(writing)
             self._share = SharedOut(adding) if adding else None
             try:
@@ -321,20 +322,23 @@ class _Gathering:
     def _deliver(self, number: int, handed_over: list[FinishedTile], is_wanted: bool) -> None:
         """Reduce and write a tile, of which nothing is left when that is done: the writer keeps its arguments for longer."""
         finished = handed_over.pop()
+        finite = None
         if is_wanted and finished.values is not None:
-            self._check_values(number, finished)
-        self._delivery(number, finished, is_wanted)
+            finite = self._check_values(number, finished)
+        self._delivery(number, finished, is_wanted, finite)
 
-    def _check_values(self, number: int, finished: FinishedTile) -> None:
+    def _check_values(self, number: int, finished: FinishedTile) -> bool:
+        """Look for NaN, and say whether all values are finite."""
         values = finished.values
         assert values is not None
         if is_finite(values):
-            return
+            return True
         nans = values.isnan().any(0)
         if bool(nans.any()):
             place = tuple(nans.nonzero()[0].tolist())
             raise _NanFound(number, tuple(map(int.__add__, finished.box.start, place)))
         self._warn(f"{called(self.plan.outputs[number].source)} of the model for {self.plan.name} holds infinity")
+        return False
 
     def _explained(self, found: _NanFound) -> OutputError:
         """Find the patch that NaN came from, by running those that hold the voxel once more."""

@@ -1,17 +1,16 @@
 """Label maps as DICOM segmentations of the series that they were made of."""
 
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pydicom
 
 from .._version import __version__
-from ..errors import MissingDependencyError, SaveError, SpaceError, TargetExistsError, UnsupportedImageError
+from ..errors import MissingDependencyError, SpaceError, TargetExistsError, UnsupportedImageError
 from ..io.labels import Label, color_of
+from ..io.saving import atomic_write
 from ..volumes.image import Image, LabelMap
 
 __all__ = ["save_dicom_seg"]
@@ -119,7 +118,7 @@ def save_dicom_seg(
         )
     except (ValueError, TypeError, AttributeError) as error:
         raise UnsupportedImageError(f"a segmentation cannot refer to the series in {series}: {error}") from error
-    _write(made, target)
+    atomic_write(target, made.save_as, target.suffix)
     return target
 
 
@@ -145,12 +144,3 @@ def _in_order(folder: Path, image: Image) -> list[pydicom.Dataset]:
             f"{folder} has {len(found)} slices, and the label map {image.spatial_shape[2]}: give the series it is of"
         )
     return [found[number] for number in sorted(found)]
-
-
-def _write(made: Any, target: Path) -> None:
-    try:
-        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", suffix=".part", delete=False) as file:
-            made.save_as(file)
-        Path(file.name).replace(target)
-    except OSError as error:
-        raise SaveError(f"{target} cannot be written: {error.strerror or error}") from error

@@ -6,7 +6,7 @@ cores one of them always has to wait for its turn. Threads that take the next pi
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, wait
 from dataclasses import dataclass
 
 __all__ = ["Share", "SharedOut", "Work"]
@@ -23,6 +23,7 @@ class SharedOut:
 
     Args:
         threads: executors of one thread each.
+        takes_part: whether the thread that calls does some of it, too.
 
     Example:
         >>> from concurrent.futures import ThreadPoolExecutor
@@ -34,15 +35,19 @@ class SharedOut:
     """
 
     threads: Sequence[Executor]
+    takes_part: bool = False
 
     def __call__(self, work: Sequence[Work]) -> None:
         """Do all of it."""
         waiting = deque(work)
         taking = [thread.submit(_take, waiting) for thread in self.threads]
         try:
+            if self.takes_part:
+                _take(waiting)
             errors = [each.exception() for each in taking]
         finally:
-            waiting.clear()  # after an interrupt
+            waiting.clear()  # after an interrupt, or an error
+            wait(taking)
         for error in filter(None, errors):
             raise error
 
