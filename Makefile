@@ -41,6 +41,7 @@ bench: $(VENV)/test.installed  ## Measure aggregation, sampling, training and pr
 	$(BIN)/python benchmarks/network.py --network 4 --shape 256 256 256 --batch 4
 	$(BIN)/python benchmarks/network.py --network 60 --shape 160 160 160 --batch 4
 	$(BIN)/python benchmarks/export.py
+	$(BIN)/python benchmarks/windows.py
 	$(BIN)/python benchmarks/export.py --classes 118 --shape 192 192 120
 
 fuzz: $(VENV)/test.installed  ## Read thousands of damaged files of all formats
