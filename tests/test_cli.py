@@ -56,7 +56,7 @@ def test_an_image_of_ones_own(tmp_path):
         (["--image", "missing.nii"], "voxloom: there is no file missing.nii"),
         (["--overlap-mode", "blend"], "voxloom: Overlap mode must be one of"),
         (["--patch-size", "0"], "voxloom: patch_size"),
-        (["--patch-overlap", "3"], "must be even"),
+        (["--patch-overlap", "64"], "smaller than the patch size"),
         (["--output", "file/sub"], "voxloom: the folder file/sub cannot be made"),
     ],
 )
