@@ -143,3 +143,12 @@ def test_variance_on_another_grid(data):
 
 def test_scores_are_a_reduction_too(data):
     assert torch.allclose(vx.predict(nn.Identity(), data, 8, reduce="scores").data, data, atol=1e-6)
+
+
+def test_variance_of_large_numbers_and_of_slopes(data):
+    alone = vx.predict(lambda batch: batch + 4000, data, 6, 3, reduce="variance")
+    assert float(alone.data.max()) < 1e-6
+    pair = vx.predict([lambda batch: batch + 1000, lambda batch: batch + 1000.1], data, 6, 0, reduce="variance")
+    assert torch.allclose(pair.data, torch.full_like(pair.data, 2 * 0.0025), rtol=0.02)
+    fine = ((40, 44, 36), np.diag([0.5, 0.5, 0.5, 1]))
+    assert float(vx.predict(nn.Identity(), vx.ScalarImage(data), 6, 0, reduce="variance", like=fine).data.max()) < 1e-6

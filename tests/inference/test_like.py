@@ -263,3 +263,34 @@ def test_a_function_of_the_users_is_given_interpolated_scores(image):
     assert torch.equal(made.data, scores.data.amax(0, keepdim=True).nan_to_num(neginf=0))
     with pytest.raises(OutputError, match="reduce was called"):
         vx.predict(network(), image, like=LIKE["aligned"], reduce=lambda block: block[..., :1], **OPTIONS)
+
+
+def test_a_function_may_write_to_what_it_is_given(image):
+    def spoiled(block):
+        return block.mul_(0)
+
+    options = {"overlap_mode": "average", "patch_size": SHAPE, "patch_overlap": 0, "like": image}
+    made = vx.predict(nn.Identity(), image, reduce={"a": spoiled, "b": "scores"}, **options)
+    assert torch.equal(made["b"].data, image.data)
+
+
+def test_small_whole_numbers_win_where_they_are_largest(image):
+    def model(batch):
+        first = torch.full_like(batch, -100)
+        first[:, :, 0] = -80
+        last = torch.full_like(batch, -120)
+        last[:, :, 0] = 100
+        return torch.cat([first, first, torch.full_like(batch, -90), last], 1).to(torch.int8)
+
+    options = {**OPTIONS, "patch_overlap": 0, "overlap_mode": "crop", "reduce": "argmax"}
+    expected = vx.predict(model, image, **options)
+    assert torch.equal(vx.predict(model, image, like=image, interpolation="nearest", **options).data, expected.data)
+
+
+def test_infinities_of_both_signs(image):
+    def model(batch):
+        return torch.where(batch > 0.5, torch.inf, -torch.inf)
+
+    with pytest.warns(RuntimeWarning, match="infinity"):
+        made = vx.predict(model, image, like=LIKE["aligned"], overlap_mode="crop", **OPTIONS)
+    assert not bool(made.data.isnan().any())

@@ -235,6 +235,10 @@ def test_an_image_without_orientation(tmp_path):
         ({"activation": "relu"}, "activation"),
         ({"overlap_mode": "blend"}, "overlap_mode"),
         ({"regions": [-1]}, "regions"),
+        ({"labels": [{"value": 1}]}, "labels"),
+        ({"labels": [{"name": "x"}]}, "labels"),
+        ({"orientation": ["R", "A", 5]}, "orientation"),
+        ({"intensity": [{"clip_percentiles": [5, 150]}]}, "intensity"),
     ],
 )
 def test_specs_that_are_none(change, text):
@@ -317,3 +321,83 @@ def test_thick_slices_are_interpolated_by_the_nearest_both_ways():
     )
     back = in_plane.resampled(like=image)
     assert torch.allclose(made.data, back.data, atol=1e-2)
+
+
+# Masks are matched to the image, whatever a model is given of it
+
+
+def ones(batch):
+    return torch.ones_like(batch[:, :1])
+
+
+@pytest.mark.parametrize("kind", ["tensor", "array", "image", "finer image"])
+@pytest.mark.parametrize("change", [{"orientation": "RAS"}, {"spacing": (2, 2, 2)}, {"spacing": (3, 3, 3), "orientation": "SPL"}])
+def test_masks_lie_on_the_image(kind, change):
+    affine = np.array([[-1.0, 0, 0, 15], [0, -1, 0, 15], [0, 0, 1, 0], [0, 0, 0, 1]])
+    image = vx.ScalarImage(torch.rand(1, 16, 16, 16), affine=affine)
+    values = torch.zeros(1, 16, 16, 16, dtype=torch.uint8)
+    values[0, 2, 3, 1] = 1
+    given_mask = {
+        "tensor": values,
+        "array": values[0].numpy(),
+        "image": vx.LabelMap(values, affine=affine),
+        "finer image": vx.LabelMap(values, affine=affine).resampled(0.5),
+    }[kind]
+    made = vx.predict(ones, image, 2, 0, "average", mask=given_mask, fill=-9, spec=vx.ModelSpec(**change))
+    assert float(made.data[0, 2, 3, 1]) == 1
+    assert bool((made.data[0, 12:, 12:] == -9).all())
+    with pytest.raises(vx.errors.ImageError, match="the mask has shape"):
+        vx.predict(ones, image, 4, mask=values[:, 1:], spec=vx.ModelSpec(**change))
+
+
+def test_thresholds_are_of_the_image_itself():
+    data = torch.full((1, 12, 12, 12), -500.0)
+    data[0, :4, :4, :4] = 500
+    spec = vx.ModelSpec(intensity=(Intensity(scale="z-score"),))
+    made = vx.predict(ones, vx.ScalarImage(data), 4, 0, mask=100, fill=-9, spec=spec)
+    assert torch.equal(made.data > 0, data > 0)
+    made = vx.predict(ones, vx.ScalarImage(data), 4, 0, mask=lambda block: block > 100, fill=-9, spec=spec)
+    assert torch.equal(made.data > 0, data > 0)
+
+
+def test_what_is_packed_is_not_held_to_find_its_numbers(tmp_path):
+    image = scan((160, 150, 140))
+    image.save(tmp_path / "a.nii.gz")
+    spec = vx.ModelSpec(
+        intensity=(Intensity(scale="z-score", over="nonzero"),), crop=vx.Crop(margin=(1, 1, 1)), patch_size=40, orientation="RAS"
+    )
+    expected = vx.predict(nn.Identity(), image, spec=spec)
+    given_image = vx.ScalarImage(tmp_path / "a.nii.gz")
+    predictor = vx.Predictor(nn.Identity(), spec=spec, memory_limit="64MiB", model_name="none")
+    assert predictor.plan(given_image).spooled_bytes
+    made = predictor(given_image, output=tmp_path / "out.nii.gz")
+    assert not given_image.is_loaded
+    assert torch.allclose(made.data, expected.data, atol=1e-5)
+    assert predictor.is_made(vx.ScalarImage(tmp_path / "a.nii.gz"), output=tmp_path / "out.nii.gz")
+
+
+def test_other_files_beside_a_model_are_no_specs(tmp_path):
+    program = torch.export.export(network(), (torch.zeros(1, 1, 16, 16, 16),))
+    torch.export.save(program, tmp_path / "m.pt2")
+    for text in ('{"epochs": 3}', "no JSON", "[1]"):
+        (tmp_path / "m.json").write_text(text)
+        assert vx.load_model(str(tmp_path / "m.pt2")).spec is None
+
+
+def test_resample_to_with_names():
+    one = scan()
+    subject = vx.Subject(a=one, b=one.resampled(2), c=one)
+    made = vx.predict(nn.Identity(), subject, 16, image_name=["a", "b"], resample_to="a")
+    assert made.shape == (2, *one.spatial_shape)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_models_of_slices_are_packed(axis, tmp_path, monkeypatch):
+    from voxloom.models.packing import pack_model
+
+    (tmp_path / "flat_nets.py").write_text("import torch\n\ndef net():\n    return torch.nn.Conv2d(1, 2, 3, padding=1)\n")
+    monkeypatch.chdir(tmp_path)
+    torch.save(nn.Conv2d(1, 2, 3, padding=1).state_dict(), "w.pth")
+    spec = vx.ModelSpec(channels=("CT",), patch_size=(8, 6), slice_axis=axis)
+    pack_model("flat_nets:net", spec, tmp_path / "m.pt2", tmp_path / "w.pth")
+    assert vx.predict("m.pt2", scan((12, 10, 9))).shape == (2, 12, 10, 9)

@@ -67,8 +67,16 @@ def test_segments_of_a_run_that_was_interrupted(image, tmp_path):
 
 
 def test_scores_are_no_segments(image, tmp_path):
+    """Which is said before anything is computed."""
     with pytest.raises(UnsupportedImageError, match="label map of one channel"):
         vx.predict(fixed(), image, 16, output=tmp_path / "out.seg.nrrd")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_names_of_all_kinds(image, tmp_path):
+    spec = vx.ModelSpec(patch_size=16, reduce="argmax", labels=(vx.Label(1, "a\tb:=c\r\nName \\ 肝"),))
+    vx.predict(fixed(), image, spec=spec, output=tmp_path / "out.seg.nrrd")
+    assert SimpleITK.ReadImage(tmp_path / "out.seg.nrrd").GetMetaData("Segment0_LabelValue") == "1"
 
 
 def test_a_sidecar_names_the_labels(image, tmp_path):
@@ -100,6 +108,13 @@ def test_a_dicom_segmentation(tmp_path):
     assert dataset.ReferencedSeriesSequence[0].SeriesInstanceUID == pydicom.dcmread(next(folder.iterdir())).SeriesInstanceUID
     with pytest.raises(TargetExistsError):
         save_dicom_seg(labels, folder, path, LABELS)
+    (folder / "README.txt").write_text("of no matter")
+    many = [vx.Label(number, f"label {number}") for number in range(1, 300)]
+    many[0] = vx.Label(1, "肝臓 é", None, ("99X", "1", "long " * 20))
+    again = pydicom.dcmread(save_dicom_seg(labels, folder, tmp_path / "many.dcm", many))
+    assert "肝臓 é" in [segment.SegmentLabel for segment in again.SegmentSequence]
+    with pytest.raises(vx.errors.ImageNotFoundError):
+        save_dicom_seg(labels, tmp_path / "none", tmp_path / "b.dcm")
     with pytest.raises(SpaceError):
         save_dicom_seg(vx.LabelMap(values[None]), folder, tmp_path / "b.dcm")
     with pytest.raises(UnsupportedImageError, match="no label"):

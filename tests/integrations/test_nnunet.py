@@ -12,6 +12,7 @@ import torch
 from nnunet_samples import configuration, write_case, write_folder
 
 import voxloom as vx
+from voxloom import cli
 from voxloom.errors import ModelFileError, SpecError
 from voxloom.integrations import nnunet
 
@@ -129,7 +130,7 @@ def test_labels_are_those_of_nnunet(name, tmp_path, reference, capsys):
     assert (made.data == in_half).float().mean() >= 0.998
 
 
-def test_a_cascade_runs_the_stage_before(tmp_path, reference, capsys):
+def test_a_cascade_runs_the_stage_before(tmp_path, reference, capsys, monkeypatch):
     configurations = {
         "3d_lowres": configuration((2.2, 2.0, 2.1), (8, 8, 8), next_stage="3d_cascade_fullres"),
         "3d_cascade_fullres": configuration((1.4, 1.2, 1.0), (16, 16, 16), previous_stage="3d_lowres"),
@@ -147,6 +148,13 @@ def test_a_cascade_runs_the_stage_before(tmp_path, reference, capsys):
     assert (made.data == expected).float().mean() >= 0.9999
     again = vx.predict(nnunet.load(high, previous=low), files[0], memory_limit="40MiB")
     assert torch.equal(again.data, made.data)
+    monkeypatch.setattr(
+        "sys.argv", ["voxloom", "predict", f"nnunet:{high}", str(tmp_path / "scans"), "-o", str(tmp_path / "out")]
+    )
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert not left.value.code
+    assert torch.equal(vx.LabelMap(tmp_path / "out" / "case.nii.gz").data, made.data)
     low.rename(tmp_path / "elsewhere")
     with pytest.raises(ModelFileError, match="3d_lowres"):
         nnunet.load(high)
@@ -202,6 +210,12 @@ def test_what_is_wrong_with_a_folder_is_said(folder, tmp_path):
     changed(folder / "plans.json", configurations={"tiny": architecture})
     with pytest.raises(ModelFileError, match="os.system, which is of none of the packages"):
         nnunet.load(folder)
+    for key in ("patch_size", "spacing", "normalization_schemes"):
+        without = configuration((1, 1, 1), (16, 16, 16))
+        del without[key]
+        changed(folder / "plans.json", configurations={"tiny": without})
+        with pytest.raises(ModelFileError, match=key):
+            nnunet.load(folder)
     (folder / "plans.json").write_text("{")
     with pytest.raises(ModelFileError, match="damaged"):
         nnunet.load(folder)

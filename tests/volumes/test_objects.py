@@ -102,3 +102,11 @@ def test_images_of_too_many_axes():
         vx.ScalarImage(nib.Nifti1Image(np.zeros((2, 3, 4, 5, 6), dtype=np.float32), np.eye(4)))
     with pytest.raises(ImageError, match="shape"):
         vx.ScalarImage(Sliced(VALUES[0, 0]))
+
+
+def test_times_of_simpleitk_are_channels():
+    image = SimpleITK.GetImageFromArray(np.arange(6 * 5 * 4 * 3, dtype=np.int16).reshape(3, 4, 5, 6), isVector=False)
+    image.SetSpacing((1, 2, 3, 10))
+    made = vx.ScalarImage(image)
+    assert (made.shape, made.spacing) == ((3, 6, 5, 4), (1, 2, 3))
+    assert int(made.data[2, 1, 0, 0]) == 2 * 120 + 1

@@ -5,7 +5,7 @@ import enum
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
 
@@ -120,11 +120,10 @@ class ModelOptions:
             raise ModeError("of --labels, --threshold and --channels only one can be given")
         size, number = self._sizes(loaded, spec)
         predictor = Predictor(
-            loaded.model,
+            replace(loaded, spec=spec),
             size,
             _one_or_all(_numbers(self.overlap, lambda text: int(text) if text.isdecimal() else float(text), "overlap")),
             _as_mode(self.mode),
-            spec=spec,
             context=_one_or_all(_numbers(self.context, int, "context")),
             slice_axis=self.slice_axis,
             patch_spacing=None if self.patch_spacing is None else check_patch_spacing(self.patch_spacing),
@@ -139,7 +138,6 @@ class ModelOptions:
             mirror_axes=_numbers(self.mirror, int, "mirror"),
             memory_limit=self.memory_limit,
             full_batches=size is not None and -1 not in size and loaded.takes_full_batches(size),
-            model_name=loaded.name,
         )
         return predictor, loaded
 

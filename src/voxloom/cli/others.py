@@ -1,10 +1,8 @@
 """Models of other projects on the command line: how each is loaded, and how its images are named."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..integrations import nnunet
 from ..models.loading import LoadedModel
@@ -24,9 +22,7 @@ class OtherModels:
 
 
 def _cases_of_nnunet(images: Path, model: Path, output: Path) -> list[Case]:
-    described = model / "dataset.json"
-    dataset: Any = json.loads(described.read_text(encoding="utf-8")) if described.is_file() else None
-    found = nnunet.cases_in(images, dataset)
+    found = nnunet.cases_in(images, nnunet.json_of(model, "dataset.json"))
     return checked([Case(name, tuple(files), output / f"{name}{DEFAULT_ENDING}") for name, files in found.items()])
 
 

@@ -118,7 +118,7 @@ class Delivery:
             values = torch.zeros((1, 1, 1, 1), dtype=held).expand(spec.channels, *finished.box.shape)
         if not (are_finite(values) if is_finite is None else is_finite):  # between infinities there would be NaN
             limits = torch.finfo(values.dtype)
-            values = values.clamp(limits.min, limits.max)
+            values = values.clamp(limits.min / 4, limits.max / 4)  # so that differences are finite, too
         of_values, of_coverage = self._edges[number]
         tile = of_values.extended(finished.box, values)
         coverage = None
@@ -172,6 +172,8 @@ class Delivery:
 
         def interpolate(values: Tensor) -> Tensor:
             found = part.apply(values)
+            if covered is None and isinstance(self._reductions[number], Function):
+                found = found.clone()  # it may be a view of the tile, and a function of the user's may write to it
             return found if covered is None else found / covered.clamp(min=torch.finfo(covered.dtype).tiny)
 
         shape = (len(values), *part.shape)

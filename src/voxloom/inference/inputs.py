@@ -21,7 +21,7 @@ from ..sampling.padded import PaddedSource
 from ..volumes.image import ScalarImage
 from ..volumes.subject import Subject
 
-__all__ = ["as_source", "name_of", "padded", "read_batch", "widened"]
+__all__ = ["as_source", "chosen_images", "name_of", "padded", "read_batch", "widened"]
 
 
 def as_source(image: Any, image_name: str | Sequence[str] | None = None) -> VolumeSource:
@@ -54,6 +54,14 @@ def as_source(image: Any, image_name: str | Sequence[str] | None = None) -> Volu
         f"the image is of type {type(image).__name__}: give a path, an Image, a Subject, a tensor (C, I, J, K), or an array that"
         " is read by slices"
     )
+
+
+def chosen_images(image: Any, image_name: str | Sequence[str] | None) -> Any:
+    """Choose images of a subject, whatever grids they are on; all but a subject with names stays as it is."""
+    if image_name is None or not isinstance(image, Subject):
+        return image
+    names = [image_name] if isinstance(image_name, str) else list(image_name)
+    return Subject({name: image.get_image(name) for name in names})
 
 
 def _chosen(subject: Subject, image_name: str | Sequence[str] | None) -> Subject:

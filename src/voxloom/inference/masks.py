@@ -13,12 +13,14 @@ from torch import Tensor
 from ..core.affines import Affine
 from ..core.boxes import Box
 from ..core.grids import PatchGrid
+from ..core.sizes import Ints
 from ..core.walking import walk
 from ..errors import ImageError, SubjectError
-from ..io.protocols import VolumeSource, is_source, read_checked
+from ..io.protocols import Json, VolumeSource, is_source, read_checked
 from ..volumes.image import LabelMap
+from ..volumes.views import View
 
-__all__ = ["looks_at_input", "needed_patches"]
+__all__ = ["looks_at_input", "needed_patches", "on_image"]
 
 # Voxels that are looked at together.
 CHUNK_VOXELS = 2**20
@@ -59,6 +61,49 @@ def needed_patches(mask: Any, source: VolumeSource, grid: PatchGrid) -> np.ndarr
     return None if needed.all() else needed
 
 
+def on_image(mask: Any, image: VolumeSource) -> Any:
+    """Place a mask on an image, for a model that is given the image turned, scaled or resampled.
+
+    Args:
+        mask: see `needed_patches`; what is of a place already stays as it is.
+        image: the image.
+
+    Raises:
+        ImageError: if a tensor has another shape than the image.
+    """
+    if isinstance(mask, Tensor | np.ndarray) and not is_source(mask):
+        placed = LabelMap(mask[None] if mask.ndim == 3 else mask, affine=image.affine)
+        if placed.spatial_shape != image.shape[1:]:
+            raise ImageError(
+                f"the mask has shape {placed.spatial_shape}, but the image {tuple(image.shape[1:])}: give an image, to match by"
+                " affine"
+            )
+        return placed
+    return _MadeMask(image, mask) if mask is not None and looks_at_input(mask) else mask
+
+
+class _MadeMask(View):
+    """A mask that is made of an image: by a threshold, or by a function."""
+
+    def __init__(self, of: VolumeSource, mask: Any) -> None:
+        super().__init__(of)
+        self.mask = mask
+        self.shape = (1, *of.shape[1:])
+        self.dtype, self.affine, self.chunks = torch.uint8, of.affine, of.chunks
+
+    def read(self, box: Box) -> Tensor:
+        """See `VolumeSource`."""
+        return _reader_of(self.mask, self.of)(box)[None].to(torch.uint8)
+
+    def fingerprint(self) -> Json:
+        """See `VolumeSource`."""
+        return {"mask": repr(self.mask), "of": self.of.fingerprint()}
+
+    def over(self, source: VolumeSource) -> "_MadeMask":
+        """See `View`."""
+        return _MadeMask(source, self.mask)
+
+
 def _held_by_patches(inside: np.ndarray, box: Box, grid: PatchGrid) -> np.ndarray:
     """Say which patches hold a voxel that is set, of those in a box."""
     for number, (axis, first) in enumerate(zip(grid.axes, box.start, strict=True)):
@@ -80,7 +125,7 @@ def _reader_of(mask: Any, source: VolumeSource) -> InBox:
         if mask.spatial_shape != shape:
             raise ImageError(f"the mask has shape {mask.spatial_shape}, but the volume {shape}: give an image to match by affine")
     if is_source(mask):
-        return _of_source(mask, source.affine)
+        return _of_source(mask, source.affine, shape)
     if isinstance(mask, Real) and not isinstance(mask, bool):
         if math.isnan(mask):
             raise SubjectError("the mask is nan, which no voxel is above: give a number")
@@ -104,15 +149,25 @@ def _called(function: Callable[[Tensor], Any], block: Tensor) -> Tensor:
     return result.bool()
 
 
-def _of_source(mask: VolumeSource, affine: Affine) -> InBox:
-    """Read a mask by the place of its voxels: each voxel of the input takes the nearest one, and beyond it nothing is set."""
+def _of_source(mask: VolumeSource, affine: Affine, shape: Ints) -> InBox:
+    """Read a mask by the place of its voxels; beyond it nothing is set.
+
+    A voxel of the input is set if the nearest one of the mask is, or if it is the nearest to one that is: a mask may be finer
+    than the input, and none of its voxels must be lost.
+    """
     to_mask = np.linalg.inv(mask.affine) @ affine
     shift = np.rint(to_mask[:3, 3]).astype(int)
     is_shifted = np.allclose(to_mask[:3, :3], np.eye(3), atol=1e-4) and np.abs(to_mask[:3, 3] - shift).max() < 0.1
     if is_shifted:
         return lambda box: _shifted(mask, box, shift)
     values = (read_checked(mask, Box.of_shape(mask.shape[1:])) != 0).any(0)
-    return lambda box: _nearest(values, box, to_mask)
+    from_mask = np.linalg.inv(to_mask)
+    places = np.argwhere(values.numpy()) @ from_mask[:3, :3].T + from_mask[:3, 3]
+    nearest = np.rint(places).astype(int)
+    inside = nearest[((nearest >= 0) & (nearest < np.array(shape))).all(1)]
+    hit = torch.zeros(shape, dtype=torch.bool)
+    hit[tuple(torch.from_numpy(inside).T)] = True
+    return lambda box: _nearest(values, box, to_mask) | hit[box.slices]
 
 
 def _shifted(mask: VolumeSource, box: Box, shift: np.ndarray) -> Tensor:

@@ -16,8 +16,9 @@ from ..core.sizes import as_int, checked_overlap
 from ..core.values import as_number
 from ..core.windows import OverlapMode, resolve_window
 from ..errors import ModeError, OutputError, SaveError, SizeError, TargetExistsError
-from ..io.protocols import Json, Space, VolumeStore, is_source
+from ..io.protocols import Json, Space, VolumeSource, VolumeStore, is_source
 from ..io.sidecars import is_as_written, read_sidecar, sidecar_of
+from ..io.spooling import Packed, spooled
 from ..io.stores import NiftiStore, Sink, SinkStore, as_target
 from ..models.forms import as_form, overlap_of_slices, size_of_slices
 from ..models.loading import as_loaded
@@ -29,13 +30,14 @@ from ..runtime.kept_memory import kept_for_models
 from ..runtime.limits import as_bytes
 from ..volumes.spaces import space_of
 from .call import Call, Stores
-from .inputs import as_source, name_of
+from .inputs import as_source, chosen_images, name_of
+from .masks import on_image
 from .plan import PredictionPlan
-from .planner import Input, Settings
+from .planner import SPOOLED_PART, Input, Settings
 from .preparing import Preparation
 from .results import ResultOptions, of_name
 from .runner import Executor
-from .specified import in_model_space, named_channels, usual_options
+from .specified import in_model_space, looks_at_volume, named_channels, usual_options
 from .threads import ThreadExecutor
 
 __all__ = ["Predictor", "PredictorOptions", "plan", "predict"]
@@ -200,16 +202,31 @@ class Predictor:
         )
 
     def _prepared(
-        self, image: Any, image_name: str | Sequence[str] | None, like: Any, resample_to: str | None
-    ) -> tuple[Preparation, Input]:
-        """Give what prepares predictions of an image, and what the model is applied to."""
-        given = image if image_name is not None else named_channels(image, self.spec, resample_to)
-        source = as_source(given, image_name)
+        self,
+        image: Any,
+        image_name: str | Sequence[str] | None,
+        like: Any,
+        resample_to: str | None,
+        mask: Any,
+        stack: contextlib.ExitStack,
+    ) -> tuple[Preparation, Input, Any]:
+        """Give what prepares predictions of an image, what the model is applied to, and the mask for that."""
+        if image_name is None or resample_to is not None:
+            chosen = chosen_images(image, image_name)
+            source = as_source(named_channels(chosen, self.spec if image_name is None else ModelSpec(), resample_to))
+        else:
+            source = as_source(image, image_name)
         name = name_of(image, source)
-        found = in_model_space(source, self.spec, name)
+        unpacked = None
+        if looks_at_volume(self.spec) and self._is_to_be_unpacked(source):
+            # What it says of the volume is found without holding all of it.
+            unpacked = in_model_space(stack.enter_context(spooled(source)), self.spec, name)
+            found = unpacked.over(source)
+        else:
+            found = in_model_space(source, self.spec, name)
         if self._preceding is not None:
             own = Space(source.shape[1:], source.affine, source.codes)
-            found = replace(found, source=self._preceding.added(image, found, own, self._shared_options))
+            found = replace(found, source=self._preceding.added(source, found, own, self._shared_options))
         if -1 in self.settings.patch_size:
             settings = self.settings.for_shape(found.source.shape[1:])
             if self._preparation.settings.patch_size != settings.patch_size:
@@ -221,8 +238,20 @@ class Predictor:
             space = Space(source.shape[1:], source.affine, source.codes)
         kinds = found.kinds if self._kinds is None else self._kinds
         steps = found.steps if self._is_specified else ()
-        prepared = self._preparation.input(found.source, name)
-        return self._preparation, replace(prepared, like=space, kinds=kinds, steps=steps, labels=self.spec.labels)
+        prepared = replace(
+            self._preparation.input(found.source, name),
+            like=space,
+            kinds=kinds,
+            steps=steps,
+            labels=self.spec.labels,
+            unpacked=None if unpacked is None or self._preceding is not None else unpacked.source,
+        )
+        return self._preparation, prepared, mask if found.source is source else on_image(mask, source)
+
+    def _is_to_be_unpacked(self, source: VolumeSource) -> bool:
+        """Whether the files of a source are unpacked to the disk, rather than read whole, to look at the volume."""
+        limit = self.settings.memory_limit
+        return limit is not None and isinstance(source, Packed) and source.packed_bytes > limit * SPOOLED_PART
 
     def plan(
         self,
@@ -236,11 +265,11 @@ class Predictor:
     ) -> PredictionPlan:
         """Say what a call with these arguments would do, without doing it.
 
-        Of the image only the header is read, unless there is a mask. The model is called once, the first time, with a patch of
-        zeros, to see what its output looks like.
+        Of the image only the header is read, unless there is a mask, or a spec that needs numbers of the volume. The model is
+        called once, the first time, with a patch of zeros, to see what its output looks like.
         """
-        preparation, given = self._prepared(image, image_name, like, resample_to)
         with contextlib.ExitStack() as stack:
+            preparation, given, mask = self._prepared(image, image_name, like, resample_to, mask, stack)
             was_known = preparation.known(given, output) is not None
             given = preparation.masked(given, mask, output, stack)
             return preparation.planned(given, preparation.seen(given, output), output, was_known)
@@ -292,8 +321,9 @@ class Predictor:
             if preparation.models.device.type == "cpu":
                 stack.enter_context(kept_for_models())
             stores = self._stores(output, overwrite)
-            preparation, given = self._prepared(image, image_name, like, resample_to)
-            _check_inputs(stores, given, mask, like)
+            asked = mask
+            preparation, given, mask = self._prepared(image, image_name, like, resample_to, mask, stack)
+            _check_inputs(stores, given, asked, like)
             given = preparation.masked(given, mask, output, stack)
             with_path = {name: store for name, store in stores.items() if store.path is not None}
             log = stack.enter_context(contextlib.closing(RunLog(with_path))) if with_path else None
@@ -320,8 +350,8 @@ class Predictor:
         remove_leftovers(target)
         if not target.exists():
             return False
-        preparation, given = self._prepared(image, image_name, like, resample_to)
         with contextlib.ExitStack() as stack:
+            preparation, given, mask = self._prepared(image, image_name, like, resample_to, mask, stack)
             given = preparation.masked(given, mask, output, stack)
             difference = _difference(target, preparation.fingerprint(given))
         if difference:

@@ -108,7 +108,7 @@ def _contending(values: Tensor) -> list[int]:
     """
     most = values.amax((1, 2, 3))
     ranked = most.argsort(descending=True)[:MOST_CONTENDING].tolist()
-    sums = values[ranked[0]].clone()
+    sums = values[ranked[0]].to(sum_dtype(values.dtype), copy=True)
     least = float(sums.min())
     for count, channel in enumerate(ranked[1:], start=2):
         least = max(least, float(sums.add_(values[channel]).min()) / count)
@@ -214,7 +214,11 @@ class Variance(_OfAll):
         """See `Reduction`."""
         mean, squares = block.tensor_split(2)
         # Rounding may make it less than 0.
-        return (squares - mean.square()).clamp_(min=0).sum(0, keepdim=True)
+        return (squares - mean.square()).clamp_(min=0).sum(0, keepdim=True).float()
+
+    def of_interpolated(self, values: Tensor, interpolate: Callable[[Tensor], Tensor], shape: Ints) -> Tensor:
+        """See `Reduction`: the variance itself is interpolated, since a slope of the mean is none."""
+        return interpolate(self(values))
 
 
 @dataclass(frozen=True)

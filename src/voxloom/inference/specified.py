@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ from ..core.boxes import Box
 from ..core.grids import PatchSpacing
 from ..core.interpolation import Interpolation
 from ..core.sizes import pretty_sizes
+from ..core.walking import walk
 from ..core.windows import Gaussian, OverlapMode
 from ..errors import MissingDependencyError, SpaceError, SpecError
 from ..io.composed import StackedSource
@@ -24,7 +25,11 @@ from ..volumes.subject import Subject
 from ..volumes.views import CroppedSource, ResampledSource, TurnedSource
 from .reductions import Regions
 
-__all__ = ["ModelInput", "in_model_space", "named_channels", "usual_options"]
+__all__ = ["ModelInput", "in_model_space", "looks_at_volume", "named_channels", "usual_options"]
+
+
+# Voxels that are looked at together.
+CHUNK_VOXELS = 2**20
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +44,14 @@ class ModelInput:
     space: Space | None
     """The grid that it was resampled to; None where it was not."""
     views: tuple[Callable[[VolumeSource], VolumeSource], ...]
+    all_views: tuple[Callable[[VolumeSource], VolumeSource], ...]
+
+    def over(self, source: VolumeSource) -> "ModelInput":
+        """Give the same of another source of the same voxels."""
+        view = source
+        for each in self.all_views:
+            view = each(view)
+        return replace(self, source=view)
 
     def turned_and_cropped(self, source: VolumeSource) -> VolumeSource:
         """Do with another source on the image's own grid what was done with the image before its values were scaled."""
@@ -84,6 +97,11 @@ def named_channels(image: Any, spec: ModelSpec, resample_to: str | None) -> Any:
     return sources[0] if len(sources) == 1 else StackedSource(sources, list(images), check_place=False)
 
 
+def looks_at_volume(spec: ModelSpec) -> bool:
+    """Whether a spec needs numbers that only the voxels say, before patches are read."""
+    return spec.crop is not None or any(each.looks_at_volume for each in spec.intensity)
+
+
 def in_model_space(source: VolumeSource, spec: ModelSpec, name: str) -> ModelInput:
     """Give a source as a model expects it.
 
@@ -126,8 +144,11 @@ def in_model_space(source: VolumeSource, spec: ModelSpec, name: str) -> ModelInp
             views.append(partial(CroppedSource, box=box))
             view = views[-1](view)
             steps.append(f"cropped to the foreground: {pretty_sizes(box.shape)} voxels from {box.start}")
+    others: list[Callable[[VolumeSource], VolumeSource]] = []
     if spec.intensity:
-        view = _scaled(view, spec.intensity, steps)
+        others += _scaled(view, spec.intensity, steps)
+        for each in others:
+            view = each(view)
     kinds: tuple[Interpolation, Interpolation, Interpolation] = ("linear", "linear", "linear")
     resampled: Space | None = None
     if spec.spacing != (None, None, None):
@@ -137,23 +158,24 @@ def in_model_space(source: VolumeSource, spec: ModelSpec, name: str) -> ModelInp
         i, j, k = ("nearest" if axis == thick else "linear" for axis in range(3))
         kinds = (i, j, k)  # type: ignore[assignment]
         if space.shape != view.shape[1:] or not np.allclose(space.affine, view.affine):
-            view = ResampledSource(view, space, orders, is_clipped=spec.order == 3)
+            others.append(partial(ResampledSource, space=space, order=orders, is_clipped=spec.order == 3))
+            view = others[-1](view)
             resampled = space
             order = spec.order if thick is None else orders
             steps.append(f"resampled (order {order}): {_told(view)}")
-    return ModelInput(view, tuple(steps), kinds, resampled, tuple(views))
+    return ModelInput(view, tuple(steps), kinds, resampled, tuple(views), (*views, *others))
 
 
-def _scaled(view: VolumeSource, intensity: Sequence[Intensity], steps: list[str]) -> VolumeSource:
+def _scaled(view: VolumeSource, intensity: Sequence[Intensity], steps: list[str]) -> list[Callable[[VolumeSource], VolumeSource]]:
     each = list(intensity) * (view.shape[0] if len(intensity) == 1 else 1)
     if len(each) != view.shape[0]:
         raise SpecError(f"intensity of the spec has {len(each)} entries, but there are {view.shape[0]} channels")
     mask = _filled_mask(view) if any(one.over == "mask" for one in each) else None
     scalings = [one.of_channel(view, channel, mask) for channel, one in enumerate(each)]
     if all(scaling.is_nothing for scaling in scalings):
-        return view
+        return []
     steps.append("intensities " + "; ".join(dict.fromkeys(map(str, scalings))))
-    return NormalizedSource(view, scalings, mask)
+    return [partial(NormalizedSource, scalings=scalings, mask=mask)]
 
 
 def _filled_mask(view: VolumeSource) -> np.ndarray:
@@ -162,7 +184,10 @@ def _filled_mask(view: VolumeSource) -> np.ndarray:
         from scipy.ndimage import binary_fill_holes
     except ImportError as error:
         raise MissingDependencyError("a spec whose intensities are over a mask needs SciPy: pip install scipy") from error
-    return np.asarray(binary_fill_holes((read_checked(view, Box.of_shape(view.shape[1:])) != 0).any(0).numpy()))
+    mask = np.empty(view.shape[1:], dtype=bool)
+    for box in walk(Box.of_shape(view.shape[1:]), view.chunks, CHUNK_VOXELS):
+        mask[box.slices] = (read_checked(view, box) != 0).any(0).numpy()
+    return np.asarray(binary_fill_holes(mask))
 
 
 def _filling(source: VolumeSource, spacing: Sequence[float | None]) -> Space:

@@ -8,7 +8,7 @@ import numpy as np
 import pydicom
 
 from .._version import __version__
-from ..errors import MissingDependencyError, SpaceError, TargetExistsError, UnsupportedImageError
+from ..errors import ImageNotFoundError, MissingDependencyError, SpaceError, TargetExistsError, UnsupportedImageError
 from ..io.labels import Label, color_of
 from ..io.saving import atomic_write
 from ..volumes.image import Image, LabelMap
@@ -70,7 +70,6 @@ def save_dicom_seg(
         raise UnsupportedImageError("a segmentation holds one channel of whole numbers from 0 to 65535")
     datasets = _in_order(Path(series), image)
     values = np.ascontiguousarray(image.data[0].numpy().transpose(2, 1, 0))
-    kind = np.uint8 if values.max() < 256 else np.uint16
     known = {label.value: label for label in names if label.value}
     for value in np.unique(values).tolist():
         if value:
@@ -82,19 +81,20 @@ def save_dicom_seg(
     )
     # Segments are numbered one after the other.
     numbers = {value: number for number, value in enumerate(sorted(known), start=1)}
+    kind = np.uint8 if len(numbers) < 256 else np.uint16
     lookup = np.zeros(max(numbers) + 1, dtype=kind)
     for value, number in numbers.items():
         lookup[value] = number
     descriptions = []
     for value in sorted(known):
         label = known[value]
-        scheme, code, meaning = label.code or ("99VOXLOOM", str(value), label.name[:64])
+        scheme, code, meaning = label.code or ("99VOXLOOM", str(value), label.name)
         descriptions.append(
             highdicom.seg.SegmentDescription(
                 segment_number=numbers[value],
                 segment_label=label.name[:64],
                 segmented_property_category=CodedConcept("123037004", "SCT", "Anatomical Structure"),
-                segmented_property_type=CodedConcept(code, scheme, meaning),
+                segmented_property_type=CodedConcept(code, scheme, meaning[:64]),
                 algorithm_type=highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
                 algorithm_identification=algorithm,
                 display_color=highdicom.color.CIELabColor.from_rgb(*color_of(label)),
@@ -118,6 +118,7 @@ def save_dicom_seg(
         )
     except (ValueError, TypeError, AttributeError) as error:
         raise UnsupportedImageError(f"a segmentation cannot refer to the series in {series}: {error}") from error
+    made.SpecificCharacterSet = "ISO_IR 192"  # names may be in any script
     atomic_write(target, made.save_as, target.suffix)
     return target
 
@@ -126,10 +127,17 @@ def _in_order(folder: Path, image: Image) -> list[pydicom.Dataset]:
     """Read the files of a series, in the order of the label map's slices."""
     found: dict[int, pydicom.Dataset] = {}
     to_voxels = np.linalg.inv(image.affine)
+    if not folder.is_dir():
+        raise ImageNotFoundError(f"there is no folder {folder}: give that of the series")
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or not path.is_file():
             continue
-        dataset = pydicom.dcmread(path)
+        try:
+            dataset = pydicom.dcmread(path)
+        except pydicom.errors.InvalidDicomError:
+            continue  # some other file
+        if "ImagePositionPatient" not in dataset:
+            raise SpaceError(f"{path} does not say where its slice lies: give a series of slices")
         x, y, z = map(float, dataset.ImagePositionPatient)
         i, j, k = (to_voxels @ (-x, -y, z, 1))[:3]
         size = (int(dataset.Columns), int(dataset.Rows))

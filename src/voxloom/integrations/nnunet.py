@@ -29,7 +29,7 @@ from ..models.spec import Crop, ModelSpec
 from ..volumes.intensities import Intensity
 from ..volumes.views import ResampledSource, View
 
-__all__ = ["cases_in", "load"]
+__all__ = ["cases_in", "json_of", "load"]
 
 # Where a separate interpolation of slices begins.
 THICK = 3.0
@@ -73,7 +73,14 @@ def load(
         MissingDependencyError: if the package of the networks is not installed.
     """
     folder = Path(folder).expanduser()
-    plans, dataset = (_json_of(folder, name) for name in ("plans.json", "dataset.json"))
+    try:
+        return _loaded(folder, folds, checkpoint, previous, mirror, allow_pickle)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ModelFileError(f"the plans in {folder} are not such as nnU-Net v2 writes: {error!r} is missing or wrong") from error
+
+
+def _loaded(folder: Path, folds: Any, checkpoint: str, previous: Any, mirror: bool, allow_pickle: bool) -> LoadedModel:
+    plans, dataset = (json_of(folder, name) for name in ("plans.json", "dataset.json"))
     chosen = _folds_of(folder, folds, checkpoint)
     states = [_checkpoint(folder / f"fold_{fold}" / checkpoint, allow_pickle) for fold in chosen]
     names = {_configuration_name(state, folder, fold) for fold, state in zip(chosen, states, strict=True)}
@@ -129,7 +136,12 @@ def cases_in(folder: Any, dataset: Json | None = None) -> dict[str, list[Path]]:
 # What the folder says
 
 
-def _json_of(folder: Path, name: str) -> Json:
+def json_of(folder: Path, name: str) -> Json:
+    """Read a file of a trained model's folder.
+
+    Raises:
+        ModelFileError: if it is not there, or damaged.
+    """
     path = folder / name
     if not path.is_file():
         old = "; plans.pkl is of nnU-Net v1, which is not supported" if list(folder.glob("plans*.pkl")) else ""
@@ -398,7 +410,7 @@ class _Cascade:
     model: LoadedModel
     labels: tuple[int, ...]
 
-    def added(self, image: Any, made: ModelInput, like: Space, options: Mapping[str, Any]) -> VolumeSource:
+    def added(self, image: VolumeSource, made: ModelInput, like: Space, options: Mapping[str, Any]) -> VolumeSource:
         """See `Preceding`."""
         found = Predictor(self.model, **options)(image, like=(like.shape, like.affine))
         source = made.source

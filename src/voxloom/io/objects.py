@@ -59,6 +59,8 @@ def _of_simpleitk(image: Any, affine: Any) -> VolumeSource:
     if image.GetNumberOfComponentsPerPixel() > 1:
         values = np.moveaxis(values, -1, 0)
         values = values.transpose(0, *range(values.ndim - 1, 0, -1))
+    elif image.GetDimension() == 4:  # times, as in files
+        values = values.transpose(0, 3, 2, 1)
     else:
         values = values.T
     if image.GetDimension() == 2:

@@ -7,14 +7,31 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+import torch
 
 from ..errors import UnsupportedImageError
 from .compression import compressing
 from .labels import Label, color_of
+from .protocols import VolumeSpec
 
-__all__ = ["write_segments"]
+__all__ = ["SEGMENTS", "check_segments", "write_segments"]
 
-TYPES = {"uint8": "uint8", "int16": "int16", "int32": "int32"}
+SEGMENTS = ".seg.nrrd"
+
+TYPES = (torch.bool, torch.uint8, torch.int16, torch.int32)
+
+
+def check_segments(spec: VolumeSpec, target: Path) -> None:
+    """Check that a result can be written as segments.
+
+    Raises:
+        UnsupportedImageError: if it has several channels, or is no label map.
+    """
+    if spec.shape[0] != 1 or spec.dtype not in TYPES:
+        raise UnsupportedImageError(
+            f"{target.name} holds a label map of one channel, but the result is {spec.dtype} of shape {spec.shape}: use"
+            " reduce='argmax' (--labels), or write .nii.gz"
+        )
 
 
 def write_segments(plain: Path, target: Path, labels: Sequence[Label]) -> None:
@@ -26,16 +43,10 @@ def write_segments(plain: Path, target: Path, labels: Sequence[Label]) -> None:
         labels: names and colours; numbers that are not among them get names of their own.
 
     Raises:
-        UnsupportedImageError: if it has several channels, or is no label map.
         OSError: if it cannot be written.
     """
     image: Any = nib.load(plain)
     voxels = np.asanyarray(image.dataobj)
-    if voxels.ndim != 3 or voxels.dtype.newbyteorder("=").name not in TYPES:
-        raise UnsupportedImageError(
-            f"{target.name} holds a label map of one channel, but the result is {voxels.dtype} of shape {voxels.shape}: use"
-            " reduce='argmax' (--labels), or write .nii.gz"
-        )
     extents = _extents(voxels)
     named = {label.value: label for label in labels if label.value}
     for value in extents:
@@ -43,7 +54,7 @@ def write_segments(plain: Path, target: Path, labels: Sequence[Label]) -> None:
     affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ image.affine
     lines = [
         "NRRD0004",
-        f"type: {TYPES[voxels.dtype.newbyteorder('=').name]}",
+        f"type: {voxels.dtype.newbyteorder('=').name}",
         "dimension: 3",
         "space: left-posterior-superior",
         f"sizes: {' '.join(map(str, voxels.shape))}",
@@ -102,7 +113,7 @@ def _vector(values: np.ndarray) -> str:
 
 def _line(text: str) -> str:
     """Keep a text on one line, as the format wants it."""
-    return text.replace("\\", "\\\\").replace("\n", " ")
+    return "".join(each if each.isprintable() else " " for each in text).replace("\\", "\\\\")
 
 
 def _tags(label: Label) -> str:

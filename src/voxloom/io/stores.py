@@ -18,7 +18,7 @@ from .labels import Label
 from .nifti_writer import NiftiWriter
 from .protocols import Json, VolumeSpec
 from .saving import as_save_error, write_safely
-from .segments import write_segments
+from .segments import SEGMENTS, check_segments, write_segments
 from .sidecars import is_as_written, other_told_of, read_sidecar, sidecar_of, written
 
 __all__ = ["BEGIN_AGAIN", "OVERWRITE", "NiftiStore", "Sink", "SinkStore", "as_target", "put"]
@@ -133,7 +133,7 @@ def _compress(plain: Path, whole: Path, labels: Sequence[Label]) -> None:
         os.fsync(file.fileno())
 
 
-FINISHED_BY: dict[str, Callable[[Path, Path, Sequence[Label]], None]] = {".nii.gz": _compress, ".seg.nrrd": write_segments}
+FINISHED_BY: dict[str, Callable[[Path, Path, Sequence[Label]], None]] = {".nii.gz": _compress, SEGMENTS: write_segments}
 """What makes a file of some format out of a NIfTI file, when all of that is written."""
 
 
@@ -175,6 +175,8 @@ class NiftiStore:
 
     def create(self, spec: VolumeSpec, run: str) -> None:
         """See `VolumeStore`."""
+        if self._ending == SEGMENTS:
+            check_segments(spec, self.path)
         self._open(spec, run, is_new=True)
 
     def reopen(self, spec: VolumeSpec, run: str) -> None:

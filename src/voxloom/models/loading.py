@@ -35,11 +35,11 @@ ALLOW = "it would run code from the file: give --allow-pickle if you trust where
 class Preceding(Protocol):
     """What comes before a model, and gives it more channels."""
 
-    def added(self, image: Any, made: Any, like: Space, options: Mapping[str, Any]) -> VolumeSource:
+    def added(self, image: VolumeSource, made: Any, like: Space, options: Mapping[str, Any]) -> VolumeSource:
         """Give the input of a model with what comes before it.
 
         Args:
-            image: the image, as the user gave it.
+            image: the image, with its channels in the order of the spec.
             made: the input that the model's spec makes of it.
             like: the image's own grid.
             options: how models are run: the keywords of `Predictor` that are not a matter of one model.
@@ -281,10 +281,10 @@ def _of_program(path: Path, allow_pickle: bool) -> LoadedModel:
         raise ModelFileError(f"{path} cannot be loaded: {_first_line(error)}") from error
     inputs = set(program.graph_signature.user_inputs)
     shapes = [node.meta["val"].shape for node in program.graph.nodes if node.op == "placeholder" and node.name in inputs]
-    if len(shapes) != 1 or len(shapes[0]) != 5:
+    if len(shapes) != 1 or len(shapes[0]) not in (4, 5):
         raise ModelFileError(
             f"{path} takes {len(shapes)} inputs, of {', '.join(str(len(shape)) for shape in shapes)} dimensions: a model takes"
-            " one batch (B, C, I, J, K)"
+            " one batch (B, C, I, J, K), or one of slices (B, C, height, width)"
         )
     try:
         guards = None if allow_pickle else Guards(program, shapes[0])  # only what was looked into is arithmetic
@@ -293,6 +293,8 @@ def _of_program(path: Path, allow_pickle: bool) -> LoadedModel:
             f"{path}: {error}. Give --allow-pickle if you trust where it is from, and PyTorch makes its own checks"
         ) from error
     module = _module_of(program, guards)
+    if len(shapes[0]) == 4:  # what it was exported for is a matter of which axis slices lie along, and of their neighbours
+        return LoadedModel(module, _name_of(path), spec=_spec_of(path))
     batch, channels, *patch = (size if isinstance(size, int) else None for size in shapes[0])
     return LoadedModel(module, _name_of(path), batch, tuple(patch), channels, guards, _spec_of(path))
 

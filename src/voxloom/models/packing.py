@@ -9,7 +9,7 @@ from torch import nn
 
 from ..errors import ModelFileError, SpecError, TargetExistsError
 from ..io.saving import atomic_write
-from .forms import CallForm
+from .forms import CallForm, size_of_slices
 from .loading import SPEC_FILE, load_model
 from .program_check import inspected
 from .spec import ModelSpec
@@ -62,7 +62,7 @@ def pack_model(
 def _exported(model: nn.Module, spec: ModelSpec, name: str) -> torch.export.ExportedProgram:
     if spec.patch_size is None or -1 in spec.patch_size or not spec.channels:
         raise SpecError(f"to export {name}, the spec must say its channels, and a patch_size without -1")
-    size = spec.patch_size if len(spec.patch_size) == 3 else (1, *spec.patch_size)
+    size = size_of_slices(spec.patch_size, spec.slice_axis)
     form = CallForm(spec.context, spec.slice_axis)
     batch = form.given(torch.zeros((2, len(spec.channels), *form.input_size(size))))
     try:

@@ -195,7 +195,8 @@ class Models:
                 # Outputs of two names may be one tensor.
                 value = _activated(output, request, is_shared=len(requests) > 1)
                 if request.has_squares:
-                    value = torch.cat([value, value.square()], 1).to(sum_dtype(value.dtype))
+                    value = value.double()  # the difference of two large numbers is wanted
+                    value = torch.cat([value, value.square()], 1)
                 if self.num_passes == 1:
                     sums.append(value)
                 elif number == 0:

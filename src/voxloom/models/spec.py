@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -166,9 +166,13 @@ class ModelSpec:
 
 
 def spec_beside(path: Path) -> ModelSpec | None:
-    """Read the spec that lies beside a file of weights or a model, `NAME.json`; None if there is none."""
+    """Read the spec that lies beside a file of weights or a model, `NAME.json`; None if that is something else, or not there."""
     beside = path.with_suffix(".json")
-    return ModelSpec.read(beside) if beside.is_file() else None
+    try:
+        found = json.loads(beside.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return ModelSpec.from_json(found, str(beside)) if isinstance(found, Mapping) and "voxloom_spec" in found else None
 
 
 def _as_json(value: Any) -> Json:
@@ -255,6 +259,9 @@ def _object(kind: type, parsers: Mapping[str, Callable[[Any], Any]]) -> Callable
         unknown = [key for key in value if key not in parsers]
         if unknown:
             raise _Wrong(f"an object of {', '.join(parsers)}, and {unknown[0]!r} is none of them")
+        needed = [each.name for each in fields(kind) if each.default is MISSING]
+        if any(key not in value for key in needed):
+            raise _Wrong(f"an object that has {' and '.join(needed)}")
         return kind(**{key: parsers[key](each) for key, each in value.items()})
 
     return parse
@@ -297,6 +304,13 @@ def _increasing(value: Any) -> Any:
     return low, high
 
 
+def _percentiles(value: Any) -> Any:
+    low, high = _increasing(value)
+    if low < 0 or high > 100:
+        raise _Wrong("two percentiles from 0 to 100, the smaller one first")
+    return low, high
+
+
 def _over(value: Any) -> Any:
     return value if value in ("all", "nonzero", "mask") else _number(value)
 
@@ -307,7 +321,7 @@ def _reduce(value: Any) -> Any:
 
 INTENSITY: dict[str, Callable[[Any], Any]] = {
     "clip": _or_none(_increasing),
-    "clip_percentiles": _or_none(_increasing),
+    "clip_percentiles": _or_none(_percentiles),
     "scale": _one_of("none", "z-score", "range", "percentiles"),
     "mean": _or_none(_number),
     "std": _or_none(_number),

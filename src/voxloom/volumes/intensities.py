@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..core.boxes import Box
 from ..core.values import sum_dtype
+from ..errors import SpecError
 from ..io.protocols import Extent, Json, VolumeSource, read_checked
 from .views import View
 
@@ -132,7 +133,9 @@ class _Values:
     def planes(self) -> Iterator[np.ndarray]:
         """Give the values of each plane along the first axis that count, whatever is read together."""
         for start, values in _planes(self._source):
-            for number, plane in enumerate(values[self._channel].numpy(), start):
+            channel = values[self._channel]
+            is_short = channel.dtype == torch.bfloat16  # which NumPy does not know
+            for number, plane in enumerate((channel.float() if is_short else channel).numpy(), start):
                 if self._over == "nonzero":
                     yield plane[plane != 0]
                 elif self._over == "mask" and self._mask is not None:
@@ -172,6 +175,8 @@ class _Values:
 
         One pass counts the first halves of the values' bits, and a second one the rest of those that begin as a wanted one does.
         """
+        if not all(0 <= each <= 100 for each in wanted):
+            raise SpecError(f"percentiles are {tuple(wanted)}: they must be from 0 to 100")
         firsts = np.zeros(HALF, dtype=np.int64)
         for plane in self.planes():
             firsts += np.bincount(_ordered(plane) >> 16, minlength=HALF)

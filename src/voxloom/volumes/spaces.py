@@ -16,6 +16,9 @@ from ..io.objects import source_of
 from ..io.protocols import Space, VolumeSource, is_source
 from .origins import FileOrigin
 
+# Voxels along an axis that no volume has.
+MOST_VOXELS = 2**31
+
 __all__ = ["as_spacing", "at_spacing", "space_of"]
 
 
@@ -87,7 +90,10 @@ def at_spacing(source: VolumeSource, spacing: Sequence[float | None]) -> Space:
     """
     old = np.sqrt((source.affine[:3, :3] ** 2).sum(axis=0))
     new = np.array([before if each is None else each for each, before in zip(spacing, old.tolist(), strict=True)])
-    i, j, k = np.maximum(1, np.floor(np.array(source.shape[1:]) * old / new + 0.5)).astype(int).tolist()
+    sizes = np.maximum(1, np.floor(np.array(source.shape[1:]) * old / new + 0.5))
+    if sizes.max() > MOST_VOXELS:
+        raise SizeError(f"spacing is {tuple(spacing)}, with which an axis would have {sizes.max():.3g} voxels: give millimetres")
+    i, j, k = sizes.astype(int).tolist()
     affine = source.affine.copy()
     affine[:3, :3] *= new / old
     affine[:3, 3] += (affine[:3, :3] - source.affine[:3, :3]) @ np.full(3, 0.5)

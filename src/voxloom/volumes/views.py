@@ -18,7 +18,7 @@ from ..core.boxes import Box
 from ..core.interpolation import Interpolation, SpaceMap, interpolated_dtype
 from ..core.resampling import space_map
 from ..core.splines import cubic_matrix
-from ..core.values import can_hold
+from ..core.values import as_number, can_hold
 from ..errors import ImageError, ModeError
 from ..io.protocols import Extent, Json, Space, SpaceCodes, VolumeSource, loading_bytes, read_checked
 from ..io.spooling import Packed
@@ -32,7 +32,8 @@ def as_orientation(given: Any) -> str:
     Raises:
         ModeError: if it does not name each pair of directions once.
     """
-    text = "".join(given).upper() if isinstance(given, str | tuple | list) else ""
+    is_text = isinstance(given, str) or (isinstance(given, tuple | list) and all(isinstance(each, str) for each in given))
+    text = "".join(given).upper() if is_text else ""
     pairs = [next((pair for pair in ("LR", "AP", "IS") if letter in pair), "") for letter in text]
     if len(text) != 3 or len({*pairs, ""}) != 4:
         raise ModeError(f"the orientation is {given!r}: give where the axes point to, such as 'RAS' or 'LPS'")
@@ -204,6 +205,7 @@ class ResampledSource(View):
         self, of: VolumeSource, space: Space, order: int | Sequence[int], fill: float = 0, is_clipped: bool = False
     ) -> None:
         super().__init__(of)
+        as_number(fill, "fill")
         orders = tuple(order) if isinstance(order, Sequence) and not isinstance(order, str) else (order,) * 3
         if len(orders) != 3 or any(each not in KINDS or isinstance(each, bool) for each in orders):
             raise ModeError(f"order is {order!r}: it must be 0 for the nearest voxel, 1 for linear or 3 for cubic interpolation")
