@@ -90,8 +90,9 @@ def write_folder(
     trainer="nnUNetTrainer",
     extra_inputs=0,
     seed=0,
+    steps=0,
 ):
-    """Write a folder of a trained model with random weights."""
+    """Write a folder of a model with random weights, or trained for some steps."""
     from dynamic_network_architectures.architectures import unet
 
     folder.mkdir(parents=True)
@@ -147,6 +148,7 @@ def write_folder(
             with torch.no_grad():
                 for layer in network.decoder.seg_layers:
                     layer.weight.mul_(8)
+            _train(network, len(channels) + extra_inputs, own["patch_size"], heads, steps)
         (folder / f"fold_{fold}").mkdir()
         torch.save(
             {
@@ -165,8 +167,24 @@ def write_folder(
     return folder
 
 
-def write_case(folder, name, shape=(30, 26, 22), spacing=(0.9, 1.1, 1.6), channels=1, seed=0, border=3, codes=(-1, -1, 1)):
-    """Write the files of a case: smooth noise, with a border of zeros."""
+def _train(network, channels, patch, heads, steps):
+    """Let it find in which of as many ranges the mean of its neighbours lies."""
+    optimizer = torch.optim.Adam(network.parameters(), lr=0.01)
+    for _ in range(steps):
+        smooth = torch.randn(2, channels, *patch)
+        for axis in range(2, smooth.ndim):
+            smooth = (smooth + smooth.roll(1, axis) + smooth.roll(-1, axis)) / 2
+        target = ((smooth[:, 0] + 1.5) * heads / 3).clamp(0, heads - 1).long()
+        loss = torch.nn.functional.cross_entropy(network(smooth)[0], target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def write_case(
+    folder, name, shape=(30, 26, 22), spacing=(0.9, 1.1, 1.6), channels=1, seed=0, border=3, codes=(-1, -1, 1), colours=False
+):
+    """Write the files of a case: smooth noise, with a border of zeros; of colours from 0 to 255."""
     folder.mkdir(exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
     affine = np.diag([*(np.array(codes) * spacing), 1.0])
@@ -177,6 +195,8 @@ def write_case(folder, name, shape=(30, 26, 22), spacing=(0.9, 1.1, 1.6), channe
         values = torch.zeros(1, *shape)
         inner = tuple(slice(border, size - border) for size in shape)
         values[(slice(None), *inner)] = (noise[(slice(None), *inner)] * 500).round()
+        if colours:
+            values = values.abs().clamp(max=255)
         values[0, shape[0] // 2, shape[1] // 2, shape[2] // 2] = 0  # a hole
         files.append(folder / f"{name}_{channel:04d}.nii.gz")
         vx.ScalarImage(values, affine=affine).save(files[-1])

@@ -58,6 +58,13 @@ CASES = {
         {"reader": "NibabelIOWithReorient", "mirrored": None},
         {},
     ),
+    "trained": ({"spacing": (1.4, 1.2, 1.0), "patch": (16, 16, 16)}, {"steps": 40, "folds": (0, 1)}, {}),
+    "trained, two dimensions": ({"spacing": (1.2, 1.0), "patch": (16, 24)}, {"steps": 40, "mirrored": (0, 1)}, {}),
+    "colours": (
+        {"spacing": (1.4, 1.2, 1.0), "patch": (16, 16, 16), "schemes": ("RGBTo01Normalization",) * 3, "masked": (False,) * 3},
+        {"channels": ("R", "G", "B"), "mirrored": None},
+        {"channels": 3, "colours": True},
+    ),
     "resampled by torch": (
         {
             "spacing": (1.4, 1.2, 1.0),
