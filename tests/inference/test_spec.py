@@ -1,6 +1,8 @@
 """Models that come with what they expect: from a scan to labels on its own grid."""
 
+import importlib.util
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -95,6 +97,20 @@ def test_a_scan_becomes_labels_on_its_own_grid(tmp_path):
     assert (by_hand(network(), scan()) != 0).mean() > 0.2
     raw = vx.predict(network(), image, patch_size=20, reduce="argmax")
     assert (raw.data[0].numpy() == expected).mean() < 0.9  # so that it matters
+
+
+def test_a_dicom_series_becomes_labels_on_its_own_grid(tmp_path):
+    path = Path(__file__).parents[2] / "examples" / "dicom_to_segments.py"
+    loader = importlib.util.spec_from_file_location("example", path)
+    example = importlib.util.module_from_spec(loader)
+    loader.loader.exec_module(example)
+    example.write_series(scan((40, 36, 36), np.diag([1.0, 1, 1, 1])), tmp_path / "series")
+    series = vx.ScalarImage(tmp_path / "series")
+    assert (series.orientation, series.spacing) == (("L", "P", "S"), (1, 1, 3))
+    made = vx.predict(network(), tmp_path / "series", spec=SPEC, patch_size=32, output=tmp_path / "labels.nii.gz")
+    is_equal = made.data[0].numpy() == by_hand(network(), series)
+    assert is_equal[2:, 2:, 1:-1].mean() > 0.9999
+    assert len(made.data.unique()) == 3
 
 
 def test_the_plan_shows_each_step():
