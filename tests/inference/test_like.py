@@ -1,6 +1,7 @@
 """Results on another grid than the model's: the same whatever the memory, the executor and the interruptions are."""
 
 import re
+import time
 import warnings
 
 import numpy as np
@@ -263,6 +264,21 @@ def test_a_function_of_the_users_is_given_interpolated_scores(image):
     assert torch.equal(made.data, scores.data.amax(0, keepdim=True).nan_to_num(neginf=0))
     with pytest.raises(OutputError, match="reduce was called"):
         vx.predict(network(), image, like=LIKE["aligned"], reduce=lambda block: block[..., :1], **OPTIONS)
+
+
+def test_functions_are_called_by_one_thread_at_a_time(image):
+    at_work, most = [], []
+
+    def slow(block):
+        at_work.append(1)
+        most.append(len(at_work))
+        time.sleep(0.002)
+        at_work.pop()
+        return block
+
+    vx.predict(nn.Identity(), image, reduce=slow, like=((60, 60, 60), np.diag([0.7, 0.7, 0.7, 1]) @ AFFINE), **OPTIONS)
+    assert len(most) > 20
+    assert max(most) == 1
 
 
 def test_a_function_may_write_to_what_it_is_given(image):

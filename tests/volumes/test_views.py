@@ -160,8 +160,9 @@ def test_samplers_and_the_queue_take_views():
     subject = vx.Subject(
         t1=image_of((1, 30, 30, 30), np.eye(4)).resampled(1.5), seg=vx.LabelMap(torch.ones(1, 30, 30, 30)).resampled(1.5)
     )
-    queue = vx.Queue(vx.SubjectsDataset([subject] * 2), 8, 4, vx.UniformSampler(8))
-    assert next(iter(queue)).t1.shape == (1, 8, 8, 8)
+    patch = next(iter(vx.Queue(vx.SubjectsDataset([subject] * 2), 8, 4, vx.UniformSampler(8))))
+    whole = image_of((1, 30, 30, 30), np.eye(4)).resampled(1.5).data
+    assert torch.equal(patch.t1.data, whole[(slice(None), *patch.patch_location.box.slices)])
 
 
 def test_metadata_and_class_are_kept():

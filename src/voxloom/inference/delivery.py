@@ -153,11 +153,11 @@ class Delivery:
                     part.put(into, piece.start, self._part(result, spec, part, tile, coverage))
 
                 works = [partial(make, part) for part in space.parts(piece, own)]
-                if self.share is None or len(works) == 1:
+                if self.share is not None and len(works) > 1 and self._reductions[result].is_shared:
+                    self.share(works)
+                else:
                     for work in works:
                         work()
-                else:
-                    self.share(works)
                 for box in space.boxes(piece, own):
                     self._stores[result].write(box, values[(slice(None), *box.relative_to(piece.start).slices)])
 
@@ -172,8 +172,6 @@ class Delivery:
 
         def interpolate(values: Tensor) -> Tensor:
             found = part.apply(values)
-            if covered is None and isinstance(self._reductions[number], Function):
-                found = found.clone()  # it may be a view of the tile, and a function of the user's may write to it
             return found if covered is None else found / covered.clamp(min=torch.finfo(covered.dtype).tiny)
 
         shape = (len(values), *part.shape)

@@ -30,6 +30,8 @@ class Reduction(Protocol):
     """Whether the result is a label map."""
     needs_squares: bool
     """Whether the means of the squares of all channels follow the channels."""
+    is_shared: bool
+    """Whether several threads may call it at a time."""
 
     def __call__(self, block: Tensor) -> Tensor:
         """Reduce a tensor `(C, i, j, k)` to one `(C', i, j, k)`."""
@@ -64,6 +66,7 @@ class Everything(_OfAll):
 
     is_labels = False
     needs_squares = False
+    is_shared = True
 
     def __call__(self, block: Tensor) -> Tensor:
         """See `Reduction`."""
@@ -76,6 +79,7 @@ class ArgMax:
 
     is_labels = True
     needs_squares = False
+    is_shared = True
 
     def __call__(self, block: Tensor) -> Tensor:
         """See `Reduction`."""
@@ -145,6 +149,7 @@ class Threshold(_OfAll):
     value: float
     is_labels = True
     needs_squares = False
+    is_shared = True
 
     def __call__(self, block: Tensor) -> Tensor:
         """See `Reduction`."""
@@ -171,6 +176,7 @@ class Regions(_OfAll):
     threshold: float = 0.5
     is_labels = True
     needs_squares = False
+    is_shared = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.labels, Sequence):
@@ -194,6 +200,7 @@ class Entropy(_OfAll):
 
     is_labels = False
     needs_squares = False
+    is_shared = True
 
     def __call__(self, block: Tensor) -> Tensor:
         """See `Reduction`."""
@@ -209,6 +216,7 @@ class Variance(_OfAll):
 
     is_labels = False
     needs_squares = True
+    is_shared = True
 
     def __call__(self, block: Tensor) -> Tensor:
         """See `Reduction`."""
@@ -228,6 +236,7 @@ class Channels:
     indices: tuple[int, ...]
     is_labels = False
     needs_squares = False
+    is_shared = True
 
     def __call__(self, block: Tensor) -> Tensor:
         """See `Reduction`."""
@@ -248,6 +257,7 @@ class Function(_OfAll):
     function: Callable[[Tensor], Tensor]
     is_labels = False
     needs_squares = False
+    is_shared = False
 
     def __call__(self, block: Tensor) -> Tensor:
         """See `Reduction`."""
@@ -259,6 +269,10 @@ class Function(_OfAll):
                 f" sizes, but it returned one of {what}"
             )
         return result
+
+    def of_interpolated(self, values: Tensor, interpolate: Callable[[Tensor], Tensor], shape: Ints) -> Tensor:
+        """See `Reduction`: a copy, since it may write to what it is given."""
+        return self(interpolate(values).clone())
 
 
 NAMED: dict[str, Reduction] = {"argmax": ArgMax(), "entropy": Entropy(), "variance": Variance(), "scores": Everything()}
