@@ -266,7 +266,7 @@ def test_a_function_of_the_users_is_given_interpolated_scores(image):
         vx.predict(network(), image, like=LIKE["aligned"], reduce=lambda block: block[..., :1], **OPTIONS)
 
 
-def test_functions_are_called_by_one_thread_at_a_time(image):
+def test_functions_are_called_by_one_thread_at_a_time(image, small_pieces):
     at_work, most = [], []
 
     def slow(block):
@@ -276,7 +276,7 @@ def test_functions_are_called_by_one_thread_at_a_time(image):
         at_work.pop()
         return block
 
-    vx.predict(nn.Identity(), image, reduce=slow, like=((60, 60, 60), np.diag([0.7, 0.7, 0.7, 1]) @ AFFINE), **OPTIONS)
+    vx.predict(nn.Identity(), image, SHAPE, 0, reduce=slow, like=LIKE["aligned"])
     assert len(most) > 20
     assert max(most) == 1
 
