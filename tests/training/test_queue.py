@@ -483,7 +483,8 @@ def test_a_queue_that_has_begun_can_be_pickled():
     next(patches)
     copy = pickle.loads(pickle.dumps(queue))
     assert [bits(patch) for patch in copy] == [bits(patch) for patch in queue]
-    assert repr(copy) == repr(queue)
+    # How long each waited is a matter of its own.
+    assert repr(copy).rpartition(";")[0] == repr(queue).rpartition(";")[0]
 
 
 # Ranks

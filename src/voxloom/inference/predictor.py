@@ -9,18 +9,14 @@ from typing import Any, TypedDict, Unpack
 
 import torch
 
-from ..core.grids import PatchSpacing, check_patch_spacing
+from ..core.grids import PatchSpacing
 from ..core.interpolation import as_interpolation
-from ..core.padding import check_padding_mode
-from ..core.sizes import as_int, checked_overlap
 from ..core.values import as_number
-from ..core.windows import OverlapMode, resolve_window
-from ..errors import ModeError, OutputError, SaveError, SizeError, TargetExistsError
-from ..io.protocols import Json, Space, VolumeSource, VolumeStore, is_source
+from ..core.windows import OverlapMode
+from ..errors import ModeError, OutputError, SaveError, TargetExistsError
+from ..io.protocols import Json, VolumeStore, is_source
 from ..io.sidecars import is_as_written, read_sidecar, sidecar_of
-from ..io.spooling import Packed, spooled
 from ..io.stores import NiftiStore, Sink, SinkStore, as_target
-from ..models.forms import as_form, overlap_of_slices, size_of_slices
 from ..models.loading import as_loaded
 from ..models.running import Models, as_models
 from ..models.spec import ModelSpec
@@ -28,16 +24,14 @@ from ..runs.fingerprints import differences
 from ..runs.log import RunLog, is_to_be_published, remove_leftovers
 from ..runtime.kept_memory import kept_for_models
 from ..runtime.limits import as_bytes
-from ..volumes.spaces import space_of
 from .call import Call, Stores
-from .inputs import as_source, chosen_images, name_of
-from .masks import on_image
+from .entering import Entrance, Request
+from .options import settings_of, usual_options
 from .plan import PredictionPlan
-from .planner import SPOOLED_PART, Input, Settings
+from .planner import Input
 from .preparing import Preparation
 from .results import ResultOptions, of_name
 from .runner import Executor
-from .specified import in_model_space, looks_at_volume, named_channels, usual_options
 from .threads import ThreadExecutor
 
 __all__ = ["Predictor", "PredictorOptions", "plan", "predict"]
@@ -158,100 +152,61 @@ class Predictor:
         loaded = as_loaded(model)
         spec = loaded.spec if spec is None else spec
         self.spec = ModelSpec() if spec is None else spec
-        self._is_specified = spec is not None
-        own = usual_options(self.spec)
-        patch_size = own.patch_size if patch_size is None else patch_size
-        if patch_size is None and None not in loaded.patch_size:
-            patch_size = loaded.patch_size  # type: ignore[assignment]
-        if patch_size is None:
-            raise SizeError("the patch size is missing: give patch_size, or a spec that says it")
-        mode = own.overlap_mode if overlap_mode is None else overlap_mode
-        overlap = own.patch_overlap if patch_overlap is None else patch_overlap
-        slice_axis = own.slice_axis if slice_axis is None else slice_axis
-        padding_mode = own.padding_mode if padding_mode is None else padding_mode
-        form = as_form(own.context if context is None else context, slice_axis)
-        size = size_of_slices(patch_size, slice_axis)
+        own = usual_options(self.spec).unless(
+            patch_size=patch_size,
+            patch_overlap=patch_overlap,
+            overlap_mode=overlap_mode,
+            patch_spacing=patch_spacing,
+            context=context,
+            slice_axis=slice_axis,
+            mirror_axes=mirror_axes,
+            padding_mode=padding_mode,
+            activation=activation,
+            reduce=reduce,
+        )
         if dtype is not None and not isinstance(dtype, torch.dtype):
             raise ModeError(f"dtype is {dtype!r}: it must be a type of PyTorch's, such as torch.float32")
-        self.settings = Settings(
-            patch_size=size,
-            patch_overlap=checked_overlap(overlap_of_slices(overlap, slice_axis), size, is_even=padding_mode is not None),
-            patch_spacing=check_patch_spacing(own.patch_spacing if patch_spacing is None else patch_spacing),
-            overlap_mode=mode,
-            window=resolve_window(mode),
-            batch_size=loaded.least_batch_size(None if -1 in size else size)
-            if batch_size is None
-            else as_int(batch_size, "batch_size", 1),
-            full_batches=full_batches or loaded.takes_full_batches(None if -1 in size else size),
-            padding_mode=None if padding_mode is None else check_padding_mode(padding_mode, 0),
+        self.settings = settings_of(
+            own,
+            loaded,
+            batch_size=batch_size,
+            full_batches=full_batches,
             fill=as_number(fill, "fill"),
             memory_limit=None if memory_limit is None else as_bytes(memory_limit, "memory_limit"),
             dtype=dtype,
-            form=form,
         )
-        self._preceding = loaded.preceding
-        self._shared_options = {"device": device, "amp": amp, "memory_limit": memory_limit, "batch_size": batch_size}
-        self._kinds = None if interpolation is None else as_interpolation(interpolation)
-        options = ResultOptions(
-            own.activation if activation is None else activation, own.reduce if reduce is None else reduce, output_scale
+        self._entrance = Entrance(
+            spec=self.spec,
+            is_specified=spec is not None,
+            kinds=None if interpolation is None else as_interpolation(interpolation),
+            preceding=loaded.preceding,
+            shared_options={"device": device, "amp": amp, "memory_limit": memory_limit, "batch_size": batch_size},
+            memory_limit=self.settings.memory_limit,
         )
-        models = Models(as_models(loaded.model), device, amp, own.mirror_axes if mirror_axes is None else mirror_axes, form)
-        runs_plans = ThreadExecutor() if executor is None else executor
         self._preparation = Preparation(
-            models, self.settings, options, runs_plans, loaded.name if model_name is None else model_name
+            Models(as_models(loaded.model), device, amp, own.mirror_axes, self.settings.form),
+            self.settings,
+            ResultOptions(own.activation, own.reduce, output_scale),
+            ThreadExecutor() if executor is None else executor,
+            loaded.name if model_name is None else model_name,
         )
 
-    def _prepared(
-        self,
-        image: Any,
-        image_name: str | Sequence[str] | None,
-        like: Any,
-        resample_to: str | None,
-        mask: Any,
-        stack: contextlib.ExitStack,
-    ) -> tuple[Preparation, Input, Any]:
-        """Give what prepares predictions of an image, what the model is applied to, and the mask for that."""
-        if image_name is None or resample_to is not None:
-            chosen = chosen_images(image, image_name)
-            source = as_source(named_channels(chosen, self.spec if image_name is None else ModelSpec(), resample_to))
-        else:
-            source = as_source(image, image_name)
-        name = name_of(image, source)
-        unpacked = None
-        if looks_at_volume(self.spec) and self._is_to_be_unpacked(source):
-            # What it says of the volume is found without holding all of it.
-            unpacked = in_model_space(stack.enter_context(spooled(source)), self.spec, name)
-            found = unpacked.over(source)
-        else:
-            found = in_model_space(source, self.spec, name)
-        if self._preceding is not None:
-            own = Space(source.shape[1:], source.affine, source.codes)
-            found = replace(found, source=self._preceding.added(source, found, own, self._shared_options))
+    def _prepared(self, request: Request, target: Any, stack: contextlib.ExitStack) -> tuple[Preparation, Input]:
+        """Give what prepares a prediction, and what the model is applied to, with the patches that are needed.
+
+        Args:
+            request: what is asked for.
+            target: where results go.
+            stack: ends what was made for it.
+        """
+        entered = self._entrance.enter(request, stack)
         if -1 in self.settings.patch_size:
-            settings = self.settings.for_shape(found.source.shape[1:])
+            settings = self.settings.for_shape(entered.source.shape[1:])
             if self._preparation.settings.patch_size != settings.patch_size:
                 self._preparation = replace(self._preparation, settings=settings)
-        space = None
-        if like is not None:
-            space = space_of(like, found.source)
-        elif self.spec.changes_space:
-            space = Space(source.shape[1:], source.affine, source.codes)
-        kinds = found.kinds if self._kinds is None else self._kinds
-        steps = found.steps if self._is_specified else ()
-        prepared = replace(
-            self._preparation.input(found.source, name),
-            like=space,
-            kinds=kinds,
-            steps=steps,
-            labels=self.spec.labels,
-            unpacked=None if unpacked is None or self._preceding is not None else unpacked.source,
-        )
-        return self._preparation, prepared, mask if found.source is source else on_image(mask, source)
-
-    def _is_to_be_unpacked(self, source: VolumeSource) -> bool:
-        """Whether the files of a source are unpacked to the disk, rather than read whole, to look at the volume."""
-        limit = self.settings.memory_limit
-        return limit is not None and isinstance(source, Packed) and source.packed_bytes > limit * SPOOLED_PART
+        preparation = self._preparation
+        given = entered.told(preparation.input(entered.source, entered.name), self.spec)
+        return preparation, preparation.masked(given, entered.mask, target, stack)
 
     def plan(
         self,
@@ -268,10 +223,10 @@ class Predictor:
         Of the image only the header is read, unless there is a mask, or a spec that needs numbers of the volume. The model is
         called once, the first time, with a patch of zeros, to see what its output looks like.
         """
+        request = Request(image, image_name, like, resample_to, mask)
         with contextlib.ExitStack() as stack:
-            preparation, given, mask = self._prepared(image, image_name, like, resample_to, mask, stack)
+            preparation, given = self._prepared(request, output, stack)
             was_known = preparation.known(given, output) is not None
-            given = preparation.masked(given, mask, output, stack)
             return preparation.planned(given, preparation.seen(given, output), output, was_known)
 
     def __call__(
@@ -316,15 +271,13 @@ class Predictor:
             RecordError: if an interrupted run is found that is of another image, model or option; says in what.
             SaveError: if a file cannot be written. What is finished stays, and the same call goes on from there.
         """
-        preparation = self._preparation
+        request = Request(image, image_name, like, resample_to, mask)
         with contextlib.ExitStack() as stack:
-            if preparation.models.device.type == "cpu":
+            if self._preparation.models.device.type == "cpu":
                 stack.enter_context(kept_for_models())
             stores = self._stores(output, overwrite)
-            asked = mask
-            preparation, given, mask = self._prepared(image, image_name, like, resample_to, mask, stack)
-            _check_inputs(stores, given, asked, like)
-            given = preparation.masked(given, mask, output, stack)
+            preparation, given = self._prepared(request, output, stack)
+            _check_inputs(stores, given, mask, like)
             with_path = {name: store for name, store in stores.items() if store.path is not None}
             log = stack.enter_context(contextlib.closing(RunLog(with_path))) if with_path else None
             return Call(preparation, given, output, stores, log).run(resume, progress)
@@ -350,9 +303,9 @@ class Predictor:
         remove_leftovers(target)
         if not target.exists():
             return False
+        request = Request(image, image_name, like, resample_to, mask)
         with contextlib.ExitStack() as stack:
-            preparation, given, mask = self._prepared(image, image_name, like, resample_to, mask, stack)
-            given = preparation.masked(given, mask, output, stack)
+            preparation, given = self._prepared(request, output, stack)
             difference = _difference(target, preparation.fingerprint(given))
         if difference:
             raise TargetExistsError(

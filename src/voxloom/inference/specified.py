@@ -10,11 +10,9 @@ import numpy as np
 
 from ..core.affines import scaled, spacing_of
 from ..core.boxes import Box
-from ..core.grids import PatchSpacing
 from ..core.interpolation import Interpolation
 from ..core.sizes import pretty_sizes
 from ..core.walking import walk
-from ..core.windows import Gaussian, OverlapMode
 from ..errors import MissingDependencyError, SpaceError, SpecError
 from ..io.composed import StackedSource
 from ..io.protocols import Space, VolumeSource, read_checked
@@ -23,10 +21,11 @@ from ..volumes.intensities import Intensity, NormalizedSource, foreground_box
 from ..volumes.spaces import at_spacing
 from ..volumes.subject import Subject
 from ..volumes.views import CroppedSource, ResampledSource, TurnedSource
-from .reductions import Regions
 
-__all__ = ["ModelInput", "in_model_space", "looks_at_volume", "named_channels", "usual_options"]
+__all__ = ["ModelInput", "in_model_space", "looks_at_volume", "named_channels"]
 
+View = Callable[[VolumeSource], VolumeSource]
+"""Makes a view of a source."""
 
 # Voxels that are looked at together.
 CHUNK_VOXELS = 2**20
@@ -43,21 +42,24 @@ class ModelInput:
     """How scores are interpolated back, along each axis of the model."""
     space: Space | None
     """The grid that it was resampled to; None where it was not."""
-    views: tuple[Callable[[VolumeSource], VolumeSource], ...]
-    all_views: tuple[Callable[[VolumeSource], VolumeSource], ...]
+    turns_and_crops: tuple[View, ...]
+    """What was done to the image before its values were scaled."""
+    scales_and_resamples: tuple[View, ...]
+    """What was done after that."""
 
     def over(self, source: VolumeSource) -> "ModelInput":
         """Give the same of another source of the same voxels."""
-        view = source
-        for each in self.all_views:
-            view = each(view)
-        return replace(self, source=view)
+        return replace(self, source=_viewed(self.turned_and_cropped(source), self.scales_and_resamples))
 
     def turned_and_cropped(self, source: VolumeSource) -> VolumeSource:
         """Do with another source on the image's own grid what was done with the image before its values were scaled."""
-        for view in self.views:
-            source = view(source)
-        return source
+        return _viewed(source, self.turns_and_crops)
+
+
+def _viewed(source: VolumeSource, views: Sequence[View]) -> VolumeSource:
+    for view in views:
+        source = view(source)
+    return source
 
 
 def named_channels(image: Any, spec: ModelSpec, resample_to: str | None) -> Any:
@@ -120,7 +122,7 @@ def in_model_space(source: VolumeSource, spec: ModelSpec, name: str) -> ModelInp
             f" {', '.join(spec.channels)}"
         )
     view: VolumeSource = source
-    views: list[Callable[[VolumeSource], VolumeSource]] = []
+    views: list[View] = []
     steps = [f"{_told(source)}"]
     if spec.orientation != NATIVE:
         if source.codes.qform == source.codes.sform == 0:
@@ -144,11 +146,10 @@ def in_model_space(source: VolumeSource, spec: ModelSpec, name: str) -> ModelInp
             views.append(partial(CroppedSource, box=box))
             view = views[-1](view)
             steps.append(f"cropped to the foreground: {pretty_sizes(box.shape)} voxels from {box.start}")
-    others: list[Callable[[VolumeSource], VolumeSource]] = []
+    others: list[View] = []
     if spec.intensity:
         others += _scaled(view, spec.intensity, steps)
-        for each in others:
-            view = each(view)
+        view = _viewed(view, others)
     kinds: tuple[Interpolation, Interpolation, Interpolation] = ("linear", "linear", "linear")
     resampled: Space | None = None
     if spec.spacing != (None, None, None):
@@ -163,10 +164,10 @@ def in_model_space(source: VolumeSource, spec: ModelSpec, name: str) -> ModelInp
             resampled = space
             order = spec.order if thick is None else orders
             steps.append(f"resampled (order {order}): {_told(view)}")
-    return ModelInput(view, tuple(steps), kinds, resampled, tuple(views), (*views, *others))
+    return ModelInput(view, tuple(steps), kinds, resampled, tuple(views), tuple(others))
 
 
-def _scaled(view: VolumeSource, intensity: Sequence[Intensity], steps: list[str]) -> list[Callable[[VolumeSource], VolumeSource]]:
+def _scaled(view: VolumeSource, intensity: Sequence[Intensity], steps: list[str]) -> list[View]:
     each = list(intensity) * (view.shape[0] if len(intensity) == 1 else 1)
     if len(each) != view.shape[0]:
         raise SpecError(f"intensity of the spec has {len(each)} entries, but there are {view.shape[0]} channels")
@@ -218,40 +219,3 @@ def _thick_axis(spec: ModelSpec, own: Sequence[float], wanted: Sequence[float | 
 def _told(source: VolumeSource) -> str:
     spacing = " × ".join(f"{each:.4g}" for each in spacing_of(source.affine))
     return f"{pretty_sizes(source.shape[1:])} voxels of {spacing} mm"
-
-
-@dataclass(frozen=True)
-class UsualOptions:
-    """What a predictor does where the user does not say otherwise."""
-
-    patch_size: Any
-    patch_overlap: Any
-    overlap_mode: OverlapMode
-    patch_spacing: PatchSpacing
-    context: Any
-    slice_axis: int | None
-    mirror_axes: Any
-    padding_mode: str | float | None
-    activation: Any
-    reduce: Any
-
-
-def usual_options(spec: ModelSpec) -> UsualOptions:
-    """Say what a spec asks for."""
-    is_gaussian = spec.overlap_mode == "gaussian" and spec.overlap_width is not None
-    reduce: Any = spec.reduce
-    if spec.regions:
-        threshold = spec.reduce if isinstance(spec.reduce, int | float) else 0.5
-        reduce = Regions(spec.regions, threshold)
-    return UsualOptions(
-        patch_size=spec.patch_size,
-        patch_overlap=spec.patch_overlap,
-        overlap_mode=Gaussian(spec.overlap_width) if is_gaussian and spec.overlap_width else spec.overlap_mode,
-        patch_spacing=spec.patch_spacing,
-        context=spec.context,
-        slice_axis=spec.slice_axis,
-        mirror_axes=spec.mirror_axes,
-        padding_mode=spec.padding_mode,
-        activation=spec.activation,
-        reduce=reduce,
-    )

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pydicom
@@ -59,7 +60,6 @@ def save_dicom_seg(
     """
     try:
         import highdicom
-        from highdicom.sr.coding import CodedConcept
     except ImportError as error:
         raise MissingDependencyError("DICOM segmentations need highdicom: pip install 'voxloom[dicom]'") from error
     target = Path(path)
@@ -76,36 +76,17 @@ def save_dicom_seg(
             known.setdefault(value, Label(value, f"label {value}"))
     if not known:
         raise UnsupportedImageError("the label map holds no label, and no names were given: a segmentation needs a segment")
-    algorithm = highdicom.AlgorithmIdentificationSequence(
-        name="voxloom", version=__version__, family=CodedConcept("123109", "DCM", "Artificial Intelligence")
-    )
     # Segments are numbered one after the other.
     numbers = {value: number for number, value in enumerate(sorted(known), start=1)}
-    kind = np.uint8 if len(numbers) < 256 else np.uint16
-    lookup = np.zeros(max(numbers) + 1, dtype=kind)
+    lookup = np.zeros(max(numbers) + 1, dtype=np.uint8 if len(numbers) < 256 else np.uint16)
     for value, number in numbers.items():
         lookup[value] = number
-    descriptions = []
-    for value in sorted(known):
-        label = known[value]
-        scheme, code, meaning = label.code or ("99VOXLOOM", str(value), label.name)
-        descriptions.append(
-            highdicom.seg.SegmentDescription(
-                segment_number=numbers[value],
-                segment_label=label.name[:64],
-                segmented_property_category=CodedConcept("123037004", "SCT", "Anatomical Structure"),
-                segmented_property_type=CodedConcept(code, scheme, meaning[:64]),
-                algorithm_type=highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
-                algorithm_identification=algorithm,
-                display_color=highdicom.color.CIELabColor.from_rgb(*color_of(label)),
-            )
-        )
     try:
         made = highdicom.seg.Segmentation(
             source_images=datasets,
             pixel_array=lookup[values],
             segmentation_type=highdicom.seg.SegmentationTypeValues.LABELMAP,
-            segment_descriptions=descriptions,
+            segment_descriptions=[_described(known[value], number) for value, number in numbers.items()],
             series_instance_uid=highdicom.UID(),
             series_number=SERIES_NUMBER,
             sop_instance_uid=highdicom.UID(),
@@ -121,6 +102,25 @@ def save_dicom_seg(
     made.SpecificCharacterSet = "ISO_IR 192"  # names may be in any script
     atomic_write(target, made.save_as, target.suffix)
     return target
+
+
+def _described(label: Label, number: int) -> Any:
+    """Say what a segment is."""
+    import highdicom
+    from highdicom.sr.coding import CodedConcept
+
+    scheme, code, meaning = label.code or ("99VOXLOOM", str(label.value), label.name)
+    return highdicom.seg.SegmentDescription(
+        segment_number=number,
+        segment_label=label.name[:64],
+        segmented_property_category=CodedConcept("123037004", "SCT", "Anatomical Structure"),
+        segmented_property_type=CodedConcept(code, scheme, meaning[:64]),
+        algorithm_type=highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
+        algorithm_identification=highdicom.AlgorithmIdentificationSequence(
+            name="voxloom", version=__version__, family=CodedConcept("123109", "DCM", "Artificial Intelligence")
+        ),
+        display_color=highdicom.color.CIELabColor.from_rgb(*color_of(label)),
+    )
 
 
 def _in_order(folder: Path, image: Image) -> list[pydicom.Dataset]:
