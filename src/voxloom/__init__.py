@@ -21,8 +21,10 @@ from .volumes.batch import ImagesBatch, SubjectsBatch
 from .volumes.constants import AFFINE, CHANNELS_DIMENSION, DATA, INTENSITY, LABEL, LOCATION, PATH, SAMPLING_MAP, STEM, TYPE
 from .volumes.image import Image, LabelMap, ScalarImage
 from .volumes.intensities import Intensity
+from .volumes.libraries import as_image
 from .volumes.loading import SubjectsDataset, SubjectsLoader
 from .volumes.subject import Subject
+from .volumes.transforms import Compose
 
 __all__ = [
     "AFFINE",
@@ -36,6 +38,7 @@ __all__ = [
     "STEM",
     "TYPE",
     "ArraySource",
+    "Compose",
     "Crop",
     "Gaussian",
     "GridAggregator",
@@ -68,6 +71,7 @@ __all__ = [
     "VolumeStore",
     "WeightedSampler",
     "__version__",
+    "as_image",
     "data",
     "datasets",
     "errors",

@@ -687,7 +687,7 @@ def test_arguments_that_cannot_be_used(options, message):
 
 def test_images_that_cannot_be_used(subject):
     for image, message in (
-        (5, "the image is of type int"),
+        (5, "something of type int is no image"),
         (subject, "the subject has 2 images: say which with image_name"),
         (torch.rand(5, 5), "4D"),
         (Sliced(np.zeros((2, 2))), "the array has shape (2, 2)"),

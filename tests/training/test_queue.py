@@ -685,7 +685,7 @@ def test_a_sampler_that_leaves_its_domain():
 
 @pytest.mark.parametrize("name", ["transform", "patch_transform"])
 def test_a_transform_that_gives_no_subject(name):
-    with pytest.raises(SubjectError, match=rf"subject \d.*: {name} gave something of type NoneType"):
+    with pytest.raises(SubjectError, match=rf"subject \d.*: what {name} returned is of type NoneType"):
         list(make_queue(**{name: lambda subject: None}))
 
 

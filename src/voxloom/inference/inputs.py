@@ -1,6 +1,5 @@
 """What a model is applied to, however it was given: one source of voxels, read patch by patch."""
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,13 +11,12 @@ from ..core.boxes import Box
 from ..core.grids import PatchGrid
 from ..core.sizes import Ints
 from ..errors import SubjectError
-from ..io.arrays import ArraySource, affine_of
+from ..io.arrays import ArraySource
 from ..io.composed import StackedSource, read_into
-from ..io.objects import source_of
 from ..io.protocols import VolumeSource, is_source
 from ..runtime import memory
 from ..sampling.padded import PaddedSource
-from ..volumes.image import ScalarImage
+from ..volumes.libraries import as_image, found_subject
 from ..volumes.subject import Subject
 
 __all__ = ["as_source", "chosen_images", "name_of", "padded", "read_batch", "widened"]
@@ -28,40 +26,32 @@ def as_source(image: Any, image_name: str | Sequence[str] | None = None) -> Volu
     """Give the source that a model is applied to; the images of a subject are stacked, each in the type of its own.
 
     Args:
-        image: a path, an `Image` or another source, a `Subject`, a tensor, or an array that is read by slices.
+        image: a `Subject`, or anything else that `as_subject` or `as_image` knows.
         image_name: which images of a subject; may be left out where there is only one.
 
     Raises:
         SubjectError: if it is none of these, or it is not clear which images of a subject are meant.
         SpaceError: if they do not lie on one another.
     """
-    if isinstance(image, Subject):
-        chosen = _chosen(image, image_name)
+    subject = found_subject(image)
+    if subject is not None:
+        chosen = _chosen(subject, image_name)
         names, sources = list(chosen.images), list(chosen.images.values())
         return sources[0] if len(sources) == 1 else StackedSource(sources, names, check_place=False)
     if image_name is not None:
         raise SubjectError(f"image_name is {image_name!r}, but only a Subject has images with names")
     if is_source(image):
         return image
-    if isinstance(image, str | os.PathLike):
-        return ScalarImage(image)
-    if isinstance(image, Tensor | np.ndarray):
-        return ScalarImage(image[None] if image.ndim == 3 else image, affine=affine_of(image))
-    found = source_of(image)
-    if found is not None:
-        return found
-    raise SubjectError(
-        f"the image is of type {type(image).__name__}: give a path, an Image, a Subject, a tensor (C, I, J, K), or an array that"
-        " is read by slices"
-    )
+    return as_image(image)
 
 
 def chosen_images(image: Any, image_name: str | Sequence[str] | None) -> Any:
     """Choose images of a subject, whatever grids they are on; all but a subject with names stays as it is."""
-    if image_name is None or not isinstance(image, Subject):
+    subject = found_subject(image)
+    if image_name is None or subject is None:
         return image
     names = [image_name] if isinstance(image_name, str) else list(image_name)
-    return Subject({name: image.get_image(name) for name in names})
+    return Subject({name: subject.get_image(name) for name in names})
 
 
 def _chosen(subject: Subject, image_name: str | Sequence[str] | None) -> Subject:
@@ -79,7 +69,7 @@ def _chosen(subject: Subject, image_name: str | Sequence[str] | None) -> Subject
 
 def name_of(image: Any, source: VolumeSource) -> str:
     """Say what messages call the input."""
-    if isinstance(image, Subject):
+    if isinstance(image, Subject) or found_subject(image) is not None:
         return "the subject"
     if source.paths:
         return ", ".join(map(str, source.paths))

@@ -1,7 +1,7 @@
 """An image as a model expects it: turned, cropped, scaled and resampled, by its spec, when it is read."""
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ from ..io.composed import StackedSource
 from ..io.protocols import Space, VolumeSource, read_checked
 from ..models.spec import NATIVE, ModelSpec
 from ..volumes.intensities import Intensity, NormalizedSource, foreground_box
+from ..volumes.libraries import found_subject
 from ..volumes.spaces import at_spacing
 from ..volumes.subject import Subject
 from ..volumes.views import CroppedSource, ResampledSource, TurnedSource
@@ -73,11 +74,10 @@ def named_channels(image: Any, spec: ModelSpec, resample_to: str | None) -> Any:
     Raises:
         SpecError: if a channel is missing, or there is another one.
     """
-    if isinstance(image, Mapping) and not isinstance(image, Subject):
-        image = Subject(dict(image))
-    if not isinstance(image, Subject) or (not spec.channels and resample_to is None):
-        return image
-    images = dict(image.images)
+    subject = found_subject(image)
+    if subject is None or (not spec.channels and resample_to is None):
+        return image if subject is None else subject
+    images = dict(subject.images)
     if spec.channels:
         missing = [name for name in spec.channels if name not in images]
         if missing:

@@ -22,6 +22,7 @@ __all__ = [
     "as_save_error",
     "atomic_write",
     "nifti_of",
+    "simpleitk_of",
     "storable",
     "write_compressed_nifti",
     "write_itk",
@@ -153,6 +154,11 @@ def write_mgh(path: Path, array: np.ndarray, affine: Affine, codes: SpaceCodes) 
 
 def write_itk(path: Path, array: np.ndarray, affine: Affine, codes: SpaceCodes) -> None:
     """Write what SimpleITK writes by the ending of the name."""
+    SimpleITK.WriteImage(simpleitk_of(array, affine), str(path), useCompression=True)
+
+
+def simpleitk_of(array: np.ndarray, affine: Affine) -> Any:
+    """Make an image of SimpleITK's; channels become the components of its voxels."""
     is_vector = len(array) > 1
     planes = np.ascontiguousarray(array.transpose(3, 2, 1, 0) if is_vector else array[0].transpose(2, 1, 0))
     image = SimpleITK.GetImageFromArray(planes, isVector=is_vector)
@@ -161,7 +167,7 @@ def write_itk(path: Path, array: np.ndarray, affine: Affine, codes: SpaceCodes) 
     image.SetSpacing(spacing.tolist())
     image.SetOrigin(lps[:3, 3].tolist())
     image.SetDirection((lps[:3, :3] / spacing).ravel().tolist())
-    SimpleITK.WriteImage(image, str(path), useCompression=True)
+    return image
 
 
 def _channels_last(array: np.ndarray) -> np.ndarray:

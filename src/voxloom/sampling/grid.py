@@ -9,6 +9,7 @@ from ..core.grids import PatchGrid, PatchSpacing, check_patch_spacing
 from ..core.padding import check_padding_mode
 from ..core.sizes import as_patch_size, checked_overlap
 from ..errors import SizeError, SubjectError
+from ..volumes.libraries import as_subject
 from ..volumes.subject import Subject
 from .patches import NumberedPatches, PatchCutter, PatchSequence
 from .spelling import subject_may_be_left_out
@@ -170,7 +171,7 @@ class GridSampler(Dataset[Subject]):
             raise SizeError(
                 "GridSampler does not support limiting the number of patches: slice its grid, or use itertools.islice"
             )
-        grid, cutter = self._parts() if subject is None else self._bind(subject)
+        grid, cutter = self._parts() if subject is None else self._bind(as_subject(subject, "the subject"))
         return map(cutter.cut, grid)
 
     def __repr__(self) -> str:

@@ -18,6 +18,7 @@ from ..core.sizes import Ints, as_int, as_sizes
 from ..errors import LocationError, SizeError, SubjectError
 from ..runtime.epochs import EpochCounter
 from ..runtime.ranks import rank_and_size
+from ..volumes.libraries import as_subject
 from ..volumes.loading import state_of_draws
 from ..volumes.subject import Subject
 from .patches import ExtractingCutter, NumberedPatches, PatchCutter, PatchSequence
@@ -229,7 +230,7 @@ class PatchSampler(IterableDataset[Subject]):
             subject: the subject.
             num_patches: how many; by default as many as the sampler was made with, and if that said nothing, without end.
         """
-        cutter = self._parts() if subject is None else self._bind(subject)
+        cutter = self._parts() if subject is None else self._bind(as_subject(subject, "the subject"))
         limit = self.num_patches if num_patches is None else as_int(num_patches, "num_patches", 0)
         return self._patches(cutter, limit)
 

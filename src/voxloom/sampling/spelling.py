@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 from ..errors import SubjectError
-from ..volumes.subject import Subject
+from ..volumes.libraries import found_subject
 
 __all__ = ["subject_may_be_left_out"]
 
@@ -26,7 +26,11 @@ def subject_may_be_left_out(most: int | None = None) -> Callable[[Make], Make]:
         @functools.wraps(make)
         def made(self: Any, *arguments: Any, **named: Any) -> None:
             first = arguments[0] if arguments else named.get("subject")
-            if first is not None and not isinstance(first, Subject):
+            subject = found_subject(first)
+            if subject is not None:
+                named.pop("subject", None)
+                arguments = (subject, *arguments[1:])
+            elif first is not None:
                 arguments = arguments or (named.pop("subject"),)
                 try:
                     if most is not None and len(arguments) > most:

@@ -11,10 +11,10 @@ from ..errors import QueueError, SubjectError
 from ..runtime.ranks import rank_and_size
 from ..sampling.patches import PatchSource
 from ..sampling.random import PatchSampler
-from ..volumes.loading import SubjectsDataset, Transform
+from ..volumes.loading import SubjectsDataset, as_dataset
 from ..volumes.subject import Subject
 
-__all__ = ["as_context", "as_dataset", "as_patch_source", "as_ranks", "as_seed", "as_transform", "one_of"]
+__all__ = ["as_context", "as_patch_source", "as_ranks", "as_seed", "as_subjects", "one_of"]
 
 
 def one_of(**given: Any) -> Any:
@@ -25,12 +25,13 @@ def one_of(**given: Any) -> Any:
     return next(iter(used.values()), None)
 
 
-def as_dataset(given: Any) -> Any:
+def as_subjects(given: Any) -> Any:
     """Give a data set of subjects, which a list of them is turned into.
 
     Raises:
         SubjectError: if that is none, or has no subjects.
     """
+    given = as_dataset(given)
     if given is None:
         raise SubjectError("a queue needs subjects: Queue(SubjectsDataset(subjects), ...)")
     if isinstance(given, Sequence) and not isinstance(given, str):
@@ -72,17 +73,6 @@ def as_context(name: str | None) -> str | None:
         methods = ", ".join(map(repr, multiprocessing.get_all_start_methods()))
         raise QueueError(f"multiprocessing_context is {name!r}: it must be one of {methods}") from error
     return name
-
-
-def as_transform(given: Any, name: str) -> Transform | None:
-    """Check a transform.
-
-    Raises:
-        SubjectError: if it cannot be called.
-    """
-    if given is not None and not callable(given):
-        raise SubjectError(f"{name} is of type {type(given).__name__}, which cannot be called")
-    return given
 
 
 def as_ranks(rank: int | None, world_size: int | None, subject_sampler: Any) -> tuple[int, int]:

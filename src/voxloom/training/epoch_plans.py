@@ -14,8 +14,9 @@ from ..errors import QueueError, SizeError, SubjectError
 from ..runtime.ranks import rank_and_size
 from ..sampling.grid import GridSampler
 from ..sampling.patches import PatchSource
+from ..volumes.contents import dry_subjects_of
 from ..volumes.subject import Subject
-from .patch_worker import FIRST_REPLACEMENT, NUM_SAMPLES, dry_subjects_of
+from .patch_worker import FIRST_REPLACEMENT, NUM_SAMPLES
 
 __all__ = ["EpochPlanner", "check_same_keys", "headers_of"]
 

@@ -3,12 +3,11 @@
 import contextlib
 import copy
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import ConcatDataset, Subset
 
 from ..core.grids import PatchGrid
 from ..core.random_numbers import Purpose, seed_words
@@ -18,6 +17,8 @@ from ..runtime.seeding import reseed, seeded
 from ..runtime.shared_memory import share
 from ..sampling.patches import MakeEmpty, NumberedPatches, PatchSource
 from ..volumes.constants import PATCH_LOCATION
+from ..volumes.contents import name_of, transforms_of
+from ..volumes.libraries import Transform, as_subject
 from ..volumes.subject import Subject
 
 __all__ = [
@@ -28,12 +29,8 @@ __all__ = [
     "PatchWorker",
     "SkippedSubject",
     "Wanted",
-    "dry_subjects_of",
-    "name_of",
-    "transforms_of",
 ]
 
-Transform = Callable[[Subject], Subject]
 _Key = tuple[int, int, int]  # run, epoch and subject, or place of a subject
 # Draws that replace those of a subject that was skipped have numbers beyond all others.
 FIRST_REPLACEMENT = 2**32
@@ -232,7 +229,7 @@ class PatchWorker:
                 reseed(self.patch_transform, itertools.count(words[3]))
                 patch = _with_own_metadata(patches.cut(number))
                 location = patch.patch_location
-                patch = _as_subject(self.patch_transform(patch), "patch_transform")
+                patch = as_subject(self.patch_transform(patch), "what patch_transform returned")
                 patch.setdefault(PATCH_LOCATION, location)  # it may have made a new subject of the images alone
                 return patch
 
@@ -270,11 +267,11 @@ class PatchWorker:
             seeds = itertools.count(words[3])
             for transform in (*transforms_of(self.dataset), self.transform):
                 reseed(transform, seeds)
-            subject = _as_subject(self.dataset[index], "the data set")
+            subject = as_subject(self.dataset[index], "what the data set gave")
             if not self.wanted.includes(task):
                 raise _AbandonedError
             if self.transform is not None:
-                subject = _as_subject(self.transform(subject), "transform")
+                subject = as_subject(self.transform(subject), "what transform returned")
             if self.counted is not None and subject.get(NUM_SAMPLES, self.counted) != self.counted:
                 raise SubjectError(
                     f"its {NUM_SAMPLES} is {subject[NUM_SAMPLES]}, but {self.counted} patches were counted, because the data set,"
@@ -327,38 +324,3 @@ def _own(value: Any) -> Any:
         return copy.deepcopy(value)
     except TypeError:  # such as an open file, of which there can be only one
         return value
-
-
-def _as_subject(thing: Any, origin: str) -> Subject:
-    if not isinstance(thing, Subject):
-        raise SubjectError(f"{origin} gave something of type {type(thing).__name__}, not a subject")
-    return thing
-
-
-def dry_subjects_of(dataset: Any) -> Sequence[Subject] | None:
-    """Give the subjects of a data set, or of a part of one, neither loaded nor transformed; None if it does not have them."""
-    if isinstance(dataset, Subset):
-        whole = dry_subjects_of(dataset.dataset)
-        return None if whole is None else [whole[index] for index in dataset.indices]
-    if isinstance(dataset, ConcatDataset):
-        parts = [dry_subjects_of(part) for part in dataset.datasets]
-        return None if None in parts else [subject for part in parts if part is not None for subject in part]
-    return dataset.dry_iter() if hasattr(dataset, "dry_iter") else None
-
-
-def transforms_of(dataset: Any) -> list[Any]:
-    """Give the transforms of a data set, of the one that it is a part of, or of those that it consists of."""
-    if isinstance(dataset, Subset):
-        return transforms_of(dataset.dataset)
-    if isinstance(dataset, ConcatDataset):
-        return [transform for part in dataset.datasets for transform in transforms_of(part)]
-    own = getattr(dataset, "transform", None)
-    return [] if own is None else [own]
-
-
-def name_of(dataset: Any, index: int) -> str:
-    """Name a subject of a data set, with the files that it is made of."""
-    subjects = dry_subjects_of(dataset)
-    images = {} if subjects is None else subjects[index].images
-    paths = [f"{name}: {image.path}" for name, image in images.items() if image.path is not None]
-    return f"subject {index}" + (f" ({', '.join(paths)})" if paths else "")

@@ -11,12 +11,14 @@ from torch.utils.data import IterableDataset, get_worker_info
 from ..core.schedules import EpochSchedule
 from ..core.sizes import as_int, pretty_bytes
 from ..errors import QueueError, VoxloomError
-from ..volumes.loading import Transform, one_reader
+from ..volumes.contents import name_of
+from ..volumes.loading import one_reader
 from ..volumes.subject import Subject
-from .arguments import as_context, as_dataset, as_patch_source, as_ranks, as_seed, as_transform, one_of
+from ..volumes.transforms import as_transform
+from .arguments import as_context, as_patch_source, as_ranks, as_seed, as_subjects, one_of
 from .epoch_plans import EpochPlanner, check_same_keys
 from .patch_sizes import PatchSizes
-from .patch_worker import NUM_SAMPLES, name_of
+from .patch_worker import NUM_SAMPLES
 from .progress import say
 from .state import QueueState
 from .supply import PatchSupply
@@ -58,7 +60,8 @@ class Queue(IterableDataset[Subject]):
         verbose: log each epoch to the logger `voxloom.queue`, and show it if no logging is set up.
         subject_sampler: gives the indices of the subjects of an epoch, such as PyTorch's `DistributedSampler`; then
             `shuffle_subjects` must be False.
-        transform: function that takes a subject and returns one, beside the data set's own. Its random numbers from PyTorch,
+        transform: function that takes a subject and returns one, a transform of TorchIO or MONAI, or a list of these, beside
+            the data set's own. Its random numbers from PyTorch,
             NumPy and Python are seeded by subject and epoch. If it keeps a generator of its own it is seeded too, by a method
             `set_random_state` (as MONAI has it), `set_random_seed` or `manual_seed`; if it has none of these it is
             not reproducible. A subject that a `subject_sampler` names twice is transformed the same way both times.
@@ -109,8 +112,8 @@ class Queue(IterableDataset[Subject]):
         verbose: bool = False,
         subject_sampler: Any = None,
         *,
-        transform: Transform | None = None,
-        patch_transform: Transform | None = None,
+        transform: Any = None,
+        patch_transform: Any = None,
         seed: int | None = None,
         on_error: str = "raise",
         rank: int | None = None,
@@ -121,7 +124,7 @@ class Queue(IterableDataset[Subject]):
         patch_sampler: Any = None,
         patches_per_volume: int | None = None,
     ) -> None:
-        self.subjects_dataset = as_dataset(one_of(subjects_dataset=subjects_dataset, subjects=subjects))
+        self.subjects_dataset = as_subjects(one_of(subjects_dataset=subjects_dataset, subjects=subjects))
         self.sampler = as_patch_source(one_of(sampler=sampler, patch_sampler=patch_sampler))
         self.max_length = as_int(max_length, "max_length", 1)
         samples = one_of(samples_per_volume=samples_per_volume, patches_per_volume=patches_per_volume)

@@ -7,11 +7,12 @@ from typing import Any
 from ..core.schedules import EpochSchedule
 from ..runtime.forks import in_forked_process
 from ..runtime.memory import BufferPool
-from ..volumes.loading import Transform
+from ..volumes.contents import transforms_of
+from ..volumes.libraries import Transform
 from ..volumes.subject import Subject
 from .epoch_plans import EpochPlanner
 from .patch_sizes import PatchSizes
-from .patch_worker import PatchTask, PatchWorker, SkippedSubject, Wanted, transforms_of
+from .patch_worker import PatchTask, PatchWorker, SkippedSubject, Wanted
 from .pool import LocalPool, PatchPool, Skipped
 from .scheduler import TaskScheduler
 from .worker_pool import WorkerPool

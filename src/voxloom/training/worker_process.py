@@ -21,8 +21,9 @@ from torch import Tensor
 
 from ..errors import SubjectError, WorkerError
 from ..runtime.shared_memory import share
+from ..volumes.contents import name_of
 from .messages import Failure, Message, Packer, Unpacker
-from .patch_worker import MadePatch, PatchTask, PatchWorker, name_of
+from .patch_worker import MadePatch, PatchTask, PatchWorker
 
 __all__ = ["TASKS_AHEAD", "WorkerProcess", "end_all"]
 

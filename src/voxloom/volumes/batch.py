@@ -17,6 +17,7 @@ from ..runtime import memory
 from ..runtime.shared_memory import shared_storage
 from .constants import AFFINE, DATA, INDEX_INI, LOCATION, PATCH_LOCATION, PATH, STEM, TYPE
 from .image import Image
+from .libraries import as_subject
 from .subject import Subject
 
 __all__ = ["ImagesBatch", "StackableSubjects", "SubjectsBatch", "batch_memory", "collate_subjects"]
@@ -80,6 +81,10 @@ class ImagesBatch(dict[str, Any]):
                 " affines would be wrong; crop or pad the subjects that batch.unbatch() gives, or set batch.images[name][DATA]"
             )
         self[DATA] = tensor
+
+    def replace(self, data: Tensor, affine: Tensor) -> None:
+        """Set data `(B, C, I, J, K)` of any size, and the affines `(B, 4, 4)` that go with them."""
+        self.update({DATA: data, AFFINE: affine})
 
     @property
     def affine(self) -> Tensor:
@@ -145,17 +150,16 @@ class SubjectsBatch(dict[str, Any]):
         super().__init__(metadata | images)
 
     @classmethod
-    def from_subjects(cls, subjects: Sequence[Subject]) -> Self:
-        """Stack subjects that have the same entries.
+    def from_subjects(cls, subjects: Sequence[Any]) -> Self:
+        """Stack subjects that have the same entries; those of TorchIO, and dicts of images, too.
 
         Raises:
             SubjectError: if there are none, if one is no subject, or if they differ; names the first that does.
         """
         if len(subjects) == 0:
             raise SubjectError("a batch was to be made of no subjects")
+        subjects = [as_subject(subject, f"item {number} of a batch") for number, subject in enumerate(subjects)]
         for number, subject in enumerate(subjects):
-            if not isinstance(subject, Subject):
-                raise SubjectError(f"item {number} of a batch is of type {type(subject).__name__}, not a subject")
             if subject.keys() != subjects[0].keys():
                 raise SubjectError(
                     f"item {number} of a batch has the entries {', '.join(subject)}, but item 0 has {', '.join(subjects[0])}:"

@@ -22,9 +22,9 @@ from ..io.protocols import Extent, Json, SpaceCodes, VolumeSource, is_source, lo
 from .constants import INTENSITY, LABEL
 from .derived import DerivedValues
 from .entries import RESERVED, ImageEntries
+from .exchange import Exchange
 from .origins import CustomReader, FileOrigin, GivenOrigin, Origin
 from .paths import PathLike, as_path, is_path
-from .placed import PlacedVolume
 from .slices import as_slices
 from .viewing import Views
 
@@ -33,7 +33,7 @@ __all__ = ["Image", "LabelMap", "ScalarImage"]
 TYPES = ("intensity", "label", "sampling_map")
 
 
-class Image(ImageEntries, Views, PlacedVolume):
+class Image(ImageEntries, Exchange, Views):
     """A volume `(C, I, J, K)` and the RAS+ affine that places it in the world.
 
     An image of a file is lazy: `shape`, `affine`, `spacing` and `orientation` come from the header, `data` is read when it is
@@ -390,20 +390,6 @@ class Image(ImageEntries, Views, PlacedVolume):
             UnsupportedImageError: if the format is unknown or cannot hold the data.
         """
         save_volume(Path(path).expanduser(), self.data, self.affine, self.codes)
-
-    def numpy(self) -> np.ndarray:
-        """The data as an array `(C, I, J, K)`, which shares their memory.
-
-        Raises:
-            ImageError: if NumPy lacks their type, as it lacks bfloat16.
-        """
-        try:
-            return self.data.numpy()
-        except TypeError as error:
-            raise ImageError(f"NumPy has no type for data of {self.dtype}: convert them, with image.data.float()") from error
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.array(self.numpy(), dtype=dtype, copy=copy)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({'; '.join(_described(self))})"

@@ -1,30 +1,42 @@
 """A data set of subjects, and a loader whose batches are `SubjectsBatch`."""
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from ..core.sizes import type_names
 from ..errors import NoSuchIndexError, QueueError, SizeError, SubjectError
+from ..runtime.seeding import reseed
 from ..runtime.shared_memory import check_descriptors, explained_lack
 from .batch import SubjectsBatch, collate_subjects
+from .contents import transforms_of
+from .libraries import as_subject, library_of
 from .subject import Subject
+from .transforms import as_transform
 
-__all__ = ["SubjectsDataset", "SubjectsLoader"]
+__all__ = ["SubjectsDataset", "SubjectsLoader", "as_dataset"]
 
-Transform = Callable[[Subject], Subject]
 # What PyTorch's loader holds for each worker, and beside.
 DESCRIPTORS_PER_WORKER, DESCRIPTORS_BESIDE = 6, 6
+
+
+def as_dataset(given: Any) -> Any:
+    """Give a data set of another library as one of voxloom's, if it is one; anything else as it is."""
+    library = library_of(given)
+    found = None if library is None else library.dataset_of(given)
+    return given if found is None else found
 
 
 class SubjectsDataset(Dataset[Subject]):
     """A map-style data set of subjects, of which each access gives a copy.
 
     Args:
-        subjects: the subjects.
-        transform: function that takes a subject and returns one; applied to the copy.
+        subjects: the subjects; those of TorchIO, and dicts of images, become voxloom's.
+        transform: function that takes a subject and returns one; applied to the copy. Also a transform of TorchIO or MONAI, or a
+            list of transforms.
         load_getitem: read the data of all images before the subject is given away.
 
     Raises:
@@ -38,27 +50,22 @@ class SubjectsDataset(Dataset[Subject]):
         (4, torch.Size([2, 1, 8, 8, 8]))
     """
 
-    def __init__(self, subjects: Sequence[Subject], transform: Transform | None = None, load_getitem: bool = True) -> None:
+    def __init__(self, subjects: Sequence[Any], transform: Any = None, load_getitem: bool = True) -> None:
         if isinstance(subjects, Subject) or not isinstance(subjects, Sequence):
             raise SubjectError(f"a data set is made of a list of subjects, not of {type(subjects).__name__}")
         if not subjects:
             raise SubjectError("a data set needs at least one subject, but the list is empty")
-        for number, subject in enumerate(subjects):
-            if not isinstance(subject, Subject):
-                raise SubjectError(f"item {number} of a data set is of type {type(subject).__name__}, not a subject")
-        self._subjects = list(subjects)
+        self._subjects = [as_subject(each, f"item {number} of a data set") for number, each in enumerate(subjects)]
         self.load_getitem = load_getitem
         self.set_transform(transform)
 
-    def set_transform(self, transform: Transform | None) -> None:
+    def set_transform(self, transform: Any) -> None:
         """Set the function that is applied to each subject.
 
         Raises:
             SubjectError: if it cannot be called.
         """
-        if transform is not None and not callable(transform):
-            raise SubjectError(f"the transform is of type {type(transform).__name__}, which cannot be called")
-        self.transform = transform
+        self.transform = as_transform(transform, "the transform")
 
     def dry_iter(self) -> list[Subject]:
         """Give the subjects themselves, neither copied nor loaded nor transformed."""
@@ -171,6 +178,26 @@ class _DrawOrder(Sampler[tuple[int, int, int]]):
         return len(self.source)
 
 
+class _WorkerSeeds:
+    """Seeds the generators that transforms keep for themselves, of which each worker has a copy, by the seed of the worker.
+
+    Args:
+        then: what the user wants done in a worker, or None.
+    """
+
+    def __init__(self, then: Callable[[int], object] | None) -> None:
+        self.then = then
+
+    def __call__(self, worker: int) -> None:
+        info = get_worker_info()
+        if info is not None:
+            seeds = itertools.count(info.seed)
+            for transform in transforms_of(info.dataset):
+                reseed(transform, seeds)
+        if self.then is not None:
+            self.then(worker)
+
+
 class SubjectsLoader(DataLoader[Any]):
     """PyTorch's `DataLoader`, with batches of the type `SubjectsBatch`.
 
@@ -178,7 +205,8 @@ class SubjectsLoader(DataLoader[Any]):
     `state_dict` says how many have been delivered.
 
     Args:
-        dataset: a `SubjectsDataset`, a sampler, or any other data set of subjects.
+        dataset: a `SubjectsDataset`, a sampler, or any other data set of subjects: of TorchIO, or of dicts as MONAI has
+            them.
         batch_size: subjects in a batch.
         **kwargs: whatever else `DataLoader` takes.
 
@@ -191,6 +219,7 @@ class SubjectsLoader(DataLoader[Any]):
     """
 
     def __init__(self, dataset: Dataset[Any], batch_size: int | None = 1, **kwargs: Any) -> None:
+        dataset = as_dataset(dataset)
         kwargs.setdefault("collate_fn", collate_subjects if batch_size is not None or "batch_sampler" in kwargs else None)
         self._source: Drawable | None = None
         if isinstance(dataset, Drawable) and dataset.num_patches is not None:
@@ -201,6 +230,7 @@ class SubjectsLoader(DataLoader[Any]):
             dataset = dataset.indexed()
         if isinstance(dataset, Resumable) and kwargs.get("num_workers"):
             raise QueueError(one_reader(kwargs["num_workers"]))
+        kwargs["worker_init_fn"] = _WorkerSeeds(kwargs.get("worker_init_fn"))
         self._delivered: tuple[int, int] | None = None
         self._state: tuple[int, dict[str, Any]] | None = None
         """State after the batch that was delivered last, and the data set's `times_loaded` then."""

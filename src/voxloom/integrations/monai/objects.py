@@ -1,0 +1,230 @@
+"""MONAI's dictionaries of tensors, and its transforms of them."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...errors import SubjectError
+from ...io.arrays import affine_of
+from ...volumes.batch import ImagesBatch, SubjectsBatch
+from ...volumes.constants import INTENSITY, LABEL
+from ...volumes.image import Image, LabelMap, ScalarImage
+from ...volumes.libraries import Transform, as_subject, imported
+from ...volumes.subject import Subject
+
+__all__ = ["Labelled", "as_dict", "batch_transform_of", "dataset_of", "from_dict", "image_of", "subject_of", "transform_of"]
+
+META, OPERATIONS = "meta", "applied_operations"
+"""Entries of an image in which what a `MetaTensor` says of itself is kept."""
+# Said by the image itself.
+OWN = ("affine",)
+
+
+def _monai() -> Any:
+    return imported("monai", "monai")
+
+
+def image_of(thing: Any, type: str = INTENSITY) -> Image | None:  # noqa: A002 - as `Library` has it
+    """See `Library`: a `MetaTensor` `(C, I, J, K)`, with its affine, metadata and applied operations."""
+    if not isinstance(thing, _monai().data.MetaTensor) or thing.ndim != 4:
+        return None
+    return (LabelMap if type == LABEL else ScalarImage)(tensor=thing, affine=affine_of(thing), **_metadata_of(thing))
+
+
+def _metadata_of(tensor: Any) -> dict[str, Any]:
+    meta = {name: value for name, value in tensor.meta.items() if name not in OWN}
+    return {META: meta, OPERATIONS: list(tensor.applied_operations)}
+
+
+def subject_of(thing: Any) -> None:
+    """See `Library`: MONAI's are dicts, which need no library."""
+
+
+def dataset_of(thing: Any) -> None:
+    """See `Library`: MONAI's data sets give dicts, and are taken as they are."""
+
+
+def as_dict(thing: Subject | SubjectsBatch) -> dict[str, Any]:
+    """Make the dictionary of a subject or a batch that MONAI's transforms, losses and metrics take.
+
+    Images become `MetaTensor`s `(C, I, J, K)`, or `(B, C, I, J, K)` of a batch, with their affines, metadata and applied
+    operations; everything else stays as it is. No voxel is copied.
+
+    Args:
+        thing: the subject, or the batch.
+
+    Example:
+        >>> import torch, voxloom as vx
+        >>> from voxloom.integrations.monai import as_dict
+        >>> item = as_dict(vx.Subject(image=vx.ScalarImage(torch.rand(1, 8, 8, 8)), age=45))
+        >>> type(item["image"]).__name__, item["age"]
+        ('MetaTensor', 45)
+    """
+    if isinstance(thing, SubjectsBatch):
+        return {name: _tensor_of_batch(value) if isinstance(value, ImagesBatch) else thing[name] for name, value in thing.items()}
+    return {name: _tensor_of(value) if isinstance(value, Image) else value for name, value in thing.items()}
+
+
+def _tensor_of(image: Image) -> Any:
+    meta = dict(image.metadata.get(META, {}))
+    if image.path is not None:
+        meta.setdefault("filename_or_obj", str(image.path))
+    operations = list(image.metadata.get(OPERATIONS, []))
+    return _monai().data.MetaTensor(image.data, affine=torch.from_numpy(image.affine), meta=meta, applied_operations=operations)
+
+
+def _tensor_of_batch(images: ImagesBatch) -> Any:
+    monai = _monai()
+    tensor = monai.data.MetaTensor(images.data)
+    tensor.is_batch = True
+    tensor.meta = {"affine": images.affine.clone()}
+    paths = [str(path) for path in images["path"]]
+    if any(paths):
+        tensor.meta["filename_or_obj"] = paths
+    tensor.applied_operations = [list(image.metadata.get(OPERATIONS, [])) for image in images.templates]
+    return tensor
+
+
+def from_dict(item: Mapping[str, Any], labels: Iterable[str] | None = None) -> Subject:
+    """Make a subject of a dictionary of MONAI's: the way back from `as_dict`.
+
+    Tensors, arrays and `MetaTensor`s `(C, I, J, K)` become images, and everything else metadata.
+
+    Args:
+        item: the dictionary.
+        labels: names of those that are label maps; by default those with `label`, `seg` or `mask` as a part of their name.
+
+    Raises:
+        SubjectError: if there is no image in it, or none of a name in `labels`.
+    """
+    subject = as_subject(item, "the dictionary")
+    if labels is None:
+        return subject
+    names = list(labels)
+    missing = [name for name in names if name not in subject.images]
+    if missing:
+        raise SubjectError(f"the dictionary has no image {missing[0]!r}, only {', '.join(map(repr, subject.images))}")
+    for name, image in subject.images.items():
+        image_class = LabelMap if name in names else ScalarImage
+        subject[name] = image_class(tensor=image.data, affine=image.affine, **image.metadata)
+    return subject
+
+
+class Labelled:
+    """A data set of dictionaries as one of subjects, of which it is said which are label maps.
+
+    Needed where the names do not say it: see `from_dict`.
+
+    Args:
+        dataset: MONAI's `Dataset`, `CacheDataset`, `PersistentDataset`, or any other with indices and a length.
+        labels: names of the label maps.
+
+    Example:
+        >>> import torch, voxloom as vx
+        >>> from voxloom.integrations.monai import Labelled
+        >>> data = [{"image": torch.rand(1, 8, 8, 8), "truth": torch.zeros(1, 8, 8, 8)}]
+        >>> Labelled(data, labels=["truth"])[0].truth.type
+        'label'
+    """
+
+    def __init__(self, dataset: Any, labels: Sequence[str]) -> None:
+        self.dataset, self.labels = dataset, tuple(labels)
+        self.transform = getattr(dataset, "transform", None)  # which is seeded, where it has a generator of its own
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Subject:
+        return from_dict(self.dataset[index], self.labels)
+
+
+def transform_of(thing: Any) -> Transform | None:
+    """See `Library`."""
+    return MonaiTransform(thing) if isinstance(thing, _monai().transforms.Transform) else None
+
+
+def batch_transform_of(thing: Any) -> Transform | None:
+    """See `Library`."""
+    return MonaiBatchTransform(thing) if isinstance(thing, _monai().transforms.Transform) else None
+
+
+def _is_of_arrays(transform: Any) -> bool:
+    """Whether a transform, or the first of those that it consists of that shows it, takes an array rather than a dictionary."""
+    transforms = _monai().transforms
+    if isinstance(transform, transforms.MapTransform):
+        return False
+    parts = getattr(transform, "transforms", None)
+    if isinstance(parts, Iterable):
+        known = [part for part in parts if isinstance(part, transforms.Transform)]
+        return bool(known) and _is_of_arrays(known[0])
+    return True
+
+
+class MonaiTransform:
+    """A transform of MONAI, as a function of a `Subject`.
+
+    One of dictionaries gets all images and metadata by their names. One of arrays gets the only image of a subject; where there
+    are several it would be applied to each differently, and is refused. Label maps keep the type of their values where that can
+    hold them.
+
+    Args:
+        transform: the transform.
+    """
+
+    def __init__(self, transform: Any) -> None:
+        self.transform = transform
+        self.transforms = [transform]  # which are seeded
+        self._is_of_arrays = _is_of_arrays(transform)
+
+    def __call__(self, subject: Subject) -> Subject:
+        item = as_dict(subject)
+        if not self._is_of_arrays:
+            return _subject_of(self.transform(item), subject)
+        names = list(subject.images)
+        if len(names) > 1:
+            name = type(self.transform).__name__
+            raise SubjectError(
+                f"{name} transforms one array, but the subject has the images {', '.join(map(repr, names))}, which it would"
+                f" transform differently: use {name}d(keys=[...]), which takes the dictionary"
+            )
+        return _subject_of({**item, names[0]: self.transform(item[names[0]])}, subject)
+
+    def __repr__(self) -> str:
+        return f"{type(self.transform).__module__.partition('.')[0]}.{type(self.transform).__name__}"
+
+
+class MonaiBatchTransform(MonaiTransform):
+    """A transform of MONAI, as a function of a `SubjectsBatch`: of one subject after the other, wherever the batch is."""
+
+    def __call__(self, batch: SubjectsBatch) -> SubjectsBatch:  # type: ignore[override]
+        made = [super(MonaiBatchTransform, self).__call__(subject) for subject in batch.unbatch()]
+        for name, images in batch.images.items():
+            own = [subject.get_image(name) for subject in made]
+            data = torch.stack([image.data for image in own])
+            images.replace(data, torch.stack([torch.from_numpy(image.affine) for image in own]))
+        return batch
+
+
+def _subject_of(item: Any, original: Subject) -> Subject:
+    """Make a subject of what a transform returned, with images of the classes that they had."""
+    if not isinstance(item, Mapping):
+        return as_subject(item, "what the transform returned")
+    images = original.images
+    entries = {name: _image_like(value, images[name]) if name in images else value for name, value in item.items()}
+    return as_subject(entries, "what the transform returned")
+
+
+def _image_like(value: Any, original: Image) -> Any:
+    if not isinstance(value, Tensor | np.ndarray) or value.ndim != 4:
+        return value
+    new = original.new_like(value, affine_of(value))
+    if original.type == LABEL and new.data.dtype != original.dtype:
+        converted = new.data.to(original.dtype)
+        if torch.equal(converted.to(new.data.dtype), new.data):
+            new.set_data(converted)
+    if isinstance(value, _monai().data.MetaTensor):
+        new.metadata |= _metadata_of(value)
+    return new

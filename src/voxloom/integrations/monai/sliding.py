@@ -1,0 +1,453 @@
+"""Sliding-window inference as MONAI calls it, by voxloom's engine."""
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ...core.affines import Affine
+from ...core.boxes import Box
+from ...core.windows import Gaussian
+from ...errors import OutputError, SizeError
+from ...inference.predictor import Predictor
+from ...inference.reductions import as_reduction
+from ...io.arrays import ArraySource
+from ...io.composed import StackedSource
+from ...io.protocols import Json, SpaceCodes, VolumeSource
+from ...volumes.libraries import imported
+
+__all__ = ["VoxloomInferer", "sliding_window_inference"]
+
+# The least weight that MONAI's Gaussian has anywhere.
+FLOOR = 1e-3
+
+
+def sliding_window_inference(
+    inputs: Tensor,
+    roi_size: Sequence[int] | int,
+    sw_batch_size: int,
+    predictor: Callable[..., Any],
+    overlap: Sequence[float] | float = 0.25,
+    mode: Any = "constant",
+    sigma_scale: Sequence[float] | float = 0.125,
+    padding_mode: str = "constant",
+    cval: float = 0.0,
+    sw_device: Any = None,
+    device: Any = None,
+    progress: bool = False,
+    roi_weight_map: Tensor | None = None,
+    process_fn: Callable[..., Any] | None = None,
+    buffer_steps: int | None = None,
+    buffer_dim: int = -1,
+    with_coord: bool = False,
+    *args: Any,
+    reduce: Any = None,
+    memory_limit: int | str | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Apply a network to a batch of volumes, window by window, as MONAI's function of this name does.
+
+    Arguments, windows, padding, weights and results are MONAI's. The sum of the windows is gathered in order, so that it is never
+    held twice; with `reduce`, scores are never held at all. There is no gradient through it.
+
+    Args:
+        inputs: batch `(B, C, I, J, K)`, or of slices `(B, C, I, J)`. A `MetaTensor` gives one back.
+        roi_size: voxels of a window; -1, 0 or None is all of an axis.
+        sw_batch_size: windows that the network is given at a time.
+        predictor: the network, called with a batch of windows as `predictor(windows, *args, **kwargs)`. It is called as it is: in
+            training mode, if that is what it is in.
+        overlap: fraction of a window that neighbours share.
+        mode: `"constant"` or `"gaussian"`, with MONAI's weights; or any `overlap_mode` of voxloom's.
+        sigma_scale: width of the Gaussian, as a part of the window.
+        padding_mode: how a volume that is smaller than a window is padded: a mode of `torch.nn.functional.pad`.
+        cval: value of padding of the mode `"constant"`.
+        sw_device: where the network runs; None for where the inputs are.
+        device: where the result goes; None for where the inputs are. It is summed in the memory of the CPU in any case.
+        progress: show how far it has come.
+        roi_weight_map: weights of a window, in place of those of the mode.
+        process_fn: called with the outputs, the windows and the weights, and returns outputs and weights.
+        buffer_steps: accepted, and not needed.
+        buffer_dim: likewise.
+        with_coord: call the network as `predictor(windows, coordinates, ...)`, with a list of slices for each window.
+        *args: further arguments of the network.
+        reduce: see `Predictor`: `"argmax"` gives labels.
+        memory_limit: see `Predictor`.
+        **kwargs: further arguments of the network. `condition`, a batch like the inputs, is cut into windows with them.
+
+    Returns:
+        What the network returns, for the whole volume: a tensor, a tuple or a dict.
+
+    Raises:
+        SizeError: if the window does not fit the inputs.
+        OutputError: if gradients of the inputs are asked for, or the network returns something else than tensors.
+
+    Example:
+        >>> import torch
+        >>> from voxloom.integrations.monai import sliding_window_inference
+        >>> network = torch.nn.Conv3d(1, 2, kernel_size=3, padding=1)
+        >>> sliding_window_inference(torch.rand(1, 1, 40, 30, 20), 16, 4, network, overlap=0.5, mode="gaussian").shape
+        torch.Size([1, 2, 40, 30, 20])
+    """
+    if torch.is_grad_enabled() and inputs.requires_grad:
+        raise OutputError("there is no gradient through sliding windows: call it under torch.no_grad(), or detach the inputs")
+    spatial = tuple(inputs.shape[2:])
+    if len(spatial) not in (2, 3):
+        raise SizeError(f"the inputs have shape {tuple(inputs.shape)}: they must be (B, C, I, J, K) or (B, C, I, J)")
+    shape = _window(roi_size, spatial)
+    for part in [overlap] if isinstance(overlap, int | float) else overlap:
+        if not 0 <= part < 1:
+            raise SizeError(f"overlap is {overlap}: it must be a fraction of the window, at least 0 and below 1")
+    plain = inputs.as_subclass(Tensor) if type(inputs) is not Tensor else inputs
+    condition = kwargs.pop("condition", None)
+    weights, overlap_mode = _weights(mode, shape, sigma_scale, roi_weight_map, process_fn is not None)
+    runs_on = torch.device(inputs.device if sw_device is None else sw_device)
+    network = _Network(predictor, args, kwargs, plain, condition, with_coord, weights, process_fn)
+    amp = torch.get_autocast_dtype(runs_on.type) if torch.is_autocast_enabled(runs_on.type) else False
+    made: list[dict[Any, Tensor]] = []
+    scales: Any = 1
+    for number in range(len(plain)):
+        volume, cut = _padded(plain[number], shape, padding_mode, cval)
+        also = None if condition is None else _padded(condition.as_subclass(Tensor)[number], shape, padding_mode, cval)[0]
+        network.begin(number)
+
+        def run(output_scale: Any) -> Any:
+            chosen = Predictor(
+                network,
+                list(shape),
+                [float(part) for part in overlap] if isinstance(overlap, Sequence) else float(overlap),
+                overlap_mode,
+                slice_axis=2 if len(shape) == 2 else None,
+                batch_size=sw_batch_size,
+                device=runs_on,
+                amp=amp,
+                dtype=torch.float32 if with_coord else None,
+                reduce=_reduction(reduce, weights),
+                output_scale=output_scale,
+                memory_limit=memory_limit,
+            )
+            return chosen(_source(volume, also, with_coord), progress=progress)  # noqa: B023
+
+        try:
+            result = run(scales)
+        except OutputError:
+            if not network.scales or scales != 1:
+                raise
+            scales = network.scales if len(network.scales) > 1 else next(iter(network.scales.values()))
+            result = run(scales)
+        results = result if isinstance(result, dict) else {None: result}
+        made.append({name: _cropped(image.data, cut, volume.shape[1:], len(spatial)) for name, image in results.items()})
+    return network.restored({name: _stacked([each[name] for each in made], inputs, device) for name in made[0]})
+
+
+def _window(roi_size: Any, spatial: tuple[int, ...]) -> tuple[int, ...]:
+    sizes = [roi_size] * len(spatial) if roi_size is None or isinstance(roi_size, int) else list(roi_size)
+    if len(sizes) != len(spatial):
+        raise SizeError(f"roi_size is {roi_size}, but the inputs have {len(spatial)} axes of voxels: (B, C, {spatial})")
+    return tuple(whole if size is None or size <= 0 else int(size) for size, whole in zip(sizes, spatial, strict=True))
+
+
+def _weights(mode: Any, shape: tuple[int, ...], sigma_scale: Any, given: Tensor | None, is_changed: bool) -> tuple[Any, Any]:
+    """Give the weights of a window, and by which of voxloom's modes it is summed: where there are weights, all count alike."""
+    if given is not None:
+        return given.reshape(shape).float(), "average"
+    name = str(getattr(mode, "value", mode)) if not isinstance(mode, Gaussian) else mode
+    if name == "constant":
+        return (torch.ones(shape) if is_changed else None), "average"
+    if name == "gaussian":
+        scales = [sigma_scale] * len(shape) if isinstance(sigma_scale, int | float) else list(sigma_scale)
+        product = torch.ones(())
+        for size, scale in zip(shape, scales, strict=True):
+            distance = torch.arange(size, dtype=torch.float32) - (size - 1) / 2
+            product = product[..., None] * torch.exp(-(distance**2) / (2 * (size * scale) ** 2))
+        return product.clamp_(min=max(float(product.min()), FLOOR)), "average"
+    return (torch.ones(shape) if is_changed else None), name
+
+
+def _padded(volume: Tensor, shape: tuple[int, ...], mode: str, value: float) -> tuple[Tensor, tuple[slice, ...]]:
+    """Pad a volume `(C, ...)` that is smaller than a window as MONAI does, and say where it lies in what comes of it."""
+    missing = [max(size - length, 0) for size, length in zip(shape, volume.shape[1:], strict=True)]
+    before = [count // 2 for count in missing]
+    cut = tuple(slice(first, first + length) for first, length in zip(before, volume.shape[1:], strict=True))
+    if not any(missing):
+        return volume, cut
+    pairs = [(first, count - first) for first, count in zip(before, missing, strict=True)]
+    name = str(getattr(mode, "value", mode))
+    sides = [side for pair in reversed(pairs) for side in pair]
+    return functional.pad(volume[None], sides, mode=name, **({"value": value} if name == "constant" else {}))[0], cut
+
+
+def _source(volume: Tensor, condition: Tensor | None, with_coord: bool) -> VolumeSource:
+    volumes = [each if each.ndim == 4 else each[..., None] for each in (volume, condition) if each is not None]
+    sources: list[VolumeSource] = [ArraySource(each) for each in volumes]
+    if with_coord:
+        sources.append(_Coordinates(sources[0]))
+    if len(sources) == 1:
+        return sources[0]
+    return StackedSource(sources, [f"part {number}" for number in range(len(sources))], check_place=False)
+
+
+class _Coordinates:
+    """The indices `(I, J, K)` of each voxel, as three channels."""
+
+    resident_bytes = 0
+    paths = ()
+    dtype = torch.float32
+
+    def __init__(self, of: VolumeSource) -> None:
+        self.shape = (3, *of.shape[1:])
+        self.chunks = of.chunks
+        self.affine: Affine = of.affine
+        self.codes = SpaceCodes()
+
+    def read(self, box: Box) -> Tensor:
+        """See `VolumeSource`."""
+        axes = [torch.arange(part.start, part.stop, dtype=self.dtype) for part in box.slices]
+        return torch.stack(torch.meshgrid(*axes, indexing="ij"))
+
+    def fingerprint(self) -> Json:
+        """See `VolumeSource`."""
+        return {"coordinates": list(self.shape)}
+
+
+class _Network:
+    """Calls a network as MONAI does, and gives its outputs the weights that MONAI gives them.
+
+    The weights follow each output as one more channel. Sums of both, in which all windows count alike, are divided by one another
+    when a voxel is complete: so the weights may be of any form, and may differ from window to window.
+    """
+
+    def __init__(
+        self,
+        predictor: Callable[..., Any],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        inputs: Tensor,
+        condition: Tensor | None,
+        with_coord: bool,
+        weights: Tensor | None,
+        process_fn: Callable[..., Any] | None,
+    ) -> None:
+        self._predictor, self._args, self._kwargs = predictor, args, dict(kwargs)
+        self._channels, self._dtype = inputs.shape[1], inputs.dtype
+        self._has_condition, self._has_coordinates = condition is not None, with_coord
+        self._weights, self._process = weights, process_fn
+        self._number = 0
+        self._names: list[Any] | None = None
+        self._is_single = False
+        self.scales: dict[Any, tuple[float, ...]] = {}
+        """How many times larger than a window each output is, where one is not as large as that."""
+
+    def begin(self, number: int) -> None:
+        """Take the windows of another volume of the batch."""
+        self._number = number
+
+    def __call__(self, batch: Tensor) -> Any:
+        windows, args, kwargs = batch[:, : self._channels], list(self._args), self._kwargs
+        if self._has_condition:
+            kwargs = kwargs | {"condition": batch[:, self._channels : 2 * self._channels].to(self._dtype)}
+        if self._has_coordinates:
+            args.insert(0, self._coordinates(batch))
+        windows = windows.to(self._dtype)
+        names, outputs = self._flat(self._predictor(windows, *args, **kwargs))
+        spatial = windows.shape[2:]
+        weights = None if self._weights is None else self._weights.to(windows.device)
+        if self._process is not None:
+            processed, weights = self._process(tuple(outputs), windows, weights)
+            outputs = list(processed)
+        self._look(names, outputs, spatial)
+        made = {name: self._weighted(output, weights) for name, output in zip(names, outputs, strict=True)}
+        return next(iter(made.values())) if self._is_single else made
+
+    def _flat(self, output: Any) -> tuple[list[Any], list[Tensor]]:
+        self._is_single = isinstance(output, Tensor)
+        if isinstance(output, Tensor):
+            self._names = None
+            return [None], [output]
+        if isinstance(output, Mapping):
+            self._names = list(output)
+            return [str(name) for name in output], list(output.values())
+        if isinstance(output, list | tuple):
+            self._names = None
+            return [str(number) for number in range(len(output))], list(output)
+        raise OutputError(f"the network returned something of type {type(output).__name__}: it must be tensors")
+
+    def _look(self, names: list[Any], outputs: Sequence[Tensor], spatial: Sequence[int]) -> None:
+        found = {
+            name: tuple(made / given for made, given in zip(output.shape[2:], spatial, strict=True))
+            for name, output in zip(names, outputs, strict=True)
+        }
+        if any(scale != 1 for each in found.values() for scale in each):
+            self.scales = {name: each if len(each) == 3 else (*each, 1.0) for name, each in found.items()}
+
+    def _weighted(self, output: Tensor, weights: Tensor | None) -> Tensor:
+        if weights is None:
+            return output
+        while weights.ndim < output.ndim:
+            weights = weights[None]
+        if weights.shape[2:] != output.shape[2:]:
+            weights = functional.interpolate(weights, output.shape[2:], mode="nearest-exact")
+        channels = output.shape[1]
+        made = output.new_empty(
+            (len(output), channels + 1, *output.shape[2:]), dtype=torch.promote_types(output.dtype, torch.float32)
+        )
+        torch.mul(output, weights, out=made[:, :channels])
+        made[:, channels:] = weights
+        return made
+
+    def _coordinates(self, batch: Tensor) -> list[list[slice]]:
+        """Say where each window lies in its batch and volume."""
+        first = batch[:, -3:].flatten(2)[:, :, 0].round().long().tolist()
+        sizes = [*batch.shape[2:], 1][:3]
+        ndim = batch.ndim - 2
+        volume = [slice(self._number, self._number + 1), slice(None)]
+        return [
+            volume + [slice(start, start + size) for start, size in zip(starts[:ndim], sizes[:ndim], strict=True)]
+            for starts in first
+        ]
+
+    def restored(self, results: dict[Any, Tensor]) -> Any:
+        """Give results in the form in which the network gave its outputs."""
+        if self._is_single:
+            return next(iter(results.values()))
+        if self._names is None:
+            return tuple(results.values())
+        return dict(zip(self._names, results.values(), strict=True))
+
+
+@dataclass(frozen=True)
+class _Divided:
+    """Divides by the sum of weights, which is the last channel, and reduces what comes of it."""
+
+    reduction: Any
+
+    def __call__(self, block: Tensor) -> Tensor:
+        scores = block[:-1] / block[-1:]
+        return scores if self.reduction is None else self.reduction(scores)
+
+
+def _reduction(reduce: Any, weights: Tensor | None) -> Any:
+    if weights is None:
+        return reduce
+    return _Divided(None if reduce is None else as_reduction(reduce))
+
+
+def _cropped(data: Tensor, cut: Sequence[slice], whole: Sequence[int], ndim: int) -> Tensor:
+    """Cut out of a result what is not padding, and the axis that slices do not have."""
+    data = data if ndim == 3 else data[..., 0]
+    parts = []
+    for part, given, made in zip(cut, whole, data.shape[1:], strict=True):
+        scale = made / given
+        parts.append(slice(round(part.start * scale), round(part.stop * scale)))
+    return data[(slice(None), *parts)]
+
+
+def _stacked(results: list[Tensor], inputs: Any, device: Any) -> Tensor:
+    whole = results[0][None] if len(results) == 1 else torch.stack(results)
+    is_score = whole.is_floating_point() and inputs.is_floating_point()
+    whole = whole.to(inputs.device if device is None else device, inputs.dtype if is_score else whole.dtype)
+    if not hasattr(inputs, "meta"):
+        return whole
+    convert: Any = imported("monai", "monai").data.MetaTensor
+    return convert(whole).copy_meta_from(inputs, copy_attr=False)
+
+
+def _inferer() -> Any:
+    """Give the class that MONAI's own inferers are derived from."""
+    try:
+        return importlib.import_module("monai.inferers").Inferer
+    except ImportError:
+        return object
+
+
+class VoxloomInferer(_inferer()):  # type: ignore[misc]
+    """Stands in for MONAI's `SlidingWindowInferer`, in a validation loop, a `SupervisedEvaluator` or a bundle's configuration.
+
+    Args:
+        roi_size: see `sliding_window_inference`, as for all others that are not listed.
+        sw_batch_size: windows that the network is given at a time.
+        overlap: fraction of a window that neighbours share.
+        mode: how windows are combined.
+        sigma_scale: width of the Gaussian.
+        padding_mode: how a volume that is smaller than a window is padded.
+        cval: value of that.
+        sw_device: where the network runs.
+        device: where the result goes.
+        progress: show how far it has come.
+        cache_roi_weight_map: accepted, and not needed.
+        cpu_thresh: number of voxels of a volume above which the result goes to the memory of the CPU.
+        buffer_steps: accepted, and not needed.
+        buffer_dim: likewise.
+        with_coord: give the network the place of each window.
+        reduce: `"argmax"` and others of `Predictor`: what is made of the scores of a voxel, which are then never held.
+        memory_limit: see `Predictor`.
+
+    Example:
+        >>> import torch
+        >>> from voxloom.integrations.monai import VoxloomInferer
+        >>> inferer = VoxloomInferer(roi_size=16, sw_batch_size=4, overlap=0.5, mode="gaussian", reduce="argmax")
+        >>> labels = inferer(torch.rand(1, 1, 40, 30, 20), torch.nn.Conv3d(1, 2, kernel_size=3, padding=1))
+        >>> labels.shape, labels.dtype
+        (torch.Size([1, 1, 40, 30, 20]), torch.uint8)
+    """
+
+    def __init__(
+        self,
+        roi_size: Sequence[int] | int,
+        sw_batch_size: int = 1,
+        overlap: Sequence[float] | float = 0.25,
+        mode: Any = "constant",
+        sigma_scale: Sequence[float] | float = 0.125,
+        padding_mode: str = "constant",
+        cval: float = 0.0,
+        sw_device: Any = None,
+        device: Any = None,
+        progress: bool = False,
+        cache_roi_weight_map: bool = False,
+        cpu_thresh: int | None = None,
+        buffer_steps: int | None = None,
+        buffer_dim: int = -1,
+        with_coord: bool = False,
+        *,
+        reduce: Any = None,
+        memory_limit: int | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.roi_size, self.sw_batch_size, self.overlap, self.mode = roi_size, sw_batch_size, overlap, mode
+        self.sigma_scale, self.padding_mode, self.cval = sigma_scale, padding_mode, cval
+        self.sw_device, self.device, self.progress, self.cpu_thresh = sw_device, device, progress, cpu_thresh
+        self.with_coord, self.reduce, self.memory_limit = with_coord, reduce, memory_limit
+
+    def __call__(self, inputs: Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Apply a network to a batch; see `sliding_window_inference`."""
+        device = kwargs.pop("device", self.device)
+        kwargs.pop("buffer_steps", None)
+        kwargs.pop("buffer_dim", None)
+        if device is None and self.cpu_thresh is not None and inputs.shape[2:].numel() > self.cpu_thresh:
+            device = "cpu"
+        return sliding_window_inference(
+            inputs,
+            self.roi_size,
+            self.sw_batch_size,
+            network,
+            self.overlap,
+            self.mode,
+            self.sigma_scale,
+            self.padding_mode,
+            self.cval,
+            self.sw_device,
+            device,
+            self.progress,
+            None,
+            None,
+            None,
+            -1,
+            self.with_coord,
+            *args,
+            reduce=self.reduce,
+            memory_limit=self.memory_limit,
+            **kwargs,
+        )

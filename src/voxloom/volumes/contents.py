@@ -1,0 +1,42 @@
+"""What is in a data set, as far as it can be known without loading anything."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch.utils.data import ConcatDataset, Subset
+
+from .libraries import as_subject
+from .subject import Subject
+
+__all__ = ["dry_subjects_of", "name_of", "transforms_of"]
+
+
+def dry_subjects_of(dataset: Any) -> Sequence[Subject] | None:
+    """Give the subjects of a data set, or of a part of one, neither loaded nor transformed; None if it does not have them."""
+    if isinstance(dataset, Subset):
+        whole = dry_subjects_of(dataset.dataset)
+        return None if whole is None else [whole[index] for index in dataset.indices]
+    if isinstance(dataset, ConcatDataset):
+        parts = [dry_subjects_of(part) for part in dataset.datasets]
+        return None if None in parts else [subject for part in parts if part is not None for subject in part]
+    if not hasattr(dataset, "dry_iter"):
+        return None
+    return [as_subject(subject, f"item {number} of the data set") for number, subject in enumerate(dataset.dry_iter())]
+
+
+def transforms_of(dataset: Any) -> list[Any]:
+    """Give the transforms of a data set, of the one that it is a part of, or of those that it consists of."""
+    if isinstance(dataset, Subset):
+        return transforms_of(dataset.dataset)
+    if isinstance(dataset, ConcatDataset):
+        return [transform for part in dataset.datasets for transform in transforms_of(part)]
+    own = [getattr(dataset, name, None) for name in ("transform", "_transform")]  # TorchIO 1 keeps it under the second name
+    return [each for each in own if each is not None]
+
+
+def name_of(dataset: Any, index: int) -> str:
+    """Name a subject of a data set, with the files that it is made of."""
+    subjects = dry_subjects_of(dataset)
+    images = {} if subjects is None else subjects[index].images
+    paths = [f"{name}: {image.path}" for name, image in images.items() if image.path is not None]
+    return f"subject {index}" + (f" ({', '.join(paths)})" if paths else "")

@@ -1,0 +1,62 @@
+"""An image as the objects of other libraries."""
+
+from abc import abstractmethod
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from ..errors import ImageError
+from ..io.protocols import SpaceCodes
+from ..io.saving import nifti_of, simpleitk_of, storable
+from .placed import PlacedVolume
+
+__all__ = ["Exchange"]
+
+
+class Exchange(PlacedVolume):
+    """Gives the data and the place of an image to others. The way back is the constructor of `Image`, or `as_image`."""
+
+    @property
+    @abstractmethod
+    def data(self) -> Tensor:
+        """Tensor `(C, I, J, K)`."""
+
+    @property
+    @abstractmethod
+    def codes(self) -> SpaceCodes:
+        """What NIfTI records of the space beside the affine."""
+
+    def numpy(self) -> np.ndarray:
+        """The data as an array `(C, I, J, K)`, which shares their memory.
+
+        Raises:
+            ImageError: if NumPy lacks their type, as it lacks bfloat16.
+        """
+        try:
+            return self.data.numpy()
+        except TypeError as error:
+            raise ImageError(f"NumPy has no type for data of {self.dtype}: convert them, with image.data.float()") from error
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.array(self.numpy(), dtype=dtype, copy=copy)
+
+    def as_nibabel(self) -> Any:
+        """Give an image of nibabel `(I, J, K)`, or `(I, J, K, C)` for several channels, as it would be saved.
+
+        Example:
+            >>> import torch, voxloom as vx
+            >>> vx.ScalarImage(torch.zeros(2, 8, 9, 10)).as_nibabel().shape
+            (8, 9, 10, 2)
+        """
+        return nifti_of(storable(self.data), self.affine, self.codes)
+
+    def as_sitk(self) -> Any:
+        """Give an image of SimpleITK, in its LPS+ world; several channels become the components of its voxels.
+
+        Example:
+            >>> import torch, voxloom as vx
+            >>> vx.ScalarImage(torch.zeros(2, 8, 9, 10)).as_sitk().GetSize()
+            (8, 9, 10)
+        """
+        return simpleitk_of(storable(self.data), self.affine)

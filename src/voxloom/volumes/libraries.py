@@ -1,0 +1,165 @@
+"""The door for other libraries: what their images, subjects and transforms are here, and how they are found out."""
+
+import importlib
+import os
+from collections.abc import Callable, Mapping
+from functools import cache
+from types import ModuleType
+from typing import Any, Protocol, cast
+
+import numpy as np
+from torch import Tensor
+
+from ..errors import ImageError, MissingDependencyError, SubjectError
+from ..io.arrays import affine_of
+from ..io.objects import source_of
+from ..io.protocols import is_source
+from .constants import INTENSITY, LABEL
+from .image import Image, LabelMap, ScalarImage
+from .subject import Subject
+
+__all__ = ["LIBRARIES", "Library", "Transform", "as_image", "as_subject", "found_subject", "imported", "library_of"]
+
+Transform = Callable[[Any], Any]
+
+LIBRARIES = {"torchio": "voxloom.integrations.torchio", "monai": "voxloom.integrations.monai"}
+"""Modules that are a `Library`, by the package of the classes that they know."""
+
+
+class Library(Protocol):
+    """What a module of `voxloom.integrations` says of the objects of another library."""
+
+    def image_of(self, thing: Any, type: str) -> Image | None:  # noqa: A002 - the name that images have for it
+        """Give one of its images as an `Image`, of a type if it does not say its own; None if it is none."""
+        ...
+
+    def subject_of(self, thing: Any) -> Subject | None:
+        """Give one of its subjects as a `Subject`; None if it is none."""
+        ...
+
+    def dataset_of(self, thing: Any) -> Any:
+        """Give one of its data sets as a map-style one of voxloom's; None if it is none, or more than such a one can say."""
+        ...
+
+    def transform_of(self, thing: Any) -> Transform | None:
+        """Give one of its transforms as a function that takes a `Subject` and returns one; None if it is none."""
+        ...
+
+    def batch_transform_of(self, thing: Any) -> Transform | None:
+        """Give one of its transforms as a function that takes a `SubjectsBatch` and returns one; None if it cannot be."""
+        ...
+
+
+def library_of(thing: Any) -> Library | None:
+    """Find the library that a thing's class, or one that it is derived from, belongs to; None if it is none of those known.
+
+    Nothing is imported for a thing of any other library.
+    """
+    for each in type(thing).__mro__:
+        name = LIBRARIES.get(each.__module__.partition(".")[0])
+        if name is not None:
+            return cast(Library, _module(name))
+    return None
+
+
+@cache
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(name)
+
+
+def imported(package: str, extra: str) -> Any:
+    """Import an optional package.
+
+    Raises:
+        MissingDependencyError: if it is not installed; says how it is.
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise MissingDependencyError(f"this needs {package}: pip install 'voxloom[{extra}]'") from error
+
+
+def as_image(thing: Any, type: str = INTENSITY) -> Image:  # noqa: A002 - the name that images have for it
+    """Make an `Image` of anything that holds a volume.
+
+    Args:
+        thing: an `Image`, which is given back; a path; a tensor or array `(C, I, J, K)` or `(I, J, K)`, also one of MONAI's
+            `MetaTensor`; an image of nibabel, SimpleITK or TorchIO; a source of voxels, or an array that is read by slices.
+        type: `"intensity"` or `"label"`; what an image of TorchIO says of itself counts more.
+
+    Raises:
+        ImageError: if it is nothing of these.
+
+    Example:
+        >>> import nibabel, numpy as np, voxloom as vx
+        >>> vx.as_image(nibabel.Nifti1Image(np.zeros((8, 9, 10), dtype=np.float32), np.diag([2, 2, 2, 1]))).spacing
+        (2.0, 2.0, 2.0)
+    """
+    if isinstance(thing, Image):
+        return thing
+    library = library_of(thing)
+    found = None if library is None else library.image_of(thing, type)
+    if found is not None:
+        return found
+    image_class = LabelMap if type == LABEL else ScalarImage
+    if isinstance(thing, Tensor | np.ndarray):
+        return image_class(tensor=thing[None] if thing.ndim == 3 else thing, affine=affine_of(thing))
+    if isinstance(thing, str | os.PathLike) or is_source(thing):
+        return image_class(thing)
+    source = source_of(thing)
+    if source is None:
+        raise ImageError(
+            f"something of type {thing.__class__.__name__} is no image: give a path, an Image, a tensor (C, I, J, K), an image of"
+            " nibabel, SimpleITK or TorchIO, or an array that is read by slices"
+        )
+    return image_class(source)
+
+
+def as_subject(thing: Any, what: str) -> Subject:
+    """Make a `Subject` of anything that is one: of TorchIO, or a dict of images as MONAI has it.
+
+    Args:
+        thing: a `Subject`, which is given back; a subject of TorchIO; or a dict, of which images, tensors and arrays
+            `(C, I, J, K)`, are the images, and everything else the metadata.
+        what: what messages call it.
+
+    Raises:
+        SubjectError: if it is nothing of these.
+    """
+    found = found_subject(thing)
+    if found is not None:
+        return found
+    if isinstance(thing, Mapping):
+        raise SubjectError(f"{what} is a dict without images: it has {', '.join(map(repr, thing)) or 'no entries'}")
+    if isinstance(thing, list) and thing and isinstance(thing[0], Mapping):
+        raise SubjectError(
+            f"{what} is a list of {len(thing)} dicts, as MONAI's transforms that cut several patches make it: leave that one out,"
+            " since a sampler cuts the patches"
+        )
+    raise SubjectError(f"{what} is of type {type(thing).__name__}, not a subject")
+
+
+def found_subject(thing: Any) -> Subject | None:
+    """Give a thing as a `Subject`, if it is anything of what `as_subject` knows."""
+    if isinstance(thing, Subject):
+        return thing
+    library = library_of(thing)
+    found = None if library is None else library.subject_of(thing)
+    if found is None and isinstance(thing, Mapping):
+        entries = {name: _entry(name, value) for name, value in thing.items()}
+        found = Subject(entries) if any(isinstance(value, Image) for value in entries.values()) else None
+    return found
+
+
+# A part of an entry's name that says that it holds labels.
+LABEL_NAMES = frozenset({"label", "labels", "seg", "segmentation", "mask"})
+
+
+def _entry(name: Any, value: Any) -> Any:
+    """Make an image of what is one; a dict does not say which are label maps, but its names usually do."""
+    is_label = isinstance(name, str) and not LABEL_NAMES.isdisjoint(name.lower().split("_"))
+    library = library_of(value)
+    found = None if library is None else library.image_of(value, LABEL if is_label else INTENSITY)
+    if found is None and isinstance(value, Tensor | np.ndarray) and value.ndim == 4:
+        found = (LabelMap if is_label else ScalarImage)(tensor=value, affine=affine_of(value))
+    return value if found is None else found

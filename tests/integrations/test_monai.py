@@ -1,0 +1,185 @@
+"""MONAI's dictionaries, data sets and transforms, with MONAI itself."""
+
+import numpy as np
+import pytest
+import torch
+from monai import transforms as mt
+from monai.data import CacheDataset, Dataset, MetaTensor, PersistentDataset
+
+import voxloom as vx
+from voxloom.integrations.monai import Labelled, as_dict, from_dict
+
+AFFINE = torch.tensor([[-1.2, 0.3, 0, 40], [0.3, 1.1, 0.2, 12], [0, -0.2, 2.5, 7], [0, 0, 0, 1]], dtype=torch.float64)
+
+
+def item_of(number, channels=1):
+    rng = np.random.default_rng(number)
+    data = torch.from_numpy(rng.normal(size=(channels, 20, 24, 16)).astype(np.float32))
+    return {
+        "image": MetaTensor(data, affine=AFFINE, meta={"filename_or_obj": f"{number}.nii.gz"}),
+        "label": MetaTensor((data[:1] > 0.5).to(torch.uint8), affine=AFFINE),
+        "age": number,
+    }
+
+
+def random_transform():
+    return mt.Compose(
+        [
+            mt.RandAffined(["image", "label"], prob=1, rotate_range=0.3, mode=("bilinear", "nearest"), padding_mode="zeros"),
+            mt.RandFlipd(["image", "label"], prob=0.5, spatial_axis=0),
+            mt.RandGaussianNoised("image", prob=1),
+        ]
+    )
+
+
+# Objects
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_a_dictionary_goes_there_and_back_without_loss_or_copy(channels):
+    item = item_of(0, channels)
+    flip = mt.Flip(spatial_axis=1)
+    item["image"] = flip(item["image"])
+    subject = from_dict(item)
+    assert (subject["image"].type, subject.label.type, subject.age) == ("intensity", "label", 0)
+    back = as_dict(subject)
+    assert list(back) == list(item)
+    for name in ("image", "label"):
+        assert type(back[name]) is MetaTensor
+        assert back[name].data_ptr() == item[name].data_ptr()
+        assert torch.equal(back[name].as_tensor(), item[name].as_tensor())
+        assert torch.equal(back[name].affine, item[name].affine)
+        assert back[name].dtype == item[name].dtype
+    assert back["image"].meta["filename_or_obj"] == "0.nii.gz"
+    assert len(back["image"].applied_operations) == 1
+    undone = flip.inverse(back["image"])
+    assert torch.equal(undone.as_tensor(), item_of(0, channels)["image"].as_tensor())
+
+
+def test_names_or_the_user_say_what_labels_are():
+    item = {name: torch.zeros(1, 4, 4, 4) for name in ("ct", "tumor_seg", "mask", "masked_ct", "truth")}
+    assert {name for name, image in from_dict(item).images.items() if image.type == "label"} == {"tumor_seg", "mask"}
+    chosen = from_dict(item, labels=["truth"])
+    assert {name for name, image in chosen.images.items() if image.type == "label"} == {"truth"}
+    with pytest.raises(vx.errors.SubjectError, match="no image 'teeth'"):
+        from_dict(item, labels=["teeth"])
+
+
+def test_a_batch_becomes_a_dictionary_of_batched_tensors():
+    subjects = [from_dict(item_of(number)) for number in range(3)]
+    batch = as_dict(vx.SubjectsBatch.from_subjects(subjects))
+    assert batch["image"].shape == (3, 1, 20, 24, 16)
+    assert batch["image"].is_batch
+    assert torch.equal(batch["image"].affine, AFFINE.expand(3, 4, 4))
+    assert batch["age"].tolist() == [0, 1, 2]
+    from monai.data import decollate_batch
+
+    parts = decollate_batch(batch["image"])
+    assert [torch.equal(part.as_tensor(), item_of(number)["image"].as_tensor()) for number, part in enumerate(parts)] == [
+        True
+    ] * 3
+    assert torch.equal(parts[1].affine, AFFINE)
+
+
+# Data sets
+
+
+@pytest.fixture(params=["Dataset", "CacheDataset", "PersistentDataset", "list"])
+def dataset(request, tmp_path):
+    items = [item_of(number) for number in range(3)]
+    steps = mt.Compose([mt.ScaleIntensityd("image"), mt.EnsureTyped(["image", "label"])])
+    if request.param == "list":
+        return [steps(item) for item in items]
+    if request.param == "CacheDataset":
+        return CacheDataset(items, steps, progress=False)
+    if request.param == "PersistentDataset":
+        return PersistentDataset(items, steps, tmp_path)
+    return Dataset(items, steps)
+
+
+def test_data_sets_feed_a_queue(dataset):
+    runs = []
+    for workers in (0, 2):
+        queue = vx.Queue(dataset, 8, 4, vx.LabelSampler(8), seed=1, num_workers=workers, transform=random_transform())
+        runs.append([(batch["image"].data, batch.label.data, batch["age"]) for batch in vx.SubjectsLoader(queue, batch_size=4)])
+        queue.close()
+    assert len(runs[0]) == 3
+    assert len({float(image.sum()) for image, _, _ in runs[0]}) == 3
+    for one, other in zip(*runs, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_the_volumes_of_a_data_set_are_those_of_the_patches():
+    patches = list(vx.Queue([item_of(0)], 100, 4, vx.GridSampler(8), seed=1))
+    assert len(patches) == 18
+    for patch in patches:
+        expected = item_of(0)["image"].as_tensor()[(slice(None), *patch.patch_location.box.slices)]
+        assert torch.equal(patch["image"].data, expected)
+
+
+def test_a_data_set_whose_names_do_not_say_what_labels_are():
+    items = [{"scan": item["image"], "truth": item["label"]} for item in map(item_of, range(2))]
+    queue = vx.Queue(Labelled(Dataset(items), ["truth"]), 8, 4, vx.LabelSampler(8, "truth"), seed=1)
+    patches = list(queue)
+    assert len(patches) == 8
+    assert all(patch.truth.type == "label" and patch.truth.data[:, 4, 4, 4].all() for patch in patches)
+
+
+def test_patches_that_monai_cuts_are_refused_with_the_way_out():
+    crop = mt.RandCropByPosNegLabeld(["image", "label"], "label", (8, 8, 8), num_samples=2)
+    with pytest.raises(vx.errors.SubjectError, match=r"list of 2 dicts.*leave that one out"):
+        list(vx.Queue(Dataset([item_of(0)], crop), 8, 4, vx.UniformSampler(8), seed=0))
+
+
+# Transforms
+
+
+def test_a_transform_does_what_it_does_there():
+    theirs = random_transform().set_random_state(seed=5)
+    ours = vx.Compose([random_transform().set_random_state(seed=5)])
+    expected, made = theirs(item_of(0)), ours(from_dict(item_of(0)))
+    assert torch.equal(made["image"].data, expected["image"].as_tensor())
+    assert torch.equal(made.label.data, expected["label"].as_tensor().to(torch.uint8))
+    assert made.label.dtype == torch.uint8
+    assert made.label.type == "label"
+    assert torch.allclose(torch.from_numpy(made["image"].affine), expected["image"].affine)
+    assert len(as_dict(made)["image"].applied_operations) == len(expected["image"].applied_operations) > 0
+
+
+def test_images_may_be_added_and_removed():
+    made = vx.Compose([mt.CopyItemsd("image", names="second"), mt.DeleteItemsd("label")])(from_dict(item_of(0)))
+    assert list(made.images) == ["image", "second"]
+    assert torch.equal(made.second.data, made["image"].data)
+
+
+def test_spacing_moves_the_affine():
+    made = vx.Compose([mt.Spacingd(["image", "label"], (2, 2, 2), mode=("bilinear", "nearest"))])(from_dict(item_of(0)))
+    assert np.allclose(made.spacing, 2)
+    made.check_space()
+
+
+def test_transforms_of_arrays_need_a_single_image():
+    alone = vx.Subject(image=vx.ScalarImage(torch.arange(64.0).view(1, 4, 4, 4)))
+    assert vx.Compose([mt.ScaleIntensity()])(alone)["image"].data.max() == 1
+    assert vx.Compose([mt.Compose([mt.ScaleIntensity(), mt.Flip(0)])])(alone)["image"].data[0, 0].min() > 0.7
+    with pytest.raises(vx.errors.SubjectError, match=r"RandFlip transforms one array.*RandFlipd\(keys"):
+        vx.Compose([mt.RandFlip()])(from_dict(item_of(0)))
+
+
+def test_generators_of_transforms_are_seeded_by_subject_and_epoch_in_a_loader_with_workers_too():
+    noise = mt.RandGaussianNoised("image", prob=1)
+    subjects = [vx.Subject(image=vx.ScalarImage(torch.zeros(1, 4, 4, 4))) for _ in range(6)]
+    loader = vx.SubjectsLoader(vx.SubjectsDataset(subjects, transform=noise), batch_size=1, num_workers=2)
+    drawn = {float(batch["image"].data.sum()) for _ in range(2) for batch in loader}
+    assert len(drawn) == 12  # a copy of one generator in each worker would give each number twice
+
+
+def test_batches_are_transformed_one_subject_after_the_other():
+    from voxloom.volumes.transforms import as_batch_transform
+
+    batch = vx.SubjectsBatch.from_subjects([from_dict(item_of(number)) for number in range(2)])
+    before = batch["image"].data.clone()
+    made = as_batch_transform(mt.Flipd(["image", "label"], spatial_axis=0), "batch_transform")(batch)
+    assert torch.equal(made["image"].data, before.flip(2))
+    assert torch.equal(made.label.data, (before > 0.5).to(torch.uint8).flip(2))
+    assert made["image"].affine[0, 0, 0] == -AFFINE[0, 0]
