@@ -30,6 +30,8 @@ class Purpose(IntEnum):
     """What a transform of a subject does."""
     PATCH_TRANSFORM = 4
     """What a transform of a patch does."""
+    BATCH_TRANSFORM = 5
+    """What a transform of a batch does."""
 
 
 def draw_generator(seed: int, epoch: int, draw: int, subject: int = 0, purpose: Purpose = Purpose.DRAW) -> np.random.Generator:

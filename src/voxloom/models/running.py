@@ -13,6 +13,7 @@ from ..core.sizes import Ints
 from ..core.values import sum_dtype
 from ..errors import DeviceMemoryError, ModeError, OutputError, SizeError
 from ..runtime import memory
+from ..runtime.devices import as_device
 from ..runtime.kept_memory import begin_model, judge
 from .forms import CallForm
 from .modes import evaluating, home_of
@@ -66,7 +67,7 @@ class Models:
     ) -> None:
         self.models = models
         self.form = form
-        self._given_device = None if device is None else _as_device(device)
+        self._given_device = None if device is None else as_device(device)
         self._given_amp = _checked_amp(amp)
         axes = _as_axes(mirror_axes)
         # Axes of a batch, beginning with no mirroring.
@@ -262,13 +263,6 @@ def _activated(output: Tensor, request: OutputRequest, is_shared: bool) -> Tenso
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that a device has no memory left."""
     return isinstance(error, torch.cuda.OutOfMemoryError) or "MPS backend out of memory" in str(error)
-
-
-def _as_device(device: Any) -> torch.device:
-    try:
-        return torch.empty(0, device=torch.device(device)).device  # with its number
-    except (RuntimeError, AssertionError, TypeError) as error:
-        raise ModeError(f"device is {device!r}, which cannot be used here: {str(error).splitlines()[0]}") from error
 
 
 def _as_axes(given: Any) -> Ints:

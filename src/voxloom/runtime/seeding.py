@@ -16,13 +16,14 @@ BITS_32 = 2**32 - 1
 
 
 @contextlib.contextmanager
-def seeded(words: Sequence[int]) -> Iterator[None]:
+def seeded(words: Sequence[int], is_alone: bool = True) -> Iterator[None]:
     """Run a block with one thread of PyTorch, and with the random states of Python, NumPy and PyTorch (CPU) set.
 
     All are as they were afterwards, also after an error. One thread, because sums that several share differ in their last bits.
 
     Args:
         words: three numbers of 64 bits, one for each.
+        is_alone: False to leave the number of threads as it is.
     """
     python, arrays, tensors = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
     threads = torch.get_num_threads()
@@ -30,14 +31,14 @@ def seeded(words: Sequence[int]) -> Iterator[None]:
         random.seed(words[0])
         np.random.seed([words[1] & BITS_32, words[1] >> 32])
         torch.default_generator.manual_seed(words[2])
-        if threads != 1:
+        if is_alone and threads != 1:
             torch.set_num_threads(1)
         yield
     finally:
         random.setstate(python)
         np.random.set_state(arrays)
         torch.default_generator.set_state(tensors)
-        if threads != 1:
+        if is_alone and threads != 1:
             torch.set_num_threads(threads)
 
 

@@ -17,7 +17,7 @@ from ..core.random_numbers import draw_generator
 from ..core.sizes import Ints, as_int, as_sizes
 from ..errors import LocationError, SizeError, SubjectError
 from ..runtime.epochs import EpochCounter
-from ..runtime.ranks import rank_and_size
+from ..runtime.ranks import check_ranks, rank_and_size
 from ..volumes.libraries import as_subject
 from ..volumes.loading import state_of_draws
 from ..volumes.subject import Subject
@@ -198,6 +198,8 @@ class PatchSampler(IterableDataset[Subject]):
 
     def numbers(self, epoch: int, worker: int = 0, workers: int = 1) -> Iterator[int]:
         """Give the numbers of the draws that a worker of this rank makes in an epoch, from where it was left."""
+        if self.share_ranks is None and self._ranks is None:
+            check_ranks()
         rank, ranks = self._rank()
         share = self.first(epoch) + worker
         while self.num_patches is None or share * ranks < self.num_patches:

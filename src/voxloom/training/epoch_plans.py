@@ -11,7 +11,7 @@ from ..core.grids import PatchGrid
 from ..core.schedules import EpochSchedule
 from ..core.sizes import as_int
 from ..errors import QueueError, SizeError, SubjectError
-from ..runtime.ranks import rank_and_size
+from ..runtime.ranks import check_ranks, rank_and_size
 from ..sampling.grid import GridSampler
 from ..sampling.patches import PatchSource
 from ..volumes.contents import dry_subjects_of
@@ -181,6 +181,8 @@ class EpochPlanner:
             QueueError: if each rank would give the patches of all.
         """
         found = rank_and_size()
+        if self.has_found_ranks:
+            check_ranks()
         if self.has_found_ranks and found != (self.rank, self.world_size):
             raise QueueError(
                 f"this queue was made as rank {self.rank} of {self.world_size}, and torch.distributed says rank {found[0]} of"

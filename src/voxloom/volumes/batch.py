@@ -1,5 +1,6 @@
 """Batches: the images of several subjects stacked, and everything else as lists."""
 
+import copy
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -106,6 +107,18 @@ class ImagesBatch(dict[str, Any]):
         self[DATA] = self.data.to(*args, **kwargs)
         return self
 
+    def pin_memory(self) -> Self:
+        """Give the batch with its data in memory from which they can be copied to a GPU while that computes."""
+        new = copy.copy(self)
+        new[DATA] = self.data.pin_memory()
+        return new
+
+    def __copy__(self) -> Self:
+        new = type(self).__new__(type(self))
+        new.update(self)
+        new.templates = self.templates
+        return new
+
     def unbatch(self) -> list[Image]:
         """Give the images one by one; each owns its memory."""
         return [self[number] for number in range(self.batch_size)]
@@ -195,6 +208,12 @@ class SubjectsBatch(dict[str, Any]):
         for images in self.images.values():
             images.to(*args, **kwargs)
         return self
+
+    def pin_memory(self) -> Self:
+        """Give the batch with its images in memory from which they can be copied to a GPU while that computes."""
+        new = copy.copy(self)
+        new.update({name: images.pin_memory() for name, images in self.images.items()})
+        return new
 
     def unbatch(self) -> list[Subject]:
         """Give the subjects one by one; each owns its memory."""

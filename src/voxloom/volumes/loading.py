@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from ..core.sizes import type_names
@@ -13,6 +14,7 @@ from ..runtime.seeding import reseed
 from ..runtime.shared_memory import check_descriptors, explained_lack
 from .batch import SubjectsBatch, collate_subjects
 from .contents import transforms_of
+from .delivery import Delivery, Fetched
 from .libraries import as_subject, library_of
 from .subject import Subject
 from .transforms import as_transform
@@ -208,6 +210,10 @@ class SubjectsLoader(DataLoader[Any]):
         dataset: a `SubjectsDataset`, a sampler, or any other data set of subjects: of TorchIO, or of dicts as MONAI has
             them.
         batch_size: subjects in a batch.
+        device: where batches are delivered; while one is worked on, the next is copied, through pinned memory.
+        batch_transform: function that takes a `SubjectsBatch` on that device and returns one, for augmentation of whole batches;
+            also a transform of TorchIO 2 or MONAI. Its random numbers are seeded by the number of the batch, as those of a
+            queue's `transform` are by subject: the same after resuming, and others on each rank.
         **kwargs: whatever else `DataLoader` takes.
 
     Example:
@@ -218,7 +224,15 @@ class SubjectsLoader(DataLoader[Any]):
         [4, 4]
     """
 
-    def __init__(self, dataset: Dataset[Any], batch_size: int | None = 1, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        batch_size: int | None = 1,
+        *,
+        device: Any = None,
+        batch_transform: Any = None,
+        **kwargs: Any,
+    ) -> None:
         dataset = as_dataset(dataset)
         kwargs.setdefault("collate_fn", collate_subjects if batch_size is not None or "batch_sampler" in kwargs else None)
         self._source: Drawable | None = None
@@ -231,37 +245,56 @@ class SubjectsLoader(DataLoader[Any]):
         if isinstance(dataset, Resumable) and kwargs.get("num_workers"):
             raise QueueError(one_reader(kwargs["num_workers"]))
         kwargs["worker_init_fn"] = _WorkerSeeds(kwargs.get("worker_init_fn"))
-        self._delivered: tuple[int, int] | None = None
-        self._state: tuple[int, dict[str, Any]] | None = None
-        """State after the batch that was delivered last, and the data set's `times_loaded` then."""
+        self._state: Any = None
+        """After the batch that was delivered last: epoch and draw, or the data set's `times_loaded` and state."""
+        self._delivery = None if device is None and batch_transform is None else Delivery(device, batch_transform)
+        self._seed, self._passes = torch.initial_seed(), 0
         super().__init__(dataset, batch_size=batch_size, **kwargs)
 
     def __iter__(self) -> Iterator[SubjectsBatch]:  # type: ignore[override]
-        if isinstance(self.dataset, Resumable):
-            return self._followed(super().__iter__(), self.dataset)
         batches = self._explained() if self.num_workers else super().__iter__()
-        return batches if self._source is None else self._counted(batches)
+        if isinstance(self.dataset, Resumable):
+            fetched = self._followed(batches, self.dataset)
+        elif self._source is not None:
+            fetched = self._counted(batches, self._source)
+        elif self._delivery is not None:
+            fetched = self._numbered(batches)
+        else:
+            return batches
+        return self._noted(fetched if self._delivery is None else self._delivery.of(fetched))
 
     def _explained(self) -> Iterator[SubjectsBatch]:
         check_descriptors(self.num_workers, DESCRIPTORS_PER_WORKER, DESCRIPTORS_BESIDE)
         with explained_lack():
             yield from super().__iter__()
 
-    def _followed(self, batches: Iterator[SubjectsBatch], dataset: Resumable) -> Iterator[SubjectsBatch]:
-        """Note after each batch how far the data set has been read: an error may come in the middle of the next."""
-        for batch in batches:
-            self._state = dataset.times_loaded, dataset.state_dict()
-            yield batch
-        self._state = None
+    def _noted(self, fetched: Iterator[Fetched]) -> Iterator[SubjectsBatch]:
+        """Note with each batch that is delivered how far the data set was read for it: an error may come in the next."""
+        for each in fetched:
+            self._state = each.state
+            yield each.batch
+        self._state = None if self._source is None else (self._order.epoch + 1, 0)
 
-    def _counted(self, batches: Iterator[SubjectsBatch]) -> Iterator[SubjectsBatch]:
-        assert isinstance(self.sampler, _DrawOrder)
-        assert self._source is not None
+    def _followed(self, batches: Iterator[SubjectsBatch], dataset: Resumable) -> Iterator[Fetched]:
+        for batch in batches:
+            state = dataset.state_dict()
+            yield Fetched(batch, (state["seed"], state["epoch"], state["position"]), (dataset.times_loaded, state))
+
+    def _counted(self, batches: Iterator[SubjectsBatch], source: Drawable) -> Iterator[Fetched]:
         for number, batch in enumerate(batches, start=1):
-            epoch = self.sampler.epoch
-            self._delivered = (epoch, self._source.first(epoch) + number * (self.batch_size or 1))
-            yield batch
-        self._delivered = (self.sampler.epoch + 1, 0)
+            epoch = self._order.epoch
+            draw = source.first(epoch) + number * (self.batch_size or 1)
+            yield Fetched(batch, (source.seed, epoch, draw), (epoch, draw))
+
+    def _numbered(self, batches: Iterator[SubjectsBatch]) -> Iterator[Fetched]:
+        self._passes += 1
+        for number, batch in enumerate(batches):
+            yield Fetched(batch, (self._seed, self._passes, number))
+
+    @property
+    def _order(self) -> _DrawOrder:
+        assert isinstance(self.sampler, _DrawOrder)
+        return self.sampler
 
     def state_dict(self) -> dict[str, Any]:
         """Say which patches of a queue, or how many draws of a sampler, have been delivered; what is prepared does not count.
@@ -273,7 +306,7 @@ class SubjectsLoader(DataLoader[Any]):
             dataset = self._resumable()
             times_loaded, state = self._state or (-1, {})
             return state if times_loaded == dataset.times_loaded else dataset.state_dict()
-        epoch, draw = self._source.upcoming if self._delivered is None else self._delivered
+        epoch, draw = self._source.upcoming if self._state is None else self._state
         return {"seed": self._source.seed, "epoch": epoch, "draw": draw}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -289,7 +322,7 @@ class SubjectsLoader(DataLoader[Any]):
         seed, epoch, draw = state_of_draws(state)
         self._source.seed = seed
         self._source.seek(epoch, draw)
-        self._delivered = (epoch, draw)
+        self._state = (epoch, draw)
 
     def _resumable(self) -> Resumable:
         if not isinstance(self.dataset, Resumable):
