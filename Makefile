@@ -7,9 +7,10 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 
 # One thread of PyTorch's for each process of the tests, of which there are two for each core: many tests wait for processes.
 PROCESSES := $(shell expr 2 \* $$(getconf _NPROCESSORS_ONLN))
+SECOND := tests/integrations/test_torchio.py tests/integrations/test_lightning.py
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(PROCESSES) --maxprocesses 16 --dist worksteal
 
-.PHONY: demo test test-all lint format bench fuzz clean
+.PHONY: demo test test-all test-second lint format bench fuzz clean
 
 demo: $(VENV)/plot.installed  ## Apply a network to a synthetic head, whole and patch by patch, and draw the result
 	$(BIN)/voxloom demo --output demo
@@ -20,6 +21,10 @@ test: $(VENV)/test.installed  ## Run the tests, but for those that take long
 test-all:  ## Run all tests, and say how much of the code they reach
 	$(MAKE) test COVERAGE="--cov voxloom --cov-report="
 	$(PYTEST) -m slow --cov voxloom --cov-append --cov-report term:skip-covered
+
+test-second: $(VENV)-second/installed  ## Run the tests that need TorchIO 2 or Lightning, in an environment of their own
+	OMP_NUM_THREADS=1 $(VENV)-second/bin/python -m pytest --numprocesses 2 --dist worksteal $(SECOND)
+	$(VENV)-second/bin/python -m pytest tests/test_documentation.py -k "lightning or torchio"
 
 lint: $(VENV)/lint.installed  ## Check style and types
 	$(BIN)/ruff check .
@@ -48,12 +53,17 @@ fuzz: $(VENV)/test.installed  ## Read thousands of damaged files of all formats
 	$(BIN)/python tests/fuzz.py --cases 8000 --seed $(shell date +%s)
 
 clean:  ## Remove what the other targets made
-	rm -rf .coverage $(VENV) demo bench build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .coverage $(VENV) $(VENV)-second demo bench build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/python.made:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or later is needed, and python3 was not found" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or later is needed, not $$($(PYTHON) --version)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)-second/installed: $(VENV)/python.made pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-second
+	$(VENV)-second/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[second]"
 	@touch $@
 
 $(VENV)/plot.installed: $(VENV)/python.made pyproject.toml constraints.txt

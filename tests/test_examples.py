@@ -1,6 +1,9 @@
 """Examples do what they say, in a shorter form."""
 
 import importlib.util
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import matplotlib.image
@@ -82,3 +85,31 @@ def test_from_dicom_to_segments_of_a_model_that_knows_what_it_expects(tmp_path):
     assert {path.name for path in (tmp_path / "out").iterdir()} == written
     picture = matplotlib.image.imread(tmp_path / "out" / "tissue.png")[..., :3]
     assert 0.05 < ((picture.max(axis=2) - picture.min(axis=2)) > 0.1).mean() < 0.6
+
+
+def train_ddp(folder, *more):
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        EXAMPLES / "train_ddp.py",
+        "--folder",
+        folder,
+    ]
+    subprocess.run([*command, *more], check=True, timeout=240, capture_output=True)
+    return [[json.loads(line) for line in (folder / f"losses_{rank}.jsonl").read_text().splitlines()] for rank in range(2)]
+
+
+@pytest.mark.slow
+def test_two_processes_train_on_patches_of_their_own_and_go_on_with_the_same_losses(tmp_path):
+    whole = train_ddp(tmp_path / "whole")
+    assert [len(each) for each in whole] == [12, 12]
+    for steps in zip(*whole, strict=True):
+        places = [{tuple(place) for place in step["patches"]} for step in steps]
+        assert not places[0] & places[1]
+        assert steps[0]["loss"] != steps[1]["loss"]
+    for stop in (5, 6):  # in mid-epoch, and at its end
+        train_ddp(tmp_path / str(stop), "--stop-after", str(stop))
+        assert train_ddp(tmp_path / str(stop)) == whole

@@ -86,7 +86,8 @@ def test_lengths_and_items_of_batches():
 
 def test_a_batch_says_what_to_use():
     with pytest.raises(KeyError, match=r"batch\.unbatch\(\) gives the subjects"):
-        make_batch()[0]
+        make_batch()[0:2]
+    assert torch.equal(make_batch()[1].t1.data, DATA + 1)
     with pytest.raises(VoxloomError, match="give a name, or the number of an image"):
         make_batch().t1[1:2]
 

@@ -2,6 +2,7 @@
 
     VoxloomError
     ├── SizeError             ValueError, TypeError, RuntimeError   a size, overlap, index or number that cannot be used
+    ├── ArgumentNameError     TypeError                   an argument of a name that a function does not have
     ├── ModeError             ValueError, KeyError        an unknown overlap, padding or window mode
     ├── ScaleError            ValueError                  a scale at which a patch would not lie on whole voxels
     ├── LocationError         ValueError                  locations that do not fit the batch, the grid or the volume
@@ -34,6 +35,7 @@ The second column names the built-in types that it also is, so that code written
 """
 
 __all__ = [
+    "ArgumentNameError",
     "CorruptImageError",
     "DeviceMemoryError",
     "DownloadError",
@@ -75,6 +77,10 @@ class VoxloomError(Exception):
 
 class SizeError(VoxloomError, ValueError, TypeError, RuntimeError):
     """A size, overlap, index or number has a value or a type that cannot be used."""
+
+
+class ArgumentNameError(VoxloomError, TypeError):
+    """A function was given an argument of a name that it does not have."""
 
 
 class ModeError(VoxloomError, ValueError, KeyError):

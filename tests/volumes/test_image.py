@@ -130,7 +130,7 @@ def test_tensors_are_shared_and_types_without_arithmetic_widened():
     assert torch.equal(vx.ScalarImage(read_only).data, torch.ones(1, 4, 2, 2, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("shape", [(2, 2, 2), (2,), (1, 1, 2, 2, 2), (1, 0, 2, 2)])
+@pytest.mark.parametrize("shape", [(2, 2), (2,), (1, 1, 2, 2, 2), (1, 0, 2, 2)])
 def test_data_of_another_dimension_are_refused(shape, image):
     with pytest.raises(ImageError, match=r"4D|no voxels"):
         vx.ScalarImage(torch.zeros(shape))

@@ -9,6 +9,7 @@ from typing import Any, TypedDict, Unpack
 
 import torch
 
+from ..core.arguments import known_arguments
 from ..core.grids import PatchSpacing
 from ..core.interpolation import as_interpolation
 from ..core.values import as_number
@@ -122,6 +123,7 @@ class Predictor:
         LabelMap(shape: (1, 40, 30, 20); spacing: (1.00, 1.00, 1.00); orientation: RAS+; dtype: torch.uint8; ...; type: label)
     """
 
+    @known_arguments
     def __init__(
         self,
         model: Any,

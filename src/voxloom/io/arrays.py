@@ -1,6 +1,7 @@
 """Arrays and tensors: which types become which, and anything that can be sliced as a source of voxels."""
 
 import hashlib
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ __all__ = [
     "widest_unsigned",
 ]
 
+# What the channels of an array look like where they come last: few of them, behind three long axes.
+LAST_CHANNELS, FIRST_CHANNELS = 4, 32
 # Values that are hashed at a time.
 CHUNK_VALUES = 2**20
 
@@ -107,20 +110,38 @@ def affine_of(data: Any) -> Affine | None:
 
 
 def as_volume(data: Any) -> Tensor:
-    """Make a tensor of what must be a volume `(C, I, J, K)`.
+    """Make a tensor of what must be a volume `(C, I, J, K)`, or `(I, J, K)`, which has one channel.
 
     Raises:
         ImageError: if it has another number of dimensions, no voxels, or is not of numbers.
     """
     tensor = as_tensor(data)
-    if tensor.ndim != 4:
+    shape = tuple(tensor.shape)
+    if tensor.ndim == 5:
         raise ImageError(
-            f"an image was given data of shape {tuple(tensor.shape)}: it must be 4D, (C, I, J, K); tensor[None] adds a channel"
-            " in front, and [..., None] a third axis to a 2-D image"
+            f"an image was given data of shape {shape}, which is a batch: it must be 4D, (C, I, J, K); take one of its"
+            f" {shape[0]} volumes, batch[0]"
         )
-    if 0 in tensor.shape:
-        raise ImageError(f"an image was given data of shape {tuple(tensor.shape)}, which has no voxels")
-    return tensor
+    if tensor.ndim not in (3, 4):
+        raise ImageError(
+            f"an image was given data of shape {shape}: it must be 4D, (C, I, J, K), or 3D, (I, J, K); tensor[None, ..., None]"
+            " makes that of a 2-D image"
+        )
+    if 0 in shape:
+        raise ImageError(f"an image was given data of shape {shape}, which has no voxels")
+    check_channels(shape)
+    return tensor if tensor.ndim == 4 else tensor[None]
+
+
+def check_channels(shape: tuple[int, ...]) -> None:
+    """Warn of a shape that looks as if its channels came last."""
+    if len(shape) == 4 and shape[3] <= LAST_CHANNELS and min(shape[:3]) >= FIRST_CHANNELS:
+        warnings.warn(
+            f"data of shape {shape} are {shape[0]} channels of {' × '.join(map(str, shape[1:]))} voxels, since channels come"
+            " first. If they come last there, put them first: np.moveaxis(array, -1, 0)",
+            RuntimeWarning,
+            stacklevel=4,
+        )
 
 
 class ArraySource:
@@ -154,6 +175,7 @@ class ArraySource:
         sizes = [int(size) for size in array.shape]
         if 0 in sizes:
             raise ImageError(f"the array has shape {tuple(sizes)}, which has no voxels")
+        check_channels(tuple(sizes))
         c, i, j, k = sizes if self._has_channels else [1, *sizes]
         self.shape = (c, i, j, k)
         given = affine_of(array) if affine is None else as_affine(affine)

@@ -5,6 +5,7 @@ from typing import Any, overload
 
 from torch.utils.data import Dataset
 
+from ..core.arguments import known_arguments
 from ..core.grids import PatchGrid, PatchSpacing, check_patch_spacing
 from ..core.padding import check_padding_mode
 from ..core.sizes import as_patch_size, checked_overlap
@@ -89,6 +90,7 @@ class GridSampler(Dataset[Subject]):
         check_space: bool = True,
     ) -> None: ...
     @subject_may_be_left_out(most=1)
+    @known_arguments
     def __init__(
         self,
         subject: Any = None,

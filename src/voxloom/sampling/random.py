@@ -9,6 +9,7 @@ import torch
 import torch.distributed
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
+from ..core.arguments import known_arguments
 from ..core.boxes import Box
 from ..core.grids import PatchGrid
 from ..core.locations import PatchLocation
@@ -81,6 +82,7 @@ class PatchSampler(IterableDataset[Subject]):
     @overload
     def __init__(self, *, patch_size: Sizes, num_patches: int | None = None, **more: Unpack[Options]) -> None: ...
     @subject_may_be_left_out()
+    @known_arguments
     def __init__(
         self,
         subject: Any = None,

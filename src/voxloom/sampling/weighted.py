@@ -27,6 +27,8 @@ from .spelling import subject_may_be_left_out
 
 __all__ = ["LabelSampler", "MixedSampler", "WeightedSampler"]
 
+# How far a label that is stored as a float may be off a whole number.
+WHOLE = 0.01
 # A map is gone through this many values at a time.
 CHUNK_VALUES = 2**21
 BORDERS = ("exclude", "clamp")
@@ -260,8 +262,9 @@ class LabelSampler(_CentredSampler):
         patch_size: see `PatchSampler`.
         label_name: name of the label map; None takes the first image of type `LABEL`.
         label_probabilities: how often a centre is drawn from each class, in any unit; classes that a subject lacks drop out.
-            None draws from all voxels above 0 alike. In a map of several channels the channel is the class, and its voxels
-            are those above 0; None draws from those of any channel but the first.
+            None draws from all voxels above 0 alike. Labels that are stored as floats may be up to 0.01 off a whole number. In a
+            map of several channels the channel is the class, and its voxels are those above 0; None draws from those of any
+            channel but the first.
         num_patches: see `PatchSampler`.
         ignore_label: a label that is never drawn, and no foreground.
         border: see `WeightedSampler`.
@@ -325,7 +328,10 @@ class LabelSampler(_CentredSampler):
         for name, image in subject.images.items():
             if image.type == LABEL:
                 return name
-        raise SubjectError(f"the subject has no label map, only {', '.join(map(repr, subject.images))}: give label_name")
+        raise SubjectError(
+            f"the subject has no label map, only {', '.join(map(repr, subject.images))}: make a LabelMap of the one that holds"
+            " labels, rather than a ScalarImage, or give label_name"
+        )
 
     def _key(self) -> Any:
         return (None if self.label_probabilities is None else tuple(self._drawn()), self.ignore_label)
@@ -345,6 +351,8 @@ class LabelSampler(_CentredSampler):
                 )
         rows = {label: np.zeros(box.shape[1:], dtype=np.int32) for label in self._drawn()}
         for part, values in _parts(image, box):
+            if image.num_channels == 1 and values.is_floating_point():
+                _check_whole(values, name)
             for label, sums in rows.items():
                 sums[part] += self._weights(values, label).sum(dim=0, dtype=torch.int32).numpy()
         return {label: RowSums(sums) for label, sums in rows.items()}
@@ -460,6 +468,16 @@ def _pick_share(shares: Mapping[int, float], rng: np.random.Generator) -> int:
     """Draw one of several numbers, each as often as its share says."""
     cumulative = np.cumsum(list(shares.values()))
     return list(shares)[int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))]
+
+
+def _check_whole(labels: Tensor, name: str) -> None:
+    """Refuse values that are no labels; rounding of a file's scale is let through."""
+    far = (labels - labels.round()).abs() > WHOLE
+    if far.any():
+        raise SamplingError(
+            f"the label map {name!r} holds {float(labels[far][0]):.4g}, which is no whole number: resample labels with nearest"
+            " neighbours, make labels of a map of probabilities by a threshold, or draw by its values, with a WeightedSampler"
+        )
 
 
 def _equals(labels: Tensor, number: int) -> Tensor:

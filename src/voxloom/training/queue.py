@@ -8,6 +8,7 @@ from typing import Any
 
 from torch.utils.data import IterableDataset, get_worker_info
 
+from ..core.arguments import known_arguments
 from ..core.schedules import EpochSchedule
 from ..core.sizes import as_int, pretty_bytes
 from ..errors import QueueError, VoxloomError
@@ -99,6 +100,7 @@ class Queue(IterableDataset[Subject]):
     needs_one_reader = True
     times_loaded = 0
 
+    @known_arguments
     def __init__(
         self,
         subjects_dataset: Any = None,

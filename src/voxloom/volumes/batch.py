@@ -12,16 +12,17 @@ from torch import Tensor
 from torch.utils.data import default_collate, get_worker_info
 from torch.utils.data._utils.collate import default_collate_fn_map
 
+from ..core.affines import Affine
 from ..core.locations import PatchLocation
 from ..errors import NoSuchIndexError, NoSuchKeyError, SubjectError
 from ..runtime import memory
 from ..runtime.shared_memory import shared_storage
-from .constants import AFFINE, DATA, INDEX_INI, LOCATION, PATCH_LOCATION, PATH, STEM, TYPE
-from .image import Image
+from .constants import AFFINE, DATA, INDEX_INI, INTENSITY, LABEL, LOCATION, PATCH_LOCATION, PATH, STEM, TYPE
+from .image import Image, LabelMap, ScalarImage
 from .libraries import as_subject
 from .subject import Subject
 
-__all__ = ["ImagesBatch", "StackableSubjects", "SubjectsBatch", "batch_memory", "collate_subjects"]
+__all__ = ["ImagesBatch", "StackableSubjects", "SubjectsBatch", "batch_memory", "collate_subjects", "subjects_of_batch"]
 
 
 class ImagesBatch(dict[str, Any]):
@@ -93,6 +94,11 @@ class ImagesBatch(dict[str, Any]):
         return self[AFFINE]
 
     @property
+    def affines(self) -> list[Affine]:
+        """The affine of each image."""
+        return list(self.affine.numpy())
+
+    @property
     def batch_size(self) -> int:
         """Number of images."""
         return len(self.data)
@@ -146,7 +152,8 @@ class ImagesBatch(dict[str, Any]):
 class SubjectsBatch(dict[str, Any]):
     """Several subjects stacked: a dict of `ImagesBatch` and metadata whose entries are attributes too.
 
-    Its length is the number of subjects; iterating gives names, as of any dict, and `unbatch` the subjects.
+    Its length is the number of subjects; a number gives one of them, iterating gives names, as of any dict, and `unbatch` all
+    subjects.
     `batch.t1.data` and `batch["t1"][DATA]` are the same tensor `(B, C, I, J, K)`. Metadata are collated as PyTorch does it,
     numbers to tensors, and `batch.metadata` has them as they were, in lists. Of patches, `batch.patch_location` is a list of
     `PatchLocation`, and `batch[LOCATION]` a tensor `(B, 6)`.
@@ -217,14 +224,19 @@ class SubjectsBatch(dict[str, Any]):
 
     def unbatch(self) -> list[Subject]:
         """Give the subjects one by one; each owns its memory."""
-        columns: dict[str, Sequence[Any]] = {name: images.unbatch() for name, images in self.images.items()}
-        columns |= self.metadata
-        return [Subject({name: values[number] for name, values in columns.items()}) for number in range(self.batch_size)]
+        return [self._subject(number) for number in range(self.batch_size)]
+
+    def _subject(self, number: int) -> Subject:
+        images = {name: images[number] for name, images in self.images.items()}
+        return Subject(images | {name: values[number] for name, values in self.metadata.items()})
 
     def __len__(self) -> int:
         return self.batch_size
 
-    def __getitem__(self, key: str) -> Any:
+    def __getitem__(self, key: Any) -> Any:
+        """Give an entry by its name, or a subject by its number, with memory of its own."""
+        if not isinstance(key, str):
+            return self._subject(operator.index(key)) if hasattr(key, "__index__") else self.__missing__(key)
         locations: list[PatchLocation] | None = self.get(PATCH_LOCATION)
         if locations is not None and key == LOCATION:
             return torch.tensor([location.tolist() for location in locations], dtype=torch.int64)
@@ -234,7 +246,7 @@ class SubjectsBatch(dict[str, Any]):
         return _collated(value) if isinstance(value, list) else value
 
     def __missing__(self, key: str) -> Any:
-        way_out = "" if isinstance(key, str) else ": batch.unbatch() gives the subjects, and batch.NAME[number] an image"
+        way_out = "" if isinstance(key, str) else ": batch.unbatch() gives the subjects, and batch[number] one of them"
         raise NoSuchKeyError(f"the batch has no entry {key!r}, only {', '.join(map(repr, self))}{way_out}")
 
     def __getattr__(self, name: str) -> Any:
@@ -280,6 +292,33 @@ def collate_subjects(subjects: Sequence[Subject] | StackableSubjects, **_: Any) 
     if isinstance(subjects, StackableSubjects):
         return subjects.to_batch()
     return SubjectsBatch.from_subjects(subjects)
+
+
+def subjects_of_batch(batch: Any) -> list[Subject]:
+    """Give the subjects of a batch: a `SubjectsBatch`, or a dict whose images are dicts of stacked tensors, as TorchIO 1 has it.
+
+    Raises:
+        SubjectError: if it is no batch.
+    """
+    if isinstance(batch, SubjectsBatch):
+        return batch.unbatch()
+    images = (
+        [name for name, value in batch.items() if isinstance(value, Mapping) and DATA in value]
+        if isinstance(batch, Mapping)
+        else []
+    )
+    if not images:
+        raise SubjectError(f"something of type {type(batch).__name__} is no batch of subjects: it has no images")
+
+    def entry(name: str, number: int) -> Any:
+        value = batch[name]
+        if name not in images:
+            return value[number]
+        stacked = {key: each[number] for key, each in value.items() if key not in (DATA, AFFINE, TYPE, PATH, STEM)}
+        image_class = {INTENSITY: ScalarImage, LABEL: LabelMap}.get(value[TYPE][number], Image)
+        return image_class(tensor=value[DATA][number], affine=value[AFFINE][number], type=value[TYPE][number], **stacked)
+
+    return [Subject({name: entry(name, number) for name in batch}) for number in range(len(batch[images[0]][DATA]))]
 
 
 def batch_memory(shape: Sequence[int], dtype: torch.dtype) -> Tensor:

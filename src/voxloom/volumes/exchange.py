@@ -7,7 +7,7 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import ImageError
-from ..io.protocols import SpaceCodes
+from ..io.protocols import MILLIMETRES, SpaceCodes
 from ..io.saving import nifti_of, simpleitk_of, storable
 from .placed import PlacedVolume
 
@@ -49,7 +49,10 @@ class Exchange(PlacedVolume):
             >>> vx.ScalarImage(torch.zeros(2, 8, 9, 10)).as_nibabel().shape
             (8, 9, 10, 2)
         """
-        return nifti_of(storable(self.data), self.affine, self.codes)
+        image = nifti_of(storable(self.data), self.affine, self.codes)
+        # The header has it in single precision, and nibabel keeps the one that it is given.
+        scale = np.diag([*[1 / MILLIMETRES.get(self.codes.space_unit, 1.0)] * 3, 1.0])
+        return type(image)(image.dataobj, scale @ self.affine, image.header)
 
     def as_sitk(self) -> Any:
         """Give an image of SimpleITK, in its LPS+ world; several channels become the components of its voxels.

@@ -44,7 +44,7 @@ class Image(ImageEntries, Exchange, Views):
             a source of voxels such as `ArraySource`, an image of nibabel or SimpleITK, or an array that is read by slices, as of
             Zarr.
         type: `"intensity"`, `"label"` or `"sampling_map"`; `ScalarImage` and `LabelMap` set it.
-        tensor: tensor or array `(C, I, J, K)`, in place of a path. It is not copied.
+        tensor: tensor or array `(C, I, J, K)`, or `(I, J, K)`, in place of a path. It is not copied.
         affine: RAS+ matrix of 4 × 4 from voxels to millimetres; by default that of the file, or what a tensor brings along, as
             MONAI's `MetaTensor` does, or voxels of 1 mm.
         check_nans: warn when the data hold NaN.
@@ -134,7 +134,7 @@ class Image(ImageEntries, Exchange, Views):
         return self.data
 
     def set_data(self, tensor: Any) -> None:
-        """Replace the data by a tensor or array `(C, I, J, K)`, which is not copied.
+        """Replace the data by a tensor or array `(C, I, J, K)`, or `(I, J, K)`, which is not copied.
 
         Raises:
             ImageError: if it has another number of dimensions, no voxels, or is not of numbers.
@@ -146,6 +146,11 @@ class Image(ImageEntries, Exchange, Views):
         if self.check_nans and data.is_floating_point() and bool(data.isnan().any()):
             warnings.warn(f"{self._name} holds NaN", RuntimeWarning, stacklevel=4)
         self._data, self._is_from_file = data, is_from_file
+
+    def count_labels(self) -> dict[int | float, int]:
+        """Give the number of voxels of each value, from the least value on."""
+        values, counts = torch.unique(self.data, return_counts=True)
+        return dict(zip(values.tolist(), counts.tolist(), strict=True))
 
     @property
     def is_loaded(self) -> bool:

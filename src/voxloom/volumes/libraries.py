@@ -103,7 +103,7 @@ def as_image(thing: Any, type: str = INTENSITY) -> Image:  # noqa: A002 - the na
         return found
     image_class = LabelMap if type == LABEL else ScalarImage
     if isinstance(thing, Tensor | np.ndarray):
-        return image_class(tensor=thing[None] if thing.ndim == 3 else thing, affine=affine_of(thing))
+        return image_class(tensor=thing, affine=affine_of(thing))
     if isinstance(thing, str | os.PathLike) or is_source(thing):
         return image_class(thing)
     source = source_of(thing)

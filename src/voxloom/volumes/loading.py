@@ -3,7 +3,7 @@
 import copy
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
@@ -12,7 +12,7 @@ from ..core.sizes import type_names
 from ..errors import NoSuchIndexError, QueueError, SizeError, SubjectError
 from ..runtime.seeding import reseed
 from ..runtime.shared_memory import check_descriptors, explained_lack
-from .batch import SubjectsBatch, collate_subjects
+from .batch import SubjectsBatch, collate_subjects, subjects_of_batch
 from .contents import transforms_of
 from .delivery import Delivery, Fetched
 from .libraries import as_subject, library_of
@@ -60,6 +60,15 @@ class SubjectsDataset(Dataset[Subject]):
         self._subjects = [as_subject(each, f"item {number} of a data set") for number, each in enumerate(subjects)]
         self.load_getitem = load_getitem
         self.set_transform(transform)
+
+    @classmethod
+    def from_batch(cls, batch: Any) -> Self:
+        """Make a data set of the subjects of a batch: a `SubjectsBatch`, or a dict as TorchIO's loaders give it.
+
+        Raises:
+            SubjectError: if it is no batch.
+        """
+        return cls(subjects_of_batch(batch))
 
     def set_transform(self, transform: Any) -> None:
         """Set the function that is applied to each subject.

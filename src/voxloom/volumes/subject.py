@@ -1,6 +1,7 @@
 """Subjects: the images of one person or specimen, and whatever else is known of it."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from ..core.affines import SPACE_TOLERANCE, corner_displacement
 from ..core.locations import PatchLocation
 from ..errors import NoSuchKeyError, SpaceError, SubjectError
-from .constants import INDEX_INI, INTENSITY, LOCATION, PATCH_LOCATION
+from .constants import INDEX_INI, INTENSITY, LABEL, LOCATION, PATCH_LOCATION
 from .image import Image
 from .slices import as_slices
 
@@ -43,9 +44,12 @@ class Subject(dict[str, Any]):
             raise SubjectError(f"a subject is made of one dict, or of keywords, not of {args!r}")
         super().__init__(*args, **kwargs)
         if not self.images:
+            example = "Subject(t1=ScalarImage('t1.nii.gz'))"
+            for name, value in self.items():
+                if isinstance(value, str | os.PathLike):
+                    example = f"make one of {str(value)!r}, {name}=ScalarImage({str(value)!r})"
             raise SubjectError(
-                f"a subject needs at least one image, but it has {', '.join(map(repr, self)) or 'no entries'}:"
-                " Subject(t1=ScalarImage('t1.nii.gz'))"
+                f"a subject needs at least one image, but it has {', '.join(map(repr, self)) or 'no entries'}: {example}"
             )
 
     # Entries
@@ -60,13 +64,50 @@ class Subject(dict[str, Any]):
         """All entries that are not images, by name."""
         return {name: value for name, value in self.items() if not isinstance(value, Image)}
 
-    def get_images_dict(self, intensity_only: bool = True) -> dict[str, Image]:
-        """Give the images by name, those of intensities alone or all."""
-        return {name: image for name, image in self.images.items() if not intensity_only or image.type == INTENSITY}
+    def get_images_dict(
+        self, intensity_only: bool = True, include: Sequence[str] | None = None, exclude: Sequence[str] | None = None
+    ) -> dict[str, Image]:
+        """Give the images by name, those of intensities alone or all; of these only some names, or all but some."""
+        return {
+            name: image
+            for name, image in self.images.items()
+            if (not intensity_only or image.type == INTENSITY)
+            and (include is None or name in include)
+            and (exclude is None or name not in exclude)
+        }
 
-    def get_images(self, intensity_only: bool = True) -> list[Image]:
-        """Give the images, those of intensities alone or all."""
-        return list(self.get_images_dict(intensity_only).values())
+    def get_images(
+        self, intensity_only: bool = True, include: Sequence[str] | None = None, exclude: Sequence[str] | None = None
+    ) -> list[Image]:
+        """Give the images; see `get_images_dict`."""
+        return list(self.get_images_dict(intensity_only, include, exclude).values())
+
+    def get_images_names(self) -> list[str]:
+        """Give the names of all images."""
+        return list(self.images)
+
+    def get_scalar_image(self, image_name: str) -> Image:
+        """Give an image of intensities by its name.
+
+        Raises:
+            NoSuchKeyError: if there is none of that name.
+            SubjectError: if it is of another type.
+        """
+        return self._of_type(image_name, INTENSITY)
+
+    def get_label_map(self, image_name: str) -> Image:
+        """Give a label map by its name; see `get_scalar_image`."""
+        return self._of_type(image_name, LABEL)
+
+    def _of_type(self, name: str, wanted: str) -> Image:
+        image = self.get_image(name)
+        if image.type != wanted:
+            raise SubjectError(f"the image {name!r} is of type {image.type!r}, not {wanted!r}")
+        return image
+
+    def is_2d(self) -> bool:
+        """Whether all images are single slices."""
+        return all(image.is_2d() for image in self.images.values())
 
     def get_first_image(self) -> Image:
         """Give the image that was named first."""
@@ -89,9 +130,12 @@ class Subject(dict[str, Any]):
         Raises:
             NoSuchKeyError: if there is none of that name; lists what there is.
         """
-        if name not in self.images:
-            raise NoSuchKeyError(f"the subject has no image {name!r}, only {', '.join(map(repr, self.images))}")
-        return self.images[name]
+        if name in self.images:
+            return self.images[name]
+        hint = ""
+        if isinstance(self.get(name), str | os.PathLike):
+            hint = f"; {name!r} is the text {str(self[name])!r}: make an image of it, ScalarImage(...) or LabelMap(...)"
+        raise NoSuchKeyError(f"the subject has no image {name!r}, only {', '.join(map(repr, self.images))}{hint}")
 
     def __getitem__(self, key: Any) -> Any:
         """Give an entry by its name, or the part of all images that slices `(I, J, K)` cut out: all channels stay."""
@@ -184,6 +228,8 @@ class Subject(dict[str, Any]):
                     f" {distance:.4g} mm, and {limit:.4g} mm, {tolerance:g} of a voxel's shortest side, are allowed."
                     " Resample one onto the other, or pass check_space=False if their headers are wrong"
                 )
+
+    check_consistent_space = check_space
 
     def _check_shapes(self) -> None:
         self._check_same({name: image.spatial_shape for name, image in self.images.items()}, "spatial shapes")
