@@ -19,7 +19,7 @@ from ..errors import ModeError, SizeError
 from ..inference import Predictor
 from ..models.loading import LoadedModel, load_model
 from ..models.spec import ModelSpec
-from .others import other_model
+from .others import LoadingOptions, other_model
 
 __all__ = ["AllowPickle", "ModelOptions", "spread"]
 
@@ -45,7 +45,7 @@ class ModelOptions:
         typer.Argument(
             metavar="MODEL",
             help="A .pt2 program, a TorchScript file, package.module:callable, or, with --weights, a factory; nnunet:FOLDER is a"
-            " trained nnU-Net.",
+            " trained nnU-Net, and monai:FOLDER a bundle.",
         ),
     ]
     spec: Annotated[
@@ -54,8 +54,16 @@ class ModelOptions:
     ] = None
     weights: Annotated[Path | None, typer.Option(help="Weights for a factory: .safetensors, or a checkpoint.")] = None
     allow_pickle: AllowPickle = False
+    allow_code: Annotated[
+        bool, typer.Option("--allow-code", help="Let MONAI evaluate the expressions in a bundle's configuration.")
+    ] = False
     folds: Annotated[str | None, typer.Option(help="Folds of a trained nnU-Net, such as 0,1.  \\[default: all]")] = None
-    checkpoint: Annotated[str, typer.Option(help="File of weights of each fold of a trained nnU-Net.")] = "checkpoint_final.pth"
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(
+            help="File of weights of each fold of a nnU-Net, or of a bundle.  \\[default: checkpoint_final.pth, or model.pt]"
+        ),
+    ] = None
     patch_size: Annotated[
         str | None, typer.Option(help="Voxels of a patch: a number, or three such as 160,160,64; -1 is all of an axis.")
     ] = None
@@ -145,7 +153,7 @@ class ModelOptions:
         other = other_model(self.model)
         if other is not None:
             folds = None if self.folds is None else [fold.strip() for fold in self.folds.split(",")]
-            return other[0].load(other[1], folds, self.checkpoint, allow_pickle=self.allow_pickle)
+            return other[0].load(other[1], LoadingOptions(folds, self.checkpoint, self.allow_pickle, self.allow_code))
         return load_model(self.model, self.weights, self.allow_pickle)
 
     def _sizes(self, loaded: LoadedModel, spec: ModelSpec | None) -> tuple[list[int] | None, int | None]:

@@ -8,15 +8,25 @@ from ..integrations import nnunet
 from ..models.loading import LoadedModel
 from .cases import DEFAULT_ENDING, Case, checked
 
-__all__ = ["OTHERS", "OtherModels", "cases_of_other", "other_model"]
+__all__ = ["OTHERS", "LoadingOptions", "OtherModels", "cases_of_other", "other_model"]
+
+
+@dataclass(frozen=True)
+class LoadingOptions:
+    """How a model of another project is loaded, as it was said on the command line; None where nothing was said."""
+
+    folds: list[str] | None
+    checkpoint: str | None
+    allow_pickle: bool
+    allow_code: bool
 
 
 @dataclass(frozen=True)
 class OtherModels:
     """What the command does with the models of another project."""
 
-    load: Callable[..., LoadedModel]
-    """Takes a folder, `folds`, `checkpoint` and `allow_pickle`."""
+    load: Callable[[Path, LoadingOptions], LoadedModel]
+    """Loads the model in a folder."""
     cases: Callable[[Path, Path, Path], list[Case]]
     """Finds the cases in a folder of images, given that, the folder of the model and that of the results."""
 
@@ -26,7 +36,26 @@ def _cases_of_nnunet(images: Path, model: Path, output: Path) -> list[Case]:
     return checked([Case(name, tuple(files), output / f"{name}{DEFAULT_ENDING}") for name, files in found.items()])
 
 
-OTHERS = {"nnunet": OtherModels(nnunet.load, _cases_of_nnunet)}
+def _nnunet(folder: Path, options: LoadingOptions) -> LoadedModel:
+    checkpoint = options.checkpoint or "checkpoint_final.pth"
+    return nnunet.load(folder, options.folds, checkpoint, allow_pickle=options.allow_pickle)
+
+
+def _monai(folder: Path, options: LoadingOptions) -> LoadedModel:
+    from ..integrations import monai  # which takes seconds to import
+
+    return monai.load(folder, checkpoint=options.checkpoint or "model.pt", allow_code=options.allow_code)
+
+
+def _cases_of_monai(images: Path, model: Path, output: Path) -> list[Case]:
+    """Several files of a case are its channels, if they are named as those of nnU-Net; otherwise each file is a case."""
+    found = nnunet.cases_in(images)
+    if all(len(files) == 1 for files in found.values()):
+        return []
+    return checked([Case(name, tuple(files), output / f"{name}{DEFAULT_ENDING}") for name, files in found.items()])
+
+
+OTHERS = {"nnunet": OtherModels(_nnunet, _cases_of_nnunet), "monai": OtherModels(_monai, _cases_of_monai)}
 """By what stands before the colon in the name of a model."""
 
 

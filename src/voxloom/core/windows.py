@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import ModeError
 
-__all__ = ["MODES", "Gaussian", "OverlapMode", "Window", "for_axis", "resolve_window", "sampled"]
+__all__ = ["MODES", "MONAI", "Gaussian", "OverlapMode", "Window", "for_axis", "resolve_window", "sampled"]
 
 Window = Callable[[int], Tensor]
 """Takes the voxels of a patch along an axis, and gives their weights: a 1-D tensor of that length, positive. If it has a method
@@ -58,6 +58,8 @@ class Gaussian:
 
     Args:
         width: standard deviation as a part of the patch: one number, or one for each axis.
+        floor: what weights are raised to, in a patch whose largest weight is 1. `Gaussian(0.125, floor=0.001)`, or `"monai"`, has
+            MONAI's weights. Predictions know it, and aggregators do not, since such weights are no product of one for each axis.
 
     Raises:
         ModeError: if one is not a positive number.
@@ -67,15 +69,30 @@ class Gaussian:
         True
     """
 
-    def __init__(self, width: float | Sequence[float] = 1 / 8) -> None:
+    def __init__(self, width: float | Sequence[float] = 1 / 8, floor: float = 0) -> None:
         widths = tuple(width) if isinstance(width, Sequence) and not isinstance(width, str) else (width,)
         for each in widths:
             if not isinstance(each, Real) or isinstance(each, bool) or not 0 < each < math.inf:
                 raise ModeError(f"the width of a Gaussian is {width!r}: it must be a positive part of the patch, such as 0.125")
-        self.widths = tuple(float(each) for each in widths)
+        if not isinstance(floor, Real) or isinstance(floor, bool) or not 0 <= floor < 1:
+            raise ModeError(f"the floor of a Gaussian is {floor!r}: it must be at least 0 and less than 1, as MONAI's 0.001")
+        self.widths: tuple[float, ...] = tuple(float(each) for each in widths)
+        self.floor: float = float(floor)
+
+    def of_patch(self, sizes: Sequence[int]) -> Tensor:
+        """Give the weights of a whole patch, in float32."""
+        weights = torch.ones((), dtype=torch.float64)
+        for axis, size in enumerate(sizes):
+            weights = weights[..., None] * self._along(axis)(size)
+        return weights.clamp_(min=self.floor).float()
+
+    def _along(self, axis: int) -> "Gaussian":
+        return Gaussian(self.widths if len(self.widths) == 1 else self.widths[axis])
 
     def __call__(self, size: int) -> Tensor:
         """Give the weights along an axis, where all have one width."""
+        if self.floor:
+            raise ModeError(f"{self} has weights that are no product of one for each axis: it is for predictions only")
         if len(self.widths) > 1:
             raise ModeError(
                 f"the Gaussian has the widths {self.widths}, one for each axis, but it is used for one without a number"
@@ -88,16 +105,17 @@ class Gaussian:
             return self
         if axis >= len(self.widths):
             raise ModeError(f"the Gaussian has {len(self.widths)} widths, {self.widths}: give one, or one for each axis")
-        return Gaussian(self.widths[axis])
+        return Gaussian(self.widths[axis], self.floor)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Gaussian) and self.widths == other.widths
+        return isinstance(other, Gaussian) and (self.widths, self.floor) == (other.widths, other.floor)
 
     def __hash__(self) -> int:
-        return hash(self.widths)
+        return hash((self.widths, self.floor))
 
     def __repr__(self) -> str:
-        return f"Gaussian({self.widths[0] if len(self.widths) == 1 else self.widths})"
+        floor = f", floor={self.floor}" if self.floor else ""
+        return f"Gaussian({self.widths[0] if len(self.widths) == 1 else self.widths}{floor})"
 
 
 def for_axis(window: Window, axis: int) -> Window:
@@ -106,6 +124,10 @@ def for_axis(window: Window, axis: int) -> Window:
     return window if own is None else own(axis)
 
 
+MONAI = Gaussian(1 / 8, floor=1e-3)
+"""What `"monai"` stands for.
+
+Source: MONAI Consortium, `compute_importance_map`, https://docs.monai.io/en/stable/data.html."""
 WINDOWS: dict[str, Window] = {"average": average, "hann": hann, "gaussian": gaussian, "nnunet": nnunet}
 MODES = ("crop", *WINDOWS)
 

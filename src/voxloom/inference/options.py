@@ -8,13 +8,14 @@ import torch
 from ..core.grids import PatchSpacing, check_patch_spacing
 from ..core.padding import check_padding_mode
 from ..core.sizes import as_int, checked_overlap
-from ..core.windows import Gaussian, OverlapMode, resolve_window
+from ..core.windows import MONAI, Gaussian, OverlapMode, resolve_window
 from ..errors import SizeError
 from ..models.forms import as_form, overlap_of_slices, size_of_slices
 from ..models.loading import LoadedModel
 from ..models.spec import ModelSpec
 from .planner import Settings
-from .reductions import Regions
+from .reductions import AfterSumStep, Regions
+from .results import ResultOptions
 
 __all__ = ["UsualOptions", "settings_of", "usual_options"]
 
@@ -33,6 +34,19 @@ class UsualOptions:
     padding_mode: str | float | None
     activation: Any
     reduce: Any
+    after: tuple[AfterSumStep, ...] = ()
+    """What is done with the sums first."""
+
+    @property
+    def weights(self) -> Gaussian | None:
+        """Weights of the voxels of a patch, where these are no product of one for each axis."""
+        mode = MONAI if self.overlap_mode == "monai" else self.overlap_mode
+        return mode if isinstance(mode, Gaussian) and mode.floor else None
+
+    def result_options(self, output_scale: Any) -> ResultOptions:
+        """Give what is wanted of the outputs."""
+        after: tuple[AfterSumStep, ...] = self.after if self.weights is None else ("divide", *self.after)
+        return ResultOptions(self.activation, self.reduce, output_scale, after)
 
     def unless(self, **given: Any) -> "UsualOptions":
         """Put what is given, and not None, in place of what is usual."""
@@ -42,8 +56,8 @@ class UsualOptions:
 def usual_options(spec: ModelSpec) -> UsualOptions:
     """Say what a spec asks for."""
     mode: OverlapMode = spec.overlap_mode
-    if mode == "gaussian" and spec.overlap_width is not None:
-        mode = Gaussian(spec.overlap_width)
+    if spec.overlap_width is not None and mode in ("gaussian", "monai"):
+        mode = Gaussian(spec.overlap_width, floor=0 if mode == "gaussian" else MONAI.floor)
     reduce: Any = spec.reduce
     if spec.regions:
         threshold = spec.reduce if isinstance(spec.reduce, int | float) else 0.5
@@ -57,8 +71,9 @@ def usual_options(spec: ModelSpec) -> UsualOptions:
         slice_axis=spec.slice_axis,
         mirror_axes=spec.mirror_axes,
         padding_mode=spec.padding_mode,
-        activation=spec.activation,
+        activation=spec.activation if spec.activates == "patches" else None,
         reduce=reduce,
+        after=(spec.activation,) if spec.activates == "sums" and spec.activation is not None else (),
     )
 
 
@@ -98,8 +113,8 @@ def settings_of(
         patch_size=size,
         patch_overlap=checked_overlap(overlap_of_slices(own.patch_overlap, own.slice_axis), size, is_even=is_padded),
         patch_spacing=check_patch_spacing(own.patch_spacing),
-        overlap_mode=own.overlap_mode,
-        window=resolve_window(own.overlap_mode),
+        overlap_mode=own.overlap_mode if own.weights is None else str(own.overlap_mode),
+        window=resolve_window(own.overlap_mode if own.weights is None else "average"),
         batch_size=loaded.least_batch_size(of_model) if batch_size is None else as_int(batch_size, "batch_size", 1),
         full_batches=full_batches or loaded.takes_full_batches(of_model),
         padding_mode=None if own.padding_mode is None else check_padding_mode(own.padding_mode, 0),

@@ -31,7 +31,7 @@ from .options import settings_of, usual_options
 from .plan import PredictionPlan
 from .planner import Input
 from .preparing import Preparation
-from .results import ResultOptions, of_name
+from .results import of_name
 from .runner import Executor
 from .threads import ThreadExecutor
 
@@ -80,7 +80,7 @@ class Predictor:
         patch_overlap: what neighbours share on each axis: voxels, or a fraction of the patch below 1, with which patches are
             `patch · (1 - fraction)` voxels apart, rounded down. An even number where there is a padding mode.
         overlap_mode: how overlapping patches are combined: `"crop"`, `"average"`, `"hann"`, `"gaussian"`, or a window; see
-            `PatchAggregator`.
+            `PatchAggregator`. `"monai"` has exactly the weights of MONAI's Gaussian, for which one more channel is summed.
         spec: what the model expects, and what its outputs mean; by default that which came with the model. Arguments that are
             given count in place of what it says. Without one, a model is given raw intensities on the image's own grid.
         patch_spacing: `"fixed"` lets the last patch on each axis overlap its neighbour by more than the others do; `"even"`
@@ -154,7 +154,8 @@ class Predictor:
         loaded = as_loaded(model)
         spec = loaded.spec if spec is None else spec
         self.spec = ModelSpec() if spec is None else spec
-        own = usual_options(self.spec).unless(
+        own = usual_options(self.spec).unless(reduce=loaded.reduce)
+        own = own.unless(
             patch_size=patch_size,
             patch_overlap=patch_overlap,
             overlap_mode=overlap_mode,
@@ -186,9 +187,9 @@ class Predictor:
             memory_limit=self.settings.memory_limit,
         )
         self._preparation = Preparation(
-            Models(as_models(loaded.model), device, amp, own.mirror_axes, self.settings.form),
+            Models(as_models(loaded.model), device, amp, own.mirror_axes, self.settings.form, own.weights),
             self.settings,
-            ResultOptions(own.activation, own.reduce, output_scale),
+            own.result_options(output_scale),
             ThreadExecutor() if executor is None else executor,
             loaded.name if model_name is None else model_name,
         )

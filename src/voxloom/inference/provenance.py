@@ -48,6 +48,7 @@ def fingerprint_of_run(of_models: Json, models: Models, settings: Settings, opti
             "dtype": str(given.dtype),
             "activation": fingerprint_of_option(options.activation),
             "reduce": fingerprint_of_option(options.reduce),
+            **({"after": list(options.after)} if options.after else {}),
             "output_scale": fingerprint_of_option(options.scale),
             "padding_mode": fingerprint_of_option(settings.padding_mode),
             "mirror_flips": [list(flip) for flip in models.flips],

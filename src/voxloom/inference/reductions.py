@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -13,8 +13,9 @@ from torch import Tensor
 from ..core.sizes import Ints, as_int
 from ..core.values import as_number, sum_dtype
 from ..errors import ModeError, OutputError, SizeError
+from ..models.outputs import ACTIVATIONS
 
-__all__ = ["Function", "Reduction", "Regions", "as_reduction"]
+__all__ = ["AfterSum", "AfterSumStep", "Function", "Reduction", "Regions", "as_reduction"]
 
 # Voxels of a channel that are compared at a time: few enough to stay in the processor's cache, and enough for the thread to be
 # left alone by others, with which it shares Python's lock between one step and the next.
@@ -26,12 +27,20 @@ MOST_CONTENDING = 4
 class Reduction(Protocol):
     """Makes the result out of the sum of a model's outputs, once a voxel is complete."""
 
-    is_labels: bool
-    """Whether the result is a label map."""
-    needs_squares: bool
-    """Whether the means of the squares of all channels follow the channels."""
-    is_shared: bool
-    """Whether several threads may call it at a time."""
+    @property
+    def is_labels(self) -> bool:
+        """Whether the result is a label map."""
+        ...
+
+    @property
+    def needs_squares(self) -> bool:
+        """Whether the means of the squares of all channels follow the channels."""
+        ...
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether several threads may call it at a time."""
+        ...
 
     def __call__(self, block: Tensor) -> Tensor:
         """Reduce a tensor `(C, i, j, k)` to one `(C', i, j, k)`."""
@@ -273,6 +282,51 @@ class Function(_OfAll):
     def of_interpolated(self, values: Tensor, interpolate: Callable[[Tensor], Tensor], shape: Ints) -> Tensor:
         """See `Reduction`: a copy, since it may write to what it is given."""
         return self(interpolate(values).clone())
+
+
+AfterSumStep = Literal["softmax", "sigmoid", "divide"]
+
+
+@dataclass(frozen=True)
+class AfterSum:
+    """First turns the sums of a voxel into something else, and then reduces that.
+
+    Args:
+        first: what is done: `"softmax"`, `"sigmoid"`, or `"divide"` by the last channel, which is the sum of weights.
+        reduction: what is done then, also between voxels.
+    """
+
+    first: AfterSumStep
+    reduction: Reduction
+
+    @property
+    def is_labels(self) -> bool:
+        """See `Reduction`."""
+        return self.reduction.is_labels
+
+    @property
+    def needs_squares(self) -> bool:
+        """See `Reduction`."""
+        return self.reduction.needs_squares
+
+    @property
+    def is_shared(self) -> bool:
+        """See `Reduction`."""
+        return self.reduction.is_shared
+
+    def _turned(self, block: Tensor) -> Tensor:
+        if self.first == "divide":
+            # Where nothing was computed, both are 0.
+            return block[:-1] / block[-1:].clamp(min=torch.finfo(block.dtype).tiny)
+        return ACTIVATIONS[self.first](block[None])[0]
+
+    def __call__(self, block: Tensor) -> Tensor:
+        """See `Reduction`."""
+        return self.reduction(self._turned(block))
+
+    def of_interpolated(self, values: Tensor, interpolate: Callable[[Tensor], Tensor], shape: Ints) -> Tensor:
+        """See `Reduction`: what comes of the sums is interpolated, and not the sums."""
+        return self.reduction.of_interpolated(self._turned(values), interpolate, shape)
 
 
 NAMED: dict[str, Reduction] = {"argmax": ArgMax(), "entropy": Entropy(), "variance": Variance(), "scores": Everything()}

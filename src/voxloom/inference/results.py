@@ -14,7 +14,7 @@ from ..core.values import can_hold
 from ..errors import ModeError, NoSuchKeyError, OutputError
 from ..io.protocols import Space, VolumeSource, VolumeSpec
 from ..models.outputs import Name, OutputRequest, OutputSpec, as_activation
-from .reductions import Function, Reduction, as_reduction
+from .reductions import AfterSum, AfterSumStep, Function, Reduction, as_reduction
 
 __all__ = ["ResultOptions", "ResultRequest", "ResultSpec", "of_name", "result_specs", "spec_of_result"]
 
@@ -49,6 +49,8 @@ class ResultOptions:
     activation: Any
     reduce: Any
     scale: Any
+    after: tuple[AfterSumStep, ...] = ()
+    """What is done with all sums first, before any is interpolated or reduced."""
 
     def __post_init__(self) -> None:
         for given, check in ((self.activation, as_activation), (self.reduce, as_reduction), (self.scale, _as_scale)):
@@ -84,6 +86,8 @@ class ResultOptions:
             source = _source(name, outputs)
             scale = _as_scale(of_name(self.scale, name, of_name(self.scale, source, 1)))
             reduction = as_reduction(of_name(self.reduce, name))
+            for step in reversed(self.after):
+                reduction = AfterSum(step, reduction)
             request = OutputRequest(source, as_activation(of_name(self.activation, name)), scale, reduction.needs_squares)
             if request not in requests:
                 requests.append(request)

@@ -19,7 +19,7 @@ from ..io.protocols import Space, VolumeSource, read_checked
 from ..models.spec import NATIVE, ModelSpec
 from ..volumes.intensities import Intensity, NormalizedSource, foreground_box
 from ..volumes.libraries import found_subject
-from ..volumes.spaces import at_spacing
+from ..volumes.spaces import at_spacing, at_spacing_of_monai
 from ..volumes.subject import Subject
 from ..volumes.views import CroppedSource, ResampledSource, TurnedSource
 
@@ -101,7 +101,7 @@ def named_channels(image: Any, spec: ModelSpec, resample_to: str | None) -> Any:
 
 def looks_at_volume(spec: ModelSpec) -> bool:
     """Whether a spec needs numbers that only the voxels say, before patches are read."""
-    return spec.crop is not None or any(each.looks_at_volume for each in spec.intensity)
+    return spec.crop is not None or any(each.looks_at_volume for each in (*spec.intensity, *spec.then_intensity))
 
 
 def in_model_space(source: VolumeSource, spec: ModelSpec, name: str) -> ModelInput:
@@ -147,24 +147,41 @@ def in_model_space(source: VolumeSource, spec: ModelSpec, name: str) -> ModelInp
             view = views[-1](view)
             steps.append(f"cropped to the foreground: {pretty_sizes(box.shape)} voxels from {box.start}")
     others: list[View] = []
-    if spec.intensity:
-        others += _scaled(view, spec.intensity, steps)
-        view = _viewed(view, others)
-    kinds: tuple[Interpolation, Interpolation, Interpolation] = ("linear", "linear", "linear")
+    kinds: tuple[Interpolation, Interpolation, Interpolation] = (spec.interpolation,) * 3
     resampled: Space | None = None
+
+    def add(found: Sequence[View]) -> None:
+        nonlocal view
+        others.extend(found)
+        view = _viewed(view, found)
+
+    def scale() -> None:
+        for intensity in (spec.intensity, spec.then_intensity):
+            if intensity:
+                add(_scaled(view, intensity, steps))
+
+    if spec.scale_after == "cropping":
+        scale()
     if spec.spacing != (None, None, None):
-        space = at_spacing(view, spec.spacing) if spec.fits == "spacing" else _filling(view, spec.spacing)
-        thick = _thick_axis(spec, spacing_of(view.affine), spec.spacing)
-        orders = tuple(0 if axis == thick else spec.order for axis in range(3))
-        i, j, k = ("nearest" if axis == thick else "linear" for axis in range(3))
-        kinds = (i, j, k)  # type: ignore[assignment]
+        space, orders, kinds = _resampling(view, spec)
         if space.shape != view.shape[1:] or not np.allclose(space.affine, view.affine):
-            others.append(partial(ResampledSource, space=space, order=orders, is_clipped=spec.order == 3))
-            view = others[-1](view)
+            add([partial(ResampledSource, space=space, order=orders, is_clipped=spec.order == 3)])
             resampled = space
-            order = spec.order if thick is None else orders
-            steps.append(f"resampled (order {order}): {_told(view)}")
+            steps.append(f"resampled (order {orders[0] if len(set(orders)) == 1 else orders}): {_told(view)}")
+    if spec.scale_after == "resampling":
+        scale()
     return ModelInput(view, tuple(steps), kinds, resampled, tuple(views), tuple(others))
+
+
+def _resampling(
+    view: VolumeSource, spec: ModelSpec
+) -> tuple[Space, tuple[int, ...], tuple[Interpolation, Interpolation, Interpolation]]:
+    """Say to which grid an image is resampled, with which order along each axis, and how scores are interpolated back."""
+    space = GRIDS[spec.fits](view, spec.spacing)
+    thick = _thick_axis(spec, spacing_of(view.affine), spec.spacing)
+    orders = tuple(0 if axis == thick else spec.order for axis in range(3))
+    i, j, k = ("nearest" if axis == thick else spec.interpolation for axis in range(3))
+    return space, orders, (i, j, k)
 
 
 def _scaled(view: VolumeSource, intensity: Sequence[Intensity], steps: list[str]) -> list[View]:
@@ -201,6 +218,10 @@ def _filling(source: VolumeSource, spacing: Sequence[float | None]) -> Space:
     i, j, k = shape
     factors = tuple(size / length for size, length in zip(shape, source.shape[1:], strict=True))
     return Space((i, j, k), scaled(source.affine, factors), source.codes)
+
+
+GRIDS = {"spacing": at_spacing, "volume": _filling, "monai": at_spacing_of_monai}
+"""How a grid of a spacing is made, by what it fits."""
 
 
 def _thick_axis(spec: ModelSpec, own: Sequence[float], wanted: Sequence[float | None]) -> int | None:

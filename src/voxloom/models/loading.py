@@ -23,7 +23,7 @@ from .guards import Guards
 from .program_check import ProgramRefusedError, inspected, is_program
 from .spec import ModelSpec, spec_beside
 
-__all__ = ["LoadedModel", "Preceding", "as_loaded", "load_model"]
+__all__ = ["LoadedModel", "Preceding", "as_loaded", "load_model", "load_weights"]
 
 # Where checkpoints keep the weights, beside the state of an optimiser and the like.
 STATE_KEYS = ("state_dict", "model_state_dict", "model", "network_weights")
@@ -64,6 +64,8 @@ class LoadedModel:
     """What it expects, if it came with that."""
     preceding: Preceding | None = None
     """What comes before it, of a cascade."""
+    reduce: Any = None
+    """What is made of its scores, where that is more than a spec can say."""
 
     def least_batch_size(self, patch_size: Sequence[int] | None = None) -> int:
         """Give the batch size that it is fixed to, or else the smallest that it was made for."""
@@ -126,7 +128,7 @@ def load_model(name: str, weights: Path | None = None, allow_pickle: bool = Fals
         raise ModelFileError(f"{name} cannot make a network: {error}. With weights it is called without arguments") from error
     if not isinstance(network, nn.Module):
         raise ModelFileError(f"{name} returned {type(network).__name__}: with weights it must make a torch.nn.Module")
-    _load_weights(network, weights, allow_pickle)
+    load_weights(network, weights, allow_pickle)
     name_of_both = f"{_name_of_code(name, found)} {_name_of_network(network)}"
     return LoadedModel(network.eval(), name_of_both, spec=spec_beside(weights))
 
@@ -179,7 +181,12 @@ def _imported(name: str) -> Any:
 # Weights
 
 
-def _load_weights(network: nn.Module, path: Path, allow_pickle: bool) -> None:
+def load_weights(network: nn.Module, path: Path, allow_pickle: bool) -> None:
+    """Read weights into a network: of a file of `.safetensors`, or of a checkpoint, whatever wraps the names.
+
+    Raises:
+        ModelFileError: if there is no such file, or it does not fit, or holds more than weights.
+    """
     state = _state_of(path, allow_pickle)
     while not set(state) & set(network.state_dict()) and (shorter := _without_prefix(state)) is not state:
         state = shorter

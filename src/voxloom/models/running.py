@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..core.sizes import Ints
 from ..core.values import sum_dtype
+from ..core.windows import Gaussian
 from ..errors import DeviceMemoryError, ModeError, OutputError, SizeError
 from ..runtime import memory
 from ..runtime.devices import as_device
@@ -55,6 +56,8 @@ class Models:
         amp: type in which matrices are multiplied (`torch.autocast`); True for that of the device, False for none.
         mirror_axes: axes along which patches are mirrored as well: outputs are averaged over all combinations.
         form: how a model is called.
+        weights: of the voxels of a patch, where these are no product of one for each axis; outputs are multiplied by them, and
+            they follow as one more channel.
     """
 
     def __init__(
@@ -64,9 +67,11 @@ class Models:
         amp: bool | torch.dtype = False,
         mirror_axes: int | Sequence[int] | None = (),
         form: CallForm = CallForm(),  # noqa: B008 - it is frozen
+        weights: Gaussian | None = None,
     ) -> None:
         self.models = models
         self.form = form
+        self.weights = weights
         self._given_device = None if device is None else as_device(device)
         self._given_amp = _checked_amp(amp)
         axes = _as_axes(mirror_axes)
@@ -164,6 +169,18 @@ class Models:
                 target[start : start + size] = output
         return whole
 
+    def _weighted(self, value: Tensor, weights: Gaussian, input_size: Sequence[int]) -> Tensor:
+        """Multiply an output by the weights of its voxels, which follow it as one more channel."""
+        patch = tuple(size - 2 * around for size, around in zip(input_size, self.form.context, strict=True))
+        own = weights.of_patch(patch)[None, None].to(value.device)
+        if value.shape[2:] != own.shape[2:]:
+            own = nn.functional.interpolate(own, value.shape[2:], mode="nearest-exact")
+        shape = (len(value), value.shape[1] + 1, *value.shape[2:])
+        made = memory.empty(shape, sum_dtype(value.dtype)) if value.device.type == "cpu" else value.new_empty(shape)
+        torch.mul(value, own, out=made[:, :-1])
+        made[:, -1:] = own
+        return made
+
     def free(self) -> None:
         """Give back memory of the device that is kept for later."""
         if self.device.type == "cuda":
@@ -172,6 +189,7 @@ class Models:
     def spec_of(self, request: OutputRequest, output: Tensor) -> OutputSpec:
         """Say what the outputs for a request are, by those of a batch."""
         copies = 1 + 2 * int(request.activation is not None) + int(self.num_passes > 1) + int(request.has_squares)
+        copies += int(self.weights is not None)
         return OutputSpec(request.source, output.shape[1], output.dtype, request.scale, copies)
 
     def _average(self, batch: Tensor, requests_for: RequestsFor) -> list[Tensor]:
@@ -198,6 +216,8 @@ class Models:
                 if request.has_squares:
                     value = value.double()  # the difference of two large numbers is wanted
                     value = torch.cat([value, value.square()], 1)
+                if self.weights is not None:
+                    value = self._weighted(value, self.weights, batch.shape[2:])
                 if self.num_passes == 1:
                     sums.append(value)
                 elif number == 0:

@@ -38,7 +38,8 @@ class Crop:
 class ModelSpec:
     """What a trained model expects, and what its outputs mean. Everything has a default that changes nothing.
 
-    An image is turned (`orientation`, then `axes`), cropped, scaled (`intensity`) and resampled (`spacing`), in this order.
+    An image is turned (`orientation`, then `axes`), cropped, scaled (`intensity`) and resampled (`spacing`), in this order,
+    unless `scale_after` says otherwise.
     Scores are interpolated back to the grid of the image, and reduced there.
 
     Raises:
@@ -61,10 +62,17 @@ class ModelSpec:
     """What is done to each channel; one for all of them, or one for each."""
     spacing: tuple[float | None, float | None, float | None] = (None, None, None)
     """Millimetres along each axis of the model; None (`"native"`) leaves an axis as it is."""
-    fits: Literal["spacing", "volume"] = "spacing"
-    """Whether voxels have that spacing exactly, or fill the volume exactly, with as nearly that spacing as whole voxels allow."""
+    fits: Literal["spacing", "volume", "monai"] = "spacing"
+    """Whether voxels have that spacing exactly, and the volume's corner stays (`"spacing"`) or the grid is that of MONAI's
+    `Spacing` (`"monai"`); or whether they fill the volume, with as nearly that spacing as whole voxels allow."""
+    then_intensity: tuple[Intensity, ...] = ()
+    """What is done to each channel after that; its numbers are those of what `intensity` makes."""
+    scale_after: Literal["cropping", "resampling"] = "cropping"
+    """Whether intensities are scaled before or after the image is resampled."""
     order: int = 1
     """How the image is interpolated: 0, 1 or 3; cubic splines are kept within the range of the values."""
+    interpolation: Literal["linear", "nearest"] = "linear"
+    """How scores are interpolated back to the grid of the image."""
     thick_slices: float | None = None
     """Where the largest spacing of the image, or else of the model, is more than so many times the smallest, that axis alone is
     interpolated by the nearest, both ways."""
@@ -78,7 +86,9 @@ class ModelSpec:
     slice_axis: int | None = None
     mirror_axes: tuple[int, ...] = ()
     padding_mode: str | float | None = None
-    activation: str | None = None
+    activation: Literal["softmax", "sigmoid"] | None = None
+    activates: Literal["patches", "sums"] = "patches"
+    """Whether the activation acts on each patch, before it is summed, or on the sums, before they are interpolated."""
     reduce: str | float | None = None
     """`"argmax"`, `"entropy"`, `"variance"`, `"scores"`, or a threshold; see `regions`."""
     regions: tuple[int, ...] = ()
@@ -90,11 +100,13 @@ class ModelSpec:
             parse = PARSERS.get(each.name)
             if parse is not None:
                 object.__setattr__(self, each.name, _parsed(each.name, getattr(self, each.name), parse, "the spec"))
-        if self.intensity and self.channels and len(self.intensity) not in (1, len(self.channels)):
-            raise SpecError(
-                f"intensity of the spec has {len(self.intensity)} entries, but there are {len(self.channels)} channels: give one"
-                " for all, or one for each"
-            )
+        for name in ("intensity", "then_intensity"):
+            count = len(getattr(self, name))
+            if count and self.channels and count not in (1, len(self.channels)):
+                raise SpecError(
+                    f"{name} of the spec has {count} entries, but there are {len(self.channels)} channels: give one for all, or"
+                    " one for each"
+                )
 
     def to_json(self) -> Json:
         """Give it as JSON: what is as by default is left out."""
@@ -327,6 +339,7 @@ INTENSITY: dict[str, Callable[[Any], Any]] = {
     "std": _or_none(_number),
     "low": _or_none(_number),
     "high": _or_none(_number),
+    "onto": _listed(_number, 2),
     "over": _over,
 }
 LABEL: dict[str, Callable[[Any], Any]] = {
@@ -335,28 +348,36 @@ LABEL: dict[str, Callable[[Any], Any]] = {
     "color": _or_none(_listed(_color, 3)),
     "code": _or_none(_listed(_text, 3)),
 }
+
+
+def _intensities(value: Any) -> Any:
+    return _listed(_object(Intensity, INTENSITY))([value] if isinstance(value, Mapping | Intensity) else value)
+
+
 PARSERS: dict[str, Callable[[Any], Any]] = {
     "channels": _listed(_text),
     "orientation": lambda value: value if value == NATIVE else as_orientation(value),
     "axes": _axes,
     "crop": _or_none(_object(Crop, {"above": _or_none(_number), "margin": _listed(_whole(0), 3)})),
-    "intensity": lambda value: _listed(_object(Intensity, INTENSITY))(
-        [value] if isinstance(value, Mapping | Intensity) else value
-    ),
+    "intensity": _intensities,
+    "then_intensity": _intensities,
     "spacing": _spacing,
-    "fits": _one_of("spacing", "volume"),
+    "fits": _one_of("spacing", "volume", "monai"),
+    "scale_after": _one_of("cropping", "resampling"),
     "order": _one_of(0, 1, 3),
+    "interpolation": _one_of("linear", "nearest"),
     "thick_slices": _or_none(_number),
     "patch_size": _or_none(_size),
     "patch_overlap": _overlap,
     "patch_spacing": _one_of("fixed", "even"),
-    "overlap_mode": _one_of("crop", "average", "hann", "gaussian", "nnunet"),
+    "overlap_mode": _one_of("crop", "average", "hann", "gaussian", "nnunet", "monai"),
     "overlap_width": _or_none(_number),
     "context": _listed(_whole(0), 3),
     "slice_axis": _or_none(_one_of(0, 1, 2)),
     "mirror_axes": _listed(_one_of(0, 1, 2)),
     "padding_mode": _or_none(lambda value: value if isinstance(value, str) else _number(value)),
     "activation": _or_none(_one_of("softmax", "sigmoid")),
+    "activates": _one_of("patches", "sums"),
     "reduce": _or_none(_reduce),
     "regions": _listed(_whole(0)),
     "labels": _listed(_object(Label, LABEL)),

@@ -45,14 +45,16 @@ class Intensity:
     clip_percentiles: tuple[float, float] | None = None
     """The same in percentiles of the voxels that count."""
     scale: Literal["none", "z-score", "range", "percentiles"] = "none"
-    """`"z-score"` subtracts the mean and divides by the standard deviation; `"range"` brings `low` to 0 and `high` to 1;
-    `"percentiles"` does so with percentiles."""
+    """`"z-score"` subtracts the mean and divides by the standard deviation; `"range"` brings `low` to 0 and `high` to 1, or to
+    the numbers in `onto`; `"percentiles"` does so with percentiles."""
     mean: float | None = None
     """Those of the voxels that count, if they are not given."""
     std: float | None = None
     low: float | None = None
     """Least and greatest of the voxels that count, if they are not given; of `"percentiles"` they are from 0 to 100."""
     high: float | None = None
+    onto: tuple[float, float] = (0.0, 1.0)
+    """What `low` and `high` are brought to."""
     over: Region = "all"
     """Which voxels count; of `"nonzero"` and `"mask"` the others keep their value."""
 
@@ -92,7 +94,8 @@ class Intensity:
                 found = values.extremes(low, high)
                 ends = (found[0] if self.low is None else self.low, found[1] if self.high is None else self.high)
             shift = ends[0] or 0.0
-            divisor = max((1.0 if ends[1] is None else ends[1]) - shift, LEAST)
+            divisor = max((1.0 if ends[1] is None else ends[1]) - shift, LEAST) / (self.onto[1] - self.onto[0])
+            shift -= self.onto[0] * divisor
         return Scaling(low, high, shift, divisor, self.over in ("nonzero", "mask"))
 
 

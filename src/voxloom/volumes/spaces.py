@@ -19,7 +19,7 @@ from .origins import FileOrigin
 # Voxels along an axis that no volume has.
 MOST_VOXELS = 2**31
 
-__all__ = ["as_spacing", "at_spacing", "space_of"]
+__all__ = ["as_spacing", "at_spacing", "at_spacing_of_monai", "space_of"]
 
 
 def space_of(like: Any, source: VolumeSource) -> Space:
@@ -90,11 +90,41 @@ def at_spacing(source: VolumeSource, spacing: Sequence[float | None]) -> Space:
     """
     old = np.sqrt((source.affine[:3, :3] ** 2).sum(axis=0))
     new = np.array([before if each is None else each for each, before in zip(spacing, old.tolist(), strict=True)])
-    sizes = np.maximum(1, np.floor(np.array(source.shape[1:]) * old / new + 0.5))
-    if sizes.max() > MOST_VOXELS:
-        raise SizeError(f"spacing is {tuple(spacing)}, with which an axis would have {sizes.max():.3g} voxels: give millimetres")
-    i, j, k = sizes.astype(int).tolist()
+    i, j, k = _counted(np.maximum(1, np.floor(np.array(source.shape[1:]) * old / new + 0.5)), spacing)
     affine = source.affine.copy()
     affine[:3, :3] *= new / old
     affine[:3, 3] += (affine[:3, :3] - source.affine[:3, :3]) @ np.full(3, 0.5)
     return Space((i, j, k), affine, source.codes)
+
+
+def at_spacing_of_monai(source: VolumeSource, spacing: Sequence[float | None]) -> Space:
+    """Give the grid that MONAI's `Spacing` resamples a volume to.
+
+    The centre of the first voxel stays where it is, and between the first and the last there are `(size - 1) · old spacing / new
+    spacing` steps, rounded (halves to the even number). A shear is removed. Where the old and the new axes are not parallel to
+    within 1e-8 voxels, as the single precision of an oblique file's header makes it, the points `size / 2` coincide instead.
+
+    Source: MONAI Consortium, `compute_shape_offset` and `zoom_affine`, https://docs.monai.io/en/stable/data.html.
+    """
+    shape, linear = np.array(source.shape[1:]), source.affine[:3, :3]
+    scales = np.linalg.cholesky(linear.T @ linear).T
+    own = np.sqrt((linear**2).sum(axis=0)).tolist()
+    new = np.array([before if each is None else each for each, before in zip(spacing, own, strict=True)])
+    affine = np.eye(4)
+    affine[:3, :3] = linear @ np.linalg.inv(scales) * (np.sign(np.diag(scales)) * new)
+    corners = np.array(list(itertools.product(*((0.0, size - 1.0) for size in shape))))
+    places = corners @ np.linalg.solve(affine[:3, :3], linear).T
+    i, j, k = _counted(np.round(np.ptp(places, axis=0) + 1), spacing)
+    first = [corner for corner, place in zip(corners, places, strict=True) if np.abs((places - place).min(0)).max() <= 1e-8]
+    if first:
+        affine[:3, 3] = linear @ first[0] + source.affine[:3, 3]
+    else:
+        affine[:3, 3] = linear @ (shape / 2) + source.affine[:3, 3] - affine[:3, :3] @ (np.array((i, j, k)) / 2)
+    return Space((i, j, k), affine, source.codes)
+
+
+def _counted(sizes: np.ndarray, spacing: Sequence[float | None]) -> list[int]:
+    """Check numbers of voxels."""
+    if sizes.max() > MOST_VOXELS:
+        raise SizeError(f"spacing is {tuple(spacing)}, with which an axis would have {sizes.max():.3g} voxels: give millimetres")
+    return sizes.astype(int).tolist()

@@ -1,5 +1,6 @@
 """Dictionaries, transforms, inferers and bundles of MONAI."""
 
+from .bundles import load
 from .objects import Labelled, as_dict, batch_transform_of, dataset_of, from_dict, image_of, subject_of, transform_of
 from .sliding import VoxloomInferer, sliding_window_inference
 
@@ -11,6 +12,7 @@ __all__ = [
     "dataset_of",
     "from_dict",
     "image_of",
+    "load",
     "sliding_window_inference",
     "subject_of",
     "transform_of",

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from ...core.affines import Affine
 from ...core.boxes import Box
-from ...core.windows import Gaussian
+from ...core.windows import MONAI, Gaussian
 from ...errors import OutputError, SizeError
 from ...inference.predictor import Predictor
 from ...inference.reductions import as_reduction
@@ -21,9 +21,6 @@ from ...io.protocols import Json, SpaceCodes, VolumeSource
 from ...volumes.libraries import imported
 
 __all__ = ["VoxloomInferer", "sliding_window_inference"]
-
-# The least weight that MONAI's Gaussian has anywhere.
-FLOOR = 1e-3
 
 
 def sliding_window_inference(
@@ -159,11 +156,8 @@ def _weights(mode: Any, shape: tuple[int, ...], sigma_scale: Any, given: Tensor 
         return (torch.ones(shape) if is_changed else None), "average"
     if name == "gaussian":
         scales = [sigma_scale] * len(shape) if isinstance(sigma_scale, int | float) else list(sigma_scale)
-        product = torch.ones(())
-        for size, scale in zip(shape, scales, strict=True):
-            distance = torch.arange(size, dtype=torch.float32) - (size - 1) / 2
-            product = product[..., None] * torch.exp(-(distance**2) / (2 * (size * scale) ** 2))
-        return product.clamp_(min=max(float(product.min()), FLOOR)), "average"
+        window = Gaussian(scales + [1.0] * (3 - len(shape)), floor=MONAI.floor)
+        return (window.of_patch(shape), "average") if is_changed else (None, window)
     return (torch.ones(shape) if is_changed else None), name
 
 
