@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..core.affines import Affine
 from ..errors import ImageNotFoundError, UnsupportedImageError
+from .blosc import BloscFile
 from .dicom import is_dicom, open_dicom, open_series
 from .files import FileSource
 from .integrity import METAIMAGE, NRRD, TIFF
@@ -77,6 +78,7 @@ FORMATS = (
     Format(".brik.gz", WholeFile, described_by=".head"),
     Format(".tif", partial(ItkFile.open, integrity=TIFF)),
     Format(".tiff", partial(ItkFile.open, integrity=TIFF)),
+    Format(".b2nd", BloscFile),
     Format(".dcm", open_dicom, is_dicom=True),
     Format(".ima", open_dicom, is_dicom=True),
 )
