@@ -17,7 +17,7 @@ __all__ = ["preprocessed_cases", "properties_of"]
 
 def preprocessed_cases(
     folder: Any, cases: Sequence[str] | None = None, image: str = "image", labels: str = "labels"
-) -> list[Subject]:
+) -> SubjectsDataset:
     """Give the cases in a folder of nnU-Net's preprocessed data, such as `nnUNetPlans_3d_fullres`, for a `Queue`.
 
     Each has the image and the labels of nnU-Net's `CASE.b2nd` and `CASE_seg.b2nd`, lazily, and `case`, its name. Axes are in the
