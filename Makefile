@@ -39,6 +39,7 @@ bench: $(VENV)/test.installed  ## Measure aggregation, sampling, training and pr
 	$(BIN)/python benchmarks/aggregation.py
 	$(BIN)/python benchmarks/sampling.py
 	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/training.py --transforms
 	$(BIN)/python benchmarks/prediction.py
 	$(BIN)/python benchmarks/prediction.py --large
 	$(BIN)/python benchmarks/network.py

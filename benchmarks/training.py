@@ -7,6 +7,7 @@ waiting of an epoch; and, in a process that has done little before, the peak of 
 workers have in all beside what they got from it.
 
     python benchmarks/training.py [--subjects 16] [--size 160] [--patch 64] [--samples 16] [--step 0.1] [--workers 2] [--rounds 5]
+        [--transforms]
 """
 
 import argparse
@@ -47,19 +48,38 @@ def write_pairs(folder, subjects, size):
     return pairs
 
 
-def make_queue(library, pairs, settings):
+def of_torchio():
+    """What is usual there: whole subjects are augmented."""
+    import torchio
+
+    return torchio.Compose(
+        [torchio.ZNormalization(), torchio.RandomFlip((0, 1, 2)), torchio.RandomNoise(), torchio.RandomGamma(p=0.5)]
+    )
+
+
+def of_monai():
+    """What is usual there: patches are augmented."""
+    from monai import transforms
+
+    return [
+        transforms.RandFlipd(["t1", "seg"], prob=0.5, spatial_axis=0),
+        transforms.RandScaleIntensityd("t1", factors=0.1, prob=1),
+        transforms.RandGaussianNoised("t1", prob=1, std=5),
+    ]
+
+
+def make_queue(library, pairs, settings, transform=None, **more):
     """For voxloom and TorchIO, whose queues are made alike."""
     library = importlib.import_module(library)
     subjects = [library.Subject(t1=library.ScalarImage(image), seg=library.LabelMap(label)) for image, label in pairs]
     sampler = library.LabelSampler(settings.patch, "seg", {0: 1, 1: 1})
-    queue = library.Queue(
-        library.SubjectsDataset(subjects), settings.max_length, settings.samples, sampler, num_workers=settings.workers
-    )
+    dataset = library.SubjectsDataset(subjects, transform=transform)
+    queue = library.Queue(dataset, settings.max_length, settings.samples, sampler, num_workers=settings.workers, **more)
     return library.SubjectsLoader(queue, batch_size=BATCH)
 
 
-def make_monai(pairs, settings):
-    from monai.data import DataLoader, Dataset
+def make_monai(pairs, settings, augmentation=(), is_cached=False):
+    from monai.data import CacheDataset, DataLoader, Dataset
     from monai.transforms import Compose, EnsureChannelFirstd, LoadImaged, RandCropByPosNegLabeld
 
     keys = ["t1", "seg"]
@@ -68,9 +88,11 @@ def make_monai(pairs, settings):
             LoadImaged(keys),
             EnsureChannelFirstd(keys),
             RandCropByPosNegLabeld(keys, "seg", (settings.patch,) * 3, pos=1, neg=1, num_samples=settings.samples),
+            *augmentation,
         ]
     )
-    dataset = Dataset([{"t1": str(image), "seg": str(label)} for image, label in pairs], transform)
+    items = [{"t1": str(image), "seg": str(label)} for image, label in pairs]
+    dataset = CacheDataset(items, transform, progress=False, copy_cache=False) if is_cached else Dataset(items, transform)
     # All patches of a batch are from the same subject: MONAI does not mix.
     return DataLoader(dataset, batch_size=max(1, BATCH // settings.samples), shuffle=True, num_workers=settings.workers)
 
@@ -79,6 +101,11 @@ SYSTEMS = {
     "voxloom": lambda pairs, settings: make_queue("voxloom", pairs, settings),
     "TorchIO": lambda pairs, settings: make_queue("torchio", pairs, settings),
     "MONAI": make_monai,
+    "voxloom with TorchIO's transforms": lambda pairs, settings: make_queue("voxloom", pairs, settings, of_torchio()),
+    "TorchIO with its own": lambda pairs, settings: make_queue("torchio", pairs, settings, of_torchio()),
+    "voxloom with MONAI's transforms": lambda pairs, settings: make_queue("voxloom", pairs, settings, patch_transform=of_monai()),
+    "MONAI with its own": lambda pairs, settings: make_monai(pairs, settings, of_monai()),
+    "MONAI with its own, cached": lambda pairs, settings: make_monai(pairs, settings, of_monai(), is_cached=True),
 }
 
 
@@ -155,7 +182,8 @@ def watch(pid, stop, peaks):
 
 
 def measure_times(pairs, settings):
-    results = side_by_side(list(SYSTEMS), settings.rounds, serve, pairs, settings)
+    chosen = [name for name in SYSTEMS if ("with" in name) == settings.transforms]
+    results = side_by_side(chosen, settings.rounds, serve, pairs, settings)
     return {name: {key: statistics.median(row[key] for row in rows) for key in rows[0]} for name, rows in results.items()}
 
 
@@ -197,6 +225,7 @@ def main():
     parser.add_argument("--step", type=float, default=0.1, help="seconds of a training step")
     parser.add_argument("--workers", type=int, default=2, help="processes")
     parser.add_argument("--rounds", type=int, default=5, help="rounds")
+    parser.add_argument("--transforms", action="store_true", help="with augmentation by TorchIO and by MONAI")
     settings = parser.parse_args()
     print(f"\n{machine()}, {settings.workers} workers")
     print(

@@ -271,3 +271,15 @@ def test_code_is_not_run_unless_that_is_allowed(tmp_path):
     write_bundle(tmp_path, of(imports=[f"$open({str(tmp_path / 'ran')!r}, 'w').close()"]))
     load(tmp_path)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_inferer_takes_the_place_of_monais_in_a_configuration(tmp_path, monkeypatch):
+    ours = of(inferer=SLIDING | {"_target_": "voxloom.integrations.monai.VoxloomInferer", "mode": "gaussian"})
+    found = []
+    for name, configuration in (("ours", ours), ("theirs", of(inferer=SLIDING | {"mode": "gaussian"}))):
+        (tmp_path / name).mkdir()
+        write_bundle(tmp_path / name, configuration)
+        found.append(run_by_monai(tmp_path / name, monkeypatch).data)
+    assert (found[0] != found[1]).float().mean() <= 1e-4
+    assert len(found[0].unique()) > 1
