@@ -29,6 +29,7 @@ from torch import nn
 
 import voxloom as vx
 from voxloom.cli import commands as cli
+from voxloom.inference import progress
 from voxloom.io import stores
 from voxloom.models import program_check
 from voxloom.models.loading import load_model
@@ -99,8 +100,81 @@ def test_one_image_to_one_file(here, run):
     done = run("predict", "mymodels:negative", "scans/a.nii.gz", "-o", "out.nii.gz", "--patch-size", 8)
     torch.testing.assert_close(data_of("out.nii.gz"), -data_of("scans/a.nii.gz").float())
     assert done.out == "a.nii.gz: out.nii.gz\n"
-    assert "a.nii.gz: 100%" in done.err
+    assert done.err == ""  # no bar where nobody looks
     assert json.loads(Path("out.json").read_text())["models"][0]["name"].startswith("mymodels:negative ")
+
+
+def test_a_terminal_shows_a_bar(here, run, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    done = run("predict", "mymodels:negative", "scans/a.nii.gz", "-o", "out.nii.gz", "--patch-size", 8)
+    assert "a.nii.gz: 100%" in done.err
+
+
+def test_a_log_gets_a_line_now_and_then(monkeypatch, capsys):
+    times = iter([0.0, 10.0, 40.0, 50.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(times))
+    with progress.shown("a.nii.gz", 40) as add:
+        for _ in range(3):
+            add(5)
+    assert capsys.readouterr().err == "a.nii.gz: 10 of 40 patches, about 120 s to go\n"
+
+
+# What is said
+
+
+def test_quiet_says_nothing_but_errors(here, run):
+    done = run("--quiet", "predict", "mymodels:negative", "scans/a.nii.gz", "-o", "out.nii.gz", "--patch-size", 8)
+    assert (done.out, done.err) == ("", "")
+    failed = run("-q", "predict", "mymodels:negative", "scans/none.nii.gz", "-o", "out", "--patch-size", 8, code=1)
+    assert "none.nii.gz" in failed.err
+
+
+def test_json_is_all_that_is_printed(here, run):
+    (here / "scans" / "damaged.nii.gz").write_bytes(b"no image")
+    arguments = ("mymodels:negative", "scans/a.nii.gz", "scans/damaged.nii.gz", "-o", "out", "--patch-size", 8, "--json")
+    good, bad = json.loads(run("predict", *arguments, code=1).out)
+    assert (good["case"], good["state"], good["target"]) == ("a.nii.gz", "done", "out/a.nii.gz")
+    assert (bad["state"], bad["kind"]) == ("failed", "CorruptImageError")
+    assert "damaged.nii.gz" in bad["error"]
+    again = json.loads(run("predict", *arguments, code=1).out)
+    assert [each["state"] for each in again] == ["complete", "failed"]
+    (planned,) = json.loads(run("plan", "mymodels:negative", "scans/a.nii.gz", "--patch-size", 8, "--json").out)
+    assert planned["patches"] > 1
+    assert planned["peak_bytes"] > 0
+    (info,) = json.loads(run("info", "scans/a.nii.gz", "--json").out)
+    assert info["shape"] == "(20, 18, 17), 1 channel"
+
+
+def test_a_dry_run_writes_nothing(here, run):
+    arguments = ("mymodels:negative", "scans/a.nii.gz", "-o", "out.nii.gz", "--patch-size", 8)
+    done = run("predict", *arguments, "--dry-run")
+    assert done.out == run("plan", *arguments).out
+    assert "patches:" in done.out
+    assert not (here / "out.nii.gz").exists()
+
+
+def test_debug_shows_where_an_error_comes_from(here, run):
+    arguments = ("predict", "mymodels:negative", "scans/a.nii.gz", "-o", "out.nii.gz", "--patch-size", "zzz")
+    assert "Traceback" not in run(*arguments, code=1).err
+    assert "Traceback" in run("--debug", *arguments, code=1).err
+
+
+def test_help_is_there_before_pytorch(run):
+    for command in ([], ["predict"], ["plan"], ["info"], ["pack"], ["demo"]):
+        code = f"""
+import sys
+from voxloom.cli import main
+sys.argv = ["voxloom", *{command}, "--help"]
+try:
+    main()
+except SystemExit:
+    print([name for name in ("torch", "nibabel", "SimpleITK", "monai") if name in sys.modules])
+"""
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout.splitlines()[-1] == "[]"
+        assert "Usage" in done.stdout
+    assert "voxloom predict model.pt2 scans/" in run("predict", "--help").out
+    assert "--install-completion" in run("--help").out
 
 
 def test_folders_keep_their_paths_and_stems(here, run):

@@ -1,29 +1,17 @@
-"""What several commands have in common: how a model is loaded, and how it is applied."""
+"""What several commands have in common: options for a model, and how it is applied. Nothing that takes long is imported here."""
 
 import dataclasses
 import enum
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
-import torch
 import typer
 
-from ..core.grids import check_patch_spacing
-from ..core.sizes import pretty_sizes
-from ..core.windows import Gaussian, OverlapMode
-from ..errors import ModeError, SizeError
-from ..inference import Predictor
-from ..models.loading import LoadedModel, load_model
-from ..models.spec import ModelSpec
-from .others import LoadingOptions, other_model
-
 __all__ = ["AllowPickle", "ModelOptions", "spread"]
-
-Number = TypeVar("Number", int, float)
 
 
 class Activation(enum.StrEnum):
@@ -118,77 +106,6 @@ class ModelOptions:
         str | None, typer.Option(help="Memory beside the model's own, such as 2GiB.  \\[default: what is free]")
     ] = None
 
-    def predictor(self) -> tuple[Predictor, LoadedModel]:
-        """Make a predictor, and give what is known of its model."""
-        loaded = self._loaded()
-        spec = loaded.spec if self.spec is None else ModelSpec.read(self.spec)
-        given = ("argmax" if self.labels else None, self.threshold, _numbers(self.channels, int, "channels"))
-        reductions = [value for value in given if value is not None]
-        if len(reductions) > 1:
-            raise ModeError("of --labels, --threshold and --channels only one can be given")
-        size, number = self._sizes(loaded, spec)
-        predictor = Predictor(
-            replace(loaded, spec=spec),
-            size,
-            _one_or_all(_numbers(self.overlap, lambda text: int(text) if text.isdecimal() else float(text), "overlap")),
-            _as_mode(self.mode),
-            context=_one_or_all(_numbers(self.context, int, "context")),
-            slice_axis=self.slice_axis,
-            patch_spacing=None if self.patch_spacing is None else check_patch_spacing(self.patch_spacing),
-            batch_size=number,
-            device=self.device,
-            amp=self.amp,
-            dtype=_as_dtype(self.dtype),
-            activation=None if self.activation is None else self.activation.value,
-            reduce=reductions[0] if reductions else None,
-            padding_mode=_number_or_text(self.padding),
-            interpolation=None if self.interpolation is None else _one_or_all(self.interpolation.split(",")),
-            mirror_axes=_numbers(self.mirror, int, "mirror"),
-            memory_limit=self.memory_limit,
-            full_batches=size is not None and -1 not in size and loaded.takes_full_batches(size),
-        )
-        return predictor, loaded
-
-    def _loaded(self) -> LoadedModel:
-        other = other_model(self.model)
-        if other is not None:
-            folds = None if self.folds is None else [fold.strip() for fold in self.folds.split(",")]
-            return other[0].load(other[1], LoadingOptions(folds, self.checkpoint, self.allow_pickle, self.allow_code))
-        return load_model(self.model, self.weights, self.allow_pickle)
-
-    def _sizes(self, loaded: LoadedModel, spec: ModelSpec | None) -> tuple[list[int] | None, int | None]:
-        """Give the sizes that are asked for, or else those that the model is fixed to; None for what its spec says."""
-        asked = _numbers(self.patch_size, int, "patch-size")
-        of_slices = self.slice_axis is not None or (spec is not None and spec.slice_axis is not None)
-        if asked is not None and len(asked) == 1:
-            asked *= 2 if of_slices else 3
-        fixed = loaded.patch_size
-        is_specified = spec is not None and spec.patch_size is not None
-        if asked is None and is_specified:
-            return None, self.batch_size
-        if of_slices:
-            if asked is None:
-                raise SizeError("the patch size is missing: give --patch-size height,width of the slices")
-            return asked, self.batch_size or 1
-        if asked is not None and any(own not in (None, each) for own, each in zip(fixed, asked, strict=False)):
-            raise SizeError(
-                f"the patch size is {pretty_sizes(asked)}, but the model was exported for {pretty_sizes(fixed)}: ask for that,"
-                " or export it anew"
-            )
-        if self.batch_size is not None and loaded.batch_size not in (None, self.batch_size):
-            raise SizeError(
-                f"the batch size is {self.batch_size}, but the model was exported for {loaded.batch_size}: leave out"
-                " --batch-size, or export it anew"
-            )
-        size = asked or [each for each in fixed if each is not None]
-        if len(size) < len(fixed):
-            own = "has none of its own" if set(fixed) == {None} else f"was exported for {pretty_sizes(fixed)}"
-            raise SizeError(f"the patch size is missing, and the model {own}: give --patch-size, such as --patch-size 128")
-        number = loaded.least_batch_size(None if -1 in size else size) if self.batch_size is None else self.batch_size
-        if -1 not in size:
-            loaded.check_sizes(number, size)
-        return size, number
-
 
 def spread(command: Callable[..., None]) -> Callable[..., None]:
     """Let a command whose first parameter is a dataclass take the fields of that, each as a parameter of its own."""
@@ -215,42 +132,3 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
     taking_all.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     taking_all.__annotations__ = {each.name: each.annotation for each in parameters}
     return taking_all
-
-
-def _numbers(text: str | None, convert: Callable[[str], Number], name: str) -> list[Number] | None:
-    if text is None:
-        return None
-    try:
-        return [convert(part.strip()) for part in text.split(",")]
-    except ValueError as error:
-        raise SizeError(f"--{name} is {text!r}: give a number, or several with commas between them") from error
-
-
-def _one_or_all(values: list[Any] | None) -> Any:
-    return values[0] if values is not None and len(values) == 1 else values
-
-
-def _as_mode(text: str | None) -> OverlapMode | None:
-    if text is None:
-        return None
-    name, colon, width = text.partition(":")
-    if not colon:
-        return text
-    widths = _numbers(width, float, "mode") or []
-    if name != "gaussian":
-        raise ModeError(f"--mode is {text!r}: only gaussian has a width")
-    return Gaussian(widths)
-
-
-def _number_or_text(text: str | None) -> str | float | None:
-    try:
-        return None if text is None else float(text)
-    except ValueError:
-        return text
-
-
-def _as_dtype(name: str | None) -> torch.dtype | None:
-    found = None if name is None else getattr(torch, name, None)
-    if name is not None and not isinstance(found, torch.dtype):
-        raise ModeError(f"--dtype is {name!r}: it must be a type of PyTorch's, such as float32 or float64")
-    return found

@@ -3,13 +3,11 @@
 import contextlib
 import secrets
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from ..core.sizes import pretty_bytes
 from ..errors import OutputError, RecordError, SaveError
@@ -21,6 +19,7 @@ from ..runs.log import RunLog
 from .plan import PredictionPlan
 from .planner import Input
 from .preparing import Preparation, stays_in_memory
+from .progress import shown
 from .provenance import sidecar_of_run
 from .runner import FirstBatch, Runner
 from .sinks import MemorySink, image_class
@@ -210,12 +209,8 @@ def _nothing() -> None:
     """Record nothing."""
 
 
-@contextlib.contextmanager
-def _shown(progress: bool | str, plan: PredictionPlan, start: int) -> Iterator[Callable[[int], object]]:
+def _shown(progress: bool | str, plan: PredictionPlan, start: int) -> contextlib.AbstractContextManager[Callable[[int], object]]:
     """Give what is told of patches that have been computed, and shows it if that is wanted."""
     if not progress:
-        yield lambda patches: None
-        return
-    name = progress if isinstance(progress, str) else plan.name
-    with tqdm(total=plan.remaining_patches(start), unit="patch", desc=name) as bar:
-        yield bar.update
+        return contextlib.nullcontext(lambda patches: None)
+    return shown(progress if isinstance(progress, str) else plan.name, plan.remaining_patches(start))

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import default_collate, get_worker_info
-from torch.utils.data._utils.collate import default_collate_fn_map
 
 from ..core.affines import Affine
 from ..core.locations import PatchLocation
@@ -338,7 +337,3 @@ def _collated(values: list[Any]) -> Any:
 
 def _origin(image: Image) -> str:
     return "from memory" if image.path is None else str(image.path)
-
-
-# A type that is registered here is tried before PyTorch's branch for mappings, which would take a subject apart.
-default_collate_fn_map[Subject] = collate_subjects

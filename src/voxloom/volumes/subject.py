@@ -6,6 +6,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from torch.utils.data._utils.collate import default_collate_fn_map
 
 from ..core.affines import SPACE_TOLERANCE, corner_displacement
 from ..core.locations import PatchLocation
@@ -266,6 +267,17 @@ class Subject(dict[str, Any]):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(Keys: {tuple(self)}; images: {len(self.images)})"
+
+
+def _collated(subjects: Sequence[Subject], **_: Any) -> Any:
+    """Make a batch of subjects, where PyTorch's own loader collates them."""
+    from .batch import collate_subjects  # which needs this file
+
+    return collate_subjects(subjects)
+
+
+# A type that is registered here is tried before PyTorch's branch for mappings, which would take a subject apart.
+default_collate_fn_map[Subject] = _collated
 
 
 def location_entry(key: str, location: PatchLocation | None) -> Any:

@@ -1,0 +1,83 @@
+from . import data, datasets, errors, inference, loader
+from ._version import __version__
+from .core.grids import PatchGrid
+from .core.locations import PatchLocation
+from .core.windows import Gaussian
+from .inference import GridAggregator, PatchAggregator, PredictionPlan, Predictor, Regions, plan, predict
+from .io.arrays import ArraySource
+from .io.dicom import stored_dicom
+from .io.labels import Label
+from .io.protocols import SpaceCodes, VolumeSource, VolumeSpec, VolumeStore
+from .models.loading import load_model
+from .models.spec import Crop, ModelSpec
+from .runtime.kept_memory import kept_memory
+from .sampling.grid import GridSampler
+from .sampling.random import PatchSampler, UniformSampler
+from .sampling.weighted import LabelSampler, MixedSampler, WeightedSampler
+from .training import Queue
+from .volumes.batch import ImagesBatch, SubjectsBatch
+from .volumes.constants import AFFINE, CHANNELS_DIMENSION, DATA, INTENSITY, LABEL, LOCATION, PATH, SAMPLING_MAP, STEM, TYPE
+from .volumes.image import Image, LabelMap, ScalarImage
+from .volumes.intensities import Intensity
+from .volumes.libraries import as_image
+from .volumes.loading import SubjectsDataset, SubjectsLoader
+from .volumes.subject import Subject
+from .volumes.transforms import Compose
+
+__all__ = [
+    "AFFINE",
+    "CHANNELS_DIMENSION",
+    "DATA",
+    "INTENSITY",
+    "LABEL",
+    "LOCATION",
+    "PATH",
+    "SAMPLING_MAP",
+    "STEM",
+    "TYPE",
+    "ArraySource",
+    "Compose",
+    "Crop",
+    "Gaussian",
+    "GridAggregator",
+    "GridSampler",
+    "Image",
+    "ImagesBatch",
+    "Intensity",
+    "Label",
+    "LabelMap",
+    "LabelSampler",
+    "MixedSampler",
+    "ModelSpec",
+    "PatchAggregator",
+    "PatchGrid",
+    "PatchLocation",
+    "PatchSampler",
+    "PredictionPlan",
+    "Predictor",
+    "Queue",
+    "Regions",
+    "ScalarImage",
+    "SpaceCodes",
+    "Subject",
+    "SubjectsBatch",
+    "SubjectsDataset",
+    "SubjectsLoader",
+    "UniformSampler",
+    "VolumeSource",
+    "VolumeSpec",
+    "VolumeStore",
+    "WeightedSampler",
+    "__version__",
+    "as_image",
+    "data",
+    "datasets",
+    "errors",
+    "inference",
+    "kept_memory",
+    "load_model",
+    "loader",
+    "plan",
+    "predict",
+    "stored_dicom",
+]

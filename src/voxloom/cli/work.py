@@ -1,0 +1,239 @@
+"""What the commands do, once it is known what was asked for."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import typer
+from tqdm.auto import tqdm
+
+from ..core.sizes import pretty_sizes
+from ..datasets import HeadPhantom
+from ..errors import ModeError, SaveError, SizeError, VoxloomError
+from ..inference import Predictor
+from ..models.loading import LoadedModel, load_model
+from ..models.packing import pack_model
+from ..models.spec import ModelSpec
+from ..plotting.comparison import require_matplotlib, save_comparison
+from ..runs.log import left_behind
+from ..volumes.image import ScalarImage
+from ..volumes.subject import Subject
+from .applied import predictor_of
+from .cases import Case, cases_of, cases_of_table
+from .demo import run_demo
+from .options import ModelOptions
+from .others import cases_of_other
+from .reporting import Report, printable
+
+__all__ = ["describe", "make_folder", "pack", "plan_cases", "predict_cases", "show", "where_to_compute"]
+
+
+def predict_cases(
+    options: ModelOptions,
+    images: list[Path] | None,
+    output: Path,
+    table: Path | None,
+    like: Path | None,
+    where: Path | float | None,
+    resume: bool,
+    overwrite: bool,
+    report: Report,
+) -> None:
+    """Predict all cases; one that fails does not stop the others."""
+    cases = _cases(images, table, output, options.model)
+    predictor, model = predictor_of(options)
+    done, skipped, failed = 0, 0, []
+    for case in cases:
+        entry = {"case": case.name, "files": [str(path) for path in case.files], "target": str(case.target)}
+        try:
+            if _predict_case(predictor, _subject(case, model, predictor), case, like, where, resume, overwrite, report):
+                done += 1
+                report.done(f"{case.name}: {case.target}", entry | {"state": "done"})
+            else:
+                skipped += 1
+                rest = left_behind(case.target)
+                of_rest = "" if rest is None else f"; {rest} is left of a run that was interrupted: --overwrite resumes it"
+                report.done(f"{case.name}: {case.target} is complete{of_rest}", entry | {"state": "complete"})
+        except KeyboardInterrupt:
+            report.warn(f"{case.name}: interrupted; the same command goes on from what is finished")
+            raise typer.Exit(130) from None
+        except Exception as error:  # noqa: BLE001 - one case that fails, by whatever, must not stop the others
+            failed.append(case.name)
+            report.failed(case.name, error, isinstance(error, VoxloomError | OSError))
+    if len(cases) > 1:
+        listed = "".join(f"\n  {name}" for name in failed)
+        report.say(f"{done} done, {skipped} complete already, {len(failed)} failed{listed}")
+    report.end()
+    if failed:
+        raise typer.Exit(1)
+
+
+def plan_cases(
+    options: ModelOptions,
+    images: list[Path] | None,
+    output: Path,
+    table: Path | None,
+    like: Path | None,
+    where: Path | float | None,
+    report: Report,
+) -> None:
+    """Say what predicting would do."""
+    cases = _cases(images, table, output, options.model)
+    predictor, model = predictor_of(options)
+    failed = False
+    for case in cases:
+        try:
+            subject = _subject(case, model, predictor)
+            found = predictor.plan(subject, image_name=list(subject.images), like=like, mask=where, output=case.target)
+            numbers = {
+                "patches": found.num_patches,
+                "forward_passes": found.forward_passes,
+                "blocks": found.num_blocks,
+                "peak_bytes": found.peak_bytes,
+            }
+            entry = {"case": case.name, "target": str(case.target), **numbers, "plan": found.to_json(), "text": str(found)}
+            report.answer(f"{case.name}\n{found}\n" if len(cases) > 1 else str(found), entry)
+        except Exception as error:  # noqa: BLE001 - see above
+            report.failed(case.name, error, isinstance(error, VoxloomError | OSError))
+            failed = True
+    report.end()
+    if failed:
+        raise typer.Exit(1)
+
+
+def _cases(images: list[Path] | None, table: Path | None, output: Path, model: str) -> list[Case]:
+    if bool(images) == (table is not None):
+        raise SizeError("give either images or a --table of cases")
+    if table is not None:
+        return cases_of_table(table, output)
+    return cases_of_other(model, images or [], output) or cases_of(images or [], output)
+
+
+def _subject(case: Case, model: LoadedModel, predictor: Predictor) -> Subject:
+    """Make a subject of a case, and check that a model takes as many channels."""
+    subject = case.subject(predictor.spec.channels)
+    channels = sum(image.num_channels for image in subject.images.values())
+    if model.channels not in (None, channels):
+        raise SizeError(
+            f"{', '.join(map(str, case.files))} has {channels} channel{'s' if channels > 1 else ''}, but the model takes"
+            f" {model.channels}: give as many, in one file or in the columns of a --table"
+        )
+    return subject
+
+
+def _predict_case(
+    predictor: Predictor,
+    subject: Subject,
+    case: Case,
+    like: Path | None,
+    mask: Any,
+    resume: bool,
+    overwrite: bool,
+    report: Report,
+) -> bool:
+    """Predict a case, unless its result is there."""
+    names = list(subject.images)
+    make_folder(case.target.parent)
+    if not overwrite and predictor.is_made(subject, image_name=names, like=like, output=case.target, mask=mask):
+        return False
+    predictor(
+        subject,
+        image_name=names,
+        output=case.target,
+        like=like,
+        mask=mask,
+        resume=resume,
+        overwrite=overwrite,
+        progress=False if report.quiet or report.as_json else printable(case.name),
+    )
+    return True
+
+
+def describe(files: list[Path], allow_pickle: bool, report: Report) -> None:
+    """Say what images and models are."""
+    failed = False
+    for path in files:
+        try:
+            lines = _description(path, allow_pickle)
+            text = "\n".join([str(path), *(f"  {name + ':':<13}{value}" for name, value in lines.items())])
+            report.answer(text, {"file": str(path), **lines})
+        except VoxloomError as error:
+            report.warn(f"voxloom: {error}")
+            failed = True
+    report.end()
+    if failed:
+        raise typer.Exit(1)
+
+
+def _description(path: Path, allow_pickle: bool) -> dict[str, str]:
+    if path.suffix.lower() in (".pt2", ".pt", ".ts", ".pth"):
+        loaded = load_model(str(path), allow_pickle=allow_pickle)
+        least = loaded.least_batch_size()
+        free = "any" if least == 1 else f"{least} or more"
+        said = "none: raw intensities, native grid" if loaded.spec is None else str(loaded.spec).replace("\n", "\n  ")
+        return {"batch size": str(loaded.batch_size or free), "patch size": pretty_sizes(loaded.patch_size), "spec": said}
+    image = ScalarImage(path)
+    size = image.memory / 2**20
+    return {
+        "shape": f"{image.spatial_shape}, {image.num_channels} channel{'s' if image.num_channels > 1 else ''}",
+        "type": f"{image.dtype}, {size:.1f} MiB in memory".replace("torch.", ""),
+        "spacing": f"({', '.join(f'{value:.4g}' for value in image.spacing)}) mm",
+        "orientation": f"{''.join(image.orientation)}+",
+        "origin": f"({', '.join(f'{value:.4g}' for value in image.origin)}) mm",
+        "read": "in parts" if image.can_be_sliced else "as a whole",
+    }
+
+
+def pack(model: str, spec: Path, output: Path, weights: Path | None, allow_pickle: bool, overwrite: bool, report: Report) -> None:
+    """Put a model and its spec into one file."""
+    pack_model(model, ModelSpec.read(spec), output, weights, allow_pickle, overwrite)
+    report.say(f"{output}: {model} with {spec}")
+
+
+def show(image: Path | None, output: Path, size: int, patch_size: int, patch_overlap: int, overlap_mode: str) -> None:
+    """Apply a small network to an image as a whole and patch by patch, and show both."""
+    require_matplotlib()
+    make_folder(output)
+    scan = HeadPhantom(size).t1 if image is None else ScalarImage(image)
+    typer.echo(f"Input: {scan}")
+    result = run_demo(scan, patch_size, patch_overlap, overlap_mode, output, _progress)
+    typer.echo(f"Patches: {result.sampler}")
+    picture = output / "result.png"
+    title = f"{image.name if image else 'synthetic head'}: a network applied patch by patch, overlap mode '{overlap_mode}'"
+    save_comparison(picture, result.image.data, result.whole, result.patched, result.sampler.grid, result.image.spacing, title)
+    typer.echo(
+        f"Greatest difference between the whole and the patches: {result.greatest_difference:.3g}"
+        f" (values reach {result.greatest_value:.4g})"
+    )
+    typer.echo(f"Model:   {result.model_file.resolve()}")
+    typer.echo(f"Volume:  {(output / 'result.nii.gz').resolve()}\nPicture: {picture.resolve()}")
+    overlap = ",".join(str(axis.patch - axis.stride) for axis in result.sampler.grid.axes)
+    options = f"--overlap {overlap} --mode {overlap_mode} -o {output / 'again.nii.gz'}"
+    typer.echo(f"Again:   voxloom predict {result.model_file} {result.image_file} {options}")
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder for results.
+
+    Raises:
+        SaveError: if it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SaveError(f"the folder {path} cannot be made: {error.strerror}; give another one with --output") from error
+
+
+def where_to_compute(mask: Path | None, mask_above: float | None) -> Path | float | None:
+    """Give the mask, or the threshold that stands for one.
+
+    Raises:
+        ModeError: if both were given.
+    """
+    if mask is not None and mask_above is not None:
+        raise ModeError("of --mask and --mask-above only one can be given")
+    return mask if mask is not None else mask_above
+
+
+def _progress(batches: Iterable) -> Iterable:
+    return tqdm(batches, desc="Batches", unit="batch")
