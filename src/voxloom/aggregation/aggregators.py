@@ -51,6 +51,10 @@ class _Aggregator:
         self._subject_indices: set[int | None] = set()
         self._has_warned = False
 
+    def __repr__(self) -> str:
+        outputs = ", ".join("the output" if name is None else repr(name) for name in self._outputs) or "nothing yet"
+        return f"{type(self).__name__}({self.spatial_shape} voxels, overlap mode {self.overlap_mode!r}; added: {outputs})"
+
     def add_batch(self, batch: Outputs, locations: Any) -> None:
         """Add the outputs of a model for a batch of patches: all of them, or after an error none.
 

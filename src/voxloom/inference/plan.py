@@ -161,6 +161,9 @@ class PredictionPlan:
         part = self.traversal.outer
         return part.added_by(range(outer if self.maps is None else part.before(outer), outer + 1)).start
 
+    def __repr__(self) -> str:
+        return str(self)
+
     @cached_property
     def traversals(self) -> tuple[Traversal, ...]:
         """The traversal in the frame of each output."""

@@ -194,6 +194,14 @@ class Predictor:
             loaded.name if model_name is None else model_name,
         )
 
+    def __repr__(self) -> str:
+        models, settings = self._preparation.models, self.settings
+        names = ", ".join(getattr(type(model), "__name__", "?") for model in models.models)
+        return (
+            f"{type(self).__name__}({names} on {models.device}; patches: {settings.patch_size}, overlap {settings.patch_overlap},"
+            f" {settings.overlap_mode!r}; batch size: {settings.batch_size})"
+        )
+
     def _prepared(self, request: Request, target: Any, stack: contextlib.ExitStack) -> tuple[Preparation, Input]:
         """Give what prepares a prediction, and what the model is applied to, with the patches that are needed.
 

@@ -191,6 +191,9 @@ class ArraySource:
         i, j, k = given[-3:]
         return i, j, k
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({type(self._array).__name__} of shape {self.shape}, {self.dtype})"
+
     def read(self, box: Box) -> Tensor:
         """See `VolumeSource`."""
         slices = (slice(None), *box.slices) if self._has_channels else box.slices

@@ -1,5 +1,6 @@
 """An image as the objects of other libraries."""
 
+import importlib
 from abc import abstractmethod
 from typing import Any
 
@@ -11,7 +12,12 @@ from ..io.protocols import MILLIMETRES, SpaceCodes
 from ..io.saving import nifti_of, simpleitk_of, storable
 from .placed import PlacedVolume
 
-__all__ = ["Exchange"]
+__all__ = ["Exchange", "pictures"]
+
+
+def pictures() -> Any:
+    """Give the module that draws images: it is imported when something is drawn, since it needs matplotlib."""
+    return importlib.import_module("voxloom.plotting.planes")
 
 
 class Exchange(PlacedVolume):
@@ -40,6 +46,43 @@ class Exchange(PlacedVolume):
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.array(self.numpy(), dtype=dtype, copy=copy)
+
+    def plot(
+        self,
+        labels: Any = None,
+        *,
+        at: Any = None,
+        label: int | None = None,
+        channel: int = 0,
+        output: Any = None,
+    ) -> Any:
+        """Draw three planes of the image, as radiologists look at them: the patient's right is on the left.
+
+        Only those planes are read, where the file allows it.
+
+        Args:
+            labels: a label map on the same grid, which is laid on top.
+            at: the voxel `(I, J, K)` that the planes go through; by default the middle.
+            label: the label through whose middle they go instead.
+            channel: which channel is drawn.
+            output: name of a picture to write, such as `"scan.png"`.
+
+        Returns:
+            Figure of matplotlib.
+
+        Raises:
+            MissingDependencyError: if matplotlib is not installed: `pip install voxloom[plot]`.
+
+        Example:
+            >>> import voxloom as vx
+            >>> head = vx.datasets.HeadPhantom(32)
+            >>> len(head.t1.plot(head.labels, label=7).axes)
+            3
+        """
+        return pictures().plot_image(self, labels, at, label, channel, output)
+
+    def _repr_html_(self) -> str:
+        return pictures().html_of({"": self})
 
     def as_nibabel(self) -> Any:
         """Give an image of nibabel `(I, J, K)`, or `(I, J, K, C)` for several channels, as it would be saved.

@@ -85,6 +85,10 @@ class SubjectsDataset(Dataset[Subject]):
     def __len__(self) -> int:
         return len(self._subjects)
 
+    def __repr__(self) -> str:
+        how = "" if self.transform is None else f"; transform: {self.transform!r}"
+        return f"{type(self).__name__}({len(self)} subjects{how})"
+
     def __getitem__(self, index: int) -> Subject:
         if not hasattr(index, "__index__"):
             raise SizeError(
@@ -271,6 +275,9 @@ class SubjectsLoader(DataLoader[Any]):
         else:
             return batches
         return self._noted(fetched if self._delivery is None else self._delivery.of(fetched))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.dataset!r}; batch size: {self.batch_size}; {self.num_workers} workers)"
 
     def _explained(self) -> Iterator[SubjectsBatch]:
         check_descriptors(self.num_workers, DESCRIPTORS_PER_WORKER, DESCRIPTORS_BESIDE)

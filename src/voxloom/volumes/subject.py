@@ -12,6 +12,7 @@ from ..core.affines import SPACE_TOLERANCE, corner_displacement
 from ..core.locations import PatchLocation
 from ..errors import NoSuchKeyError, SpaceError, SubjectError
 from .constants import INDEX_INI, INTENSITY, LABEL, LOCATION, PATCH_LOCATION
+from .exchange import pictures
 from .image import Image
 from .slices import as_slices
 
@@ -239,6 +240,31 @@ class Subject(dict[str, Any]):
         if len(set(values.values())) > 1:
             listed = ", ".join(f"{name!r}: {value}" for name, value in values.items())
             raise SpaceError(f"Inconsistent {what} in one subject: {listed}. Resample the images to one grid")
+
+    def plot(self, labels: str | None = None, *, at: Any = None, label: int | None = None, output: Any = None) -> Any:
+        """Draw three planes of each image; see `Image.plot`.
+
+        Args:
+            labels: name of a label map that is laid on top of the others.
+            at: the voxel `(I, J, K)` that the planes go through; by default the middle.
+            label: the label through whose middle they go instead.
+            output: name of a picture to write.
+
+        Example:
+            >>> import voxloom as vx
+            >>> len(vx.datasets.HeadPhantom(32).plot(labels="labels", label=7).axes)
+            6
+        """
+        chosen = None if labels is None else self.get_image(labels)
+        if chosen is None and label is not None:
+            chosen = next((image for image in self.images.values() if image.type == LABEL), None)
+        return pictures().plot_images(self.images, None if labels is None else chosen, at, label, 0, output, chosen)
+
+    def _repr_html_(self) -> str:
+        return pictures().html_of(self.images, self.metadata)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *(name for name in self if name.isidentifier())})
 
     def load(self) -> None:
         """Read the data of all images."""

@@ -1,0 +1,133 @@
+"""Pictures show what is there, where it is; and nothing prints an address."""
+
+import copy
+
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+
+import voxloom as vx
+from voxloom.errors import MissingDependencyError, SizeError, SubjectError
+from voxloom.plotting import planes
+
+
+@pytest.fixture
+def marked():
+    """A volume in LPS, bright at the right, the anterior and the superior end of the patient."""
+    data = torch.zeros(1, 20, 30, 40)
+    data[0, :3] = 1  # of an axis that goes to the left, the first voxels are at the right
+    data[0, :, -3:] = 0  # and of one that goes to the back, the last ones are posterior
+    data[0, :, :3] = 2
+    data[0, :, :, -3:] = 3
+    return vx.ScalarImage(data, affine=np.diag([-2.0, -1, 1, 1]))
+
+
+def plane_of(figure, number):
+    axes = figure.axes[number]
+    return axes, np.asarray(axes.images[0].get_array())
+
+
+def test_planes_are_turned_as_the_letters_say(marked):
+    figure = marked.plot()
+    assert [axes.get_title() for axes in figure.axes[:3]] == ["sagittal", "coronal", "axial"]
+    for number, (right, up) in enumerate([("A", "S"), ("L", "S"), ("L", "A")]):
+        axes, _ = plane_of(figure, number)
+        letters = {text.get_text(): text.get_position() for text in axes.texts}
+        assert letters[right][0] > 0.9
+        assert letters[up][1] > 0.9
+    axes, sagittal = plane_of(figure, 0)  # rows go from inferior to superior, columns from posterior to anterior
+    assert (sagittal[-1] == 3).all()
+    assert (sagittal[:-3, -1] == 2).all()
+    assert sagittal[10, 0] == 0
+    axes, axial = plane_of(figure, 2)  # columns go from left to right, and are shown the other way round
+    assert axes.xaxis_inverted()
+    assert (axial[-1] == 2).all()
+    assert (axial[3:-3, -1] == 1).all()
+    assert (axial[:-3, 0] == 0).all()
+    assert (axial[:3] == 0).all()
+    assert figure.axes[2].get_images()[0].get_extent() == [0, 40, 0, 30]  # millimetres
+
+
+def test_planes_go_through_a_place_or_a_label():
+    head = vx.datasets.HeadPhantom(32)
+    place = np.argwhere(head.labels.data[0].numpy() == 7).mean(axis=0).round().astype(int)
+    figure = head.plot(labels="labels", label=7)
+    assert len(figure.axes) == 6
+    assert 7 in {int(text.get_text()) for text in figure.legends[0].get_texts()}
+    near = head.t1.plot(at=place.tolist())
+    _, by_label = plane_of(figure, 2)
+    _, by_place = plane_of(near, 2)
+    assert by_label.shape == by_place.shape
+    with pytest.raises(SizeError, match=r"at is \(99, 0, 0\)"):
+        head.t1.plot(at=(99, 0, 0))
+    with pytest.raises(SubjectError, match="no voxel has the label 77"):
+        head.t1.plot(head.labels, label=77)
+
+
+def test_labels_lie_on_top(tmp_path):
+    head = vx.datasets.HeadPhantom(32)
+    head.t1.plot(output=tmp_path / "plain.png")
+    head.t1.plot(head.labels, output=tmp_path / "labels.png")
+    plain, labelled = (matplotlib.image.imread(tmp_path / name)[..., :3] for name in ("plain.png", "labels.png"))
+    colourful = [((picture.max(axis=2) - picture.min(axis=2)) > 0.2).mean() for picture in (plain, labelled)]
+    assert colourful[0] < 0.02
+    assert colourful[1] > 0.1
+
+
+def test_only_the_planes_are_read(tmp_path):
+    path = tmp_path / "scan.nii"
+    vx.ScalarImage(torch.rand(1, 30, 30, 30)).save(path)
+    image = vx.ScalarImage(path)
+    image.plot()
+    assert not image.is_loaded
+
+
+def test_notebooks_show_pictures_and_text(tmp_path, monkeypatch):
+    head = vx.datasets.HeadPhantom(32)
+    assert "data:image/png;base64" in head.t1._repr_html_()
+    shown = copy.copy(head)
+    shown["name"] = "<b>odd</b>"
+    assert "&lt;b&gt;odd" in shown._repr_html_()
+
+    def missing():
+        raise MissingDependencyError("no matplotlib")
+
+    monkeypatch.setattr(planes, "require_matplotlib", missing)
+    html = head._repr_html_()
+    assert "data:image" not in html
+    assert "ScalarImage(shape: (1, 32, 32, 32)" in html
+    assert {"t1", "labels"} <= set(dir(head))
+
+
+def test_nothing_prints_an_address():
+    head = vx.datasets.HeadPhantom(32)
+    sampler = vx.GridSampler(head, 16)
+    batch = vx.SubjectsBatch.from_subjects([head])
+    model = torch.nn.Conv3d(1, 2, 1)
+    things = [
+        head,
+        head.t1,
+        batch,
+        batch.t1,
+        sampler,
+        vx.UniformSampler(16),
+        vx.LabelSampler(16),
+        vx.MixedSampler([(1, vx.UniformSampler(16))]),
+        vx.GridAggregator(sampler),
+        vx.PatchAggregator((32, 32, 32)),
+        vx.SubjectsDataset([head]),
+        vx.SubjectsLoader(sampler),
+        vx.Queue([head], 4, 1, vx.UniformSampler(16)),
+        vx.Predictor(model, 16),
+        vx.plan(model, head.t1, 16),
+        vx.ArraySource(np.zeros((4, 4, 4))),
+        vx.Compose([]),
+        vx.PatchGrid.cover((32,) * 3, (16,) * 3, (0,) * 3),
+        vx.ModelSpec(),
+        vx.Gaussian(),
+        vx.Regions((1, 2)),
+    ]
+    for thing in things:
+        assert " object at 0x" not in repr(thing), repr(thing)
+    assert "patches:" in repr(vx.plan(model, head.t1, 16))
