@@ -10,7 +10,7 @@ PROCESSES := $(shell expr 2 \* $$(getconf _NPROCESSORS_ONLN))
 SECOND := tests/integrations/test_torchio.py tests/integrations/test_lightning.py
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(PROCESSES) --maxprocesses 16 --dist worksteal
 
-.PHONY: demo test test-all test-second lint format bench fuzz clean
+.PHONY: demo test test-all test-second docs lint format bench fuzz clean
 
 demo: $(VENV)/plot.installed  ## Apply a network to a synthetic head, whole and patch by patch, and draw the result
 	$(BIN)/voxloom demo --output demo
@@ -25,6 +25,10 @@ test-all:  ## Run all tests, and say how much of the code they reach
 test-second: $(VENV)-second/installed  ## Run the tests that need TorchIO 2 or Lightning, in an environment of their own
 	OMP_NUM_THREADS=1 $(VENV)-second/bin/python -m pytest --numprocesses 2 --dist worksteal $(SECOND)
 	$(VENV)-second/bin/python -m pytest tests/test_documentation.py -k "lightning or torchio"
+
+docs: $(VENV)/docs.installed  ## Build the documentation into build/docs; what is wrong with it is an error
+	$(BIN)/sphinx-build -W --keep-going -q -b html docs build/docs
+	@echo "build/docs/index.html"
 
 lint: $(VENV)/lint.installed  ## Check style and types
 	$(BIN)/ruff check .
@@ -73,6 +77,10 @@ $(VENV)/plot.installed: $(VENV)/python.made pyproject.toml constraints.txt
 
 $(VENV)/test.installed: $(VENV)/python.made pyproject.toml constraints.txt
 	$(PIP) --editable ".[plot,datasets,test]"
+	@touch $@
+
+$(VENV)/docs.installed: $(VENV)/python.made pyproject.toml constraints.txt
+	$(PIP) --editable ".[plot,datasets,test,docs]"
 	@touch $@
 
 $(VENV)/lint.installed: $(VENV)/python.made pyproject.toml constraints.txt
