@@ -245,6 +245,16 @@ def changed(place, value):
         (changed(["preprocessing", "transforms", 3, "pixdim"], "@nowhere"), "refers to '@nowhere', which is not there"),
         (changed(["preprocessing"], {"_target_": "Compose"}), "preprocessing in .* no Compose with a list"),
         (changed(["postprocessing", "transforms", 2, "to_onehot"], 3), "to_onehot and rounding"),
+        (changed(["postprocessing", "transforms", 2, "threshold"], 0.5), "one of argmax and threshold is understood, once"),
+        (changed(["postprocessing", "transforms", 3], {"_target_": "AsDiscreted", "keys": "pred", "threshold": 1}), "once"),
+        (changed(["postprocessing", "transforms", 2, "keys"], "label"), "what is understood is made of 'pred'"),
+        (changed(["preprocessing", "transforms", 4, "a_min"], 500), "a_min must be less than a_max"),
+        (
+            changed(["preprocessing", "transforms", 2], {"_target_": "Orientationd", "keys": "image"}),
+            "argument axcodes is missing",
+        ),
+        (changed(["inferer"], {"_target_": "SlidingWindowInferer"}), "its argument roi_size is missing"),
+        (changed(["inferer", "overlap"], "@inferer#overlap"), "refers to itself"),
         (changed(["postprocessing", "transforms", 2], {"_target_": "Lambdad", "keys": "pred", "func": BRATS}), "allow_code=True"),
     ],
 )
@@ -253,6 +263,41 @@ def test_what_is_not_understood_is_named(configuration, message, tmp_path):
     (tmp_path / "configs" / "inference.json").write_text(json.dumps(configuration))
     with pytest.raises(ModelFileError, match=message):
         load(tmp_path)
+
+
+def test_disabled_steps_and_lists_with_a_value_for_each_key_are_followed(tmp_path):
+    scaled = BEFORE[4] | {"_disabled_": "@skipped"}
+    listed = {"_target_": "AsDiscreted", "keys": ["label", "pred"], "argmax": [False, True], "to_onehot": [None, None]}
+    configuration = of(
+        skipped=True,
+        preprocessing=transforms(*BEFORE[:4], scaled),
+        postprocessing=transforms(SOFTMAX | {"softmax": [False]}, INVERT, listed, SAVE),
+    )
+    write_bundle(tmp_path, configuration)
+    spec = load(tmp_path).spec
+    assert (spec.intensity, spec.activation, spec.reduce) == ((), None, "argmax")
+
+
+@pytest.mark.parametrize("metadata", [[], {"network_data_format": None}, {"network_data_format": {"outputs": {"pred": None}}}])
+def test_metadata_that_are_not_as_they_should_be_do_no_harm(metadata, tmp_path):
+    write_bundle(tmp_path, of())
+    (tmp_path / "configs" / "metadata.json").write_text(json.dumps(metadata))
+    assert load(tmp_path).spec.labels == ()
+
+
+def test_a_function_is_followed_by_nothing_that_would_be_lost(tmp_path):
+    flip = {"_target_": "Lambdad", "keys": "pred", "func": "$lambda x: x.flip(0)"}
+    write_bundle(tmp_path, of(postprocessing=transforms(SOFTMAX, flip, ARGMAX)))
+    with pytest.raises(ModelFileError, match="it comes after a function"):
+        load(tmp_path, allow_code=True)
+
+
+@pytest.mark.parametrize(("option", "value"), [("--folds", "0"), ("--weights", "w.pt")])
+def test_options_that_a_bundle_does_not_have_are_refused(option, value, tmp_path):
+    write_bundle(tmp_path, of())
+    arguments = ["predict", f"monai:{tmp_path}", str(tmp_path / "scans"), "-o", str(tmp_path / "out"), option, value]
+    result = CliRunner().invoke(app, arguments)
+    assert f"{option} was given, which is not for a bundle" in str(result.exception)
 
 
 def test_folders_that_are_no_bundles_are_named(tmp_path):

@@ -65,6 +65,23 @@ def test_names_or_the_user_say_what_labels_are():
         from_dict(item, labels=["teeth"])
 
 
+def test_volumes_without_channels_are_images_where_another_has_them():
+    subject = from_dict({"image": torch.zeros(1, 4, 5, 6), "label": torch.zeros(4, 5, 6), "matrix": torch.zeros(3, 3, 3)})
+    assert subject.label.shape == (1, 4, 5, 6)
+    assert list(subject.metadata) == ["matrix"]
+    assert from_dict({"image": torch.zeros(4, 5, 6), "seg2": torch.zeros(4, 5, 6)}).seg2.type == "label"
+
+
+def test_subjects_of_the_users_own_are_left_as_they_are(tmp_path):
+    vx.LabelMap(torch.zeros(1, 4, 5, 6)).save(tmp_path / "truth.nii")
+    subject = vx.Subject(image=vx.ScalarImage(torch.zeros(1, 4, 5, 6)), truth=vx.ScalarImage(tmp_path / "truth.nii"))
+    found = Labelled([subject], ["truth"])[0]
+    assert found.truth.type == "label"
+    assert not found.truth.is_loaded
+    assert found.truth.path == tmp_path / "truth.nii"
+    assert (subject.truth.type, subject.truth.is_loaded) == ("intensity", False)
+
+
 def test_a_batch_becomes_a_dictionary_of_batched_tensors():
     subjects = [from_dict(item_of(number)) for number in range(3)]
     batch = as_dict(vx.SubjectsBatch.from_subjects(subjects))
@@ -95,6 +112,17 @@ def dataset(request, tmp_path):
     if request.param == "PersistentDataset":
         return PersistentDataset(items, steps, tmp_path)
     return Dataset(items, steps)
+
+
+def test_what_a_data_set_keeps_is_not_changed():
+    def brighter(subject):
+        subject["image"].data.add_(1)
+        return subject
+
+    kept = CacheDataset([{"image": torch.zeros(1, 8, 8, 8)}], mt.EnsureTyped("image"), progress=False)
+    for data in (kept, Labelled(kept, [])):
+        queue = vx.Queue(data, 4, 2, vx.UniformSampler(4), seed=0, transform=brighter)
+        assert {float(patch["image"].data.max()) for _ in range(3) for patch in queue} == {1}
 
 
 def test_data_sets_feed_a_queue(dataset):
@@ -183,3 +211,26 @@ def test_batches_are_transformed_one_subject_after_the_other():
     assert torch.equal(made["image"].data, before.flip(2))
     assert torch.equal(made.label.data, (before > 0.5).to(torch.uint8).flip(2))
     assert made["image"].affine[0, 0, 0] == -AFFINE[0, 0]
+
+
+def test_batches_keep_what_a_transform_adds():
+    from voxloom.volumes.transforms import as_batch_transform
+
+    batch = vx.SubjectsBatch.from_subjects([from_dict(item_of(number)) for number in range(2)])
+    steps = mt.Compose([mt.CopyItemsd("image", names="second"), mt.Lambdad("age", lambda age: age * 10), mt.Flipd("image", 0)])
+    made = as_batch_transform(steps, "batch_transform")(batch)
+    assert set(made.images) == {"image", "label", "second"}
+    assert made.metadata["age"] == [0, 10]
+    assert [len(each) for each in as_dict(made)["image"].applied_operations] == [1, 1]
+
+
+def test_batches_say_what_cannot_transform_them():
+    import torchio as tio
+
+    dataset = vx.SubjectsDataset([from_dict(item_of(0))])
+    with pytest.raises(vx.errors.SubjectError, match=r"transforms subjects, and no batches: give it as a queue's transform"):
+        vx.SubjectsLoader(dataset, batch_transform=tio.RandomFlip())
+    with pytest.raises(vx.errors.SubjectError, match="the loader gave a Subject: give it a batch_size"):
+        next(iter(vx.SubjectsLoader(dataset, batch_size=None, batch_transform=lambda batch: batch)))
+    (batch,) = vx.SubjectsLoader(dataset, batch_transform=vx.Compose([mt.Flipd("image", 0)]))
+    assert torch.equal(batch["image"].data[0], item_of(0)["image"].as_tensor().flip(1))

@@ -94,7 +94,8 @@ def test_files_are_read_when_they_are_needed(tmp_path):
     path = tmp_path / "scan.nii.gz"
     data = torch.arange(5 * 6 * 7, dtype=torch.int16).view(1, 5, 6, 7)
     vx.ScalarImage(data, affine=OBLIQUE).save(path)
-    there = as_torchio(vx.ScalarImage(path))
+    mine = vx.ScalarImage(path)
+    there = as_torchio(mine)
     ours = from_torchio(tio.ScalarImage(path))
     moved = path.with_name("moved.nii.gz")
     path.rename(moved)
@@ -103,6 +104,7 @@ def test_files_are_read_when_they_are_needed(tmp_path):
             read()
     moved.rename(path)
     assert torch.equal(there.data, data)
+    assert not mine.is_loaded  # it is not kept twice
     assert torch.equal(ours.data, data)
     assert np.allclose(ours.affine, OBLIQUE, atol=1e-5)
     assert ours.path == path

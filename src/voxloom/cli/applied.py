@@ -57,7 +57,8 @@ def _loaded(options: ModelOptions) -> LoadedModel:
     other = other_model(options.model)
     if other is not None:
         folds = None if options.folds is None else [fold.strip() for fold in options.folds.split(",")]
-        return other[0].load(other[1], LoadingOptions(folds, options.checkpoint, options.allow_pickle, options.allow_code))
+        given = LoadingOptions(options.weights, folds, options.checkpoint, options.allow_pickle, options.allow_code)
+        return other[0].load(other[1], given)
     return load_model(options.model, options.weights, options.allow_pickle)
 
 

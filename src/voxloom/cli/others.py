@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..errors import ModeError
 from ..integrations import nnunet
 from ..models.loading import LoadedModel
 from .cases import DEFAULT_ENDING, Case, checked
@@ -15,10 +16,21 @@ __all__ = ["OTHERS", "LoadingOptions", "OtherModels", "cases_of_other", "other_m
 class LoadingOptions:
     """How a model of another project is loaded, as it was said on the command line; None where nothing was said."""
 
+    weights: Path | None
     folds: list[str] | None
     checkpoint: str | None
     allow_pickle: bool
     allow_code: bool
+
+    def refuse(self, kind: str, **given: object) -> None:
+        """Refuse options that a kind of model does not have.
+
+        Raises:
+            ModeError: names the option.
+        """
+        for name, value in given.items():
+            if value not in (None, False):
+                raise ModeError(f"--{name.replace('_', '-')} was given, which is not for {kind}: leave it out")
 
 
 @dataclass(frozen=True)
@@ -37,11 +49,13 @@ def _cases_of_nnunet(images: Path, model: Path, output: Path) -> list[Case]:
 
 
 def _nnunet(folder: Path, options: LoadingOptions) -> LoadedModel:
+    options.refuse("a folder of nnU-Net", weights=options.weights, allow_code=options.allow_code)
     checkpoint = options.checkpoint or "checkpoint_final.pth"
     return nnunet.load(folder, options.folds, checkpoint, allow_pickle=options.allow_pickle)
 
 
 def _monai(folder: Path, options: LoadingOptions) -> LoadedModel:
+    options.refuse("a bundle", weights=options.weights, folds=options.folds, allow_pickle=options.allow_pickle)
     from ..integrations import monai  # which takes seconds to import
 
     return monai.load(folder, checkpoint=options.checkpoint or "model.pt", allow_code=options.allow_code)

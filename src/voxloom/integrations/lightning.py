@@ -86,7 +86,9 @@ class PatchDataModule(_base("LightningDataModule")):  # type: ignore[misc]
     def state_dict(self) -> dict[str, Any]:
         """Say how far training is, for a checkpoint."""
         loader = self._loaders.get("train")
-        return {} if loader is None else {"train": loader.state_dict()}
+        if self._state is not None or loader is None:  # not used yet
+            return {} if self._state is None else {"train": self._state}
+        return {"train": loader.state_dict()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from there, when training begins."""

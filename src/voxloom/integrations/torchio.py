@@ -1,5 +1,6 @@
 """Images, subjects, data sets and transforms of TorchIO, of both generations, 1 and 2."""
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,10 @@ class TorchioBatchTransform(TorchioTransform):
                     _in_its_type(images.data, own.templates[0], own.data.dtype),
                     torch.stack([torch.from_numpy(_matrix(each)) for each in images.affines]),
                 )
+        batch[HISTORY] = [
+            [*before, *each.applied_transforms]
+            for before, each in zip(batch.metadata.get(HISTORY, [[]] * len(batch)), made.unbatch(), strict=True)
+        ]
         return batch
 
 
@@ -166,7 +171,7 @@ def _their_image(tio: Any, image: Image) -> Any:
     if image_class is tio.Image and _is_first(tio):
         more[TYPE] = image.type
     if not image.is_loaded and image.can_be_reloaded and isinstance(image.path, Path) and image.path.is_file():
-        return image_class(image.path, reader=_Reader(image), **more)
+        return image_class(image.path, reader=_Reader(copy.copy(image)), **more)
     if _is_first(tio):
         return image_class(image.path, tensor=image.data, affine=image.affine, verify_path=False, **more)
     return image_class(image.data, affine=image.affine, **more)

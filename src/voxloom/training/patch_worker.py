@@ -268,6 +268,8 @@ class PatchWorker:
             for transform in (*transforms_of(self.dataset), self.transform):
                 reseed(transform, seeds)
             subject = as_subject(self.dataset[index], "what the data set gave")
+            if self.transform is not None and not getattr(self.dataset, "gives_copies", False):
+                subject = copy.deepcopy(subject)  # it may be what the data set keeps
             if not self.wanted.includes(task):
                 raise _AbandonedError
             if self.transform is not None:

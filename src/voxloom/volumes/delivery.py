@@ -58,10 +58,13 @@ class Delivery:
             yield self._arrived(before)
 
     def _sent(self, batch: Any) -> Any:
+        if not isinstance(batch, SubjectsBatch):
+            raise SubjectError(
+                f"device= and batch_transform= are for batches of subjects, and the loader gave a {type(batch).__name__}: give it"
+                " a batch_size"
+            )
         if self.device is None:
             return batch
-        if not isinstance(batch, SubjectsBatch):
-            raise SubjectError(f"device= moves batches of subjects, and the loader gave something of type {type(batch).__name__}")
         if self.device.type != "cuda":
             return batch.to(self.device)
         if self._stream is None:

@@ -351,6 +351,13 @@ class Image(ImageEntries, Exchange, Views):
         new._affine = shifted(self.affine, index, step)
         return new
 
+    def of_class(self, image_class: builtins.type["Image"]) -> "Image":
+        """Give the same image as one of another class, such as `LabelMap`; it is neither copied nor read."""
+        new = copy.copy(self)
+        new.__class__ = image_class
+        new.type = image_class.fixed_type or self.type
+        return new
+
     def as_source(self) -> VolumeSource:
         """Give the image as a source of voxels, which it is."""
         return self

@@ -58,6 +58,12 @@ class Intensity:
     over: Region = "all"
     """Which voxels count; of `"nonzero"` and `"mask"` the others keep their value."""
 
+    def __post_init__(self) -> None:
+        if self.onto[0] == self.onto[1]:
+            raise SpecError(f"onto is {self.onto}: low and high must be brought to two numbers that differ")
+        if self.low is not None and self.high is not None and not self.low < self.high:
+            raise SpecError(f"low is {self.low}, and high is {self.high}: low must be less")
+
     @property
     def looks_at_volume(self) -> bool:
         """Whether the volume is looked at for numbers."""

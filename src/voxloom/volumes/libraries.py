@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 from collections.abc import Callable, Mapping
 from functools import cache
 from types import ModuleType
@@ -95,6 +96,8 @@ def as_image(thing: Any, type: str = INTENSITY) -> Image:  # noqa: A002 - the na
         >>> vx.as_image(nibabel.Nifti1Image(np.zeros((8, 9, 10), dtype=np.float32), np.diag([2, 2, 2, 1]))).spacing
         (2.0, 2.0, 2.0)
     """
+    if type not in (INTENSITY, LABEL):
+        raise ImageError(f"type is {type!r}: it must be {INTENSITY!r} or {LABEL!r}")
     if isinstance(thing, Image):
         return thing
     library = library_of(thing)
@@ -120,7 +123,7 @@ def as_subject(thing: Any, what: str) -> Subject:
 
     Args:
         thing: a `Subject`, which is given back; a subject of TorchIO; or a dict, of which images, tensors and arrays
-            `(C, I, J, K)`, are the images, and everything else the metadata.
+            `(C, I, J, K)`, or `(I, J, K)` like those, are the images, and everything else the metadata.
         what: what messages call it.
 
     Raises:
@@ -146,20 +149,30 @@ def found_subject(thing: Any) -> Subject | None:
     library = library_of(thing)
     found = None if library is None else library.subject_of(thing)
     if found is None and isinstance(thing, Mapping):
-        entries = {name: _entry(name, value) for name, value in thing.items()}
+        shapes = _shapes_in(thing)
+        entries = {name: _entry(name, value, shapes) for name, value in thing.items()}
         found = Subject(entries) if any(isinstance(value, Image) for value in entries.values()) else None
     return found
 
 
 # A part of an entry's name that says that it holds labels.
-LABEL_NAMES = frozenset({"label", "labels", "seg", "segmentation", "mask"})
+LABEL_NAMES = frozenset({"label", "labels", "labelmap", "seg", "segmentation", "mask"})
 
 
-def _entry(name: Any, value: Any) -> Any:
+def _shapes_in(thing: Mapping[Any, Any]) -> frozenset[tuple[int, ...]] | None:
+    """Give the shapes that an image without channels may have: those of images with them; None for any, if there is none."""
+    arrays = [value for value in thing.values() if isinstance(value, Tensor | np.ndarray)]
+    found = [tuple(value.shape[1:]) for value in arrays if value.ndim == 4]
+    found += [value.spatial_shape for value in thing.values() if isinstance(value, Image)]
+    return frozenset(found) or None
+
+
+def _entry(name: Any, value: Any, shapes: frozenset[tuple[int, ...]] | None) -> Any:
     """Make an image of what is one; a dict does not say which are label maps, but its names usually do."""
-    is_label = isinstance(name, str) and not LABEL_NAMES.isdisjoint(name.lower().split("_"))
+    is_label = isinstance(name, str) and not LABEL_NAMES.isdisjoint(re.split(r"[^a-z]+", name.lower()))
     library = library_of(value)
     found = None if library is None else library.image_of(value, LABEL if is_label else INTENSITY)
-    if found is None and isinstance(value, Tensor | np.ndarray) and value.ndim == 4:
+    is_array = isinstance(value, Tensor | np.ndarray)
+    if found is None and is_array and (value.ndim == 4 or (value.ndim == 3 and (shapes is None or tuple(value.shape) in shapes))):
         found = (LabelMap if is_label else ScalarImage)(tensor=value, affine=affine_of(value))
     return value if found is None else found

@@ -52,6 +52,9 @@ class SubjectsDataset(Dataset[Subject]):
         (4, torch.Size([2, 1, 8, 8, 8]))
     """
 
+    gives_copies = True
+    """A transform may change what it is given."""
+
     def __init__(self, subjects: Sequence[Any], transform: Any = None, load_getitem: bool = True) -> None:
         if isinstance(subjects, Subject) or not isinstance(subjects, Sequence):
             raise SubjectError(f"a data set is made of a list of subjects, not of {type(subjects).__name__}")

@@ -30,8 +30,9 @@ class Compose:
     """
 
     def __init__(self, transforms: Iterable[Any]) -> None:
+        self.given = list(transforms)
         self.transforms = [
-            each for number, given in enumerate(transforms) if (each := as_transform(given, f"transform {number}")) is not None
+            each for number, given in enumerate(self.given) if (each := as_transform(given, f"transform {number}")) is not None
         ]
 
     def __call__(self, subject: Subject) -> Any:
@@ -69,10 +70,14 @@ def as_batch_transform(given: Any, name: str) -> Transform | None:
     """Give what was given as a function of a `SubjectsBatch`; see `as_transform`."""
     if given is None:
         return None
+    if isinstance(given, Compose):
+        given = given.given
     if isinstance(given, list | tuple):
         return _InTurn([each for part in given if (each := as_batch_transform(part, name)) is not None])
     library = library_of(given)
     found = None if library is None else library.batch_transform_of(given)
+    if found is None and library is not None and library.transform_of(given) is not None:
+        raise SubjectError(f"{name} is {given!r}, which transforms subjects, and no batches: give it as a queue's transform")
     return _called(given, name) if found is None else found
 
 
@@ -80,7 +85,7 @@ class _InTurn(Compose):
     """Transforms of a batch, which have been made functions of it."""
 
     def __init__(self, transforms: list[Transform]) -> None:
-        self.transforms = transforms
+        self.given = self.transforms = transforms
 
 
 def _called(given: Any, name: str) -> Transform:

@@ -28,6 +28,8 @@ CONFIGURATIONS = ("inference.json", "inference.yaml", "inference.yml", "evaluate
 # Transforms that change nothing for a model here: images are read, have channels, and come as the type of the weights.
 READING = ("LoadImage", "EnsureChannelFirst", "EnsureType", "ToTensor", "CastToType", "ToDevice")
 WRITING = ("SaveImage", "EnsureType", "ToTensor", "CastToType", "ToDevice")
+PREDICTION = "pred"
+"""What MONAI's evaluators call the output of the network."""
 CODE = "which is code: allow_code=True (--allow-code) lets MONAI evaluate it, if you trust where the bundle is from"
 
 
@@ -93,8 +95,10 @@ class _Configuration:
             parser["bundle_root"] = str(root)
         return cls(path, content, parser)
 
-    def get(self, name: str) -> Any:
+    def get(self, name: str, above: tuple[str, ...] = ()) -> Any:
         """Give a part as it is written, by the names and numbers that lead there; None if there is none."""
+        if name in above:
+            raise ModelFileError(f"{name} in {self.path} refers to itself")
         found: Any = self.content
         for part in name.replace("::", "#").split("#"):
             if isinstance(found, list) and part.isdecimal() and int(part) < len(found):
@@ -104,7 +108,7 @@ class _Configuration:
             else:
                 return None
             if isinstance(found, str) and found.startswith("@"):
-                reference, found = found, self.get(found[1:])
+                reference, found = found, self.get(found[1:], (*above, name))
                 if found is None:
                     raise ModelFileError(f"{name} in {self.path} refers to {reference!r}, which is not there")
         return found
@@ -158,7 +162,7 @@ class _Configuration:
             raise ModelFileError(f"{name} in {self.path} is no Compose with a list of transforms")
         found = []
         for number, each in enumerate(transforms):
-            if isinstance(each, Mapping) and each.get("_disabled_") in (True, "true"):
+            if isinstance(each, Mapping) and self.value(f"{name}#transforms#{number}#_disabled_") in (True, "true", "True"):
                 continue
             component = self.component(f"{name}#transforms#{number}")
             assert component is not None
@@ -196,11 +200,22 @@ class _Component:
         return name
 
     def __getitem__(self, name: str) -> Any:
+        if name not in self.arguments:
+            self.refuse(f"its argument {name} is missing")
         return self.get(name)
 
     def get(self, name: str, default: Any = None) -> Any:
         """Give an argument as a plain value."""
         return self.configuration.value(f"{self.place}#{name}") if name in self.arguments else default
+
+    def own(self, name: str, default: Any = None) -> Any:
+        """Give an argument that may be a list with a value for each key: that of the prediction."""
+        value, keys = self.get(name, default), _listed(self.get("keys", PREDICTION))
+        if not isinstance(value, list):
+            return value
+        if len(value) != len(keys):
+            self.refuse(f"its {name} has {len(value)} values for {len(keys)} keys")
+        return value[keys.index(PREDICTION)]
 
     def only(self, *known: str) -> None:
         """Refuse arguments that are not understood.
@@ -299,6 +314,8 @@ class _Findings:
         step.only("a_min", "a_max", "b_min", "b_max", "clip", "dtype")
         low, high = step["a_min"], step["a_max"]
         onto = (step.get("b_min"), step.get("b_max"))
+        if not low < high or (None not in onto and onto[0] == onto[1]):
+            step.refuse("a_min must be less than a_max, and b_min and b_max must differ")
         self._scaled(
             step,
             Intensity(
@@ -382,21 +399,28 @@ class _Findings:
         is_discrete, inverted = False, None
         for step in self.configuration.steps(name):
             kind = step.kind
+            if kind not in WRITING and PREDICTION not in _listed(step.get("keys", PREDICTION)):
+                step.refuse(f"what is understood is made of {PREDICTION!r}")
+            if self.reduce is not None and kind in ("Activations", "AsDiscrete"):
+                step.refuse("it comes after a function")
             if kind == "Activations":
                 step.only("softmax", "sigmoid", "other")
-                chosen = [each for each in ("softmax", "sigmoid") if step.get(each)]
-                if is_discrete or len(chosen) > 1 or step.get("other") is not None:
+                chosen = [each for each in ("softmax", "sigmoid") if step.own(each)]
+                if is_discrete or len(chosen) > 1 or step.own("other") is not None or "activation" in self.values:
                     step.refuse("one activation, softmax or sigmoid, is understood, before AsDiscrete")
                 if chosen:
                     self.values |= {"activation": chosen[0], "activates": "sums"}
             elif kind == "Invert":
-                nearest = bool(step.get("nearest_interp", True)) or is_discrete
+                nearest = bool(step.own("nearest_interp", True)) or is_discrete
                 inverted = "nearest" if nearest else "linear"
             elif kind == "AsDiscrete":
                 step.only("argmax", "threshold", "to_onehot", "rounding", "dim", "keepdim", "dtype")
-                if step.get("to_onehot") or step.get("rounding"):
+                largest, threshold = step.own("argmax", False), step.own("threshold")
+                if step.own("to_onehot") or step.own("rounding"):
                     step.refuse("to_onehot and rounding are not understood")
-                self.values["reduce"] = "argmax" if step.get("argmax") else step.get("threshold")
+                if is_discrete or bool(largest) == (threshold is not None):
+                    step.refuse("one of argmax and threshold is understood, once")
+                self.values["reduce"] = "argmax" if largest else threshold
                 is_discrete = True
             elif kind == "Lambda" and self.configuration.parser is not None:
                 self._function(step)
@@ -456,12 +480,20 @@ def _names(root: Path, image_key: str) -> tuple[tuple[Label, ...], tuple[str, ..
         metadata = json.loads((root / "configs" / "metadata.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return (), ()
-    data = metadata.get("network_data_format", {})
-    outputs, inputs = (data.get(which, {}) for which in ("outputs", "inputs"))
-    classes = outputs.get("pred", next(iter(outputs.values()), {})).get("channel_def", {})
-    channels = inputs.get(image_key, {}).get("channel_def", {})
+    data = _part(metadata, "network_data_format")
+    outputs, inputs = _part(data, "outputs"), _part(data, "inputs")
+    output = _part(outputs, PREDICTION) or _part(outputs, next(iter(outputs), ""))
+    classes, channels = _part(output, "channel_def"), _part(_part(inputs, image_key), "channel_def")
     labels = tuple(Label(int(number), str(name)) for number, name in classes.items() if str(number).isdecimal() and int(number))
-    return labels, tuple(str(channels[each]) for each in sorted(channels, key=int)) if len(channels) > 1 else ()
+    if len(channels) < 2 or not all(str(each).isdecimal() for each in channels):
+        return labels, ()
+    return labels, tuple(str(channels[each]) for each in sorted(channels, key=int))
+
+
+def _part(of: Any, name: str) -> Mapping[str, Any]:
+    """Give a part of the metadata; nothing where they are not as they should be, since nothing depends on them."""
+    found = of.get(name) if isinstance(of, Mapping) else None
+    return found if isinstance(found, Mapping) else {}
 
 
 def _listed(value: Json) -> list[Any]:

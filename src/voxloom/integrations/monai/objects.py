@@ -95,7 +95,8 @@ def from_dict(item: Mapping[str, Any], labels: Iterable[str] | None = None) -> S
 
     Args:
         item: the dictionary.
-        labels: names of those that are label maps; by default those with `label`, `seg` or `mask` as a part of their name.
+        labels: names of those that are label maps; by default those with `label`, `seg` or `mask` as a word in their name, as in
+            `tumor_seg` and `mask2`.
 
     Raises:
         SubjectError: if there is no image in it, or none of a name in `labels`.
@@ -107,9 +108,11 @@ def from_dict(item: Mapping[str, Any], labels: Iterable[str] | None = None) -> S
     missing = [name for name in names if name not in subject.images]
     if missing:
         raise SubjectError(f"the dictionary has no image {missing[0]!r}, only {', '.join(map(repr, subject.images))}")
+    subject = subject.copy()
     for name, image in subject.images.items():
-        image_class = LabelMap if name in names else ScalarImage
-        subject[name] = image_class(tensor=image.data, affine=image.affine, **image.metadata)
+        wanted = LABEL if name in names else INTENSITY
+        if image.type != wanted:
+            subject[name] = image.of_class(LabelMap if wanted == LABEL else ScalarImage)
     return subject
 
 
@@ -201,11 +204,9 @@ class MonaiBatchTransform(MonaiTransform):
 
     def __call__(self, batch: SubjectsBatch) -> SubjectsBatch:  # type: ignore[override]
         made = [super(MonaiBatchTransform, self).__call__(subject) for subject in batch.unbatch()]
-        for name, images in batch.images.items():
-            own = [subject.get_image(name) for subject in made]
-            data = torch.stack([image.data for image in own])
-            images.replace(data, torch.stack([torch.from_numpy(image.affine) for image in own]))
-        return batch
+        images = {name: [subject.get_image(name) for subject in made] for name in made[0].images}
+        stacked = {name: ImagesBatch(torch.stack([each.data for each in own]), own) for name, own in images.items()}
+        return type(batch)(stacked, {name: [subject[name] for subject in made] for name in made[0].metadata})
 
 
 def _subject_of(item: Any, original: Subject) -> Subject:

@@ -264,6 +264,8 @@ class _Network:
         if isinstance(output, Mapping):
             self._names = list(output)
             return [str(name) for name in output], list(output.values())
+        if isinstance(output, list | tuple) and len(output) == 1:
+            return self._flat(output[0])
         if isinstance(output, list | tuple):
             self._names = None
             return [str(number) for number in range(len(output))], list(output)
