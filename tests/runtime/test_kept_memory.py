@@ -11,6 +11,8 @@ import torch
 
 import voxloom as vx
 
+[getattr(vx, name) for name in vx.__all__]  # imported now, which takes memory too
+
 BEGINNING = '''
     import json, os, sys, threading
     import torch
