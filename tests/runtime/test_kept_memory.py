@@ -11,13 +11,13 @@ import torch
 
 import voxloom as vx
 
-[getattr(vx, name) for name in vx.__all__]  # imported now, which takes memory too
-
 BEGINNING = '''
     import json, os, sys, threading
     import torch
     import voxloom as vx
 
+    for name in vx.__all__:
+        getattr(vx, name)  # imported now, which takes memory too
     BLOCK = 20 * 2**20
 
     def resident():
