@@ -10,13 +10,22 @@ PROCESSES := $(shell expr 2 \* $$(getconf _NPROCESSORS_ONLN))
 SECOND := tests/integrations/test_torchio.py tests/integrations/test_lightning.py
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(PROCESSES) --maxprocesses 16 --dist worksteal
 
-.PHONY: demo test test-all test-second docs lint format bench fuzz clean
+.PHONY: demo test test-all test-second test-slow docs dist lint format bench fuzz clean
 
 demo: $(VENV)/plot.installed  ## Apply a network to a synthetic head, whole and patch by patch, and draw the result
 	$(BIN)/voxloom demo --output demo
 
 test: $(VENV)/test.installed  ## Run the tests, but for those that take long
 	$(PYTEST) -m "not slow" $(COVERAGE)
+
+test-slow: $(VENV)/test.installed  ## Run those tests that take long
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --numprocesses 2 --dist worksteal
+
+dist: $(VENV)/python.made  ## Build the wheel and the source distribution into dist
+	$(PIP) build twine
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m twine check --strict dist/*
 
 test-all:  ## Run all tests, and say how much of the code they reach
 	$(MAKE) test COVERAGE="--cov voxloom --cov-report="
