@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 
 from ..core.sizes import pretty_sizes
 from ..datasets import HeadPhantom
-from ..errors import ModeError, SaveError, SizeError, VoxloomError
+from ..errors import MissingDependencyError, ModeError, SaveError, SizeError, VoxloomError
 from ..inference import Predictor
 from ..models.loading import LoadedModel, load_model
 from ..models.packing import pack_model
@@ -192,7 +192,6 @@ def pack(model: str, spec: Path, output: Path, weights: Path | None, allow_pickl
 
 def show(image: Path | None, output: Path, size: int, patch_size: int, patch_overlap: int, overlap_mode: str) -> None:
     """Apply a small network to an image as a whole and patch by patch, and show both."""
-    require_matplotlib()
     make_folder(output)
     scan = HeadPhantom(size).t1 if image is None else ScalarImage(image)
     typer.echo(f"Input: {scan}")
@@ -200,13 +199,20 @@ def show(image: Path | None, output: Path, size: int, patch_size: int, patch_ove
     typer.echo(f"Patches: {result.sampler}")
     picture = output / "result.png"
     title = f"{image.name if image else 'synthetic head'}: a network applied patch by patch, overlap mode '{overlap_mode}'"
-    save_comparison(picture, result.image.data, result.whole, result.patched, result.sampler.grid, result.image.spacing, title)
+    try:
+        require_matplotlib()
+        save_comparison(
+            picture, result.image.data, result.whole, result.patched, result.sampler.grid, result.image.spacing, title
+        )
+        drawn = str(picture.resolve())
+    except MissingDependencyError as error:
+        drawn = f"none: {error}"
     typer.echo(
         f"Greatest difference between the whole and the patches: {result.greatest_difference:.3g}"
         f" (values reach {result.greatest_value:.4g})"
     )
     typer.echo(f"Model:   {result.model_file.resolve()}")
-    typer.echo(f"Volume:  {(output / 'result.nii.gz').resolve()}\nPicture: {picture.resolve()}")
+    typer.echo(f"Volume:  {(output / 'result.nii.gz').resolve()}\nPicture: {drawn}")
     overlap = ",".join(str(axis.patch - axis.stride) for axis in result.sampler.grid.axes)
     options = f"--overlap {overlap} --mode {overlap_mode} -o {output / 'again.nii.gz'}"
     typer.echo(f"Again:   voxloom predict {result.model_file} {result.image_file} {options}")
