@@ -153,6 +153,16 @@ def test_a_dry_run_writes_nothing(here, run):
     assert not (here / "out.nii.gz").exists()
 
 
+def test_pages_are_written_beside_results(here, run):
+    run("predict", "mymodels:negative", "scans", "-o", "out", "--patch-size", 8, "--report")
+    assert (here / "out" / "a.html").exists()
+    index = (here / "out" / "index.html").read_text()
+    assert "href='a.html'" in index
+    assert "href='b/c.html'" in index
+    again = run("predict", "mymodels:negative", "scans", "-o", "out", "--patch-size", 8, "--report")
+    assert "3 complete already" in again.out
+
+
 def test_debug_shows_where_an_error_comes_from(here, run):
     arguments = ("predict", "mymodels:negative", "scans/a.nii.gz", "-o", "out.nii.gz", "--patch-size", "zzz")
     assert "Traceback" not in run(*arguments, code=1).err

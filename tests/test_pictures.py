@@ -1,6 +1,9 @@
 """Pictures show what is there, where it is; and nothing prints an address."""
 
 import copy
+import re
+import shutil
+import subprocess
 
 import matplotlib.image
 import numpy as np
@@ -9,7 +12,9 @@ import torch
 
 import voxloom as vx
 from voxloom.errors import MissingDependencyError, SizeError, SubjectError
+from voxloom.io.labels import Label
 from voxloom.plotting import planes
+from voxloom.plotting.report import CaseReport, write_index, write_report
 
 
 @pytest.fixture
@@ -131,3 +136,47 @@ def test_nothing_prints_an_address():
     for thing in things:
         assert " object at 0x" not in repr(thing), repr(thing)
     assert "patches:" in repr(vx.plan(model, head.t1, 16))
+
+
+@pytest.fixture
+def page(tmp_path):
+    head = vx.datasets.HeadPhantom((40, 36, 32))
+    labels = (Label(7, "lesion & <b>more</b>"), Label(9, "nothing"))
+    write_report(tmp_path / "case.html", CaseReport("case <1>", head.t1, head.labels, "volume: all of it", 12.34, labels))
+    return head, tmp_path / "case.html"
+
+
+def test_a_report_says_how_much_there_is_of_each_label(page):
+    head, path = page
+    text = path.read_text()
+    rows = re.findall(r"<td>(\d+)</td><td>([^<]*)</td><td class='number'>([\d,]+)</td><td class='number'>([\d.]+)</td>", text)
+    found = {int(label): (name, int(count.replace(",", "")), float(volume)) for label, name, count, volume in rows}
+    counts = head.labels.count_labels()
+    assert {label: count for label, (_, count, _) in found.items()} == {**{n: c for n, c in counts.items() if n}, 9: 0}
+    assert found[7][0] == "lesion &amp; &lt;b&gt;more&lt;/b&gt;"
+    millilitres = np.prod(head.labels.spacing) / 1000
+    assert all(volume == pytest.approx(count * millilitres, abs=0.01) for _, count, volume in found.values())
+    assert "case &lt;1&gt;" in text
+    assert "It took 12.3 s" in text
+    assert text.count("data:image/png;base64,") == 1
+    assert "http" not in text  # it needs nothing else
+
+
+def test_scores_and_results_on_another_grid_have_pages_too(tmp_path):
+    head = vx.datasets.HeadPhantom(32)
+    for result in (vx.ScalarImage(torch.rand(2, 32, 32, 32), affine=head.t1.affine), vx.LabelMap(torch.ones(1, 8, 8, 8).int())):
+        write_report(tmp_path / "case.html", CaseReport("case", head.t1, result, "", 1.0))
+        assert "data:image/png" in (tmp_path / "case.html").read_text()
+    write_index(tmp_path / "index.html", {"a & b": "sub/case.html"})
+    assert "<a href='sub/case.html'>a &amp; b</a>" in (tmp_path / "index.html").read_text()
+
+
+def test_a_report_opens_in_a_browser(page):
+    browser = next((name for name in ("chromium", "google-chrome", "chromium-browser") if shutil.which(name)), None)
+    if browser is None:
+        pytest.skip("no browser of the Chromium family is installed")
+    _, path = page
+    shown = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", path.as_uri()]
+    dom = subprocess.run(shown, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert "<td>lesion &amp; &lt;b&gt;more&lt;/b&gt;</td>" in dom
+    assert dom.count("<tr>") == len(vx.datasets.HeadPhantom.names) + 1

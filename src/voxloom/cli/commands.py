@@ -86,6 +86,9 @@ def predict(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results that are there.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, as plan does, and do nothing.")] = False,
     as_json: AsJson = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="Write a page (.html) beside each result: planes, volumes of labels, the plan.")
+    ] = False,
 ) -> None:
     """Apply a model to whole images, patch by patch, in bounded memory.
 
@@ -98,7 +101,7 @@ def predict(
     if dry_run:
         plan_cases(options, images, output, table, like, where, reporting)
     else:
-        predict_cases(options, images, output, table, like, where, resume, overwrite, reporting)
+        predict_cases(options, images, output, table, like, where, resume, overwrite, report, reporting)
 
 
 @app.command(epilog="Example:\n\n    voxloom plan model.pt2 scan.nii.gz -o labels.nii.gz --memory-limit 2GiB\n")

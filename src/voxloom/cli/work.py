@@ -1,5 +1,7 @@
 """What the commands do, once it is known what was asked for."""
 
+import os
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,14 @@ from ..core.sizes import pretty_sizes
 from ..datasets import HeadPhantom
 from ..errors import MissingDependencyError, ModeError, SaveError, SizeError, VoxloomError
 from ..inference import Predictor
+from ..io.formats import stem_of
 from ..models.loading import LoadedModel, load_model
 from ..models.packing import pack_model
 from ..models.spec import ModelSpec
 from ..plotting.comparison import require_matplotlib, save_comparison
+from ..plotting.report import CaseReport, write_index, write_report
 from ..runs.log import left_behind
-from ..volumes.image import ScalarImage
+from ..volumes.image import LabelMap, ScalarImage
 from ..volumes.subject import Subject
 from .applied import predictor_of
 from .cases import Case, cases_of, cases_of_table
@@ -37,17 +41,26 @@ def predict_cases(
     where: Path | float | None,
     resume: bool,
     overwrite: bool,
+    with_pages: bool,
     report: Report,
 ) -> None:
     """Predict all cases; one that fails does not stop the others."""
     cases = _cases(images, table, output, options.model)
     predictor, model = predictor_of(options)
     done, skipped, failed = 0, 0, []
+    pages: dict[str, str] = {}
+    if with_pages:
+        require_matplotlib()
     for case in cases:
+        began = time.monotonic()
         entry = {"case": case.name, "files": [str(path) for path in case.files], "target": str(case.target)}
         try:
-            if _predict_case(predictor, _subject(case, model, predictor), case, like, where, resume, overwrite, report):
+            subject = _subject(case, model, predictor)
+            if _predict_case(predictor, subject, case, like, where, resume, overwrite, report):
                 done += 1
+                if with_pages:
+                    page = _write_page(case, subject, predictor, like, where, time.monotonic() - began)
+                    pages[case.name] = os.path.relpath(page, output if output.is_dir() else output.parent)
                 report.done(f"{case.name}: {case.target}", entry | {"state": "done"})
             else:
                 skipped += 1
@@ -60,12 +73,27 @@ def predict_cases(
         except Exception as error:  # noqa: BLE001 - one case that fails, by whatever, must not stop the others
             failed.append(case.name)
             report.failed(case.name, error, isinstance(error, VoxloomError | OSError))
+    if len(pages) > 1:
+        write_index(output / "index.html", pages)
     if len(cases) > 1:
         listed = "".join(f"\n  {name}" for name in failed)
         report.say(f"{done} done, {skipped} complete already, {len(failed)} failed{listed}")
     report.end()
     if failed:
         raise typer.Exit(1)
+
+
+def _write_page(
+    case: Case, subject: Subject, predictor: Predictor, like: Path | None, where: Path | float | None, seconds: float
+) -> Path:
+    """Write the page of a case, beside its result."""
+    names = list(subject.images)
+    plan = predictor.plan(subject, image_name=names, like=like, mask=where, output=case.target)
+    kind = LabelMap if plan.results[0].volume.is_labels else ScalarImage
+    found = CaseReport(case.name, subject.images[names[0]], kind(case.target), str(plan), seconds, predictor.spec.labels)
+    path = case.target.with_name(f"{stem_of(case.target)}.html")
+    write_report(path, found)
+    return path
 
 
 def plan_cases(
