@@ -153,6 +153,27 @@ def test_a_dry_run_writes_nothing(here, run):
     assert not (here / "out.nii.gz").exists()
 
 
+@pytest.mark.parametrize("names", [("a_0000", "a_0001", "b_0000", "b_0001"), ("s_T1w", "s_T2w", "t_T1w", "t_T2w")])
+def test_channels_of_one_case_are_grouped_if_that_is_said(here, run, names):
+    (here / "pairs").mkdir()
+    for name in names:
+        vx.ScalarImage(torch.rand(1, 9, 8, 7)).save(here / "pairs" / f"{name}.nii.gz")
+    arguments = ("predict", "mymodels:negative", "pairs", "-o", "out", "--patch-size", 8)
+    refused = run(*arguments, code=1).err
+    assert f"{names[0]}.nii.gz, {names[1]}.nii.gz are named as channels of one case: give --group" in refused
+    run(*arguments, "--no-group")
+    assert len(list((here / "out").glob("*.nii.gz"))) == 4
+    run(*arguments[:4], "grouped", *arguments[5:], "--group")
+    found = data_of(here / "grouped" / f"{names[0][0]}.nii.gz")
+    expected = [-data_of(here / "pairs" / f"{name}.nii.gz") for name in names[:2]]
+    torch.testing.assert_close(found, torch.cat(expected))
+    (here / "pairs" / f"{names[1]}.nii.gz").unlink()
+    assert (
+        f"the case {names[0][0]} has no file of the channel"
+        in run(*arguments[:4], "again", *arguments[5:], "--group", code=1).err
+    )
+
+
 def test_pages_are_written_beside_results(here, run):
     run("predict", "mymodels:negative", "scans", "-o", "out", "--patch-size", 8, "--report")
     assert (here / "out" / "a.html").exists()

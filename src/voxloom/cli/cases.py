@@ -1,6 +1,7 @@
 """Which images a command is applied to, and where each result goes."""
 
 import csv
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ IMAGES = endings(lambda each: not each.is_dicom and each.described_by is None)
 DICOM = endings(lambda each: each.is_dicom)
 TARGETS = endings(lambda each: each.is_streamed)
 DEFAULT_ENDING = ".nii.gz"
+# Names of files that are channels of one case: those of nnU-Net, and of BIDS.
+CHANNEL = re.compile(r"(?P<case>.+)_(?:(?P<number>\d{4})|(?P<suffix>(?:T1w|T2w|T1ce|T1gd|PDw|FLAIR|T2star|angio|CT|PET|pet|ct)))")
 
 
 @dataclass(frozen=True)
@@ -51,14 +54,21 @@ class Case:
         return Subject({name: images[name] for name in wanted})
 
 
-def cases_of(images: Sequence[Path], output: Path) -> list[Case]:
+def cases_of(images: Sequence[Path], output: Path, is_grouped: bool | None = None) -> list[Case]:
     """Find the cases for files and folders.
 
     A single file may have an output that is a file; otherwise the output is a folder, in which stems, and for folders the paths
     within them, are kept.
 
+    Args:
+        images: the files and folders.
+        output: where results go.
+        is_grouped: whether files in one folder that are named as channels of one case, `CASE_0000` and `CASE_0001`, or
+            `sub-01_T1w` and `sub-01_T2w`, are one. None refuses them, since either may be meant.
+
     Raises:
         ImageNotFoundError: if there is no such file or folder, or no image in it.
+        SubjectError: if it must be said whether files are channels of one case, or a case lacks one that others have.
         SaveError: if two results would go to the same file, or one would replace an input.
     """
     if len(images) == 1 and not _is_folder_of_images(images[0]) and output.name.lower().endswith(TARGETS):
@@ -86,7 +96,34 @@ def cases_of(images: Sequence[Path], output: Path) -> list[Case]:
         for file in found:
             place = file.relative_to(path).parent if file != path else Path()
             cases.append(Case(str(place / file.name), (file,), output / place / f"{_stem_of(file)}{DEFAULT_ENDING}"))
-    return checked(cases)
+    return checked(cases if is_grouped is False else _grouped(cases, output, bool(is_grouped)))
+
+
+def _grouped(cases: list[Case], output: Path, is_wanted: bool) -> list[Case]:
+    """Make one case of files that are named as its channels."""
+    groups: dict[Path, dict[str, Case]] = {}
+    for case in cases:
+        found = CHANNEL.fullmatch(_stem_of(case.files[0]))
+        stem, channel = (found["case"], found["number"] or found["suffix"]) if found else (_stem_of(case.files[0]), "")
+        groups.setdefault(case.target.parent / stem, {})[channel] = case
+    if all(len(group) == 1 for group in groups.values()):
+        return cases
+    if not is_wanted:
+        several = next(group for group in groups.values() if len(group) > 1)
+        listed = ", ".join(str(case.files[0].name) for case in several.values())
+        raise SubjectError(
+            f"{listed} are named as channels of one case: give --group if they are, or --no-group if each is a case of its own"
+        )
+    channels = sorted({channel for group in groups.values() for channel in group})
+    made = []
+    for target, group in groups.items():
+        missing = [channel for channel in channels if channel not in group]
+        if missing:
+            raise SubjectError(f"the case {target.name} has no file of the channel {missing[0]!r}, which others have")
+        names = tuple(channels) if not all(each.isdecimal() for each in channels) else ()
+        files = tuple(group[channel].files[0] for channel in channels)
+        made.append(Case(str(target.relative_to(output)), files, target.with_name(f"{target.name}{DEFAULT_ENDING}"), names))
+    return made
 
 
 def cases_of_table(table: Path, output: Path) -> list[Case]:

@@ -56,6 +56,14 @@ Mask = Annotated[Path | None, typer.Option(help="Image of where to compute; matc
 Like = Annotated[Path | None, typer.Option(help="Image on whose grid the results are to be, in place of the input's own.")]
 MaskAbove = Annotated[float | None, typer.Option(help="Compute only patches in which the input is above this value.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="A .nii or .nii.gz for one image, or a folder.")]
+Group = Annotated[
+    bool | None,
+    typer.Option(
+        "--group/--no-group",
+        help="Whether CASE_0000 and CASE_0001, or sub-01_T1w and sub-01_T2w, are channels of one case.",
+        show_default=False,
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print a list of JSON, an entry for each case, and nothing else.")]
 
 PREDICT_EXAMPLES = """Examples:
@@ -79,6 +87,7 @@ def predict(
     images: Images = None,
     output: Output = RESULTS,
     table: Table = None,
+    group: Group = None,
     like: Like = None,
     mask: Mask = None,
     mask_above: MaskAbove = None,
@@ -99,9 +108,9 @@ def predict(
     reporting.as_json = as_json
     where = where_to_compute(mask, mask_above)
     if dry_run:
-        plan_cases(options, images, output, table, like, where, reporting)
+        plan_cases(options, images, output, table, group, like, where, reporting)
     else:
-        predict_cases(options, images, output, table, like, where, resume, overwrite, report, reporting)
+        predict_cases(options, images, output, table, group, like, where, resume, overwrite, report, reporting)
 
 
 @app.command(epilog="Example:\n\n    voxloom plan model.pt2 scan.nii.gz -o labels.nii.gz --memory-limit 2GiB\n")
@@ -111,6 +120,7 @@ def plan(
     images: Images = None,
     output: Output = RESULTS,
     table: Table = None,
+    group: Group = None,
     like: Like = None,
     mask: Mask = None,
     mask_above: MaskAbove = None,
@@ -120,7 +130,7 @@ def plan(
     from .work import plan_cases, where_to_compute
 
     reporting.as_json = as_json
-    plan_cases(options, images, output, table, like, where_to_compute(mask, mask_above), reporting)
+    plan_cases(options, images, output, table, group, like, where_to_compute(mask, mask_above), reporting)
 
 
 @app.command(epilog="Example:\n\n    voxloom info scan.nii.gz dicom_folder/ model.pt2\n")

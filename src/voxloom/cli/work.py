@@ -37,6 +37,7 @@ def predict_cases(
     images: list[Path] | None,
     output: Path,
     table: Path | None,
+    is_grouped: bool | None,
     like: Path | None,
     where: Path | float | None,
     resume: bool,
@@ -45,7 +46,7 @@ def predict_cases(
     report: Report,
 ) -> None:
     """Predict all cases; one that fails does not stop the others."""
-    cases = _cases(images, table, output, options.model)
+    cases = _cases(images, table, output, is_grouped, options.model)
     predictor, model = predictor_of(options)
     done, skipped, failed = 0, 0, []
     pages: dict[str, str] = {}
@@ -101,12 +102,13 @@ def plan_cases(
     images: list[Path] | None,
     output: Path,
     table: Path | None,
+    is_grouped: bool | None,
     like: Path | None,
     where: Path | float | None,
     report: Report,
 ) -> None:
     """Say what predicting would do."""
-    cases = _cases(images, table, output, options.model)
+    cases = _cases(images, table, output, is_grouped, options.model)
     predictor, model = predictor_of(options)
     failed = False
     for case in cases:
@@ -129,12 +131,12 @@ def plan_cases(
         raise typer.Exit(1)
 
 
-def _cases(images: list[Path] | None, table: Path | None, output: Path, model: str) -> list[Case]:
+def _cases(images: list[Path] | None, table: Path | None, output: Path, is_grouped: bool | None, model: str) -> list[Case]:
     if bool(images) == (table is not None):
         raise SizeError("give either images or a --table of cases")
     if table is not None:
         return cases_of_table(table, output)
-    return cases_of_other(model, images or [], output) or cases_of(images or [], output)
+    return cases_of_other(model, images or [], output) or cases_of(images or [], output, is_grouped)
 
 
 def _subject(case: Case, model: LoadedModel, predictor: Predictor) -> Subject:
