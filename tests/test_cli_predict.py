@@ -174,6 +174,23 @@ def test_channels_of_one_case_are_grouped_if_that_is_said(here, run, names):
     )
 
 
+def test_channels_on_other_grids_are_resampled_to_one_that_is_named(here, run):
+    (here / "pair").mkdir()
+    first, second = (
+        vx.ScalarImage(torch.rand(1, 9, 8, 7)),
+        vx.ScalarImage(torch.rand(1, 18, 16, 14), affine=np.diag([0.5, 0.5, 0.5, 1])),
+    )
+    for name, image in (("s_T1w", first), ("s_T2w", second)):
+        image.save(here / "pair" / f"{name}.nii.gz")
+    arguments = ("predict", "mymodels:negative", "pair", "-o", "out", "--patch-size", 8, "--group")
+    assert "(--resample-to) one of 'T1w', 'T2w'" in run(*arguments, code=1).err
+    run(*arguments, "--resample-to", "T1w")
+    expected = torch.cat([first.data, second.resampled(like=first).data])
+    torch.testing.assert_close(data_of(here / "out" / "s.nii.gz"), -expected)
+    assert "is complete" in run(*arguments, "--resample-to", "T1w").out
+    assert "exists, and is of something else" in run(*arguments, "--resample-to", "T2w", code=1).err
+
+
 def test_pages_are_written_beside_results(here, run):
     run("predict", "mymodels:negative", "scans", "-o", "out", "--patch-size", 8, "--report")
     assert (here / "out" / "a.html").exists()

@@ -146,7 +146,7 @@ def test_channels_go_in_the_order_of_their_names():
     with pytest.raises(SpecError, match="1 channel, but the model takes 2"):
         vx.predict(nn.Identity(), one, spec=spec)
     elsewhere = other.resampled(2)
-    with pytest.raises(SpaceError, match="resample_to= one of 'T1', 'FLAIR'"):
+    with pytest.raises(SpaceError, match=r"resample_to= \(--resample-to\) one of 'T1', 'FLAIR'"):
         vx.predict(nn.Identity(), vx.Subject(T1=one, FLAIR=elsewhere), spec=spec)
     made = vx.predict(nn.Identity(), vx.Subject(T1=one, FLAIR=elsewhere), spec=spec, resample_to="T1")
     assert torch.allclose(made.data[1:], elsewhere.resampled(like=one).data, atol=1e-3)

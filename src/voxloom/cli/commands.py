@@ -64,6 +64,9 @@ Group = Annotated[
         show_default=False,
     ),
 ]
+ResampleTo = Annotated[
+    str | None, typer.Option(help="Name of the channel onto whose grid the others are resampled, where they differ.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print a list of JSON, an entry for each case, and nothing else.")]
 
 PREDICT_EXAMPLES = """Examples:
@@ -88,6 +91,7 @@ def predict(
     output: Output = RESULTS,
     table: Table = None,
     group: Group = None,
+    resample_to: ResampleTo = None,
     like: Like = None,
     mask: Mask = None,
     mask_above: MaskAbove = None,
@@ -108,9 +112,9 @@ def predict(
     reporting.as_json = as_json
     where = where_to_compute(mask, mask_above)
     if dry_run:
-        plan_cases(options, images, output, table, group, like, where, reporting)
+        plan_cases(options, images, output, table, group, resample_to, like, where, reporting)
     else:
-        predict_cases(options, images, output, table, group, like, where, resume, overwrite, report, reporting)
+        predict_cases(options, images, output, table, group, resample_to, like, where, resume, overwrite, report, reporting)
 
 
 @app.command(epilog="Example:\n\n    voxloom plan model.pt2 scan.nii.gz -o labels.nii.gz --memory-limit 2GiB\n")
@@ -121,6 +125,7 @@ def plan(
     output: Output = RESULTS,
     table: Table = None,
     group: Group = None,
+    resample_to: ResampleTo = None,
     like: Like = None,
     mask: Mask = None,
     mask_above: MaskAbove = None,
@@ -130,7 +135,7 @@ def plan(
     from .work import plan_cases, where_to_compute
 
     reporting.as_json = as_json
-    plan_cases(options, images, output, table, group, like, where_to_compute(mask, mask_above), reporting)
+    plan_cases(options, images, output, table, group, resample_to, like, where_to_compute(mask, mask_above), reporting)
 
 
 @app.command(epilog="Example:\n\n    voxloom info scan.nii.gz dicom_folder/ model.pt2\n")

@@ -38,6 +38,7 @@ def predict_cases(
     output: Path,
     table: Path | None,
     is_grouped: bool | None,
+    resample_to: str | None,
     like: Path | None,
     where: Path | float | None,
     resume: bool,
@@ -57,10 +58,10 @@ def predict_cases(
         entry = {"case": case.name, "files": [str(path) for path in case.files], "target": str(case.target)}
         try:
             subject = _subject(case, model, predictor)
-            if _predict_case(predictor, subject, case, like, where, resume, overwrite, report):
+            if _predict_case(predictor, subject, case, resample_to, like, where, resume, overwrite, report):
                 done += 1
                 if with_pages:
-                    page = _write_page(case, subject, predictor, like, where, time.monotonic() - began)
+                    page = _write_page(case, subject, predictor, resample_to, like, where, time.monotonic() - began)
                     pages[case.name] = os.path.relpath(page, output if output.is_dir() else output.parent)
                 report.done(f"{case.name}: {case.target}", entry | {"state": "done"})
             else:
@@ -85,11 +86,17 @@ def predict_cases(
 
 
 def _write_page(
-    case: Case, subject: Subject, predictor: Predictor, like: Path | None, where: Path | float | None, seconds: float
+    case: Case,
+    subject: Subject,
+    predictor: Predictor,
+    resample_to: str | None,
+    like: Path | None,
+    where: Path | float | None,
+    seconds: float,
 ) -> Path:
     """Write the page of a case, beside its result."""
     names = list(subject.images)
-    plan = predictor.plan(subject, image_name=names, like=like, mask=where, output=case.target)
+    plan = predictor.plan(subject, image_name=names, resample_to=resample_to, like=like, mask=where, output=case.target)
     kind = LabelMap if plan.results[0].volume.is_labels else ScalarImage
     found = CaseReport(case.name, subject.images[names[0]], kind(case.target), str(plan), seconds, predictor.spec.labels)
     path = case.target.with_name(f"{stem_of(case.target)}.html")
@@ -103,6 +110,7 @@ def plan_cases(
     output: Path,
     table: Path | None,
     is_grouped: bool | None,
+    resample_to: str | None,
     like: Path | None,
     where: Path | float | None,
     report: Report,
@@ -114,7 +122,9 @@ def plan_cases(
     for case in cases:
         try:
             subject = _subject(case, model, predictor)
-            found = predictor.plan(subject, image_name=list(subject.images), like=like, mask=where, output=case.target)
+            found = predictor.plan(
+                subject, image_name=list(subject.images), resample_to=resample_to, like=like, mask=where, output=case.target
+            )
             numbers = {
                 "patches": found.num_patches,
                 "forward_passes": found.forward_passes,
@@ -155,6 +165,7 @@ def _predict_case(
     predictor: Predictor,
     subject: Subject,
     case: Case,
+    resample_to: str | None,
     like: Path | None,
     mask: Any,
     resume: bool,
@@ -164,12 +175,15 @@ def _predict_case(
     """Predict a case, unless its result is there."""
     names = list(subject.images)
     make_folder(case.target.parent)
-    if not overwrite and predictor.is_made(subject, image_name=names, like=like, output=case.target, mask=mask):
+    if not overwrite and predictor.is_made(
+        subject, image_name=names, resample_to=resample_to, like=like, output=case.target, mask=mask
+    ):
         return False
     predictor(
         subject,
         image_name=names,
         output=case.target,
+        resample_to=resample_to,
         like=like,
         mask=mask,
         resume=resume,

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..core.boxes import Box
 from ..core.grids import PatchGrid
 from ..core.sizes import Ints
-from ..errors import SubjectError
+from ..errors import SpaceError, SubjectError
 from ..io.arrays import ArraySource
 from ..io.composed import StackedSource, read_into
 from ..io.protocols import VolumeSource, is_source
@@ -19,7 +19,7 @@ from ..sampling.padded import PaddedSource
 from ..volumes.libraries import as_image, found_subject
 from ..volumes.subject import Subject
 
-__all__ = ["as_source", "chosen_images", "name_of", "padded", "read_batch", "widened"]
+__all__ = ["as_source", "check_one_grid", "chosen_images", "name_of", "padded", "read_batch", "widened"]
 
 
 def as_source(image: Any, image_name: str | Sequence[str] | None = None) -> VolumeSource:
@@ -63,8 +63,21 @@ def _chosen(subject: Subject, image_name: str | Sequence[str] | None) -> Subject
     if not names:
         raise SubjectError("image_name names no image")
     chosen = Subject({name: subject.get_image(name) for name in names})
-    chosen.check_space()
+    check_one_grid(chosen)
     return chosen
+
+
+def check_one_grid(subject: Subject) -> None:
+    """Check that the images of a subject lie on one another.
+
+    Raises:
+        SpaceError: says in what they differ, and the way out.
+    """
+    try:
+        subject.check_space()
+    except SpaceError as error:
+        names = ", ".join(map(repr, subject.images))
+        raise SpaceError(f"{error}. resample_to= (--resample-to) one of {names} brings the others onto its grid") from error
 
 
 def name_of(image: Any, source: VolumeSource) -> str:

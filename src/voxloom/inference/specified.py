@@ -13,7 +13,7 @@ from ..core.boxes import Box
 from ..core.interpolation import Interpolation
 from ..core.sizes import pretty_sizes
 from ..core.walking import walk
-from ..errors import MissingDependencyError, SpaceError, SpecError
+from ..errors import MissingDependencyError, SpecError
 from ..io.composed import StackedSource
 from ..io.protocols import Space, VolumeSource, read_checked
 from ..models.spec import NATIVE, ModelSpec
@@ -22,6 +22,7 @@ from ..volumes.libraries import found_subject
 from ..volumes.spaces import at_spacing, at_spacing_of_monai
 from ..volumes.subject import Subject
 from ..volumes.views import CroppedSource, ResampledSource, TurnedSource
+from .inputs import check_one_grid
 
 __all__ = ["ModelInput", "in_model_space", "looks_at_volume", "named_channels"]
 
@@ -90,11 +91,7 @@ def named_channels(image: Any, spec: ModelSpec, resample_to: str | None) -> Any:
             raise SpecError(f"resample_to is {resample_to!r}, but the subject has {', '.join(images)}")
         target = images[resample_to]
         images = {name: each if each is target else each.resampled(like=target) for name, each in images.items()}
-    try:
-        Subject(images).check_space()
-    except SpaceError as error:
-        names = ", ".join(map(repr, images))
-        raise SpaceError(f"{error}. resample_to= one of {names} brings the others onto its grid") from error
+    check_one_grid(Subject(images))
     sources: Sequence[VolumeSource] = list(images.values())
     return sources[0] if len(sources) == 1 else StackedSource(sources, list(images), check_place=False)
 
