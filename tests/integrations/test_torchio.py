@@ -135,7 +135,23 @@ def test_wherever_a_subject_goes_theirs_does():
     assert np.array_equal(made.affine, OBLIQUE)
     assert vx.SubjectsDataset([subject])[0].age == 1
     assert vx.SubjectsBatch.from_subjects([subject, subject]).t1.data.shape == (2, 1, 20, 24, 16)
-    assert torch.equal(vx.predict(torch.nn.Identity(), subject.t1, 8, 0.5, "crop").data, subject.t1.data)
+    alone = vx.predict(torch.nn.Identity(), subject.t1, 8, 0.5, "crop")
+    assert torch.equal(alone.data, subject.t1.data)
+    assert np.array_equal(alone.affine, OBLIQUE)
+
+
+def test_images_of_theirs_say_where_results_go_and_what_is_computed():
+    subject = subject_of(1)
+    other = theirs(tio.ScalarImage, torch.zeros(1, 10, 12, 8), affine=OBLIQUE @ np.diag([2.0, 2, 2, 1]))
+    made = vx.predict(torch.nn.Identity(), subject, 8, 0.5, "average", image_name="t1", like=other)
+    expected = vx.predict(torch.nn.Identity(), subject, 8, 0.5, "average", image_name="t1", like=from_torchio(other))
+    assert torch.equal(made.data, expected.data)
+    assert made.spatial_shape == (10, 12, 8)
+    marked = torch.zeros(1, 20, 24, 16, dtype=torch.uint8)
+    marked[0, :4, :4, :4] = 1
+    masked = vx.predict(torch.nn.Identity(), subject.t1, 8, 0, "crop", mask=theirs(tio.LabelMap, marked))
+    assert torch.equal(masked.data[:, :8, :8, :8], subject.t1.data[:, :8, :8, :8])
+    assert not masked.data[:, 8:].any()
 
 
 # Transforms

@@ -10,6 +10,8 @@ from ..io.protocols import Space, VolumeSource
 from ..io.spooling import Packed, spooled
 from ..models.loading import Preceding
 from ..models.spec import ModelSpec
+from ..volumes.constants import INTENSITY
+from ..volumes.libraries import library_of
 from ..volumes.spaces import space_of
 from .inputs import as_source, chosen_images, name_of
 from .masks import on_image
@@ -28,6 +30,13 @@ class Request:
     like: Any = None
     resample_to: str | None = None
     mask: Any = None
+
+
+def _own(thing: Any) -> Any:
+    """Give an image of another library as one of voxloom's; anything else as it is."""
+    library = library_of(thing)
+    found = None if library is None else library.image_of(thing, INTENSITY)
+    return thing if found is None else found
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +81,7 @@ class Entrance:
         Raises:
             SubjectError, SpaceError, SpecError, ImageError: if something does not fit.
         """
+        request = replace(request, like=_own(request.like), mask=_own(request.mask))
         image = self._source_of(request)
         name = name_of(request.image, image)
         own = Space(image.shape[1:], image.affine, image.codes)

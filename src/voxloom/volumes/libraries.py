@@ -147,12 +147,13 @@ def found_subject(thing: Any) -> Subject | None:
     if isinstance(thing, Subject):
         return thing
     library = library_of(thing)
-    found = None if library is None else library.subject_of(thing)
-    if found is None and isinstance(thing, Mapping):
-        shapes = _shapes_in(thing)
-        entries = {name: _entry(name, value, shapes) for name, value in thing.items()}
-        found = Subject(entries) if any(isinstance(value, Image) for value in entries.values()) else None
-    return found
+    if library is not None:  # an image of TorchIO 1 is a dict too
+        return library.subject_of(thing)
+    if not isinstance(thing, Mapping):
+        return None
+    shapes = _shapes_in(thing)
+    entries = {name: _entry(name, value, shapes) for name, value in thing.items()}
+    return Subject(entries) if any(isinstance(value, Image) for value in entries.values()) else None
 
 
 # A part of an entry's name that says that it holds labels.
