@@ -3,6 +3,7 @@
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -92,8 +93,10 @@ def sliding_window_inference(
     if torch.is_grad_enabled() and inputs.requires_grad:
         raise OutputError("there is no gradient through sliding windows: call it under torch.no_grad(), or detach the inputs")
     spatial = tuple(inputs.shape[2:])
-    if len(spatial) not in (2, 3):
-        raise SizeError(f"the inputs have shape {tuple(inputs.shape)}: they must be (B, C, I, J, K) or (B, C, I, J)")
+    if len(spatial) not in (2, 3) or not len(inputs):
+        raise SizeError(
+            f"the inputs have shape {tuple(inputs.shape)}: they must be (B, C, I, J, K) or (B, C, I, J), and not empty"
+        )
     shape = _window(roi_size, spatial)
     for part in [overlap] if isinstance(overlap, int | float) else overlap:
         if not 0 <= part < 1:
@@ -103,45 +106,42 @@ def sliding_window_inference(
     weights, overlap_mode = _weights(mode, shape, sigma_scale, roi_weight_map, process_fn is not None)
     runs_on = torch.device(inputs.device if sw_device is None else sw_device)
     network = _Network(predictor, args, kwargs, plain, condition, with_coord, weights, process_fn)
-    amp = torch.get_autocast_dtype(runs_on.type) if torch.is_autocast_enabled(runs_on.type) else False
-    made: list[dict[Any, Tensor]] = []
-    scales: Any = 1
-    for number in range(len(plain)):
-        volume, cut = _padded(plain[number], shape, padding_mode, cval)
+    make = partial(
+        Predictor,
+        network,
+        list(shape),
+        [float(part) for part in overlap] if isinstance(overlap, Sequence) else float(overlap),
+        overlap_mode,
+        slice_axis=2 if len(shape) == 2 else None,
+        batch_size=sw_batch_size,
+        device=runs_on,
+        # As it is around this call.
+        amp=torch.get_autocast_dtype(runs_on.type) if torch.is_autocast_enabled(runs_on.type) else False,
+        dtype=torch.float32 if with_coord else None,
+        reduce=_reduction(reduce, weights),
+        memory_limit=memory_limit,
+    )
+    chosen, made = make(), []
+    for number, volume in enumerate(plain):
+        volume, cut = _padded(volume, shape, padding_mode, cval)
         also = None if condition is None else _padded(condition.as_subclass(Tensor)[number], shape, padding_mode, cval)[0]
         network.begin(number)
-
-        def run(output_scale: Any) -> Any:
-            chosen = Predictor(
-                network,
-                list(shape),
-                [float(part) for part in overlap] if isinstance(overlap, Sequence) else float(overlap),
-                overlap_mode,
-                slice_axis=2 if len(shape) == 2 else None,
-                batch_size=sw_batch_size,
-                device=runs_on,
-                amp=amp,
-                dtype=torch.float32 if with_coord else None,
-                reduce=_reduction(reduce, weights),
-                output_scale=output_scale,
-                memory_limit=memory_limit,
-            )
-            return chosen(_source(volume, also, with_coord), progress=progress)  # noqa: B023
-
+        source = _source(volume, also, with_coord)
         try:
-            result = run(scales)
+            result = chosen(source, progress=progress)
         except OutputError:
-            if not network.scales or scales != 1:
+            if number or not network.scales:
                 raise
-            scales = network.scales if len(network.scales) > 1 else next(iter(network.scales.values()))
-            result = run(scales)
+            # The sizes of its outputs show at which scale they are.
+            chosen = make(output_scale=network.scales if len(network.scales) > 1 else next(iter(network.scales.values())))
+            result = chosen(source, progress=progress)
         results = result if isinstance(result, dict) else {None: result}
         made.append({name: _cropped(image.data, cut, volume.shape[1:], len(spatial)) for name, image in results.items()})
     return network.restored({name: _stacked([each[name] for each in made], inputs, device) for name in made[0]})
 
 
 def _window(roi_size: Any, spatial: tuple[int, ...]) -> tuple[int, ...]:
-    sizes = [roi_size] * len(spatial) if roi_size is None or isinstance(roi_size, int) else list(roi_size)
+    sizes = [roi_size] * len(spatial) if roi_size is None or isinstance(roi_size, int | float) else list(roi_size)
     if len(sizes) != len(spatial):
         raise SizeError(f"roi_size is {roi_size}, but the inputs have {len(spatial)} axes of voxels: (B, C, {spatial})")
     return tuple(whole if size is None or size <= 0 else int(size) for size, whole in zip(sizes, spatial, strict=True))
