@@ -31,6 +31,7 @@ LEVELS = {
     "testing": 9,
     "data": 10,
     "loader": 10,
+    "plot": 10,
     "cli": 10,
     "__main__": 11,
     "__init__": 11,
@@ -160,6 +161,7 @@ def test_public_names():
         "load_model",
         "loader",
         "plan",
+        "plot",
         "predict",
         "stored_dicom",
     ]

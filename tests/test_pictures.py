@@ -180,3 +180,61 @@ def test_a_report_opens_in_a_browser(page):
     dom = subprocess.run(shown, capture_output=True, text=True, timeout=60, check=True).stdout
     assert "<td>lesion &amp; &lt;b&gt;more&lt;/b&gt;</td>" in dom
     assert dom.count("<tr>") == len(vx.datasets.HeadPhantom.names) + 1
+
+
+# Drawings
+
+
+def test_the_patches_that_a_plane_cuts_are_drawn():
+    head = vx.datasets.HeadPhantom(32)
+    sampler = vx.GridSampler(head, (16, 12, 8), (4, 4, 0))
+    axes = vx.plot.grid(sampler, axis=0, index=20).axes[0]
+    drawn = {(round(each.get_x() + 0.5), round(each.get_y() + 0.5), each.get_width(), each.get_height()) for each in axes.patches}
+    expected = {(location.index[1], location.index[2], 12, 8) for location in sampler.grid}
+    assert drawn == expected
+    assert len(axes.patches) == len(expected)
+    with pytest.raises(SizeError, match="index is 99"):
+        vx.plot.grid(sampler, index=99)
+
+
+def test_weights_that_are_drawn_sum_to_one():
+    figure = vx.plot.weights(50, 20, 8)
+    assert [axes.get_title() for axes in figure.axes] == ["crop", "average", "hann", "gaussian"]
+    for axes in figure.axes:
+        *patches, total = axes.lines
+        assert np.allclose(total.get_ydata(), 1)
+        summed = np.zeros(50)
+        for line in patches:
+            summed[line.get_xdata()] += line.get_ydata()
+        assert np.allclose(summed, 1)
+
+
+def test_centres_are_drawn_where_they_fall_beside_how_often_they_should():
+    head = vx.datasets.HeadPhantom(32)
+    sampler = vx.LabelSampler(head, 4, "labels", {7: 1}, seed=0)
+    plane, line = vx.plot.draws(sampler, count=3000).axes
+    for places in plane.collections[0].get_offsets():
+        assert head.labels.data[0, int(places[0]), int(places[1])].eq(7).any()
+    drawn, exact = line.lines[0].get_ydata(), line.lines[1].get_ydata()
+    assert exact.sum() == pytest.approx(1)
+    assert np.abs(drawn - exact).max() < 0.05
+    with pytest.raises(SubjectError, match="no subject"):
+        vx.plot.draws(vx.UniformSampler(4))
+
+
+def test_an_epoch_of_a_queue_is_drawn():
+    heads = [vx.datasets.HeadPhantom(16, seed=number) for number in range(3)]
+    mixing, _, waiting = vx.plot.queue(vx.Queue(heads, 6, 5, vx.UniformSampler(8), seed=0)).axes
+    order = [patch.patch_location.subject_index for patch in vx.Queue(heads, 6, 5, vx.UniformSampler(8), seed=0)]
+    assert mixing.collections[0].get_offsets()[:, 1].tolist() == order
+    assert (np.diff(waiting.lines[0].get_ydata()) >= 0).all()
+
+
+def test_a_prediction_is_drawn_beside_the_truth(tmp_path):
+    head = vx.datasets.HeadPhantom(32)
+    figure = vx.plot.compare(head.t1, vx.ScalarImage(head.labels.data, affine=head.t1.affine), head.labels, 7, tmp_path / "a.png")
+    assert (tmp_path / "a.png").exists()
+    assert [axes.get_title().split()[0] for axes in figure.axes[::3]] == ["image", "predicted", "truth"]
+    assert np.array_equal(plane_of(figure, 3)[1], plane_of(figure, 6)[1])
+    with pytest.raises(SizeError, match="give them on one grid"):
+        vx.plot.compare(head.t1, vx.LabelMap(torch.zeros(1, 8, 8, 8)), head.labels)

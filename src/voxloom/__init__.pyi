@@ -1,4 +1,4 @@
-from . import data, datasets, errors, inference, loader
+from . import data, datasets, errors, inference, loader, plot
 from ._version import __version__
 from .core.grids import PatchGrid
 from .core.locations import PatchLocation
@@ -78,6 +78,7 @@ __all__ = [
     "load_model",
     "loader",
     "plan",
+    "plot",
     "predict",
     "stored_dicom",
 ]

@@ -1,0 +1,8 @@
+"""Drawings, for which matplotlib is needed (`pip install voxloom[plot]`): `vx.plot.weights()`.
+
+Images and subjects draw themselves: `image.plot()`.
+"""
+
+from .plotting.drawings import compare, draws, grid, queue, weights
+
+__all__ = ["compare", "draws", "grid", "queue", "weights"]
