@@ -386,7 +386,7 @@ def test_a_map_on_disk_is_not_loaded(tmp_path):
 
 def test_subjects_without_what_is_looked_for():
     subject = subject_of(seg=vx.LabelMap(torch.zeros(1, 7, 6, 5, dtype=torch.uint8)))
-    with pytest.raises(RuntimeError, match="the map 'seg' has nowhere foreground"):
+    with pytest.raises(RuntimeError, match="the map 'seg' does not have foreground"):
         vx.LabelSampler(subject, 3)
     with pytest.raises(SamplingError, match="nowhere any of the labels 1, 2"):
         next(vx.LabelSampler(3, "seg", {1: 1, 2: 1})(subject))

@@ -127,7 +127,7 @@ class Call:
         if plan.num_blocks > 1:
             self._warn(
                 f"the output of {plan.name} is computed in {plan.num_blocks} blocks, so that {pretty_bytes(plan.peak_bytes)} of"
-                f" memory are enough: each patch is computed {plan.redundancy:.3g} times"
+                f" memory are enough: a patch is computed {plan.redundancy:.3g} times on average"
             )
         if start:
             self._warn(

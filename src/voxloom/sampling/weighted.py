@@ -159,7 +159,7 @@ class _CentredSampler(PatchSampler):
                 f" (centres lie in {box.start} to {box.stop}): use border='clamp', a smaller patch,"
                 f" or pad the images by {half} voxels"
             )
-        return f"the map {name!r} has nowhere {wanted}: nothing can be drawn from it; on_empty='uniform' or 'skip' allows that"
+        return f"the map {name!r} does not have {wanted}: nothing can be drawn from it; on_empty='uniform' or 'skip' allows that"
 
     def _wanted(self) -> str:
         return "a value above zero (all zeros)"
