@@ -17,7 +17,7 @@ from ..runtime.seeding import reseed, seeded
 from ..runtime.shared_memory import share
 from ..sampling.patches import MakeEmpty, NumberedPatches, PatchSource
 from ..volumes.constants import PATCH_LOCATION
-from ..volumes.contents import name_of, transforms_of
+from ..volumes.contents import gives_copies, name_of, transforms_of
 from ..volumes.libraries import Transform, as_subject
 from ..volumes.subject import Subject
 
@@ -268,7 +268,7 @@ class PatchWorker:
             for transform in (*transforms_of(self.dataset), self.transform):
                 reseed(transform, seeds)
             subject = as_subject(self.dataset[index], "what the data set gave")
-            if self.transform is not None and not getattr(self.dataset, "gives_copies", False):
+            if self.transform is not None and not gives_copies(self.dataset):
                 subject = copy.deepcopy(subject)  # it may be what the data set keeps
             if not self.wanted.includes(task):
                 raise _AbandonedError

@@ -8,7 +8,7 @@ from torch.utils.data import ConcatDataset, Subset
 from .libraries import as_subject
 from .subject import Subject
 
-__all__ = ["dry_subjects_of", "name_of", "transforms_of"]
+__all__ = ["dry_subjects_of", "gives_copies", "name_of", "transforms_of"]
 
 
 def dry_subjects_of(dataset: Any) -> Sequence[Subject] | None:
@@ -32,6 +32,15 @@ def transforms_of(dataset: Any) -> list[Any]:
         return [transform for part in dataset.datasets for transform in transforms_of(part)]
     own = [getattr(dataset, name, None) for name in ("transform", "_transform")]  # TorchIO 1 keeps it under the second name
     return [each for each in own if each is not None]
+
+
+def gives_copies(dataset: Any) -> bool:
+    """Whether a transform may change in place what a data set gives, as it may what a `SubjectsDataset` gives."""
+    if isinstance(dataset, Subset):
+        return gives_copies(dataset.dataset)
+    if isinstance(dataset, ConcatDataset):
+        return all(map(gives_copies, dataset.datasets))
+    return bool(getattr(dataset, "gives_copies", False))
 
 
 def name_of(dataset: Any, index: int) -> str:
