@@ -310,3 +310,25 @@ def test_infinities_of_both_signs(image):
     with pytest.warns(RuntimeWarning, match="infinity"):
         made = vx.predict(model, image, like=LIKE["aligned"], overlap_mode="crop", **OPTIONS)
     assert not bool(made.data.isnan().any())
+
+
+def test_an_affine_is_given_with_an_array_or_in_place_of_an_images_own(tmp_path):
+    array, affine = np.random.default_rng(0).normal(size=(9, 8, 7)).astype(np.float32), np.diag([2.0, 3, 4, 1])
+    for image in (array, torch.from_numpy(array), vx.ScalarImage(array), vx.ArraySource(array)):
+        made = vx.predict(torch.nn.Identity(), image, 4, 0, "crop", affine=affine)
+        assert np.array_equal(made.affine, affine)
+        assert torch.equal(made.data[0], torch.from_numpy(array))
+    image = vx.ScalarImage(array)
+    vx.predict(torch.nn.Identity(), image, 4, affine=affine)
+    assert np.array_equal(image.affine, np.eye(4))  # it is the user's
+    image.save(tmp_path / "a.nii")
+    for each in (affine, np.diag([5.0, 3, 4, 1])):
+        made = vx.predict(torch.nn.Identity(), tmp_path / "a.nii", 4, output=tmp_path / "b.nii", affine=each, overwrite=True)
+        assert np.allclose(vx.ScalarImage(tmp_path / "b.nii").affine, each)
+    predictor = vx.Predictor(torch.nn.Conv3d(1, 1, 1), 4)
+    predictor(tmp_path / "a.nii", output=tmp_path / "c.nii", affine=affine)
+    assert predictor.is_made(tmp_path / "a.nii", output=tmp_path / "c.nii", affine=affine)
+    with pytest.raises(vx.errors.TargetExistsError):
+        predictor.is_made(tmp_path / "a.nii", output=tmp_path / "c.nii")
+    with pytest.raises(vx.errors.SubjectError, match="affine= is for an array or an image"):
+        vx.predict(torch.nn.Identity(), vx.Subject(a=image), 4, affine=affine)

@@ -1,17 +1,20 @@
 """From what a user gives to what a model is applied to: the source, the grid of the result, the mask."""
 
 import contextlib
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ..core.interpolation import Interpolation
+from ..errors import SubjectError
 from ..io.protocols import Space, VolumeSource
 from ..io.spooling import Packed, spooled
 from ..models.loading import Preceding
 from ..models.spec import ModelSpec
 from ..volumes.constants import INTENSITY
-from ..volumes.libraries import library_of
+from ..volumes.image import Image
+from ..volumes.libraries import as_image, found_subject, library_of
 from ..volumes.spaces import space_of
 from .inputs import as_source, chosen_images, name_of
 from .masks import on_image
@@ -30,6 +33,14 @@ class Request:
     like: Any = None
     resample_to: str | None = None
     mask: Any = None
+    affine: Any = None
+
+
+def placed(image: Image, affine: Any) -> Image:
+    """Give an image, neither copied nor read, with another affine."""
+    new = copy.copy(image)
+    new.affine = affine
+    return new
 
 
 def _own(thing: Any) -> Any:
@@ -107,6 +118,10 @@ class Entrance:
         )
 
     def _source_of(self, request: Request) -> VolumeSource:
+        if request.affine is not None:
+            if found_subject(request.image) is not None:
+                raise SubjectError("affine= is for an array or an image, and not for a subject, whose images have their own")
+            request = replace(request, image=placed(as_image(request.image), request.affine), affine=None)
         if request.image_name is None:
             return as_source(named_channels(request.image, self.spec, request.resample_to))
         if request.resample_to is None:

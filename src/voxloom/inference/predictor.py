@@ -226,6 +226,7 @@ class Predictor:
         image_name: str | Sequence[str] | None = None,
         like: Any = None,
         resample_to: str | None = None,
+        affine: Any = None,
         mask: Any = None,
         output: Any = None,
     ) -> PredictionPlan:
@@ -234,7 +235,7 @@ class Predictor:
         Of the image only the header is read, unless there is a mask, or a spec that needs numbers of the volume. The model is
         called once, the first time, with a patch of zeros, to see what its output looks like.
         """
-        request = Request(image, image_name, like, resample_to, mask)
+        request = Request(image, image_name, like, resample_to, mask, affine)
         with contextlib.ExitStack() as stack:
             preparation, given = self._prepared(request, output, stack)
             was_known = preparation.known(given, output) is not None
@@ -247,6 +248,7 @@ class Predictor:
         image_name: str | Sequence[str] | None = None,
         like: Any = None,
         resample_to: str | None = None,
+        affine: Any = None,
         mask: Any = None,
         output: Any = None,
         resume: bool = True,
@@ -262,6 +264,7 @@ class Predictor:
                 `(I, J, K)` and an affine. Scores are interpolated to its voxels, and then reduced.
             resample_to: name of the image of a subject onto whose grid the others are resampled (linearly), where they are not
                 all on one.
+            affine: RAS+ matrix of 4 × 4 from voxels to millimetres, of an array, or in place of an image's own.
             mask: compute only patches that hold a voxel of it: an image or its path, matched by affine; a tensor; a threshold; or
                 a function that makes a mask of a part `(C, i, j, k)` of the volume.
             output: where the result goes: None for memory; a name that ends in `.nii` or `.nii.gz`, beside which a `.json` says
@@ -282,7 +285,7 @@ class Predictor:
             RecordError: if an interrupted run is found that is of another image, model or option; says in what.
             SaveError: if a file cannot be written. What is finished stays, and the same call goes on from there.
         """
-        request = Request(image, image_name, like, resample_to, mask)
+        request = Request(image, image_name, like, resample_to, mask, affine)
         with contextlib.ExitStack() as stack:
             if self._preparation.models.device.type == "cpu":
                 stack.enter_context(kept_for_models())
@@ -301,6 +304,7 @@ class Predictor:
         image_name: str | Sequence[str] | None = None,
         like: Any = None,
         resample_to: str | None = None,
+        affine: Any = None,
         mask: Any = None,
     ) -> bool:
         """Whether a call with these arguments has already made its file, as the file's sidecar says.
@@ -314,7 +318,7 @@ class Predictor:
         remove_leftovers(target)
         if not target.exists():
             return False
-        request = Request(image, image_name, like, resample_to, mask)
+        request = Request(image, image_name, like, resample_to, mask, affine)
         with contextlib.ExitStack() as stack:
             preparation, given = self._prepared(request, output, stack)
             difference = _difference(target, preparation.fingerprint(given))
@@ -382,6 +386,7 @@ def predict(
     image_name: str | Sequence[str] | None = None,
     like: Any = None,
     resample_to: str | None = None,
+    affine: Any = None,
     mask: Any = None,
     output: Any = None,
     resume: bool = True,
@@ -400,6 +405,7 @@ def predict(
         image_name: which image of a subject.
         like: the grid that the result is to be on, if that is not the image's.
         resample_to: name of the image of a subject onto whose grid the others are resampled.
+        affine: of an array, or in place of an image's own.
         mask: compute only patches that hold a voxel of it.
         output: where the result goes.
         resume: let a run that was interrupted be resumed.
@@ -424,6 +430,7 @@ def predict(
         image_name=image_name,
         like=like,
         resample_to=resample_to,
+        affine=affine,
         mask=mask,
         output=output,
         resume=resume,
@@ -442,6 +449,7 @@ def plan(
     image_name: str | Sequence[str] | None = None,
     like: Any = None,
     resample_to: str | None = None,
+    affine: Any = None,
     mask: Any = None,
     output: Any = None,
     **options: Unpack[PredictorOptions],
@@ -457,6 +465,7 @@ def plan(
         image_name: which image of a subject.
         like: the grid that the result is to be on, if that is not the image's.
         resample_to: name of the image of a subject onto whose grid the others are resampled.
+        affine: of an array, or in place of an image's own.
         mask: compute only patches that hold a voxel of it.
         output: where the result would go.
         **options: the keywords of `Predictor`.
@@ -469,4 +478,6 @@ def plan(
         ...
     """
     predictor = Predictor(model, patch_size, patch_overlap, overlap_mode, **options)
-    return predictor.plan(image, image_name=image_name, like=like, resample_to=resample_to, mask=mask, output=output)
+    return predictor.plan(
+        image, image_name=image_name, like=like, resample_to=resample_to, affine=affine, mask=mask, output=output
+    )
