@@ -61,7 +61,7 @@ class ModelOptions:
     mode: Annotated[
         str | None,
         typer.Option(
-            help="crop, average, hann or gaussian, or gaussian:0.25 for a standard deviation of that part of a patch."
+            help="crop, average, hann, gaussian or monai, or gaussian:0.25 for a standard deviation of that part of a patch."
             "  \\[default: gaussian]"
         ),
     ] = None

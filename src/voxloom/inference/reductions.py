@@ -346,7 +346,7 @@ def as_reduction(given: Any) -> Reduction:
         return Everything()
     if isinstance(given, str) and given in NAMED:
         return NAMED[given]
-    if isinstance(given, Regions):
+    if isinstance(given, Regions | AfterSum):
         return given
     if isinstance(given, Real) and not isinstance(given, bool):
         if math.isnan(given):

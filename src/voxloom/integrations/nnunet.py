@@ -57,7 +57,7 @@ def load(
     """Load a trained model of nnU-Net v2, with what it expects, for `Predictor` and `predict`.
 
     Its scores are made as nnU-Net makes them, in float32 where that sums in float16; they are interpolated back block by block,
-    so that memory does not grow with the number of classes.
+    so that those of a whole volume are never held.
 
     Args:
         folder: the folder that holds `plans.json`, `dataset.json` and the folds.

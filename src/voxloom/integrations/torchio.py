@@ -14,7 +14,7 @@ from ..io.arrays import ArraySource
 from ..volumes.batch import SubjectsBatch
 from ..volumes.constants import AFFINE, DATA, INTENSITY, LABEL, PATH, STEM, TYPE
 from ..volumes.image import Image, LabelMap, ScalarImage
-from ..volumes.libraries import Transform, imported
+from ..volumes.libraries import Transform, imported, in_its_type
 from ..volumes.loading import SubjectsDataset
 from ..volumes.subject import Subject
 
@@ -143,7 +143,7 @@ class TorchioBatchTransform(TorchioTransform):
             if name in batch.images:
                 own = batch.images[name]
                 own.replace(
-                    _in_its_type(images.data, own.templates[0], own.data.dtype),
+                    in_its_type(images.data, own.templates[0].type, own.data.dtype),
                     torch.stack([torch.from_numpy(_matrix(each)) for each in images.affines]),
                 )
         batch[HISTORY] = [
@@ -216,7 +216,7 @@ def _is_loaded(image: Any) -> bool:
 def _our_image(tio: Any, image: Any, original: Image | None = None) -> Image:
     """Make an image of TorchIO's one of voxloom's, of the class that it had before."""
     if original is not None and _class_for(tio, original) is _base(tio, image):
-        new = original.new_like(_in_its_type(image.data, original, original.dtype), _matrix(image.affine))
+        new = original.new_like(in_its_type(image.data, original.type, original.dtype), _matrix(image.affine))
         new.metadata |= _metadata_of(image)  # of which TorchIO 2 forgets what it had before
         return new
     base, more = _base(tio, image), _metadata_of(image)
@@ -246,14 +246,6 @@ def _given_affine(image: Any) -> Affine | None:
 
 def _base(tio: Any, image: Any) -> Any:
     return next((each for each in (tio.ScalarImage, tio.LabelMap) if isinstance(image, each)), tio.Image)
-
-
-def _in_its_type(data: Tensor, original: Image, dtype: torch.dtype) -> Tensor:
-    """Give labels the type that they had, if it can hold them."""
-    if original.type != LABEL or data.dtype == dtype:
-        return data
-    converted = data.to(dtype)
-    return converted if torch.equal(converted.to(data.dtype), data) else data
 
 
 def _entries_of(theirs: Any) -> dict[str, Any]:

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.sizes import Ints, Scale
 from ..core.values import sum_dtype
 from ..errors import ModeError, OutputError
+from ..runtime import memory
 
 __all__ = [
     "Activation",
@@ -41,6 +42,22 @@ def _softmax(output: Tensor) -> Tensor:
 
 def _sigmoid(output: Tensor) -> Tensor:
     return torch.sigmoid(output if output.dtype == torch.float64 else output.float())
+
+
+def weighted(output: Tensor, weights: Tensor) -> Tensor:
+    """Multiply an output `(B, C, ...)` by the weights of its voxels, which follow it as one more channel.
+
+    Args:
+        output: the output.
+        weights: `(B or 1, 1, ...)`, of a patch; of an output of another size the nearest are taken.
+    """
+    if weights.shape[2:] != output.shape[2:]:
+        weights = nn.functional.interpolate(weights, output.shape[2:], mode="nearest-exact")
+    shape, dtype = (len(output), output.shape[1] + 1, *output.shape[2:]), sum_dtype(output.dtype)
+    made = memory.empty(shape, dtype) if output.device.type == "cpu" else output.new_empty(shape, dtype=dtype)
+    torch.mul(output, weights, out=made[:, :-1])
+    made[:, -1:] = weights
+    return made
 
 
 ACTIVATIONS: dict[str, Activation] = {"softmax": _softmax, "sigmoid": _sigmoid}

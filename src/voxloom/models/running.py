@@ -18,7 +18,7 @@ from ..runtime.devices import as_device
 from ..runtime.kept_memory import begin_model, judge
 from .forms import CallForm
 from .modes import evaluating, home_of
-from .outputs import ACTIVATIONS, OutputRequest, OutputSpec, RequestsFor, called, check_output, outputs_of
+from .outputs import ACTIVATIONS, OutputRequest, OutputSpec, RequestsFor, called, check_output, outputs_of, weighted
 
 __all__ = ["Models", "as_models"]
 
@@ -172,14 +172,7 @@ class Models:
     def _weighted(self, value: Tensor, weights: Gaussian, input_size: Sequence[int]) -> Tensor:
         """Multiply an output by the weights of its voxels, which follow it as one more channel."""
         patch = tuple(size - 2 * around for size, around in zip(input_size, self.form.context, strict=True))
-        own = weights.of_patch(patch)[None, None].to(value.device)
-        if value.shape[2:] != own.shape[2:]:
-            own = nn.functional.interpolate(own, value.shape[2:], mode="nearest-exact")
-        shape = (len(value), value.shape[1] + 1, *value.shape[2:])
-        made = memory.empty(shape, sum_dtype(value.dtype)) if value.device.type == "cpu" else value.new_empty(shape)
-        torch.mul(value, own, out=made[:, :-1])
-        made[:, -1:] = own
-        return made
+        return weighted(value, weights.of_patch(patch)[None, None].to(value.device))
 
     def free(self) -> None:
         """Give back memory of the device that is kept for later."""

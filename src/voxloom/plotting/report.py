@@ -55,12 +55,12 @@ def write_report(path: Path, report: CaseReport) -> None:
         SaveError: if it could not be written.
     """
     require_matplotlib()
-    names = {label.value: label.name for label in report.labels}
+    named = {label.value: label for label in report.labels}
     is_labels = report.result.type == LABEL
     counts = _counts(report.result) if is_labels else {}
     table = ""
     if is_labels:
-        rows = _rows(counts, names, float(abs(np.linalg.det(report.result.affine[:3, :3]))) / 1000)
+        rows = _rows(counts, named, float(abs(np.linalg.det(report.result.affine[:3, :3]))) / 1000)
         heads = "".join(f"<th>{each}</th>" for each in ("", "label", "name", "voxels", "ml"))
         table = f"<h2>Labels</h2><table><tr>{heads}</tr>{''.join(rows)}</table>"
     text = (
@@ -95,14 +95,15 @@ def _counts(result: Image) -> dict[int, int]:
     return dict(sorted(counts.items()))
 
 
-def _rows(counts: Mapping[int, int], names: Mapping[int, str], millilitres: float) -> list[str]:
+def _rows(counts: Mapping[int, int], named: Mapping[int, Label], millilitres: float) -> list[str]:
     rows = []
-    for value in sorted({*counts, *names}):
+    for value in sorted({*counts, *named}):
+        # As in the picture, which knows numbers only.
         red, green, blue = color_of(Label(max(value, 0), str(value)))
         count = counts.get(value, 0)
         rows.append(
             f"<tr><td><span class='swatch' style='background:rgb({red},{green},{blue})'></span></td><td>{value}</td>"
-            f"<td>{html.escape(names.get(value, ''))}</td><td class='number'>{count:,}</td>"
+            f"<td>{html.escape(named[value].name if value in named else '')}</td><td class='number'>{count:,}</td>"
             f"<td class='number'>{count * millilitres:.2f}</td></tr>"
         )
     return rows

@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any, Protocol, cast
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ..errors import ImageError, MissingDependencyError, SubjectError
@@ -19,7 +20,17 @@ from .constants import INTENSITY, LABEL
 from .image import Image, LabelMap, ScalarImage
 from .subject import Subject
 
-__all__ = ["LIBRARIES", "Library", "Transform", "as_image", "as_subject", "found_subject", "imported", "library_of"]
+__all__ = [
+    "LIBRARIES",
+    "Library",
+    "Transform",
+    "as_image",
+    "as_subject",
+    "found_subject",
+    "imported",
+    "in_its_type",
+    "library_of",
+]
 
 Transform = Callable[[Any], Any]
 
@@ -140,6 +151,21 @@ def as_subject(thing: Any, what: str) -> Subject:
             " since a sampler cuts the patches"
         )
     raise SubjectError(f"{what} is of type {type(thing).__name__}, not a subject")
+
+
+def in_its_type(data: Any, kind: str, dtype: torch.dtype) -> Any:
+    """Give labels the type of values that they had before a transform, if it can hold them: some make floats of them, some not.
+
+    Args:
+        data: what the transform made, a tensor or an array.
+        kind: type of the image, such as `"label"`.
+        dtype: type of the values before.
+    """
+    values = torch.as_tensor(data)
+    if kind != LABEL or values.dtype == dtype:
+        return data
+    converted = values.to(dtype)
+    return converted if torch.equal(converted.to(values.dtype), values) else data
 
 
 def found_subject(thing: Any) -> Subject | None:

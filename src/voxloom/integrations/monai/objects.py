@@ -12,7 +12,7 @@ from ...io.arrays import affine_of
 from ...volumes.batch import ImagesBatch, SubjectsBatch
 from ...volumes.constants import INTENSITY, LABEL
 from ...volumes.image import Image, LabelMap, ScalarImage
-from ...volumes.libraries import Transform, as_subject, imported
+from ...volumes.libraries import Transform, as_subject, imported, in_its_type
 from ...volumes.subject import Subject
 
 __all__ = ["Labelled", "as_dict", "batch_transform_of", "dataset_of", "from_dict", "image_of", "subject_of", "transform_of"]
@@ -221,11 +221,7 @@ def _subject_of(item: Any, original: Subject) -> Subject:
 def _image_like(value: Any, original: Image) -> Any:
     if not isinstance(value, Tensor | np.ndarray) or value.ndim != 4:
         return value
-    new = original.new_like(value, affine_of(value))
-    if original.type == LABEL and new.data.dtype != original.dtype:
-        converted = new.data.to(original.dtype)
-        if torch.equal(converted.to(new.data.dtype), new.data):
-            new.set_data(converted)
+    new = original.new_like(in_its_type(value, original.type, original.dtype), affine_of(value))
     if isinstance(value, _monai().data.MetaTensor):
         new.metadata |= _metadata_of(value)
     return new

@@ -2,7 +2,6 @@
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,10 +14,11 @@ from ...core.boxes import Box
 from ...core.windows import MONAI, Gaussian
 from ...errors import OutputError, SizeError
 from ...inference.predictor import Predictor
-from ...inference.reductions import as_reduction
+from ...inference.reductions import AfterSum, as_reduction
 from ...io.arrays import ArraySource
 from ...io.composed import StackedSource
 from ...io.protocols import Json, SpaceCodes, VolumeSource
+from ...models.outputs import weighted
 from ...volumes.libraries import imported
 
 __all__ = ["VoxloomInferer", "sliding_window_inference"]
@@ -284,15 +284,7 @@ class _Network:
             return output
         while weights.ndim < output.ndim:
             weights = weights[None]
-        if weights.shape[2:] != output.shape[2:]:
-            weights = functional.interpolate(weights, output.shape[2:], mode="nearest-exact")
-        channels = output.shape[1]
-        made = output.new_empty(
-            (len(output), channels + 1, *output.shape[2:]), dtype=torch.promote_types(output.dtype, torch.float32)
-        )
-        torch.mul(output, weights, out=made[:, :channels])
-        made[:, channels:] = weights
-        return made
+        return weighted(output, weights)
 
     def _coordinates(self, batch: Tensor) -> list[list[slice]]:
         """Say where each window lies in its batch and volume."""
@@ -314,21 +306,8 @@ class _Network:
         return dict(zip(self._names, results.values(), strict=True))
 
 
-@dataclass(frozen=True)
-class _Divided:
-    """Divides by the sum of weights, which is the last channel, and reduces what comes of it."""
-
-    reduction: Any
-
-    def __call__(self, block: Tensor) -> Tensor:
-        scores = block[:-1] / block[-1:]
-        return scores if self.reduction is None else self.reduction(scores)
-
-
 def _reduction(reduce: Any, weights: Tensor | None) -> Any:
-    if weights is None:
-        return reduce
-    return _Divided(None if reduce is None else as_reduction(reduce))
+    return reduce if weights is None else AfterSum("divide", as_reduction(reduce))
 
 
 def _cropped(data: Tensor, cut: Sequence[slice], whole: Sequence[int], ndim: int) -> Tensor:
