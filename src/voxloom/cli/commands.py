@@ -12,7 +12,7 @@ import typer
 
 from .._version import __version__
 from ..errors import VoxloomError
-from .options import AllowPickle, ModelOptions, spread
+from .options import AllowPickle, CaseOptions, ModelOptions, spread
 from .reporting import printable, reporting
 
 __all__ = ["app", "main"]
@@ -40,33 +40,6 @@ def _voxloom(
     reporting.entries.clear()
 
 
-RESULTS = Path("predictions")
-
-Images = Annotated[
-    list[Path] | None, typer.Argument(metavar="[IMAGE]...", help="Files, folders of files, or folders of a DICOM series.")
-]
-Table = Annotated[
-    Path | None,
-    typer.Option(
-        help="Table (.csv, or .tsv with tabs) in place of images: a channel in each column, a name in 'case'; paths are"
-        " relative to the table."
-    ),
-]
-Mask = Annotated[Path | None, typer.Option(help="Image of where to compute; matched to each input by its affine.")]
-Like = Annotated[Path | None, typer.Option(help="Image on whose grid the results are to be, in place of the input's own.")]
-MaskAbove = Annotated[float | None, typer.Option(help="Compute only patches in which the input is above this value.")]
-Output = Annotated[Path, typer.Option("--output", "-o", help="A .nii or .nii.gz for one image, or a folder.")]
-Group = Annotated[
-    bool | None,
-    typer.Option(
-        "--group/--no-group",
-        help="Whether CASE_0000 and CASE_0001, or sub-01_T1w and sub-01_T2w, are channels of one case.",
-        show_default=False,
-    ),
-]
-ResampleTo = Annotated[
-    str | None, typer.Option(help="Name of the channel onto whose grid the others are resampled, where they differ.")
-]
 AsJson = Annotated[bool, typer.Option("--json", help="Print a list of JSON, an entry for each case, and nothing else.")]
 
 PREDICT_EXAMPLES = """Examples:
@@ -87,14 +60,7 @@ PREDICT_EXAMPLES = """Examples:
 @spread
 def predict(
     options: ModelOptions,
-    images: Images = None,
-    output: Output = RESULTS,
-    table: Table = None,
-    group: Group = None,
-    resample_to: ResampleTo = None,
-    like: Like = None,
-    mask: Mask = None,
-    mask_above: MaskAbove = None,
+    wanted: CaseOptions,
     resume: Annotated[bool, typer.Option(help="Resume what was interrupted, or start over.")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results that are there.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, as plan does, and do nothing.")] = False,
@@ -107,35 +73,27 @@ def predict(
 
     What is interrupted goes on from there when the same command is given again; what is complete is left out.
     """
-    from .work import plan_cases, predict_cases, where_to_compute
+    from .work import plan_cases, predict_cases
 
     reporting.as_json = as_json
-    where = where_to_compute(mask, mask_above)
     if dry_run:
-        plan_cases(options, images, output, table, group, resample_to, like, where, reporting)
+        plan_cases(options, wanted, reporting)
     else:
-        predict_cases(options, images, output, table, group, resample_to, like, where, resume, overwrite, report, reporting)
+        predict_cases(options, wanted, resume, overwrite, report, reporting)
 
 
 @app.command(epilog="Example:\n\n    voxloom plan model.pt2 scan.nii.gz -o labels.nii.gz --memory-limit 2GiB\n")
 @spread
 def plan(
     options: ModelOptions,
-    images: Images = None,
-    output: Output = RESULTS,
-    table: Table = None,
-    group: Group = None,
-    resample_to: ResampleTo = None,
-    like: Like = None,
-    mask: Mask = None,
-    mask_above: MaskAbove = None,
+    wanted: CaseOptions,
     as_json: AsJson = False,
 ) -> None:
     """Say what predict would do, and how much memory it would take."""
-    from .work import plan_cases, where_to_compute
+    from .work import plan_cases
 
     reporting.as_json = as_json
-    plan_cases(options, images, output, table, group, resample_to, like, where_to_compute(mask, mask_above), reporting)
+    plan_cases(options, wanted, reporting)
 
 
 @app.command(epilog="Example:\n\n    voxloom info scan.nii.gz dicom_folder/ model.pt2\n")

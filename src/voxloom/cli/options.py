@@ -11,7 +11,9 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-__all__ = ["AllowPickle", "ModelOptions", "spread"]
+from ..errors import ModeError
+
+__all__ = ["AllowPickle", "CaseOptions", "ModelOptions", "spread"]
 
 
 class Activation(enum.StrEnum):
@@ -107,28 +109,89 @@ class ModelOptions:
     ] = None
 
 
+RESULTS = Path("predictions")
+Images = Annotated[
+    list[Path] | None, typer.Argument(metavar="[IMAGE]...", help="Files, folders of files, or folders of a DICOM series.")
+]
+Table = Annotated[
+    Path | None,
+    typer.Option(
+        help="Table (.csv, or .tsv with tabs) in place of images: a channel in each column, a name in 'case'; paths are"
+        " relative to the table."
+    ),
+]
+Mask = Annotated[Path | None, typer.Option(help="Image of where to compute; matched to each input by its affine.")]
+Like = Annotated[Path | None, typer.Option(help="Image on whose grid the results are to be, in place of the input's own.")]
+MaskAbove = Annotated[float | None, typer.Option(help="Compute only patches in which the input is above this value.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="A .nii or .nii.gz for one image, or a folder.")]
+Group = Annotated[
+    bool | None,
+    typer.Option(
+        "--group/--no-group",
+        help="Whether CASE_0000 and CASE_0001, or sub-01_T1w and sub-01_T2w, are channels of one case.",
+        show_default=False,
+    ),
+]
+ResampleTo = Annotated[
+    str | None, typer.Option(help="Name of the channel onto whose grid the others are resampled, where they differ.")
+]
+
+
+@dataclass(frozen=True)
+class CaseOptions:
+    """Which images a model is applied to, where, and where results go, as it was said on the command line."""
+
+    images: Images = None
+    output: Output = RESULTS
+    table: Table = None
+    group: Group = None
+    resample_to: ResampleTo = None
+    like: Like = None
+    mask: Mask = None
+    mask_above: MaskAbove = None
+
+    def check(self) -> None:
+        """Check that what was given goes together.
+
+        Raises:
+            ModeError: if it does not.
+        """
+        if self.mask is not None and self.mask_above is not None:
+            raise ModeError("of --mask and --mask-above only one can be given")
+
+    @property
+    def where(self) -> Path | float | None:
+        """The mask, or the threshold that stands for one."""
+        return self.mask if self.mask is not None else self.mask_above
+
+
 def spread(command: Callable[..., None]) -> Callable[..., None]:
-    """Let a command whose first parameter is a dataclass take the fields of that, each as a parameter of its own."""
-    first, kind = next((name, hint) for name, hint in get_type_hints(command).items() if dataclasses.is_dataclass(hint))
-    made: Any = kind
-    fields = {each.name: each for each in dataclasses.fields(kind)}
-    hints = get_type_hints(kind, include_extras=True)
-    model, *options = (
-        inspect.Parameter(
-            name,
-            inspect.Parameter.POSITIONAL_OR_KEYWORD,
-            default=inspect.Parameter.empty if each.default is dataclasses.MISSING else each.default,
-            annotation=hints[name],
-        )
-        for name, each in fields.items()
-    )
-    own = [each for name, each in inspect.signature(command).parameters.items() if name != first]
+    """Let a command whose first parameters are dataclasses take the fields of those, each as a parameter of its own."""
+    kinds: dict[str, Any] = {name: hint for name, hint in get_type_hints(command).items() if dataclasses.is_dataclass(hint)}
+    fields = {name: [each.name for each in dataclasses.fields(kind)] for name, kind in kinds.items()}
+    (model, *options), *others = (_parameters(kind) for kind in kinds.values())
+    own = [each for name, each in inspect.signature(command).parameters.items() if name not in kinds]
+    # First what has no name of its own: the model, and the images.
+    parameters = [model, *(each for other in others for each in other), *own, *options]
 
     @functools.wraps(command)
     def taking_all(**given: Any) -> None:
-        command(made(**{name: given[name] for name in fields}), **{each.name: given[each.name] for each in own})
+        made = {name: kind(**{each: given[each] for each in fields[name]}) for name, kind in kinds.items()}
+        command(**made, **{each.name: given[each.name] for each in own})
 
-    parameters = [model, *own, *options]
     taking_all.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     taking_all.__annotations__ = {each.name: each.annotation for each in parameters}
     return taking_all
+
+
+def _parameters(kind: Any) -> list[inspect.Parameter]:
+    hints = get_type_hints(kind, include_extras=True)
+    return [
+        inspect.Parameter(
+            each.name,
+            inspect.Parameter.POSITIONAL_OR_KEYWORD,
+            default=inspect.Parameter.empty if each.default is dataclasses.MISSING else each.default,
+            annotation=hints[each.name],
+        )
+        for each in dataclasses.fields(kind)
+    ]

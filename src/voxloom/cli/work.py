@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from ..core.sizes import pretty_sizes
 from ..datasets import HeadPhantom
-from ..errors import MissingDependencyError, ModeError, SaveError, SizeError, VoxloomError
+from ..errors import MissingDependencyError, SaveError, SizeError, VoxloomError
 from ..inference import Predictor
 from ..io.formats import stem_of
 from ..models.loading import LoadedModel, load_model
@@ -25,29 +25,23 @@ from ..volumes.subject import Subject
 from .applied import predictor_of
 from .cases import Case, cases_of, cases_of_table
 from .demo import run_demo
-from .options import ModelOptions
+from .options import CaseOptions, ModelOptions
 from .others import cases_of_other
 from .reporting import Report, printable
 
-__all__ = ["describe", "make_folder", "pack", "plan_cases", "predict_cases", "show", "where_to_compute"]
+__all__ = ["describe", "make_folder", "pack", "plan_cases", "predict_cases", "show"]
 
 
 def predict_cases(
     options: ModelOptions,
-    images: list[Path] | None,
-    output: Path,
-    table: Path | None,
-    is_grouped: bool | None,
-    resample_to: str | None,
-    like: Path | None,
-    where: Path | float | None,
+    wanted: CaseOptions,
     resume: bool,
     overwrite: bool,
     with_pages: bool,
     report: Report,
 ) -> None:
     """Predict all cases; one that fails does not stop the others."""
-    cases = _cases(images, table, output, is_grouped, options.model)
+    cases = _cases(wanted, options.model)
     predictor, model = predictor_of(options)
     done, skipped, failed = 0, 0, []
     pages: dict[str, str] = {}
@@ -58,11 +52,11 @@ def predict_cases(
         entry = {"case": case.name, "files": [str(path) for path in case.files], "target": str(case.target)}
         try:
             subject = _subject(case, model, predictor)
-            if _predict_case(predictor, subject, case, resample_to, like, where, resume, overwrite, report):
+            if _predict_case(predictor, subject, case, wanted, resume, overwrite, report):
                 done += 1
                 if with_pages:
-                    page = _write_page(case, subject, predictor, resample_to, like, where, time.monotonic() - began)
-                    pages[case.name] = os.path.relpath(page, output if output.is_dir() else output.parent)
+                    page = _write_page(case, subject, predictor, wanted, time.monotonic() - began)
+                    pages[case.name] = os.path.relpath(page, wanted.output if wanted.output.is_dir() else wanted.output.parent)
                 report.done(f"{case.name}: {case.target}", entry | {"state": "done"})
             else:
                 skipped += 1
@@ -76,7 +70,7 @@ def predict_cases(
             failed.append(case.name)
             report.failed(case.name, error, isinstance(error, VoxloomError | OSError))
     if len(pages) > 1:
-        write_index(output / "index.html", pages)
+        write_index(wanted.output / "index.html", pages)
     if len(cases) > 1:
         listed = "".join(f"\n  {name}" for name in failed)
         report.say(f"{done} done, {skipped} complete already, {len(failed)} failed{listed}")
@@ -89,16 +83,14 @@ def _write_page(
     case: Case,
     subject: Subject,
     predictor: Predictor,
-    resample_to: str | None,
-    like: Path | None,
-    where: Path | float | None,
+    wanted: CaseOptions,
     seconds: float,
 ) -> Path:
     """Write the page of a case, beside its result."""
-    names = list(subject.images)
-    plan = predictor.plan(subject, image_name=names, resample_to=resample_to, like=like, mask=where, output=case.target)
+    plan = predictor.plan(subject, **_asked(wanted, subject, case))
     kind = LabelMap if plan.results[0].volume.is_labels else ScalarImage
-    found = CaseReport(case.name, subject.images[names[0]], kind(case.target), str(plan), seconds, predictor.spec.labels)
+    image = next(iter(subject.images.values()))
+    found = CaseReport(case.name, image, kind(case.target), str(plan), seconds, predictor.spec.labels)
     path = case.target.with_name(f"{stem_of(case.target)}.html")
     write_report(path, found)
     return path
@@ -106,25 +98,17 @@ def _write_page(
 
 def plan_cases(
     options: ModelOptions,
-    images: list[Path] | None,
-    output: Path,
-    table: Path | None,
-    is_grouped: bool | None,
-    resample_to: str | None,
-    like: Path | None,
-    where: Path | float | None,
+    wanted: CaseOptions,
     report: Report,
 ) -> None:
     """Say what predicting would do."""
-    cases = _cases(images, table, output, is_grouped, options.model)
+    cases = _cases(wanted, options.model)
     predictor, model = predictor_of(options)
     failed = False
     for case in cases:
         try:
             subject = _subject(case, model, predictor)
-            found = predictor.plan(
-                subject, image_name=list(subject.images), resample_to=resample_to, like=like, mask=where, output=case.target
-            )
+            found = predictor.plan(subject, **_asked(wanted, subject, case))
             numbers = {
                 "patches": found.num_patches,
                 "forward_passes": found.forward_passes,
@@ -141,12 +125,25 @@ def plan_cases(
         raise typer.Exit(1)
 
 
-def _cases(images: list[Path] | None, table: Path | None, output: Path, is_grouped: bool | None, model: str) -> list[Case]:
-    if bool(images) == (table is not None):
+def _cases(wanted: CaseOptions, model: str) -> list[Case]:
+    if bool(wanted.images) == (wanted.table is not None):
         raise SizeError("give either images or a --table of cases")
-    if table is not None:
-        return cases_of_table(table, output)
-    return cases_of_other(model, images or [], output) or cases_of(images or [], output, is_grouped)
+    wanted.check()
+    if wanted.table is not None:
+        return cases_of_table(wanted.table, wanted.output)
+    images = wanted.images or []
+    return cases_of_other(model, images, wanted.output) or cases_of(images, wanted.output, wanted.group)
+
+
+def _asked(wanted: CaseOptions, subject: Subject, case: Case) -> dict[str, Any]:
+    """Give what a predictor is asked for, beside the image."""
+    return {
+        "image_name": list(subject.images),
+        "output": case.target,
+        "resample_to": wanted.resample_to,
+        "like": wanted.like,
+        "mask": wanted.where,
+    }
 
 
 def _subject(case: Case, model: LoadedModel, predictor: Predictor) -> Subject:
@@ -162,34 +159,15 @@ def _subject(case: Case, model: LoadedModel, predictor: Predictor) -> Subject:
 
 
 def _predict_case(
-    predictor: Predictor,
-    subject: Subject,
-    case: Case,
-    resample_to: str | None,
-    like: Path | None,
-    mask: Any,
-    resume: bool,
-    overwrite: bool,
-    report: Report,
+    predictor: Predictor, subject: Subject, case: Case, wanted: CaseOptions, resume: bool, overwrite: bool, report: Report
 ) -> bool:
     """Predict a case, unless its result is there."""
-    names = list(subject.images)
+    asked = _asked(wanted, subject, case)
     make_folder(case.target.parent)
-    if not overwrite and predictor.is_made(
-        subject, image_name=names, resample_to=resample_to, like=like, output=case.target, mask=mask
-    ):
+    if not overwrite and predictor.is_made(subject, **asked):
         return False
-    predictor(
-        subject,
-        image_name=names,
-        output=case.target,
-        resample_to=resample_to,
-        like=like,
-        mask=mask,
-        resume=resume,
-        overwrite=overwrite,
-        progress=False if report.quiet or report.as_json else printable(case.name),
-    )
+    progress = False if report.quiet or report.as_json else printable(case.name)
+    predictor(subject, **asked, resume=resume, overwrite=overwrite, progress=progress)
     return True
 
 
@@ -272,17 +250,6 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SaveError(f"the folder {path} cannot be made: {error.strerror}; give another one with --output") from error
-
-
-def where_to_compute(mask: Path | None, mask_above: float | None) -> Path | float | None:
-    """Give the mask, or the threshold that stands for one.
-
-    Raises:
-        ModeError: if both were given.
-    """
-    if mask is not None and mask_above is not None:
-        raise ModeError("of --mask and --mask-above only one can be given")
-    return mask if mask is not None else mask_above
 
 
 def _progress(batches: Iterable) -> Iterable:
