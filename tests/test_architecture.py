@@ -151,8 +151,10 @@ def test_public_names():
         "VolumeSpec",
         "VolumeStore",
         "WeightedSampler",
+        "ZarrStore",
         "__version__",
         "as_image",
+        "convert",
         "data",
         "datasets",
         "errors",
@@ -160,9 +162,11 @@ def test_public_names():
         "kept_memory",
         "load_model",
         "loader",
+        "open_zarr",
         "plan",
         "plot",
         "predict",
+        "set_chunk_cache",
         "stored_dicom",
     ]
     for name in vx.__all__:

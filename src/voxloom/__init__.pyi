@@ -8,8 +8,11 @@ from .io.arrays import ArraySource
 from .io.dicom import stored_dicom
 from .io.labels import Label
 from .io.protocols import SpaceCodes, VolumeSource, VolumeSpec, VolumeStore
+from .io.zarr.source import open_zarr
+from .io.zarr.store import ZarrStore
 from .models.loading import load_model
 from .models.spec import Crop, ModelSpec
+from .runtime.chunk_cache import set_chunk_cache
 from .runtime.kept_memory import kept_memory
 from .sampling.grid import GridSampler
 from .sampling.random import PatchSampler, UniformSampler
@@ -17,6 +20,7 @@ from .sampling.weighted import LabelSampler, MixedSampler, WeightedSampler
 from .training import Queue
 from .volumes.batch import ImagesBatch, SubjectsBatch
 from .volumes.constants import AFFINE, CHANNELS_DIMENSION, DATA, INTENSITY, LABEL, LOCATION, PATH, SAMPLING_MAP, STEM, TYPE
+from .volumes.converting import convert
 from .volumes.image import Image, LabelMap, ScalarImage
 from .volumes.intensities import Intensity
 from .volumes.libraries import as_image
@@ -68,8 +72,10 @@ __all__ = [
     "VolumeSpec",
     "VolumeStore",
     "WeightedSampler",
+    "ZarrStore",
     "__version__",
     "as_image",
+    "convert",
     "data",
     "datasets",
     "errors",
@@ -77,8 +83,10 @@ __all__ = [
     "kept_memory",
     "load_model",
     "loader",
+    "open_zarr",
     "plan",
     "plot",
     "predict",
+    "set_chunk_cache",
     "stored_dicom",
 ]

@@ -17,7 +17,8 @@ from ..core.windows import OverlapMode
 from ..errors import ModeError, OutputError, SaveError, TargetExistsError
 from ..io.protocols import Json, VolumeStore, is_source
 from ..io.sidecars import is_as_written, read_sidecar, sidecar_of
-from ..io.stores import NiftiStore, Sink, SinkStore, as_target
+from ..io.stores import Sink, SinkStore
+from ..io.targets import as_target, store_at
 from ..models.loading import as_loaded
 from ..models.running import Models, as_models
 from ..models.spec import ModelSpec
@@ -342,7 +343,7 @@ class Predictor:
 
 def _as_store(given: Any, overwrite: bool) -> VolumeStore:
     if isinstance(given, str | os.PathLike):
-        return NiftiStore(as_target(given), overwrite)
+        return store_at(as_target(given), overwrite)
     if isinstance(given, VolumeStore):
         return given
     if isinstance(given, Sink):

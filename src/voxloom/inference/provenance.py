@@ -11,7 +11,7 @@ import torch
 
 from .._version import __version__
 from ..core.windows import for_axis
-from ..io.files import files_in, hash_of_file
+from ..io.files import files_in, hash_of_path
 from ..io.protocols import Json
 from ..models.forms import CallForm
 from ..models.running import Models
@@ -68,7 +68,7 @@ def sidecar_of_run(fingerprint: Json, given: Input, plan: PredictionPlan, models
     """Say how a result came to be."""
     is_gpu = models.device.type == "cuda"
     return fingerprint | {
-        "files": {str(path): hash_of_file(path) for path in files_in(given.source.paths)},
+        "files": {str(path): hash_of_path(path) for path in files_in(given.source.paths)},
         "plan": plan.to_json()
         | {
             "patches": plan.num_patches,

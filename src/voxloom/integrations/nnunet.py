@@ -21,7 +21,7 @@ from ..errors import MissingDependencyError, ModelFileError
 from ..inference.predictor import Predictor
 from ..inference.specified import ModelInput
 from ..io.composed import StackedSource
-from ..io.files import hash_of_file
+from ..io.files import hash_of_path
 from ..io.labels import Label
 from ..io.protocols import Json, Space, VolumeSource, read_checked
 from ..models.loading import LoadedModel
@@ -96,7 +96,7 @@ def _loaded(folder: Path, folds: Any, checkpoint: str, previous: Any, mirror: bo
     networks = [_network(configuration, channels, labels.heads, state, folder, allow_pickle) for state in states]
     axes = states[0].get("inference_allowed_mirroring_axes") if mirror else None
     spec = _spec(plans, dataset, configuration, labels, axes, folder)
-    identity = " ".join(hash_of_file(folder / f"fold_{fold}" / checkpoint) for fold in chosen)
+    identity = " ".join(hash_of_path(folder / f"fold_{fold}" / checkpoint) for fold in chosen)
     before = None
     if stage:
         beside = folder.with_name(folder.name.replace(name, str(stage)))

@@ -172,6 +172,7 @@ class ArraySource:
             raise ImageError(f"the array has shape {tuple(array.shape)}: it must be (I, J, K), or (C, I, J, K)")
         is_tensor = isinstance(array, Tensor)
         self.dtype = as_tensor(array[:0]).dtype if is_tensor else torch_dtype(np.dtype(array.dtype), "the array")
+        self.stored_dtype = None if is_tensor else np.dtype(array.dtype)
         sizes = [int(size) for size in array.shape]
         if 0 in sizes:
             raise ImageError(f"the array has shape {tuple(sizes)}, which has no voxels")

@@ -14,7 +14,10 @@ from ..errors import CorruptImageError, ImageFileError, ImageNotFoundError
 from .arrays import hash_of
 from .protocols import Json, SpaceCodes, VolumeSource, VolumeSpec
 
-__all__ = ["FileSource", "explained", "files_in", "fingerprint_of_files", "hash_of_file"]
+__all__ = ["FOLDER_SIDECAR", "FileSource", "explained", "files_in", "fingerprint_of_files", "hash_of_path", "size_of_path"]
+
+# How a result that is a folder was made is said in a file of this name in it.
+FOLDER_SIDECAR = "voxloom.json"
 
 
 class FileSource(ABC):
@@ -89,10 +92,24 @@ def files_in(paths: tuple[Path, ...]) -> list[Path]:
     return list(dict.fromkeys(files))
 
 
-def hash_of_file(path: Path) -> str:
-    """Hash all that is in a file (SHA-256)."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def size_of_path(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder and below it."""
+    return sum(each.stat().st_size for each in _parts_of(path))
+
+
+def hash_of_path(path: Path) -> str:
+    """Hash all that is in a file, or in a folder: the names and contents of the files in it (SHA-256)."""
+    if not path.is_dir():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    return hash_of(f"{each.relative_to(path).as_posix()} {hash_of_path(each)}\n" for each in _parts_of(path))
+
+
+def _parts_of(path: Path) -> list[Path]:
+    """Give the files that a result consists of: not what is said of it in its own folder."""
+    if not path.is_dir():
+        return [path]
+    return sorted(each for each in path.rglob("*") if each.is_file() and each.relative_to(path) != Path(FOLDER_SIDECAR))
 
 
 def explained(error: Exception, name: str, what: str) -> ImageFileError:

@@ -18,9 +18,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from torch import Tensor
-
-from ..core.affines import Affine
 from ..errors import ImageNotFoundError, UnsupportedImageError
 from .blosc import BloscFile
 from .dicom import is_dicom, open_dicom, open_series
@@ -29,11 +26,22 @@ from .integrity import METAIMAGE, NRRD, TIFF
 from .isolated import IsolatedFile
 from .itk import ItkFile
 from .nifti import NibabelFile
-from .protocols import SpaceCodes
-from .saving import Writer, atomic_write, storable, write_compressed_nifti, write_itk, write_mgh, write_nifti
+from .npy import NpyFile
+from .saving import Writer, write_compressed_nifti, write_itk, write_mgh, write_nifti
 from .whole_files import WholeFile
+from .zarr.source import ZarrSource, is_label_of_image, is_zarr
 
-__all__ = ["FORMATS", "Format", "endings", "format_of", "is_image", "is_other_image", "open_volume", "save_volume", "stem_of"]
+__all__ = [
+    "FORMATS",
+    "Format",
+    "endings",
+    "format_of",
+    "is_folder_target",
+    "is_image",
+    "is_other_image",
+    "open_volume",
+    "stem_of",
+]
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,8 @@ class Format:
     """Endings of files of which one is beside it: others may have its ending, too."""
     is_dicom: bool = False
     """Whether files lie in folders of which each is one volume."""
+    is_folder: bool = False
+    """Whether a volume is a folder."""
 
 
 FORMATS = (
@@ -79,6 +89,12 @@ FORMATS = (
     Format(".tif", partial(ItkFile.open, integrity=TIFF)),
     Format(".tiff", partial(ItkFile.open, integrity=TIFF)),
     Format(".b2nd", BloscFile),
+    Format(".npy", NpyFile),
+    Format(".ome.zarr", ZarrSource, is_streamed=True, is_folder=True),
+    Format(".nii.zarr", ZarrSource, is_streamed=True, is_folder=True),
+    Format(".zarr", ZarrSource, is_streamed=True, is_folder=True),
+    Format(".zarr.zip", ZarrSource),
+    Format(".ozx", ZarrSource),
     Format(".dcm", open_dicom, is_dicom=True),
     Format(".ima", open_dicom, is_dicom=True),
 )
@@ -115,7 +131,7 @@ def open_volume(path: Path) -> FileSource:
         ImageNotFoundError, CorruptImageError, UnsupportedImageError, SeriesError: see `voxloom.errors`.
     """
     if path.is_dir():
-        return open_series(path)
+        return ZarrSource(path) if is_zarr(path) else open_series(path)
     if not path.exists():
         raise ImageNotFoundError(f"there is no file {path}")
     if not path.is_file():
@@ -127,6 +143,12 @@ def open_volume(path: Path) -> FileSource:
     if is_dicom(path):
         return open_dicom(path)
     return ItkFile.open(path) if path.suffix.lower() in PICTURES else IsolatedFile.open(path)
+
+
+def is_folder_target(path: Path) -> bool:
+    """Whether a result of that name is a folder."""
+    known = format_of(path)
+    return is_label_of_image(path) or (known is not None and known.is_folder)
 
 
 def is_image(path: Path) -> bool:
@@ -142,24 +164,6 @@ def is_image(path: Path) -> bool:
 def is_other_image(path: Path) -> bool:
     """Whether a file has a name of an image, though of a kind that folders are not searched for."""
     return path.is_file() and path.name.lower().endswith(OTHERS)
-
-
-def save_volume(path: Path, data: Tensor, affine: Affine, codes: SpaceCodes) -> None:
-    """Write a volume `(C, I, J, K)` in the format that the name's ending says.
-
-    Raises:
-        UnsupportedImageError: if there is no such format, or it cannot hold the volume.
-        SaveError: if it could not be written.
-    """
-    known = format_of(path)
-    if known is None or known.write is None:
-        raise UnsupportedImageError(
-            f"{path} cannot be written: its name must end in {', '.join(endings(lambda each: each.write))}. Formats of two files"
-            " (.mhd, .hdr and .img) are not written, because two files cannot be replaced at once; nor are those that cannot hold"
-            " an affine"
-        )
-    write, array = known.write, storable(data)
-    atomic_write(path, lambda target: write(target, array, affine, codes), known.ending)
 
 
 def stem_of(path: Path) -> str:

@@ -31,6 +31,7 @@ class NiftiWriter:
         affine: RAS+, in millimetres.
         codes: what NIfTI records beside it.
         is_new: make the file, with room for everything; otherwise go on with one that is there.
+        stored: type that the values are stored in, if that is another one.
 
     Raises:
         OSError: if it cannot be written, or there is no room for it.
@@ -45,9 +46,10 @@ class NiftiWriter:
         affine: Affine,
         codes: SpaceCodes,
         is_new: bool,
+        stored: str | None = None,
     ) -> None:
         self.shape = shape
-        self.dtype = _stored_as(dtype)
+        self.dtype = _stored_as(dtype) if stored is None else np.dtype(stored)
         header = _header(shape, self.dtype, affine, codes)
         self.offset = len(header)
         self.num_bytes = self.offset + math.prod(shape) * self.dtype.itemsize

@@ -98,6 +98,8 @@ class VolumeSpec:
     codes: SpaceCodes = field(default_factory=SpaceCodes)
     is_labels: bool = False
     """Whether the values are labels, rather than intensities or scores."""
+    stored: str | None = None
+    """Type that they are to be stored in, such as `"uint16"`, if that is another one which holds them all."""
 
     @property
     def box(self) -> Box:

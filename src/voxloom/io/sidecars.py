@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from .files import hash_of_file
-from .formats import endings, stem_of
+from .files import FOLDER_SIDECAR, hash_of_path, size_of_path
+from .formats import endings, is_folder_target, stem_of
 from .protocols import Json
 
 __all__ = ["is_as_written", "other_told_of", "read_sidecar", "sidecar_of", "written"]
@@ -12,7 +12,7 @@ __all__ = ["is_as_written", "other_told_of", "read_sidecar", "sidecar_of", "writ
 
 def sidecar_of(target: Path) -> Path:
     """Name of the file that says how a result came to be."""
-    return target.with_name(f"{stem_of(target)}.json")
+    return target / FOLDER_SIDECAR if is_folder_target(target) else target.with_name(f"{stem_of(target)}.json")
 
 
 def read_sidecar(path: Path) -> dict[str, Json] | None:
@@ -26,13 +26,13 @@ def read_sidecar(path: Path) -> dict[str, Json] | None:
 
 def written(path: Path, target: Path) -> Json:
     """Say by what a result is known, which is under its own name or still under another one."""
-    return {"name": target.name, "bytes": path.stat().st_size, "sha256": hash_of_file(path)}
+    return {"name": target.name, "bytes": size_of_path(path), "sha256": hash_of_path(path)}
 
 
 def is_as_written(path: Path, target: Path, sidecar: dict[str, Json] | None) -> bool:
     """Whether a result is the one that a sidecar tells of."""
     told = (sidecar or {}).get("written")
-    if not isinstance(told, dict) or not path.exists() or told.get("bytes") != path.stat().st_size:  # so that it need not be read
+    if not isinstance(told, dict) or not path.exists() or told.get("bytes") != size_of_path(path):  # so that it need not be read
         return False
     return told == written(path, target)
 

@@ -11,9 +11,9 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 
 from ..core.boxes import Box
-from ..errors import RecordError, SaveError, TargetExistsError, UnsupportedImageError, VoxloomError
+from ..errors import RecordError, TargetExistsError, VoxloomError
 from .compression import compressing
-from .formats import endings, format_of, stem_of
+from .formats import format_of, stem_of
 from .labels import Label
 from .nifti_writer import NiftiWriter
 from .protocols import Json, VolumeSpec
@@ -21,7 +21,7 @@ from .saving import as_save_error, write_safely
 from .segments import SEGMENTS, check_segments, write_segments
 from .sidecars import is_as_written, other_told_of, read_sidecar, sidecar_of, written
 
-__all__ = ["BEGIN_AGAIN", "OVERWRITE", "NiftiStore", "Sink", "SinkStore", "as_target", "put"]
+__all__ = ["BEGIN_AGAIN", "OVERWRITE", "NiftiStore", "Sink", "SinkStore", "put"]
 
 CHUNK_BYTES = 2**22
 # What is said in Python and on the command line.
@@ -99,32 +99,6 @@ class SinkStore:
         """See `VolumeStore`."""
 
 
-def as_target(path: Any) -> Path:
-    """Check the name of a file that a result is to be written to.
-
-    Raises:
-        UnsupportedImageError: if there is no format of that ending that can be written block by block.
-        SaveError: if there is no folder for it.
-    """
-    target = Path(path).expanduser()
-    if target.is_symlink():
-        try:
-            target = target.resolve()  # the file is made beside where it will be
-        except RuntimeError as error:
-            raise SaveError(f"{target} cannot be written: it is a link to itself") from error
-    streamed = endings(lambda each: each.is_streamed)
-    if not target.name.lower().endswith(streamed):
-        raise UnsupportedImageError(
-            f"{target} cannot be written block by block: its name must end in {' or '.join(streamed)}. For other formats leave"
-            " out output, and save the image that is returned"
-        )
-    if target.is_dir():
-        raise SaveError(f"{target} is a folder: give the name of a file in it")
-    if not target.parent.is_dir():
-        raise SaveError(f"{target} cannot be written: there is no folder {target.parent}; make it first")
-    return target
-
-
 def _compress(plain: Path, whole: Path, labels: Sequence[Label]) -> None:
     with plain.open("rb") as unpacked, whole.open("wb") as file:
         with compressing(file) as packed:
@@ -191,7 +165,9 @@ class NiftiStore:
     def _open(self, spec: VolumeSpec, run: str, is_new: bool) -> None:
         self._spec = spec
         with self._explained():
-            self._writer = NiftiWriter(self._part(run, ".nii"), spec.shape, spec.dtype, spec.affine, spec.codes, is_new)
+            self._writer = NiftiWriter(
+                self._part(run, ".nii"), spec.shape, spec.dtype, spec.affine, spec.codes, is_new, spec.stored
+            )
 
     def write(self, box: Box, values: Tensor) -> None:
         """See `VolumeStore`."""

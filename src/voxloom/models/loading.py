@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import MissingDependencyError, ModelFileError
 from ..io.arrays import hash_of, raw_bytes
-from ..io.files import hash_of_file
+from ..io.files import hash_of_path
 from ..io.protocols import Space, VolumeSource
 from .guards import Guards
 from .program_check import ProgramRefusedError, inspected, is_program
@@ -140,7 +140,7 @@ def _name_of_code(name: str, found: Callable) -> str:
         path = inspect.getsourcefile(kind)
     except TypeError:  # it is built in
         path = None
-    return f"{name} sha256 {'' if path is None else hash_of_file(Path(path))}"
+    return f"{name} sha256 {'' if path is None else hash_of_path(Path(path))}"
 
 
 def _name_of_network(network: nn.Module) -> str:
@@ -326,4 +326,4 @@ def _module_of(program: torch.export.ExportedProgram, guards: Guards | None) -> 
 
 def _name_of(path: Path) -> str:
     """Know a model by its file, since not all of what it is can be seen once it is loaded."""
-    return f"sha256 {hash_of_file(path)}"
+    return f"sha256 {hash_of_path(path)}"

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..io.arrays import hash_of, raw_bytes
-from ..io.files import hash_of_file
+from ..io.files import hash_of_path
 from ..io.protocols import Json
 
 __all__ = ["differences", "fingerprint_of_code", "fingerprint_of_model", "fingerprint_of_option", "state_of_model"]
@@ -96,7 +96,7 @@ def fingerprint_of_code(thing: Any) -> str | None:
     """Know a class or a function by the source file that it is in; None where there is no such file."""
     try:
         path = inspect.getsourcefile(thing)
-        return None if path is None else hash_of_file(Path(path))
+        return None if path is None else hash_of_path(Path(path))
     except (OSError, TypeError):
         return None
 

@@ -14,11 +14,12 @@ from torch import Tensor
 from ..core.affines import Affine, as_affine, shifted
 from ..core.boxes import Box
 from ..errors import ImageError, SubjectError, VoxloomError
+from ..io.addresses import source_at
 from ..io.arrays import affine_of, as_volume, values_hash
 from ..io.compression import READ_ERRORS
-from ..io.formats import save_volume
 from ..io.objects import source_of
 from ..io.protocols import Extent, Json, SpaceCodes, VolumeSource, is_source, loading_bytes, read_checked
+from ..io.targets import save_volume
 from .constants import INTENSITY, LABEL
 from .derived import DerivedValues
 from .entries import RESERVED, ImageEntries
@@ -40,9 +41,9 @@ class Image(ImageEntries, Exchange, Views):
     first asked for and then kept, and slicing reads no more than the format allows.
 
     Args:
-        path: a file, a folder that holds one DICOM series, or a list of files that become channels; or in its place the tensor,
-            a source of voxels such as `ArraySource`, an image of nibabel or SimpleITK, or an array that is read by slices, as of
-            Zarr.
+        path: a file, a folder that holds one DICOM series or is a Zarr store, a URL of one, a data set in an HDF5 file
+            (`scan.h5:/data`), or a list of files that become channels; or in its place the tensor, a source of voxels such as
+            `ArraySource`, an image of nibabel or SimpleITK, or an array that is read by slices, as of Zarr or Dask.
         type: `"intensity"`, `"label"` or `"sampling_map"`; `ScalarImage` and `LabelMap` set it.
         tensor: tensor or array `(C, I, J, K)`, or `(I, J, K)`, in place of a path. It is not copied.
         affine: RAS+ matrix of 4 × 4 from voxels to millimetres; by default that of the file, or what a tensor brings along, as
@@ -94,7 +95,7 @@ class Image(ImageEntries, Exchange, Views):
         self.path: Path | list[Path] | None = None
         self._affine = affine_of(tensor) if affine is None else as_affine(affine)
         self._origin: Origin | None = None
-        given = path if path is None or is_source(path) or is_path(path) else source_of(path, affine)
+        given = path if path is None or is_source(path) else source_at(path) if is_path(path) else source_of(path, affine)
         if is_source(given):
             self._origin = GivenOrigin(given)
         elif path is not None:
@@ -289,6 +290,11 @@ class Image(ImageEntries, Exchange, Views):
         return self._opened.spec.dtype if self._data is None else self._data.dtype
 
     @property
+    def stored_dtype(self) -> np.dtype | None:
+        """Type of the voxels where they are stored, such as uint16, of which tensors are int32; None if it is not known."""
+        return getattr(self._origin.source, "stored_dtype", None) if self._origin is not None and self.can_be_reloaded else None
+
+    @property
     def affine(self) -> Affine:
         """RAS+ matrix of 4 × 4 from voxels to millimetres, in float64.
 
@@ -392,7 +398,7 @@ class Image(ImageEntries, Exchange, Views):
         return new
 
     def save(self, path: PathLike) -> None:
-        """Write the image: NIfTI, MGH, NRRD or MetaImage, by the ending of the name.
+        """Write the image: NIfTI, MGH, NRRD, MetaImage or Zarr (`.ome.zarr`, `.nii.zarr`, `.zarr`), by the ending of the name.
 
         The affine is kept, and in NIfTI the form codes and units too. A crash, a full disk or an error leaves the old file
         or the new one; a process that is killed may leave a hidden file beside it, with `unfinished` in its name.
@@ -401,7 +407,7 @@ class Image(ImageEntries, Exchange, Views):
             SaveError: if it could not be written.
             UnsupportedImageError: if the format is unknown or cannot hold the data.
         """
-        save_volume(Path(path).expanduser(), self.data, self.affine, self.codes)
+        save_volume(Path(path).expanduser(), self.data, self.affine, self.codes, is_labels=self.type == LABEL)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({'; '.join(_described(self))})"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...errors import MissingDependencyError, ModelFileError
 from ...inference.reductions import as_reduction
-from ...io.files import hash_of_file
+from ...io.files import hash_of_path
 from ...io.labels import Label
 from ...io.protocols import Json
 from ...models.loading import LoadedModel, load_weights
@@ -64,7 +64,7 @@ def load(folder: Any, *, config: str | None = None, checkpoint: str = "model.pt"
     # Labels are named where the channels of the output are classes.
     is_classes = found.values.get("reduce") == "argmax"
     spec = ModelSpec(**found.values, channels=channels, labels=labels if is_classes else ())
-    return LoadedModel(network.eval(), f"MONAI bundle {hash_of_file(weights)}", spec=spec, reduce=found.reduce)
+    return LoadedModel(network.eval(), f"MONAI bundle {hash_of_path(weights)}", spec=spec, reduce=found.reduce)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,264 @@
+"""How a result lies in a Zarr hierarchy: its arrays, their chunks and shards, its levels, and what is said of it."""
+
+import contextlib
+import io
+import itertools
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock
+
+from ...core.affines import SPACE_TOLERANCE, corner_displacement, spacing_of
+from ...core.boxes import Box
+from ...core.pyramids import coarser_shape, factors_of_levels
+from ...core.sizes import Ints
+from ...errors import ModeError, RecordError, SizeError, SpaceError
+from ..formats import stem_of
+from ..labels import Label, color_of
+from ..protocols import Json, VolumeSpec
+from ..saving import nifti_of
+from .ngff import described
+from .source import OWN, ZarrSource, is_label_of_image
+from .storage import zarr_python
+from .writing import chunks_for
+
+__all__ = ["Layout", "describe_labels", "put_shard", "register_label"]
+
+NIFTI = ".nii.zarr"
+OME = ".ome.zarr"
+# The level of compression that is as small as the next ones, for labels and intensities, and far quicker.
+COMPRESSION = 3
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """What is made for a result, before any voxel of it is written.
+
+    Args:
+        path: where it will be.
+        spec: what it is.
+        dtype: type of the elements.
+        chunks: voxels of a chunk, for each level.
+        shards: the same of a shard.
+        factors: by which the axes of each level but the first are shorter.
+        version: of OME-Zarr.
+    """
+
+    path: Path
+    spec: VolumeSpec
+    dtype: np.dtype
+    chunks: tuple[Ints, ...]
+    shards: tuple[Ints, ...]
+    factors: tuple[Ints, ...]
+    version: str
+
+    @classmethod
+    def of(
+        cls,
+        path: Path,
+        spec: VolumeSpec,
+        version: str,
+        chunks: Ints | None,
+        shards: Ints | None,
+        num_levels: int | None,
+    ) -> "Layout":
+        """Choose what is not said.
+
+        Raises:
+            SpaceError: if it is a label image on another grid than its image.
+            SizeError: if shards are no multiples of the chunks.
+            ModeError: if shards are asked for in a version that has none.
+        """
+        is_plain = not is_label_of_image(path) and not path.name.lower().endswith((OME, NIFTI))
+        factors: Sequence[Ints] = [] if is_plain else factors_of_levels(spec.shape[1:], spec.affine, num_levels)
+        if is_label_of_image(path):
+            version, factors = _of_image(path.parent.parent, spec)
+        stored = {torch.bool: np.uint8, torch.bfloat16: np.float32}
+        dtype = np.dtype(stored.get(spec.dtype) or torch.empty(0, dtype=spec.dtype).numpy().dtype)
+        if spec.stored is not None:
+            dtype = np.dtype(spec.stored)
+        inner, outer = [], []
+        shape: Ints = spec.shape[1:]
+        for step in [None, *factors]:
+            shape = shape if step is None else coarser_shape(shape, step)
+            chunk, shard = chunks_for(shape, dtype.itemsize, chunks)
+            if version == "0.4":
+                if shards is not None:
+                    raise ModeError("OME-Zarr 0.4 has no shards: leave shards out, or choose version '0.5'")
+                shard = chunk
+            elif shards is not None:
+                shard = tuple(
+                    min(size, -(-length // part) * part) for size, length, part in zip(shards, shape, chunk, strict=True)
+                )
+            if any(size % part for size, part in zip(shard, chunk, strict=True)):
+                raise SizeError(f"shards of {shard} voxels are not made of whole chunks of {chunk}: choose multiples")
+            inner.append(chunk)
+            outer.append(shard)
+        return cls(path, spec, dtype, tuple(inner), tuple(outer), tuple(factors), version)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is an array alone."""
+        return not is_label_of_image(self.path) and not self.path.name.lower().endswith((OME, NIFTI))
+
+    @property
+    def has_channels(self) -> bool:
+        """Whether arrays have an axis of channels."""
+        return self.spec.shape[0] > 1
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the axes of arrays."""
+        return [*["c"] * self.has_channels, "z", "y", "x"]
+
+    def _of_arrays(self, sizes: Sequence[int], lead: int) -> tuple[int, ...]:
+        return (*([lead] if self.has_channels else []), *(int(size) for size in reversed(sizes)))
+
+    def create(self, folder: Path) -> None:
+        """Make the hierarchy, without voxels."""
+        zarr = zarr_python()
+        store = zarr.storage.LocalStore(folder)
+        number = 2 if self.version == "0.4" else 3
+        own = {OWN: {"affine": self.spec.affine.tolist(), "codes": asdict(self.spec.codes)}}
+        if self.is_plain:
+            self._create_array(zarr.create_array, number, 0, own, store=store, zarr_format=number)
+            return
+        name = stem_of(self.path)
+        attributes: dict[str, Json] = described(
+            self.spec.affine, self.factors, self.has_channels, self.version, name, self.spec.is_labels
+        )
+        if self.spec.is_labels:
+            image = attributes.get("ome", attributes)
+            image["image-label"] = {} if self.version != "0.4" else {"version": self.version}
+            if is_label_of_image(self.path):
+                image["image-label"]["source"] = {"image": "../../"}
+        group = zarr.create_group(store=store, zarr_format=number, attributes={**attributes, **own})
+        for level in range(len(self.shards)):
+            self._create_array(group.create_array, number, level, {}, name=str(level))
+        if self.path.name.lower().endswith(NIFTI):
+            self._add_header(group)
+
+    def _create_array(self, create: Any, number: int, level: int, attributes: dict[str, Json], **more: Any) -> None:
+        zarr = zarr_python()
+        shape = self.spec.shape[1:]
+        for step in self.factors[:level]:
+            shape = coarser_shape(shape, step)  # type: ignore[assignment]
+        shuffled = "shuffle" if self.dtype.itemsize > 1 else "noshuffle"
+        if number == 2:
+            import numcodecs
+
+            more |= {
+                "compressors": numcodecs.Blosc(cname="zstd", clevel=COMPRESSION, shuffle=int(shuffled == "shuffle")),
+                "chunk_key_encoding": {"name": "v2", "separator": "/"},
+            }
+            attributes = {**attributes, "_ARRAY_DIMENSIONS": self.names}
+        else:
+            codec = zarr.codecs.BloscCodec(
+                typesize=self.dtype.itemsize, cname="zstd", clevel=COMPRESSION, shuffle=shuffled, blocksize=0
+            )
+            more |= {"compressors": codec, "dimension_names": self.names}
+            if self.shards[level] != self.chunks[level]:
+                more["shards"] = self._of_arrays(self.shards[level], self.spec.shape[0])
+        create(
+            shape=self._of_arrays(shape, self.spec.shape[0]),
+            chunks=self._of_arrays(self.chunks[level], 1),
+            dtype=self.dtype,
+            fill_value=0,
+            attributes=attributes,
+            **more,
+        )
+
+    def _add_header(self, group: Any) -> None:
+        """Add what makes it a NIfTI-Zarr: the header that a NIfTI file would have."""
+        shape = self.spec.shape
+        image = nifti_of(np.broadcast_to(np.zeros((), self.dtype), shape), self.spec.affine, self.spec.codes)
+        image.update_header()
+        header = io.BytesIO()
+        image.header.write_to(header)
+        raw = np.frombuffer(header.getvalue()[: 540 if image.header.sizeof_hdr == 540 else 348], dtype=np.uint8)
+        array = group.create_array("nifti", shape=raw.shape, chunks=raw.shape, dtype=np.uint8, fill_value=0, compressors=None)
+        array[...] = raw
+
+    def arrays(self, folder: Path) -> list[Any]:
+        """Open the arrays of all levels.
+
+        Raises:
+            RecordError: if they are not what was made.
+        """
+        zarr = zarr_python()
+        try:
+            node = zarr.open(store=zarr.storage.LocalStore(folder), mode="r+")
+            arrays = [node] if self.is_plain else [node[str(level)] for level in range(len(self.shards))]
+            is_alike = (
+                arrays[0].shape == self._of_arrays(self.spec.shape[1:], self.spec.shape[0]) and arrays[0].dtype == self.dtype
+            )
+        except Exception as error:
+            raise RecordError(f"the unfinished folder {folder} is damaged: {type(error).__name__}: {error}") from error
+        if not is_alike:
+            raise RecordError(f"the unfinished folder {folder} is of another volume")
+        return arrays
+
+
+def put_shard(array: Any, has_channels: bool, box: Box, values: np.ndarray) -> None:
+    """Write a whole shard of an array: all channels `(C, I, J, K)` of a box."""
+    turned = values.transpose(0, 3, 2, 1)
+    slices = tuple(reversed(box.slices))
+    array[(slice(None), *slices) if has_channels else slices] = np.ascontiguousarray(turned if has_channels else turned[0])
+
+
+def _of_image(folder: Path, spec: VolumeSpec) -> tuple[str, list[Ints]]:
+    """Give the version of an image that labels are put beside, and the factors of its levels.
+
+    Raises:
+        SpaceError: if the labels are not on the image's grid.
+    """
+    image = ZarrSource(folder)
+    if image.shape[1:] != spec.shape[1:]:
+        raise SpaceError(f"the labels have {spec.shape[1:]} voxels, but {folder} has {image.shape[1:]}: they must be on its grid")
+    distance = corner_displacement(image.affine, spec.affine, spec.shape[1:])
+    if not distance <= SPACE_TOLERANCE * min(spacing_of(spec.affine)):
+        raise SpaceError(f"the labels lie up to {distance:.3g} mm away from {folder}: they must be on its grid")
+    multiscales = image.multiscales
+    assert multiscales is not None
+    sizes = [level.affine for level in multiscales.levels]
+    factors = []
+    for before, after in itertools.pairwise(sizes):
+        ratio = np.array(spacing_of(after)) / np.array(spacing_of(before))
+        factors.append(tuple(max(1, round(each)) for each in ratio))
+    return image.version, factors
+
+
+def describe_labels(folder: Path, labels: Sequence[Label]) -> None:
+    """Add colours and names of labels to what a folder says of them."""
+    zarr = zarr_python()
+    node = zarr.open(store=zarr.storage.LocalStore(folder), mode="r+")
+    attributes = dict(node.attrs)
+    image = attributes.get("ome", attributes)
+    if "image-label" not in image:
+        return
+    numbers = sorted(labels, key=lambda label: label.value)
+    image["image-label"] |= {
+        "colors": [{"label-value": each.value, "rgba": [*color_of(each), 255]} for each in numbers],
+        "properties": [{"label-value": each.value, "name": each.name} for each in numbers],
+    }
+    node.attrs.put(attributes)
+
+
+def register_label(path: Path) -> None:
+    """Name a label image in the list of its image's."""
+    zarr = zarr_python()
+    folder = path.parent
+    with FileLock(folder / ".list.lock"):
+        is_second = (path / ".zgroup").exists()
+        group = zarr.open_group(store=zarr.storage.LocalStore(folder), mode="a", zarr_format=2 if is_second else 3)
+        attributes = dict(group.attrs)
+        names = attributes if is_second else attributes.setdefault("ome", {"version": ZarrSource(path).version})
+        if path.name not in names.setdefault("labels", []):
+            names["labels"].append(path.name)
+            group.attrs.put(attributes)
+    with contextlib.suppress(OSError):
+        (folder / ".list.lock").unlink()

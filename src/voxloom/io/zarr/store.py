@@ -1,0 +1,217 @@
+"""Results in Zarr: OME-Zarr with all its levels, NIfTI-Zarr, or a plain array; each shard is written once, as a whole."""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...core.boxes import Box
+from ...core.sizes import as_sizes
+from ...errors import ModeError, RecordError, TargetExistsError, VoxloomError
+from ..files import FOLDER_SIDECAR
+from ..formats import stem_of
+from ..labels import Label
+from ..protocols import Json, VolumeSpec
+from ..saving import as_save_error, write_safely
+from ..sidecars import written
+from .layout import Layout, describe_labels, put_shard, register_label
+from .ngff import VERSIONS
+from .source import is_label_of_image, is_zarr
+from .writing import PyramidWriter
+
+__all__ = ["ZarrStore"]
+
+
+class ZarrStore:
+    """Writes `STEM.ome.zarr`, `STEM.nii.zarr`, `STEM.zarr` (a plain array), or `IMAGE.ome.zarr/labels/NAME`.
+
+    Until it is whole, a result is in the folder `.STEM.RUN.zarr`, and what is there of shards that are not whole yet in
+    `.STEM.RUN.parts`. Coarser levels are made as the finest one is written: labels are those of most voxels, other values their
+    mean.
+
+    Args:
+        path: the folder to be made.
+        overwrite: whether a result that is there may be replaced.
+        version: of OME-Zarr: `"0.4"` (in Zarr v2), `"0.5"` or `"0.6"` (in v3). A label image is of its image's version.
+        chunks: voxels of a chunk, `(I, J, K)` or one number; by default about 1 MiB.
+        shards: voxels of a shard, multiples of the chunk; by default chunks are files of their own unless there are many.
+        levels: number of levels; by default so many that the last has at most 128 voxels along any axis. A label image has as
+            many as its image.
+
+    Raises:
+        ModeError: if there is no such version.
+        SizeError: if chunks or shards are no sizes.
+
+    Example:
+        >>> import tempfile, torch, voxloom as vx
+        >>> image = vx.ScalarImage(torch.rand(1, 40, 30, 20))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     store = vx.ZarrStore(f"{folder}/out.ome.zarr", chunks=16, levels=2)
+        ...     made = vx.predict(torch.nn.Identity(), image, patch_size=16, output=store)
+        ...     vx.ScalarImage(vx.open_zarr(made.path, level=1)).shape
+        (1, 20, 15, 10)
+    """
+
+    supports_resume = True
+
+    def __init__(
+        self,
+        path: str | Path,
+        overwrite: bool = False,
+        *,
+        version: str = "0.5",
+        chunks: int | Sequence[int] | None = None,
+        shards: int | Sequence[int] | None = None,
+        levels: int | None = None,
+    ) -> None:
+        if version not in VERSIONS:
+            raise ModeError(f"version is {version!r}: it must be one of {', '.join(map(repr, VERSIONS))}")
+        self.path = Path(path).expanduser()
+        self.overwrite = overwrite
+        self._version, self._num_levels = version, levels
+        self._chunks = None if chunks is None else as_sizes(chunks, 3, "chunks")
+        self._shards = None if shards is None else as_sizes(shards, 3, "shards")
+        self._writer: PyramidWriter | None = None
+        self._layout: Layout | None = None
+
+    @property
+    def chunk_shape(self) -> tuple[int, int, int] | None:
+        """A shard, once it is known what is written; see `VolumeStore`."""
+        sizes = self._chunks if self._layout is None else self._layout.shards[0]
+        return None if sizes is None else (sizes[0], sizes[1], sizes[2])
+
+    def _at(self, run: str, ending: str) -> Path:
+        return self.path.with_name(f".{stem_of(self.path)}.{run}{ending}")
+
+    def check(self) -> None:
+        """See `VolumeStore`."""
+        if self.path.exists() and not self.overwrite:
+            raise TargetExistsError(
+                f"{self.path} exists, and is kept: remove it, choose another name, or give overwrite=True (--overwrite)"
+            )
+        if self.path.exists() and not is_zarr(self.path):
+            raise TargetExistsError(f"{self.path} exists, and is no Zarr store: choose another name")
+
+    # Writing
+
+    def create(self, spec: VolumeSpec, run: str) -> None:
+        """See `VolumeStore`."""
+        with self._explained():
+            self._open(spec, run, is_new=True)
+
+    def reopen(self, spec: VolumeSpec, run: str) -> None:
+        """See `VolumeStore`."""
+        whole = self._at(run, ".zarr")
+        if not whole.is_dir():
+            raise RecordError(f"the unfinished folder {whole} is gone: start over with resume=False (--no-resume)")
+        try:
+            with self._explained():
+                self._open(spec, run, is_new=False)
+        except RecordError as error:
+            raise RecordError(f"{error}: start over with resume=False (--no-resume)") from error
+
+    def _open(self, spec: VolumeSpec, run: str, is_new: bool) -> None:
+        layout = self._layout = Layout.of(self.path, spec, self._version, self._chunks, self._shards, self._num_levels)
+        whole = self._at(run, ".zarr")
+        if is_new:
+            layout.create(whole)
+        arrays = layout.arrays(whole)
+        self._writer = PyramidWriter(
+            self._at(run, ".parts"),
+            [partial(put_shard, array, layout.has_channels) for array in arrays],
+            spec.shape,
+            layout.dtype,
+            layout.shards,
+            layout.factors,
+            spec.is_labels,
+            is_new,
+        )
+
+    def write(self, box: Box, values: Tensor) -> None:
+        """See `VolumeStore`."""
+        assert self._writer is not None
+        assert self._layout is not None
+        if values.dtype == torch.bfloat16:
+            values = values.float()
+        with self._explained():
+            self._writer.write(box, values.numpy().astype(self._layout.dtype, copy=False))
+
+    def flush(self) -> None:
+        """See `VolumeStore`."""
+        assert self._writer is not None
+        with self._explained():
+            self._writer.flush()
+
+    def abort(self) -> None:
+        """See `VolumeStore`."""
+
+    def discard(self, run: str) -> None:
+        """See `VolumeStore`."""
+        for ending in (".zarr", ".parts", ".old"):
+            shutil.rmtree(self._at(run, ending), ignore_errors=True)
+
+    # Publishing
+
+    def commit(self, sidecar: Mapping[str, Json], run: str) -> Path:
+        """See `VolumeStore`."""
+        whole, parts, old = (self._at(run, ending) for ending in (".zarr", ".parts", ".old"))
+        with self._explained():
+            if whole.exists():
+                if not (whole / FOLDER_SIDECAR).exists():
+                    self._complete(whole, parts, sidecar, run)
+                self._put(whole, old)
+            elif _run_of(self.path) != run:
+                raise RecordError(f"the result that was ready to be put at {self.path} is gone: start over with resume=False")
+            if is_label_of_image(self.path):
+                register_label(self.path)
+            for path in (parts, old):
+                shutil.rmtree(path, ignore_errors=True)
+        return self.path
+
+    def _complete(self, whole: Path, parts: Path, sidecar: Mapping[str, Json], run: str) -> None:
+        """Say in the folder how its image was made."""
+        if parts.exists() and any(parts.rglob("*.raw")):
+            raise RecordError(
+                f"{parts} holds shards of which a part was never written: start over with resume=False (--no-resume)"
+            )
+        labels = [Label(**each) for each in sidecar.get("labels", ())]
+        if labels:
+            describe_labels(whole, labels)
+        if sidecar:
+            write_safely(
+                whole / FOLDER_SIDECAR, json.dumps({**sidecar, "run": run, "written": written(whole, self.path)}, indent=1)
+            )
+
+    def _put(self, whole: Path, old: Path) -> None:
+        """Put the folder under its name; what is there is only replaced if it may be."""
+        if self.path.exists():
+            if not self.overwrite:
+                raise TargetExistsError(
+                    f"{self.path} has appeared while its result was made, and is kept. The result is in {whole.name}: the same"
+                    " call with overwrite=True (--overwrite) puts it there, and so does this one once the folder is gone"
+                )
+            shutil.rmtree(old, ignore_errors=True)
+            self.path.rename(old)
+        whole.rename(self.path)
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except VoxloomError:
+            raise
+        except OSError as error:
+            raise as_save_error(self.path, error) from error
+
+
+def _run_of(path: Path) -> str | None:
+    """Name of the run that a result was made by."""
+    try:
+        return str(json.loads((path / FOLDER_SIDECAR).read_text())["run"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None

@@ -1,0 +1,269 @@
+"""Writing arrays of Zarr shard by shard: what is written in parts waits in files until a shard is whole."""
+
+import errno
+import itertools
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from ...core.boxes import Box
+from ...core.pyramids import coarser, coarser_shape
+from ...core.sizes import Ints
+from ...errors import RecordError
+from ..protocols import Json
+from ..saving import write_safely
+
+__all__ = ["PyramidWriter", "ShardWriter", "chunks_for"]
+
+# A chunk has about so many bytes before it is compressed, if nothing else is said.
+CHUNK_BYTES = 2**20
+# More chunks than these are put into shards, since each file costs a file system something.
+MOST_FILES = 2048
+# Chunks along each axis of a shard.
+PER_SHARD = 4
+
+
+def chunks_for(shape: Sequence[int], itemsize: int, chunks: Sequence[int] | None = None) -> tuple[Ints, Ints]:
+    """Choose chunks and shards of a volume.
+
+    Args:
+        shape: voxels `(I, J, K)`.
+        itemsize: bytes of a voxel.
+        chunks: the chunks, if they are given.
+
+    Returns:
+        Voxels of a chunk, and of a shard, which is one chunk where there are few.
+
+    Example:
+        >>> chunks_for((512, 512, 300), 1), chunks_for((2048, 2048, 2048), 1)
+        (((128, 128, 128), (128, 128, 128)), ((128, 128, 128), (512, 512, 512)))
+    """
+    if chunks is None:
+        edge = 2 ** math.ceil(math.log2(max(8.0, (CHUNK_BYTES / itemsize) ** (1 / 3)) - 1e-9))
+        chunks = [edge] * 3
+    inner = tuple(min(size, length) for size, length in zip(chunks, shape, strict=True))
+    counts = [-(-length // size) for length, size in zip(shape, inner, strict=True)]
+    if math.prod(counts) <= MOST_FILES:
+        return inner, inner
+    return inner, tuple(size * min(PER_SHARD, count) for size, count in zip(inner, counts, strict=True))
+
+
+class ShardWriter:
+    """Takes boxes of a volume in any order, and gives away whole shards.
+
+    A shard that is not whole is a file of raw values. What has been given away since the last flush is known by name, since its
+    boxes may come again after an interruption.
+
+    Args:
+        folder: for the files of parts.
+        shape: `(C, I, J, K)`.
+        dtype: type of the values.
+        shard: voxels of a shard `(I, J, K)`; a shard holds all channels.
+        put: takes the box of a whole shard, and its values `(C, *box.shape)`.
+    """
+
+    def __init__(
+        self, folder: Path, shape: Sequence[int], dtype: np.dtype, shard: Ints, put: Callable[[Box, np.ndarray], object]
+    ) -> None:
+        self._folder, self._shape, self._dtype, self._shard, self._put = folder, tuple(shape), dtype, shard, put
+        self._waiting: dict[str, dict[str, int]] = {}  # for each shard the voxels of its boxes, by where these begin
+        self._given: set[str] = set()
+        self._again: set[str] = set()
+
+    def to_json(self) -> Json:
+        """Give what must be known to go on."""
+        return {"shard": list(self._shard), "waiting": self._waiting, "given": sorted(self._given)}
+
+    def restore(self, told: Json) -> None:
+        """Go on with what is there.
+
+        Raises:
+            RecordError: if a file is gone or damaged.
+            ValueError, LookupError, TypeError, AttributeError: if what is told is damaged.
+        """
+        if told["shard"] != list(self._shard):
+            raise ValueError("shards of another size")
+        self._waiting = {
+            str(name): {str(at): int(count) for at, count in boxes.items()} for name, boxes in told["waiting"].items()
+        }
+        self._given = set(map(str, told["given"]))
+        for name in self._waiting:
+            part = self._part(name)
+            if not part.exists() or part.stat().st_size != self._num_bytes(self._box_of(name)):
+                raise RecordError(f"the unfinished part {part} is gone or damaged")
+
+    def _box_of(self, name: str) -> Box:
+        numbers = [int(part) for part in name.split(".")]
+        start = tuple(number * size for number, size in zip(numbers, self._shard, strict=True))
+        stop = tuple(min(at + size, length) for at, size, length in zip(start, self._shard, self._shape[1:], strict=True))
+        return Box(start, stop)
+
+    def _num_bytes(self, box: Box) -> int:
+        return self._shape[0] * box.numel * self._dtype.itemsize
+
+    def _part(self, name: str) -> Path:
+        return self._folder / f"{name}.raw"
+
+    def write(self, box: Box, values: np.ndarray) -> None:
+        """Take the values `(C, *box.shape)` of a box."""
+        spans = [
+            range(start // size, -(-stop // size)) for start, stop, size in zip(box.start, box.stop, self._shard, strict=True)
+        ]
+        for numbers in itertools.product(*spans):
+            name = ".".join(map(str, numbers))
+            if name in self._given:
+                self._again.add(name)  # it comes again, after an interruption
+                continue
+            shard = self._box_of(name)
+            inside = box & shard
+            part = values[(slice(None), *inside.relative_to(box.start).slices)]
+            if inside == shard:
+                self._waiting.pop(name, None)
+                self._again.add(name)
+                self._put(shard, part)
+            else:
+                self._keep(name, shard, inside, part)
+
+    def _keep(self, name: str, shard: Box, inside: Box, part: np.ndarray) -> None:
+        """Put a box into the file of its shard."""
+        if name not in self._waiting:
+            _reserve(self._part(name), self._num_bytes(shard))
+            self._waiting[name] = {}
+        # Mapped for each box anew, so that no more than one shard is resident.
+        mapped = np.memmap(self._part(name), self._dtype, "r+", shape=(self._shape[0], *shard.shape))
+        mapped[(slice(None), *inside.relative_to(shard.start).slices)] = part
+        self._waiting[name][",".join(map(str, inside.start))] = inside.numel  # one that comes again counts once
+
+    def give_whole(self) -> list[Path]:
+        """Give away what is whole, and bring the rest to the disk.
+
+        Returns:
+            Files that are of no more use once it is recorded what was given away.
+        """
+        whole = [name for name, boxes in self._waiting.items() if sum(boxes.values()) == self._box_of(name).numel]
+        for name in whole:
+            box = self._box_of(name)
+            self._put(box, np.fromfile(self._part(name), self._dtype).reshape(self._shape[0], *box.shape))
+            del self._waiting[name]
+        for name in self._waiting:
+            _bring_to_disk(self._part(name))
+        self._given, self._again = self._again | set(whole), set()
+        return [self._part(name) for name in whole]
+
+    @property
+    def num_unfinished(self) -> int:
+        """Shards of which a part is missing."""
+        return len(self._waiting)
+
+
+class PyramidWriter:
+    """Writes an image of several levels, each made of the one before as soon as a shard of that is whole.
+
+    Args:
+        folder: for the files of parts, and for what is recorded of them.
+        levels: for each level what writes a whole shard of it.
+        shape: `(C, I, J, K)` of the finest level.
+        dtype: type of the values.
+        shards: voxels of a shard, for each level.
+        factors: by which the axes of each level but the first are shorter than those of the level before.
+        is_labels: whether a coarser voxel has the label of most, rather than the mean.
+        is_new: begin anew; otherwise go on with what is there.
+
+    Raises:
+        RecordError: if what is there is gone or damaged.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        levels: Sequence[Callable[[Box, np.ndarray], object]],
+        shape: Sequence[int],
+        dtype: np.dtype,
+        shards: Sequence[Ints],
+        factors: Sequence[Ints],
+        is_labels: bool,
+        is_new: bool,
+    ) -> None:
+        self._folder, self._factors, self._is_labels = folder, factors, is_labels
+        self._levels: list[ShardWriter] = []
+        channels, sizes = shape[0], tuple(shape[1:])
+        for number, (put, shard) in enumerate(zip(levels, shards, strict=True)):
+            part = folder / str(number)
+            if is_new:
+                part.mkdir(parents=True)
+            self._levels.append(ShardWriter(part, (channels, *sizes), dtype, shard, partial(self._put, number, put)))
+            sizes = coarser_shape(sizes, factors[number]) if number < len(factors) else sizes
+        if is_new:
+            self._record()
+        else:
+            self._restore()
+
+    @property
+    def _state(self) -> Path:
+        return self._folder / "parts.json"
+
+    def _record(self) -> None:
+        write_safely(self._state, json.dumps([each.to_json() for each in self._levels]))
+
+    def _restore(self) -> None:
+        try:
+            for level, told in zip(self._levels, json.loads(self._state.read_text()), strict=True):
+                level.restore(told)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            if isinstance(error, RecordError):
+                raise
+            raise RecordError(f"what {self._state} records of an unfinished run is gone or damaged") from error
+
+    def _put(self, number: int, put: Callable[[Box, np.ndarray], object], box: Box, values: np.ndarray) -> None:
+        """Write a shard, and what the next level has of it."""
+        put(box, values)
+        if number < len(self._factors):
+            factors = self._factors[number]
+            start = tuple(at // factor for at, factor in zip(box.start, factors, strict=True))
+            made = coarser(values, factors, self._is_labels)
+            self._levels[number + 1].write(Box(start, tuple(map(int.__add__, start, made.shape[1:]))), made)
+
+    def write(self, box: Box, values: np.ndarray) -> None:
+        """Take a box of the finest level, `(C, *box.shape)`."""
+        self._levels[0].write(box, values)
+
+    def flush(self) -> None:
+        """Write what is whole, and record the rest, so that a crash does not reach it.
+
+        All levels are recorded at once, and files of parts are removed last, so that nothing is lost in between.
+        """
+        files = [path for level in self._levels for path in level.give_whole()]
+        self._record()
+        for path in files:
+            path.unlink(missing_ok=True)
+
+    @property
+    def num_unfinished(self) -> int:
+        """Shards of which a part is missing."""
+        return sum(level.num_unfinished for level in self._levels)
+
+
+def _reserve(path: Path, num_bytes: int) -> None:
+    """Make a file with room for everything: a full disk must be an error here, and not when what is mapped is written."""
+    with path.open("wb") as file:
+        if hasattr(os, "posix_fallocate"):
+            try:
+                os.posix_fallocate(file.fileno(), 0, num_bytes)
+                return
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                    raise
+        file.truncate(num_bytes)
+
+
+def _bring_to_disk(path: Path) -> None:
+    file = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)

@@ -1,0 +1,138 @@
+"""Writing an image in another format, box by box, so that it need never be in memory as a whole."""
+
+import contextlib
+import secrets
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from ..core.walking import walk
+from ..errors import SaveError, VoxloomError
+from ..io.formats import format_of, is_folder_target
+from ..io.protocols import VolumeSpec, VolumeStore, is_source, read_checked
+from ..io.spooling import spooled
+from ..io.targets import as_target, save_volume, store_at
+from ..io.zarr.store import ZarrStore
+from .constants import LABEL
+from .image import Image, LabelMap, ScalarImage
+from .libraries import as_image
+
+__all__ = ["convert"]
+
+# Bytes that are read at a time.
+BOX_BYTES = 64 * 2**20
+
+
+def convert(
+    image: Any,
+    output: Any,
+    *,
+    labels: bool | None = None,
+    overwrite: bool = False,
+    chunks: int | Sequence[int] | None = None,
+    shards: int | Sequence[int] | None = None,
+    levels: int | None = None,
+    version: str = "0.5",
+    progress: bool | str = False,
+) -> Image:
+    """Write an image in another format: voxels and affine stay as they are.
+
+    NIfTI and Zarr are written box by box. What SimpleITK or nibabel write (`.nrrd`, `.mha`, `.mgz`) is in memory as a whole.
+
+    Args:
+        image: anything that `as_image` takes: a path, an `Image`, an array, a source of voxels.
+        output: name of the file or folder: `.nii`, `.nii.gz`, `.ome.zarr`, `.nii.zarr`, `.zarr` (a plain array),
+            `IMAGE.ome.zarr/labels/NAME`, `.nrrd`, `.mha`, `.mgz`; or a `VolumeStore`.
+        labels: whether it holds labels, of which a coarser level has those of most voxels rather than a mean; by default as the
+            image says.
+        overwrite: whether what is there may be replaced.
+        chunks: of Zarr, see `ZarrStore`; for training half the patch or less is good.
+        shards: of Zarr.
+        levels: of OME-Zarr.
+        version: of OME-Zarr.
+        progress: show how far it has come.
+
+    Returns:
+        The image as it was written, which is read lazily.
+
+    Raises:
+        TargetExistsError: if the output exists.
+        SaveError: if it cannot be written; what was there before is untouched.
+
+    Example:
+        >>> import tempfile, torch, voxloom as vx
+        >>> scan = vx.ScalarImage(torch.rand(1, 40, 30, 20))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     made = vx.convert(scan, f"{folder}/scan.ome.zarr", chunks=16, levels=2)
+        ...     torch.equal(made.data, scan.data)
+        True
+    """
+    given = as_image(image)
+    is_labels = given.type == LABEL if labels is None else labels
+    image_class = LabelMap if is_labels else ScalarImage
+    if _is_written_whole(output):
+        path = Path(output).expanduser()
+        if path.exists() and not overwrite:
+            raise SaveError(f"{path} exists, and is kept: remove it, choose another name, or give overwrite=True (--overwrite)")
+        save_volume(path, given.data, given.affine, given.codes)
+        return image_class(path)
+    store = _store_of(output, overwrite, {"chunks": chunks, "shards": shards, "levels": levels, "version": version})
+    if store.path is not None and store.path.resolve() in {path.resolve() for path in given.paths}:
+        raise SaveError(f"the image {store.path} would be written over itself: choose another output")
+    spec = VolumeSpec(given.shape, given.dtype, given.affine, given.codes, is_labels, _stored_dtype(given))
+    made = _copied(given, store, spec, progress)
+    return image_class(made) if isinstance(made, Path) or is_source(made) else made
+
+
+def _is_written_whole(output: Any) -> bool:
+    """Whether a result is of a format that is not written box by box."""
+    if isinstance(output, VolumeStore) or is_folder_target(Path(output)):
+        return False
+    known = format_of(Path(output))
+    return known is not None and known.write is not None and not known.is_streamed
+
+
+def _store_of(output: Any, overwrite: bool, options: dict[str, Any]) -> VolumeStore:
+    if isinstance(output, VolumeStore):
+        return output
+    target = as_target(output)
+    return ZarrStore(target, overwrite, **options) if is_folder_target(target) else store_at(target, overwrite)
+
+
+def _stored_dtype(image: Image) -> str | None:
+    """Give the type that the voxels are stored in, where a tensor of them has a wider one."""
+    stored = image.stored_dtype
+    if stored is None or stored.kind != "u" or image.dtype.is_floating_point:
+        return None
+    return str(stored.newbyteorder("=").name)
+
+
+def _copied(image: Image, store: VolumeStore, spec: VolumeSpec, progress: bool | str) -> Any:
+    store.check()
+    run = secrets.token_hex(8)
+    name = progress if isinstance(progress, str) else "voxels"
+    try:
+        with (
+            spooled(image) as source,
+            tqdm(total=spec.box.numel, desc=name, unit="", unit_scale=True, disable=not progress) as bar,
+        ):
+            store.create(spec, run)
+            most = max(1, BOX_BYTES // (spec.shape[0] * spec.dtype.itemsize))
+            # Whole shards, so that none waits for its other parts; of a store without any, what the source reads at a time.
+            for box in walk(spec.box, store.chunk_shape or source.chunks, most):
+                store.write(box, read_checked(source, box))
+                bar.update(box.numel)
+            store.flush()
+        return store.commit({}, run)
+    except BaseException:
+        _leave_nothing(store, run)
+        raise
+
+
+def _leave_nothing(store: VolumeStore, run: str) -> None:
+    steps: list[Callable[[], object]] = [store.abort, lambda: store.discard(run)]
+    for step in steps:
+        with contextlib.suppress(OSError, VoxloomError):
+            step()
