@@ -303,7 +303,7 @@ class VolumeStore(Protocol):
         After an interruption it is called again, by a process that has not opened the store: then it does what is missing.
 
         Args:
-            sidecar: how the result was made; empty for a store without a path.
+            sidecar: how the result was made; empty if nothing is to be said of that.
             run: name of the run.
 
         Returns:

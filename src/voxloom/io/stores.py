@@ -198,6 +198,11 @@ class NiftiStore:
         plain, described = self._part(run, ".nii"), self._part(run, ".json")
         whole = self._part(run, self._ending)
         with self._explained():
+            if not sidecar:
+                self._make_whole(plain, whole, ())
+                put(whole, self.path, self.overwrite)
+                plain.unlink(missing_ok=True)
+                return self.path
             published = read_sidecar(sidecar_of(self.path)) or {}
             if not described.exists() and published.get("run") == run:  # that was done before an interruption
                 plain.unlink(missing_ok=True)

@@ -237,7 +237,8 @@ class _Found:
         found.channels, found.multiscales = multiscales.channels, multiscales
         found.metadata = json.dumps([dict(group.attrs), repr(array.metadata)], default=str, sort_keys=True)
         # What is said of the finest level, by a NIfTI header or by voxloom, is known more exactly than OME-Zarr can say it.
-        exact = _header_of(group, zarr, name) or _own_of(group.attrs, name)
+        header, own = _header_of(group, zarr, name), _own_of(group.attrs, name)
+        exact = own if header is None or _are_of_one(header, own) else header
         if exact is not None:
             whole, scaling, codes = exact
             found.affine = whole @ np.linalg.inv(multiscales.levels[0].affine) @ level.affine if number else whole
@@ -281,6 +282,11 @@ def _own_of(attributes: Mapping[str, Json], name: str) -> Exact | None:
         raise CorruptImageError(
             f"the attribute {OWN!r} of {name} is damaged: {error}. Remove it, or make the store again"
         ) from error
+
+
+def _are_of_one(header: Exact, own: Exact | None) -> bool:
+    """Whether what voxloom has written is what the header says in single precision, and says it more exactly."""
+    return own is not None and own[1:] == header[1:] and np.array_equal(np.float32(own[0]), np.float32(header[0]))
 
 
 def _header_of(group: Any, zarr: Any, name: str) -> Exact | None:

@@ -1,0 +1,100 @@
+"""Converting between formats: voxels and affine stay bit for bit, in memory that does not grow."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+import voxloom as vx
+from voxloom.errors import SaveError, SpaceError, TargetExistsError, UnsupportedImageError
+from zarr_samples import AFFINE, TENSOR
+
+ENDINGS = [".nii", ".nii.gz", ".ome.zarr", ".nii.zarr", ".zarr", ".nrrd", ".mha"]
+# Numbers that single precision holds, as NIfTI stores them.
+OBLIQUE = np.float32([[1.2, 0.3, 0, -40], [-0.3, 1.1, 0.2, 12], [0, -0.2, 2.5, 7], [0, 0, 0, 1]]).astype(float)
+
+
+@pytest.mark.parametrize(("source", "target"), list(itertools.permutations(ENDINGS, 2)))
+def test_round_trips(tmp_path, source, target):
+    data = (TENSOR[:, :21, :18, :16] - 300).to(torch.int16)
+    first = vx.convert(vx.ScalarImage(data, affine=OBLIQUE), tmp_path / f"a{source}")
+    second = vx.convert(first.path, tmp_path / f"b{target}")
+    third = vx.convert(second, tmp_path / f"c{source}")
+    for made in (first, second, third):
+        assert torch.equal(made.data, data)
+        assert made.data.dtype == torch.int16
+        assert np.allclose(made.affine, OBLIQUE, rtol=0, atol=1e-5)  # of ITK: spacing and directions are a matrix again
+    if not {".nrrd", ".mha"} & {source, target}:
+        assert np.array_equal(third.affine, OBLIQUE)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "uint32", "int8", "int64", "float32", "float64"])
+def test_stored_types_stay(tmp_path, dtype):
+    values = np.random.default_rng(0).integers(0, 120, (2, 9, 8, 7)).astype(dtype)
+    made = vx.convert(vx.ArraySource(values, affine=AFFINE), tmp_path / "a.ome.zarr")
+    back = vx.convert(vx.convert(made, tmp_path / "a.nii"), tmp_path / "b.zarr")
+    for image in (made, back):
+        assert image.stored_dtype == np.dtype(dtype)
+        assert np.array_equal(image.data.numpy(), values.astype(image.data.numpy().dtype))
+
+
+def test_labels_have_the_label_of_most_at_coarser_levels(tmp_path):
+    labels = torch.zeros(1, 16, 16, 16, dtype=torch.uint8)
+    labels[:, ::2] = 200
+    labels[:, :, ::2] = 3
+    coarse = {}
+    for name, image, more in (
+        ("map", vx.LabelMap(labels), {}),
+        ("said", vx.ScalarImage(labels), {"labels": True}),
+        ("scan", vx.ScalarImage(labels), {}),
+    ):
+        vx.convert(image, tmp_path / f"{name}.ome.zarr", levels=2, **more)
+        coarse[name] = vx.open_zarr(tmp_path / f"{name}.ome.zarr", level=1).read(vx.PatchLocation((0, 0, 0), (8, 8, 8)).box)
+    assert coarse["map"].unique().tolist() == coarse["said"].unique().tolist() == [3]
+    assert coarse["scan"].unique().tolist() == [52]
+
+
+def test_labels_beside_an_image(tmp_path):
+    vx.convert(vx.ScalarImage(TENSOR, affine=AFFINE), tmp_path / "scan.ome.zarr", levels=2)
+    labels = vx.LabelMap((TENSOR > 500).to(torch.uint8), affine=AFFINE)
+    made = vx.convert(labels, tmp_path / "scan.ome.zarr/labels/bright")
+    assert torch.equal(made.data, labels.data)
+    with pytest.raises(SpaceError):
+        vx.convert(labels[:, :8], tmp_path / "scan.ome.zarr/labels/part")
+
+
+def test_chunks_and_levels_are_chosen(tmp_path):
+    import zarr
+
+    vx.convert(vx.ScalarImage(TENSOR), tmp_path / "a.ome.zarr", chunks=(16, 8, 4), shards=(32, 16, 8), levels=2, version="0.6")
+    array = zarr.open_group(tmp_path / "a.ome.zarr", mode="r")["0"]
+    assert (array.chunks, array.shards) == ((4, 8, 16), (8, 16, 32))
+
+
+def test_bad_input(tmp_path):
+    image = vx.ScalarImage(TENSOR)
+    vx.convert(image, tmp_path / "a.nrrd")
+    with pytest.raises(SaveError, match="exists, and is kept"):
+        vx.convert(image, tmp_path / "a.nrrd")
+    vx.convert(image, tmp_path / "a.nii")
+    with pytest.raises(TargetExistsError):
+        vx.convert(image, tmp_path / "a.nii")
+    with pytest.raises(UnsupportedImageError, match="must end in"):
+        vx.convert(image, tmp_path / "a.png")
+    with pytest.raises(SaveError, match="no folder"):
+        vx.convert(image, tmp_path / "nowhere/a.zarr")
+
+
+def test_an_input_that_breaks_off_leaves_nothing(tmp_path):
+    image = vx.convert(vx.ScalarImage(TENSOR), tmp_path / "a.nii")
+    content = image.path.read_bytes()
+
+    class Broken(vx.ArraySource):
+        def read(self, box):
+            raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        vx.convert(Broken(TENSOR.numpy()), tmp_path / "b.ome.zarr")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.nii"]
+    assert image.path.read_bytes() == content

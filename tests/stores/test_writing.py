@@ -1,0 +1,398 @@
+"""Results in Zarr: every shard once and whole, the same bytes however often a run was interrupted, and valid for others."""
+
+import errno
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+import zarr
+
+import voxloom as vx
+from voxloom.core.boxes import Box
+from voxloom.core.pyramids import coarser, factors_of_levels
+from voxloom.errors import ModeError, RecordError, SaveError, SizeError, SpaceError, TargetExistsError
+from voxloom.io.zarr import layout, writing
+from voxloom.io.zarr.writing import PyramidWriter, chunks_for
+from voxloom.testing import check_store
+from zarr_samples import AFFINE, TENSOR
+
+SCAN = vx.ScalarImage(torch.rand(1, 40, 36, 44, generator=torch.Generator().manual_seed(0)), affine=AFFINE)
+NETWORK = torch.nn.Conv3d(1, 3, 3, padding=1)
+
+
+def labelled(batch):
+    """A cheap model of three classes."""
+    return torch.cat([batch, 1.1 - batch, (batch - 0.5).abs() * 2], 1)
+
+
+def hashes(folder):
+    """The hash of each file of a store, but for the note of how it was made."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "voxloom.json")
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def predicted(target, model=labelled, **options):
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
+        return vx.predict(
+            model, SCAN, patch_size=16, patch_overlap=8, reduce="argmax", output=target, model_name="labelled", **options
+        )
+
+
+def store(path, **options):
+    return vx.ZarrStore(path, chunks=8, levels=3, **options)
+
+
+@pytest.mark.parametrize(("version", "shards"), [("0.4", None), ("0.5", None), ("0.5", 16), ("0.6", (16, 8, 32))])
+@pytest.mark.parametrize("ending", [".ome.zarr", ".nii.zarr", ".zarr"])
+def test_stores(tmp_path, version, shards, ending):
+    def make(name):
+        return vx.ZarrStore(tmp_path / f"{name}{ending}", version=version, chunks=8, shards=shards, levels=3)
+
+    check_store(make, lambda made: (made if isinstance(made, vx.Image) else vx.ScalarImage(made)).data)
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_path_says_what_is_written(tmp_path):
+    for ending in (".ome.zarr", ".nii.zarr", ".zarr"):
+        made = predicted(tmp_path / f"out{ending}")
+        assert isinstance(made, vx.LabelMap)
+        assert made.path == tmp_path / f"out{ending}"
+        assert torch.equal(made.data, predicted(None).data)
+        assert np.array_equal(made.affine, AFFINE)
+        assert made.data.dtype == torch.uint8
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.nii.zarr", "out.ome.zarr", "out.zarr"]
+    sidecar = json.loads((tmp_path / "out.ome.zarr/voxloom.json").read_text())
+    assert sidecar["written"]["name"] == "out.ome.zarr"
+    assert sidecar["options"]["patch_size"] == [16, 16, 16]
+
+
+def test_every_level_is_made_of_the_one_before(tmp_path):
+    for labels, more in ((True, {"reduce": "argmax"}), (False, {})):
+        path = tmp_path / f"{labels}.ome.zarr"
+        vx.predict(labelled, SCAN, patch_size=16, patch_overlap=8, output=store(path), **more)
+        level = vx.ScalarImage(path).data.numpy()
+        for number, factors in enumerate(factors_of_levels((40, 36, 44), AFFINE, 3), start=1):
+            level = coarser(level, factors, labels)
+            assert np.array_equal(vx.ScalarImage(vx.open_zarr(path, level=number)).data.numpy(), level)
+
+
+@pytest.mark.parametrize("version", ["0.4", "0.5", "0.6"])
+@pytest.mark.parametrize("reduce", [None, "argmax"])
+def test_others_find_it_valid(tmp_path, version, reduce):
+    import ngff_zarr
+    import ome_zarr_models
+
+    path = tmp_path / "out.ome.zarr"
+    vx.predict(labelled, SCAN, patch_size=16, reduce=reduce, output=store(path, version=version))
+    ngff_zarr.from_ngff_zarr(str(path), validate=True)
+    if version != "0.6":  # of which the models know nothing yet
+        assert ome_zarr_models.open_ome_zarr(zarr.open_group(path, mode="r")).ome_zarr_version == version
+
+
+def test_a_nifti_zarr_is_read_by_its_own_reader(tmp_path):
+    import niizarr
+
+    made = vx.convert(SCAN, tmp_path / "scan.nii.zarr", levels=2)
+    theirs = niizarr.zarr2nii(str(made.path))
+    assert np.allclose(theirs.header.get_best_affine(), AFFINE)
+    assert np.array_equal(np.asarray(theirs.dataobj), SCAN.data[0].numpy())
+
+
+# Labels of an image
+
+
+def test_labels_are_put_beside_their_image(tmp_path):
+    vx.convert(SCAN, tmp_path / "scan.ome.zarr", levels=3, chunks=16)
+    spec = vx.ModelSpec(labels=(vx.Label(1, "one", color=(1, 2, 3)), vx.Label(2, "two")))
+    made = predicted(tmp_path / "scan.ome.zarr/labels/organs", spec=spec)
+    predicted(tmp_path / "scan.ome.zarr/labels/other", spec=spec)
+    assert made.path == tmp_path / "scan.ome.zarr/labels/organs"
+    assert torch.equal(made.data, predicted(None).data)
+    group = zarr.open_group(tmp_path / "scan.ome.zarr", mode="r")
+    assert sorted(group["labels"].attrs["ome"]["labels"]) == ["organs", "other"]
+    told = group["labels/organs"].attrs["ome"]
+    assert len(told["multiscales"][0]["datasets"]) == 3
+    assert told["image-label"]["source"] == {"image": "../../"}
+    assert told["image-label"]["colors"][0] == {"label-value": 1, "rgba": [1, 2, 3, 255]}
+    assert told["image-label"]["properties"][1] == {"label-value": 2, "name": "two"}
+    assert [vx.open_zarr(made.path, level=level).shape for level in range(3)] == [
+        vx.open_zarr(tmp_path / "scan.ome.zarr", level=level).shape for level in range(3)
+    ]
+    with pytest.raises(TargetExistsError):
+        predicted(tmp_path / "scan.ome.zarr/labels/organs", spec=spec)
+    predicted(tmp_path / "scan.ome.zarr/labels/organs", spec=spec, overwrite=True)
+    assert not [path for path in (tmp_path / "scan.ome.zarr/labels").iterdir() if path.name.startswith(".")]
+    import ome_zarr_models
+
+    ome_zarr_models.open_ome_zarr(group["labels/organs"])
+    assert ome_zarr_models.open_ome_zarr(group).labels is not None
+
+
+def test_labels_are_of_the_version_of_their_image(tmp_path):
+    vx.convert(SCAN, tmp_path / "scan.ome.zarr", version="0.4", levels=2)
+    predicted(tmp_path / "scan.ome.zarr/labels/organs")
+    group = zarr.open_group(tmp_path / "scan.ome.zarr", mode="r")
+    assert group["labels"].metadata.zarr_format == group["labels/organs"].metadata.zarr_format == 2
+    assert group["labels"].attrs["labels"] == ["organs"]
+
+
+def test_labels_on_another_grid_are_refused(tmp_path):
+    vx.convert(vx.ScalarImage(TENSOR, affine=AFFINE), tmp_path / "scan.ome.zarr")
+    with pytest.raises(SpaceError, match=r"labels have \(40, 36, 44\) voxels.*\(40, 30, 20\)"):
+        predicted(tmp_path / "scan.ome.zarr/labels/organs")
+    vx.convert(vx.ScalarImage(SCAN.data, affine=np.eye(4)), tmp_path / "moved.ome.zarr")
+    with pytest.raises(SpaceError, match=r"mm away from"):
+        predicted(tmp_path / "moved.ome.zarr/labels/organs")
+    for name in ("scan", "moved"):
+        assert not list((tmp_path / f"{name}.ome.zarr/labels").iterdir())
+
+
+# Interruptions
+
+
+def killed(target, event, number, memory_limit, out):
+    """Predict, and be killed when something happens for the n-th time."""
+    count = itertools.count(1)
+
+    def dying(function):
+        def call(*arguments, **more):
+            if next(count) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments, **more)
+
+        return call
+
+    model = labelled
+    if event == "model":
+        model = dying(labelled)
+    elif event == "shard":
+        layout.put_shard = dying(layout.put_shard)
+        import voxloom.io.zarr.store as module
+
+        module.put_shard = layout.put_shard
+    else:
+        module, name = {"record": (writing, "write_safely"), "disk": (writing, "_bring_to_disk"), "rename": (os, "rename")}[event]
+        setattr(module, name, dying(getattr(module, name)))
+    predicted(store(target), model=model, memory_limit=memory_limit)
+    out.put("done")
+
+
+def run_killed(target, event, number, memory_limit=None):
+    """Run that in a process of its own; whether it was killed."""
+    context = multiprocessing.get_context("fork")
+    out = context.Queue()
+    process = context.Process(target=killed, args=(target, event, number, memory_limit, out))
+    process.start()
+    process.join(120)
+    assert process.exitcode in (0, -signal.SIGKILL)
+    return process.exitcode != 0
+
+
+@pytest.mark.parametrize(
+    ("event", "number"), [("model", 60), ("shard", 3), ("shard", 90), ("record", 3), ("record", 5), ("disk", 7), ("rename", 1)]
+)
+def test_a_process_that_is_killed_is_taken_up_with_the_same_bytes(tmp_path, event, number):
+    predicted(store(tmp_path / "whole.ome.zarr"))
+    expected = hashes(tmp_path / "whole.ome.zarr")
+    target = tmp_path / "out.ome.zarr"
+    assert run_killed(target, event, number)
+    assert not target.exists()
+    predicted(store(target))
+    found = hashes(target)
+    assert {name: each for name, each in found.items() if not name.endswith("zarr.json")} == {
+        name: each for name, each in expected.items() if not name.endswith("zarr.json")
+    }
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".out")]
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_again_and_again_ends_with_the_same_bytes(tmp_path):
+    target = tmp_path / "out.ome.zarr"
+    predicted(store(target))
+    expected = hashes(target)
+    rng = random.Random(0)
+    for memory_limit in (None, "18 MiB"):
+        shutil.rmtree(target)
+        kills = 0
+        for _ in range(12):
+            if target.exists():
+                break
+            event, most = rng.choice([("model", 40), ("shard", 40), ("record", 5), ("disk", 6)])
+            kills += run_killed(target, event, rng.randrange(1, most), memory_limit)
+        else:
+            predicted(store(target), memory_limit=memory_limit)
+        assert kills >= 3
+        assert hashes(target) == expected
+
+
+def test_the_bytes_do_not_depend_on_the_memory(tmp_path):
+    predicted(store(tmp_path / "a/out.ome.zarr") if (tmp_path / "a").mkdir() is None else None)
+    (tmp_path / "b").mkdir()
+    predicted(store(tmp_path / "b/out.ome.zarr"), memory_limit="17 MiB")
+    assert hashes(tmp_path / "a/out.ome.zarr") == hashes(tmp_path / "b/out.ome.zarr")
+
+
+@pytest.mark.parametrize("damage", ["array", "parts", "raw", "group"])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_damaged_unfinished_store_is_refused(tmp_path, damage):
+    target = tmp_path / "out.ome.zarr"
+    assert run_killed(target, "model", 60)
+    whole = next(path for path in tmp_path.iterdir() if path.name.endswith(".zarr"))
+    parts = next(path for path in tmp_path.iterdir() if path.name.endswith(".parts"))
+    if damage == "array":
+        (whole / "0/zarr.json").write_text("{")
+    elif damage == "parts":
+        (parts / "parts.json").write_text("[1]")
+    elif damage == "raw":
+        next(parts.rglob("*.raw")).write_bytes(b"short")
+    else:
+        shutil.rmtree(whole)
+    with pytest.raises(RecordError, match=r"gone|damaged"):
+        predicted(store(target))
+    predicted(store(target), resume=False)
+    assert torch.equal(vx.LabelMap(target).data, predicted(None).data)
+
+
+def test_two_at_once_do_not_write_to_one_store(tmp_path):
+    with ThreadPoolExecutor(2) as pool:
+        made = [pool.submit(predicted, store(tmp_path / "out.ome.zarr")) for _ in range(2)]
+        errors = [type(each.exception()) for each in made]
+    assert set(errors) in ({RecordError, type(None)}, {TargetExistsError, type(None)})
+    assert torch.equal(vx.LabelMap(tmp_path / "out.ome.zarr").data, predicted(None).data)
+
+
+# Bad input
+
+
+def test_what_exists_is_kept_unless_it_is_to_be_replaced(tmp_path):
+    target = tmp_path / "out.ome.zarr"
+    vx.convert(SCAN, target)
+    before = hashes(target)
+    with pytest.raises(TargetExistsError, match="exists, and is kept"):
+        predicted(target)
+    with pytest.raises(TargetExistsError):
+        vx.convert(SCAN, target)
+    assert hashes(target) == before
+    predicted(target, overwrite=True)
+    assert torch.equal(vx.LabelMap(target).data, predicted(None).data)
+    (tmp_path / "mine.zarr").mkdir()
+    (tmp_path / "mine.zarr/thesis.txt").write_text("mine")
+    with pytest.raises(SaveError, match=r"mine\.zarr is a folder"):
+        predicted(tmp_path / "mine.zarr", overwrite=True)
+    with pytest.raises(TargetExistsError, match="no Zarr store"):
+        predicted(vx.ZarrStore(tmp_path / "mine.zarr", overwrite=True))
+    assert (tmp_path / "mine.zarr/thesis.txt").read_text() == "mine"
+
+
+def test_an_input_is_never_replaced(tmp_path):
+    made = vx.convert(SCAN, tmp_path / "scan.ome.zarr")
+    with pytest.raises(SaveError, match="replace the input"):
+        vx.predict(labelled, made, patch_size=16, output=made.path, overwrite=True)
+    with pytest.raises(SaveError, match="over itself"):
+        vx.convert(made, made.path, overwrite=True)
+
+
+def test_is_made(tmp_path):
+    target = tmp_path / "out.ome.zarr"
+    predictor = vx.Predictor(labelled, 16, patch_overlap=8, model_name="labelled")
+    assert not predictor.is_made(SCAN, output=target)
+    predictor(SCAN, output=target)
+    assert predictor.is_made(SCAN, output=target)
+    with pytest.raises(TargetExistsError, match="patch_overlap"):
+        vx.Predictor(labelled, 16, patch_overlap=4, model_name="labelled").is_made(SCAN, output=target)
+    chunk = next(path for path in (target / "0/c").rglob("*") if path.is_file())
+    chunk.write_bytes(chunk.read_bytes()[:-1])
+    with pytest.raises(TargetExistsError, match="not of it as it is now"):
+        predictor.is_made(SCAN, output=target)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_full_disk_keeps_what_is_finished(tmp_path, monkeypatch):
+    target = tmp_path / "out.ome.zarr"
+    reserve, count = os.posix_fallocate, itertools.count()
+
+    def full(*arguments):
+        if next(count) > 40:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        reserve(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(SaveError, match=r"No space left.*the same call goes on from there"):
+            predicted(store(target))
+    predicted(store(target))
+    assert torch.equal(vx.LabelMap(target).data, predicted(None).data)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write everywhere")
+def test_a_folder_that_cannot_be_written_to(tmp_path):
+    (tmp_path / "closed").mkdir(mode=0o500)
+    with pytest.raises(SaveError, match="Permission denied"):
+        predicted(tmp_path / "closed/out.ome.zarr")
+
+
+def test_sizes_and_versions_that_cannot_be(tmp_path):
+    with pytest.raises(ModeError, match=r"'0\.4', '0\.5', '0\.6'"):
+        vx.ZarrStore(tmp_path / "a.ome.zarr", version="0.3")
+    with pytest.raises(SizeError, match="chunks"):
+        vx.ZarrStore(tmp_path / "a.ome.zarr", chunks=0)
+    with pytest.raises(SizeError, match="multiples"):
+        vx.convert(SCAN, tmp_path / "a.ome.zarr", chunks=(8, 12, 8), shards=16)
+    with pytest.raises(ModeError, match="no shards"):
+        vx.convert(SCAN, tmp_path / "a.ome.zarr", version="0.4", chunks=8, shards=16)
+    assert list(tmp_path.iterdir()) == []
+
+
+# The parts
+
+
+def test_boxes_in_any_order_make_whole_shards_once(tmp_path):
+    values = np.random.default_rng(0).integers(0, 9, (2, 21, 14, 17)).astype(np.int16)
+    rng = np.random.default_rng(1)
+    cuts = [sorted({0, size, *rng.integers(0, size, 3).tolist()}) for size in values.shape[1:]]
+    boxes = [Box(*zip(*each, strict=True)) for each in itertools.product(*(itertools.pairwise(along) for along in cuts))]
+    rng.shuffle(boxes)
+    levels = [np.zeros((2, 21, 14, 17), np.int16), np.zeros((2, 11, 7, 9), np.int16)]
+    written = []
+
+    def put(number):
+        def store(box, part):
+            written.append((number, box))
+            levels[number][(slice(None), *box.slices)] = part
+
+        return store
+
+    def writer(is_new):
+        places = [put(0), put(1)]
+        return PyramidWriter(
+            tmp_path / "parts", places, values.shape, values.dtype, [(8, 8, 8), (8, 4, 8)], [(2, 2, 2)], False, is_new
+        )
+
+    current = writer(True)
+    for number, box in enumerate(boxes):
+        current.write(box, values[(slice(None), *box.slices)])
+        if number % 5 == 0:
+            current.flush()
+            current = writer(False)
+    current.flush()
+    assert current.num_unfinished == 0
+    assert np.array_equal(levels[0], values)
+    assert np.array_equal(levels[1], coarser(values, (2, 2, 2), False))
+    assert len(written) == len(set(written)) == 3 * 2 * 3 + 2 * 2 * 2
+    assert not list((tmp_path / "parts").rglob("*.raw"))
+
+
+def test_chunks_suit_the_size_of_a_voxel():
+    assert chunks_for((512, 512, 300), 1) == ((128, 128, 128), (128, 128, 128))
+    assert chunks_for((512, 512, 300), 4) == ((64, 64, 64), (64, 64, 64))
+    assert chunks_for((20, 5000, 5000), 1, (64, 64, 64)) == ((20, 64, 64), (20, 256, 256))
