@@ -144,6 +144,7 @@ def test_public_names():
         "SpaceCodes",
         "Subject",
         "SubjectsBatch",
+        "SubjectsCache",
         "SubjectsDataset",
         "SubjectsLoader",
         "UniformSampler",
@@ -154,6 +155,7 @@ def test_public_names():
         "ZarrStore",
         "__version__",
         "as_image",
+        "build_index",
         "convert",
         "data",
         "datasets",
@@ -197,6 +199,9 @@ def test_every_error_crosses_processes_with_its_type_and_message(name):
     assert type(again) is kind
     assert str(again) == str(error) == "what, value, rule\nand the way out"
     assert issubclass(kind, errors.VoxloomError)
+    # Dask, or whatever uses tblib, makes the error anew without calling it.
+    anew = kind.__new__(kind, *error.args)
+    assert (type(anew), str(anew)) == (kind, str(error))
     # A loader's worker makes the error anew from its type and one text.
     assert str(kind("text")) == "text"
 

@@ -29,11 +29,11 @@ from torch import nn
 
 import voxloom as vx
 from voxloom.cli import commands as cli
-from voxloom.inference import progress
 from voxloom.io import stores
 from voxloom.models import program_check
 from voxloom.models.loading import load_model
 from voxloom.runs.log import RunLog
+from voxloom.runtime import progress
 
 MODULE = """
     import torch
@@ -113,7 +113,7 @@ def test_a_terminal_shows_a_bar(here, run, monkeypatch):
 def test_a_log_gets_a_line_now_and_then(monkeypatch, capsys):
     times = iter([0.0, 10.0, 40.0, 50.0])
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(times))
-    with progress.shown("a.nii.gz", 40) as add:
+    with progress.shown("a.nii.gz", 40, "patches") as add:
         for _ in range(3):
             add(5)
     assert capsys.readouterr().err == "a.nii.gz: 10 of 40 patches, about 120 s to go\n"

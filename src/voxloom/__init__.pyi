@@ -15,10 +15,12 @@ from .models.spec import Crop, ModelSpec
 from .runtime.chunk_cache import set_chunk_cache
 from .runtime.kept_memory import kept_memory
 from .sampling.grid import GridSampler
+from .sampling.indexing import build_index
 from .sampling.random import PatchSampler, UniformSampler
 from .sampling.weighted import LabelSampler, MixedSampler, WeightedSampler
 from .training import Queue
 from .volumes.batch import ImagesBatch, SubjectsBatch
+from .volumes.cache import SubjectsCache
 from .volumes.constants import AFFINE, CHANNELS_DIMENSION, DATA, INTENSITY, LABEL, LOCATION, PATH, SAMPLING_MAP, STEM, TYPE
 from .volumes.converting import convert
 from .volumes.image import Image, LabelMap, ScalarImage
@@ -65,6 +67,7 @@ __all__ = [
     "SpaceCodes",
     "Subject",
     "SubjectsBatch",
+    "SubjectsCache",
     "SubjectsDataset",
     "SubjectsLoader",
     "UniformSampler",
@@ -75,6 +78,7 @@ __all__ = [
     "ZarrStore",
     "__version__",
     "as_image",
+    "build_index",
     "convert",
     "data",
     "datasets",

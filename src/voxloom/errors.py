@@ -34,6 +34,8 @@ Each carries one message, so that it crosses processes with its type: pickling k
 The second column names the built-in types that it also is, so that code written for them goes on working.
 """
 
+from typing import Self
+
 __all__ = [
     "ArgumentNameError",
     "CorruptImageError",
@@ -153,6 +155,11 @@ class ImageError(VoxloomError, ValueError, TypeError, RuntimeError):
 
 class ImageFileError(VoxloomError, RuntimeError, OSError):
     """A file or folder is not what it should be."""
+
+    def __new__(cls, *args: object) -> Self:  # noqa: D102 - nothing that anybody calls
+        # Found first, RuntimeError's would refuse to make what is an OSError too, where an error is made anew by its name, as
+        # tblib does for Dask.
+        return OSError.__new__(cls, *args)
 
 
 class ImageNotFoundError(ImageFileError, FileNotFoundError):

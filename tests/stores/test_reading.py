@@ -115,8 +115,7 @@ def test_images_of_ome_zarr(tmp_path, voxels, tensor):
     for form in (FormatV04(), FormatV05()):
         path = tmp_path / f"{form.version}.zarr"
         group = zarr.open_group(path, mode="w", zarr_format=form.zarr_format)
-        scales = [[{"type": "scale", "scale": [3, 2, 1.5]}]]
-        write_image(voxels.T, group, axes="zyx", fmt=form, scaler=None, coordinate_transformations=scales)
+        write_image(voxels.T, group, axes="zyx", fmt=form, scaler=None, scale={"z": 3.0, "y": 2.0, "x": 1.5})
         check_source(vx.open_zarr(path), tensor, np.diag([1.5, 2, 3, 1]))
 
 

@@ -1,8 +1,7 @@
 """From options of the command to a model that can be applied."""
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -13,19 +12,17 @@ from ..errors import ModeError, SizeError
 from ..inference import Predictor
 from ..models.loading import LoadedModel, load_model
 from ..models.spec import ModelSpec
-from .options import ModelOptions
+from .options import ModelOptions, numbers
 from .others import LoadingOptions, other_model
 
 __all__ = ["predictor_of"]
-
-Number = TypeVar("Number", int, float)
 
 
 def predictor_of(options: ModelOptions) -> tuple[Predictor, LoadedModel]:
     """Make a predictor, and give what is known of its model."""
     loaded = _loaded(options)
     spec = loaded.spec if options.spec is None else ModelSpec.read(options.spec)
-    given = ("argmax" if options.labels else None, options.threshold, _numbers(options.channels, int, "channels"))
+    given = ("argmax" if options.labels else None, options.threshold, numbers(options.channels, int, "channels"))
     reductions = [value for value in given if value is not None]
     if len(reductions) > 1:
         raise ModeError("of --labels, --threshold and --channels only one can be given")
@@ -33,9 +30,9 @@ def predictor_of(options: ModelOptions) -> tuple[Predictor, LoadedModel]:
     predictor = Predictor(
         replace(loaded, spec=spec),
         size,
-        _one_or_all(_numbers(options.overlap, lambda text: int(text) if text.isdecimal() else float(text), "overlap")),
+        _one_or_all(numbers(options.overlap, lambda text: int(text) if text.isdecimal() else float(text), "overlap")),
         _as_mode(options.mode),
-        context=_one_or_all(_numbers(options.context, int, "context")),
+        context=_one_or_all(numbers(options.context, int, "context")),
         slice_axis=options.slice_axis,
         patch_spacing=None if options.patch_spacing is None else check_patch_spacing(options.patch_spacing),
         batch_size=number,
@@ -46,7 +43,7 @@ def predictor_of(options: ModelOptions) -> tuple[Predictor, LoadedModel]:
         reduce=reductions[0] if reductions else None,
         padding_mode=_number_or_text(options.padding),
         interpolation=None if options.interpolation is None else _one_or_all(options.interpolation.split(",")),
-        mirror_axes=_numbers(options.mirror, int, "mirror"),
+        mirror_axes=numbers(options.mirror, int, "mirror"),
         memory_limit=options.memory_limit,
         full_batches=size is not None and -1 not in size and loaded.takes_full_batches(size),
     )
@@ -64,7 +61,7 @@ def _loaded(options: ModelOptions) -> LoadedModel:
 
 def _sizes(options: ModelOptions, loaded: LoadedModel, spec: ModelSpec | None) -> tuple[list[int] | None, int | None]:
     """Give the sizes that are asked for, or else those that the model is fixed to; None for what its spec says."""
-    asked = _numbers(options.patch_size, int, "patch-size")
+    asked = numbers(options.patch_size, int, "patch-size")
     of_slices = options.slice_axis is not None or (spec is not None and spec.slice_axis is not None)
     if asked is not None and len(asked) == 1:
         asked *= 2 if of_slices else 3
@@ -96,15 +93,6 @@ def _sizes(options: ModelOptions, loaded: LoadedModel, spec: ModelSpec | None) -
     return size, number
 
 
-def _numbers(text: str | None, convert: Callable[[str], Number], name: str) -> list[Number] | None:
-    if text is None:
-        return None
-    try:
-        return [convert(part.strip()) for part in text.split(",")]
-    except ValueError as error:
-        raise SizeError(f"--{name} is {text!r}: give a number, or several with commas between them") from error
-
-
 def _one_or_all(values: list[Any] | None) -> Any:
     return values[0] if values is not None and len(values) == 1 else values
 
@@ -115,7 +103,7 @@ def _as_mode(text: str | None) -> OverlapMode | None:
     name, colon, width = text.partition(":")
     if not colon:
         return text
-    widths = _numbers(width, float, "mode") or []
+    widths = numbers(width, float, "mode") or []
     if name != "gaussian":
         raise ModeError(f"--mode is {text!r}: only gaussian has a width")
     return Gaussian(widths)

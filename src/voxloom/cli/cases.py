@@ -8,12 +8,13 @@ from pathlib import Path
 
 import typer
 
-from ..errors import ImageNotFoundError, SaveError, SpecError, SubjectError
-from ..io.formats import endings, is_image, is_other_image, stem_of
+from ..errors import ImageNotFoundError, ModeError, SaveError, SpecError, SubjectError
+from ..io.formats import OTHERS, endings, is_folder_target, is_image, is_other_image, stem_of
+from ..io.zarr.source import is_zarr
 from ..volumes.image import ScalarImage
 from ..volumes.subject import Subject
 
-__all__ = ["DEFAULT_ENDING", "Case", "cases_of", "cases_of_table", "checked"]
+__all__ = ["DEFAULT_ENDING", "TARGETS", "Case", "Results", "as_ending", "cases_of", "cases_of_table", "checked"]
 
 IMAGES = endings(lambda each: not each.is_dicom and each.described_by is None)
 DICOM = endings(lambda each: each.is_dicom)
@@ -54,7 +55,35 @@ class Case:
         return Subject({name: images[name] for name in wanted})
 
 
-def cases_of(images: Sequence[Path], output: Path, is_grouped: bool | None = None) -> list[Case]:
+@dataclass(frozen=True)
+class Results:
+    """Where results go, as it was said on the command line."""
+
+    output: Path
+    """A file for one case, or a folder."""
+    ending: str = DEFAULT_ENDING
+    """Of results in a folder."""
+    endings: tuple[str, ...] = TARGETS
+    """That results may have."""
+
+    def at(self, place: Path | str) -> Path:
+        """Name the result of a case in the folder."""
+        return self.output / f"{place}{self.ending}"
+
+
+def as_ending(given: str, endings: tuple[str, ...]) -> str:
+    """Check an ending of results, which may be given without its dot.
+
+    Raises:
+        ModeError: if results cannot have it.
+    """
+    ending = f".{given.lower().lstrip('.')}"
+    if ending not in endings:
+        raise ModeError(f"--format is {given!r}: it must be one of {', '.join(each.lstrip('.') for each in endings)}")
+    return ending
+
+
+def cases_of(images: Sequence[Path], results: Results, is_grouped: bool | None = None) -> list[Case]:
     """Find the cases for files and folders.
 
     A single file may have an output that is a file; otherwise the output is a folder, in which stems, and for folders the paths
@@ -62,7 +91,7 @@ def cases_of(images: Sequence[Path], output: Path, is_grouped: bool | None = Non
 
     Args:
         images: the files and folders.
-        output: where results go.
+        results: where results go.
         is_grouped: whether files in one folder that are named as channels of one case, `CASE_0000` and `CASE_0001`, or
             `sub-01_T1w` and `sub-01_T2w`, are one. None refuses them, since either may be meant.
 
@@ -71,9 +100,11 @@ def cases_of(images: Sequence[Path], output: Path, is_grouped: bool | None = Non
         SubjectError: if it must be said whether files are channels of one case, or a case lacks one that others have.
         SaveError: if two results would go to the same file, or one would replace an input.
     """
-    if len(images) == 1 and not _is_folder_of_images(images[0]) and output.name.lower().endswith(TARGETS):
+    output = results.output
+    is_file = output.name.lower().endswith(results.endings) or is_folder_target(output)
+    if len(images) == 1 and is_file and not _is_folder_of_images(images[0]):
         return checked([Case(images[0].name, (images[0],), output)])
-    _check_folder(output)
+    _check_folder(output, results.endings)
     for path in images:
         if path.is_dir() and path.resolve() == output.resolve():
             raise SaveError(
@@ -95,11 +126,11 @@ def cases_of(images: Sequence[Path], output: Path, is_grouped: bool | None = Non
             raise ImageNotFoundError(f"the folder {path} holds no image ({', '.join(IMAGES)}, or a folder of DICOM files)")
         for file in found:
             place = file.relative_to(path).parent if file != path else Path()
-            cases.append(Case(str(place / file.name), (file,), output / place / f"{_stem_of(file)}{DEFAULT_ENDING}"))
-    return checked(cases if is_grouped is False else _grouped(cases, output, bool(is_grouped)))
+            cases.append(Case(str(place / file.name), (file,), results.at(place / _stem_of(file))))
+    return checked(cases if is_grouped is False else _grouped(cases, results, bool(is_grouped)))
 
 
-def _grouped(cases: list[Case], output: Path, is_wanted: bool) -> list[Case]:
+def _grouped(cases: list[Case], results: Results, is_wanted: bool) -> list[Case]:
     """Make one case of files that are named as its channels."""
     groups: dict[Path, dict[str, Case]] = {}
     for case in cases:
@@ -122,11 +153,12 @@ def _grouped(cases: list[Case], output: Path, is_wanted: bool) -> list[Case]:
             raise SubjectError(f"the case {target.name} has no file of the channel {missing[0]!r}, which others have")
         names = tuple(channels) if not all(each.isdecimal() for each in channels) else ()
         files = tuple(group[channel].files[0] for channel in channels)
-        made.append(Case(str(target.relative_to(output)), files, target.with_name(f"{target.name}{DEFAULT_ENDING}"), names))
+        place = target.relative_to(results.output)
+        made.append(Case(str(place), files, results.at(place), names))
     return made
 
 
-def cases_of_table(table: Path, output: Path) -> list[Case]:
+def cases_of_table(table: Path, results: Results) -> list[Case]:
     """Find the cases that a table lists.
 
     Its first line names the columns, each of which is a channel, but for `case`, which names the results. Paths are relative to
@@ -150,7 +182,7 @@ def cases_of_table(table: Path, output: Path) -> list[Case]:
     columns = [name.strip() for name in header]
     if len(set(columns)) < len(columns):
         raise SubjectError(f"the table {table} has columns {columns}: each must have a name of its own")
-    _check_folder(output)
+    _check_folder(results.output, results.endings)
     channels = [number for number, name in enumerate(columns) if name != "case"]
     if not channels or not rows:
         raise SubjectError(f"the table {table} has columns {columns} and {len(rows)} lines: it needs a channel, and a line")
@@ -164,15 +196,15 @@ def cases_of_table(table: Path, output: Path) -> list[Case]:
         place = Path(name) if name else (Path() if first.is_absolute() else first.parent) / _stem_of(table.parent / first)
         if place.is_absolute() or ".." in place.parts:
             raise SubjectError(
-                f"line {line} of {table} would put its result at {place}, outside of {output}: name it with a column case"
+                f"line {line} of {table} would put its result at {place}, outside of {results.output}: name it with a column case"
             )
         files = tuple(table.parent / path for path in given)
-        cases.append(Case(str(place), files, output / f"{place}{DEFAULT_ENDING}", tuple(columns[each] for each in channels)))
+        cases.append(Case(str(place), files, results.at(place), tuple(columns[each] for each in channels)))
     return checked(cases)
 
 
 def _is_folder_of_images(path: Path) -> bool:
-    return path.is_dir() and not _is_series(path)
+    return path.is_dir() and not is_zarr(path) and not _is_series(path)
 
 
 def _is_series(folder: Path) -> bool:
@@ -203,14 +235,17 @@ def _is_dicom(file: Path) -> bool:
 
 
 def _stem_of(path: Path) -> str:
-    return path.name if path.is_dir() else stem_of(path)
+    return path.name if path.is_dir() and not is_zarr(path) else stem_of(path)
 
 
-def _check_folder(output: Path) -> None:
-    if output.name.lower().endswith(IMAGES) and not output.is_dir():
+def _check_folder(output: Path, targets: tuple[str, ...]) -> None:
+    if output.name.lower().endswith((*IMAGES, *DICOM, *OTHERS)) and not output.is_dir():
+        dicom = (
+            "; of labels, voxloom.integrations.dicom_seg makes a DICOM segmentation" if output.suffix.lower() == ".dcm" else ""
+        )
         raise SaveError(
-            f"{output} is the name of a file: results are {' or '.join(TARGETS)}, and where there may be several, give the name"
-            " of a folder"
+            f"{output} is the name of a file: results are {' or '.join(targets)}, and where there may be several, give the name"
+            f" of a folder{dicom}"
         )
     if output.exists() and not output.is_dir():
         raise SaveError(f"{output} is a file: give the name of a folder")
@@ -236,7 +271,7 @@ def _paths_in(folder: Path, output: Path, above: tuple[Path, ...] = ()) -> Itera
         if path.name.startswith(".") or (path.is_dir() and path.resolve() == output.resolve() != folder.resolve()):
             continue
         if path.is_dir():
-            yield from [path] if _is_series(path) else _paths_in(path, output, above)
+            yield from [path] if is_zarr(path) or _is_series(path) else _paths_in(path, output, above)
         else:
             yield path
 

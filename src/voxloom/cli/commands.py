@@ -12,7 +12,7 @@ import typer
 
 from .._version import __version__
 from ..errors import VoxloomError
-from .options import AllowPickle, CaseOptions, ModelOptions, spread
+from .options import AllowPickle, CaseOptions, ModelOptions, numbers, spread
 from .reporting import printable, reporting
 
 __all__ = ["app", "main"]
@@ -122,6 +122,92 @@ def pack(
     from . import work
 
     work.pack(model, spec, output, weights, allow_pickle, overwrite, reporting)
+
+
+def _one_or_three(text: str | None, name: str) -> int | list[int] | None:
+    found = numbers(text, int, name)
+    return found[0] if found is not None and len(found) == 1 else found
+
+
+@app.command(
+    epilog="Examples:\n\n    voxloom convert scan.nii.gz -o scan.ome.zarr --chunks 64\n\n"
+    "    voxloom convert scans/ -o zarr/ --format ome.zarr\n\n"
+    "    voxloom convert organs.nii.gz -o scan.ome.zarr/labels/organs --labels\n"
+)
+def convert(
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Files, folders of files, DICOM or Zarr.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file or Zarr folder for one image, or a folder.")],
+    format: Annotated[str, typer.Option(help="Format of results in a folder.")] = "ome.zarr",  # noqa: A002 - as it is typed
+    labels: Annotated[
+        bool, typer.Option("--labels", help="Coarser levels have the label of most voxels, not their mean.")
+    ] = False,
+    chunks: Annotated[str | None, typer.Option(help="Voxels of a chunk of Zarr: a number, or three such as 64,64,32.")] = None,
+    shards: Annotated[str | None, typer.Option(help="Voxels of a shard, made of whole chunks.")] = None,
+    levels: Annotated[int | None, typer.Option(help="Number of levels of OME-Zarr.")] = None,
+    ome_version: Annotated[str, typer.Option(help="Version of OME-Zarr: 0.4, 0.5 or 0.6.")] = "0.5",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write images in another format: NIfTI, OME-Zarr, NIfTI-Zarr, or what ITK reads. Voxels and affine stay as they are."""
+    from .stores import convert_cases
+
+    reporting.as_json = as_json
+    options = {
+        "labels": labels or None,
+        "chunks": _one_or_three(chunks, "chunks"),
+        "shards": _one_or_three(shards, "shards"),
+        "levels": levels,
+        "version": ome_version,
+    }
+    convert_cases(images, output, format, overwrite, options, reporting)
+
+
+@app.command(epilog="Example:\n\n    voxloom index labels.ome.zarr --patch-size 96 --classes 0,1,2\n")
+def index(
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Label maps, or maps of weights.")],
+    patch_size: Annotated[str, typer.Option(help="Voxels of the patches that will be drawn: a number, or three.")],
+    classes: Annotated[str | None, typer.Option(help="Classes that will be drawn from.  \\[default: all above 0]")] = None,
+    weighted: Annotated[bool, typer.Option("--weighted", help="The map says how probable each voxel is.")] = False,
+    border: Annotated[str, typer.Option(help="exclude or clamp, as the sampler has it.")] = "exclude",
+    as_json: AsJson = False,
+) -> None:
+    """Go through large maps once, and keep what samplers need of them beside the files, so that training starts at once."""
+    from .stores import index_labels
+
+    reporting.as_json = as_json
+    size = _one_or_three(patch_size, "patch-size")
+    index_labels(images, size, numbers(classes, int, "classes"), weighted, border, reporting)
+
+
+@app.command(epilog="Example:\n\n    voxloom cache my.project:dataset -o /fast/cache --size-limit 200GiB\n")
+def cache(
+    dataset: Annotated[
+        str, typer.Argument(metavar="DATASET", help="package.module:name of a data set, or a function that makes it.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the cache; it is made if need be.")],
+    size_limit: Annotated[str | None, typer.Option(help="What the folder may take, such as 200GiB.")] = None,
+    prune: Annotated[
+        bool, typer.Option("--prune", help="Remove the entries of other data sets and of former transforms.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Preprocess the subjects of a data set, and keep them: Queue(dataset, ..., cache=FOLDER) then reads only patches."""
+    from .stores import keep_subjects
+
+    reporting.as_json = as_json
+    keep_subjects(dataset, output, size_limit, prune, reporting)
+
+
+@app.command(epilog="Example:\n\n    voxloom status out.ome.zarr\n")
+def status(
+    outputs: Annotated[list[Path], typer.Argument(metavar="RESULT...", help="What predict writes, or has begun to write.")],
+    as_json: AsJson = False,
+) -> None:
+    """Say how far predictions are, from their logs."""
+    from .stores import tell_status
+
+    reporting.as_json = as_json
+    tell_status(outputs, reporting)
 
 
 @app.command()

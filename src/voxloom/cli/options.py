@@ -7,13 +7,13 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
-from ..errors import ModeError
+from ..errors import ModeError, SizeError
 
-__all__ = ["AllowPickle", "CaseOptions", "ModelOptions", "spread"]
+__all__ = ["AllowPickle", "CaseOptions", "ModelOptions", "numbers", "spread"]
 
 
 class Activation(enum.StrEnum):
@@ -123,7 +123,10 @@ Table = Annotated[
 Mask = Annotated[Path | None, typer.Option(help="Image of where to compute; matched to each input by its affine.")]
 Like = Annotated[Path | None, typer.Option(help="Image on whose grid the results are to be, in place of the input's own.")]
 MaskAbove = Annotated[float | None, typer.Option(help="Compute only patches in which the input is above this value.")]
-Output = Annotated[Path, typer.Option("--output", "-o", help="A .nii or .nii.gz for one image, or a folder.")]
+Output = Annotated[
+    Path, typer.Option("--output", "-o", help="A .nii, .nii.gz, .seg.nrrd, .ome.zarr or .zarr for one image, or a folder.")
+]
+Format = Annotated[str, typer.Option(help="Format of results in a folder: nii.gz, nii, seg.nrrd, ome.zarr, nii.zarr or zarr.")]
 Group = Annotated[
     bool | None,
     typer.Option(
@@ -143,6 +146,7 @@ class CaseOptions:
 
     images: Images = None
     output: Output = RESULTS
+    format: Format = "nii.gz"
     table: Table = None
     group: Group = None
     resample_to: ResampleTo = None
@@ -163,6 +167,23 @@ class CaseOptions:
     def where(self) -> Path | float | None:
         """The mask, or the threshold that stands for one."""
         return self.mask if self.mask is not None else self.mask_above
+
+
+Number = TypeVar("Number", int, float)
+
+
+def numbers(text: str | None, convert: Callable[[str], Number], name: str) -> list[Number] | None:
+    """Read numbers with commas between them; None where nothing was given.
+
+    Raises:
+        SizeError: if they are none.
+    """
+    if text is None:
+        return None
+    try:
+        return [convert(part.strip()) for part in text.split(",")]
+    except ValueError as error:
+        raise SizeError(f"--{name} is {text!r}: give a number, or several with commas between them") from error
 
 
 def spread(command: Callable[..., None]) -> Callable[..., None]:

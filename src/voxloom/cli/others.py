@@ -7,7 +7,7 @@ from pathlib import Path
 from ..errors import ModeError
 from ..integrations import nnunet
 from ..models.loading import LoadedModel
-from .cases import DEFAULT_ENDING, Case, checked
+from .cases import Case, Results, checked
 
 __all__ = ["OTHERS", "LoadingOptions", "OtherModels", "cases_of_other", "other_model"]
 
@@ -39,13 +39,13 @@ class OtherModels:
 
     load: Callable[[Path, LoadingOptions], LoadedModel]
     """Loads the model in a folder."""
-    cases: Callable[[Path, Path, Path], list[Case]]
-    """Finds the cases in a folder of images, given that, the folder of the model and that of the results."""
+    cases: Callable[[Path, Path, Results], list[Case]]
+    """Finds the cases in a folder of images, given that, the folder of the model, and where results go."""
 
 
-def _cases_of_nnunet(images: Path, model: Path, output: Path) -> list[Case]:
+def _cases_of_nnunet(images: Path, model: Path, results: Results) -> list[Case]:
     found = nnunet.cases_in(images, nnunet.json_of(model, "dataset.json"))
-    return checked([Case(name, tuple(files), output / f"{name}{DEFAULT_ENDING}") for name, files in found.items()])
+    return checked([Case(name, tuple(files), results.at(name)) for name, files in found.items()])
 
 
 def _nnunet(folder: Path, options: LoadingOptions) -> LoadedModel:
@@ -61,12 +61,12 @@ def _monai(folder: Path, options: LoadingOptions) -> LoadedModel:
     return monai.load(folder, checkpoint=options.checkpoint or "model.pt", allow_code=options.allow_code)
 
 
-def _cases_of_monai(images: Path, model: Path, output: Path) -> list[Case]:
+def _cases_of_monai(images: Path, model: Path, results: Results) -> list[Case]:
     """Several files of a case are its channels, if they are named as those of nnU-Net; otherwise each file is a case."""
     found = nnunet.cases_in(images)
     if all(len(files) == 1 for files in found.values()):
         return []
-    return checked([Case(name, tuple(files), output / f"{name}{DEFAULT_ENDING}") for name, files in found.items()])
+    return checked([Case(name, tuple(files), results.at(name)) for name, files in found.items()])
 
 
 OTHERS = {"nnunet": OtherModels(_nnunet, _cases_of_nnunet), "monai": OtherModels(_monai, _cases_of_monai)}
@@ -79,10 +79,10 @@ def other_model(name: str) -> tuple[OtherModels, Path] | None:
     return (OTHERS[kind], Path(folder).expanduser()) if colon and kind in OTHERS else None
 
 
-def cases_of_other(name: str, images: Sequence[Path], output: Path) -> list[Case] | None:
+def cases_of_other(name: str, images: Sequence[Path], results: Results) -> list[Case] | None:
     """Find the cases in a folder that is named as another project names its images; None where there are none."""
     found = other_model(name)
     if found is None or len(images) != 1 or not images[0].is_dir():
         return None
     other, folder = found
-    return other.cases(images[0], folder, output) or None
+    return other.cases(images[0], folder, results) or None

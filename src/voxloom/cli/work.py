@@ -23,7 +23,7 @@ from ..runs.log import left_behind
 from ..volumes.image import LabelMap, ScalarImage
 from ..volumes.subject import Subject
 from .applied import predictor_of
-from .cases import Case, cases_of, cases_of_table
+from .cases import TARGETS, Case, Results, as_ending, cases_of, cases_of_table
 from .demo import run_demo
 from .options import CaseOptions, ModelOptions
 from .others import cases_of_other
@@ -129,10 +129,11 @@ def _cases(wanted: CaseOptions, model: str) -> list[Case]:
     if bool(wanted.images) == (wanted.table is not None):
         raise SizeError("give either images or a --table of cases")
     wanted.check()
+    results = Results(wanted.output, as_ending(wanted.format, TARGETS))
     if wanted.table is not None:
-        return cases_of_table(wanted.table, wanted.output)
+        return cases_of_table(wanted.table, results)
     images = wanted.images or []
-    return cases_of_other(model, images, wanted.output) or cases_of(images, wanted.output, wanted.group)
+    return cases_of_other(model, images, results) or cases_of(images, results, wanted.group)
 
 
 def _asked(wanted: CaseOptions, subject: Subject, case: Case) -> dict[str, Any]:

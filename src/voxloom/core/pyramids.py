@@ -27,7 +27,7 @@ def factors_of_levels(shape: Sequence[int], affine: Affine, count: int | None = 
 
     Example:
         >>> factors_of_levels((512, 512, 100), np.diag([0.7, 0.7, 2.5, 1]))
-        [(2, 2, 1), (2, 2, 2)]
+        [(2, 2, 1), (2, 2, 1)]
     """
     factors: list[Ints] = []
     sizes, spacing = list(shape), list(spacing_of(affine))

@@ -16,10 +16,11 @@ from ..io.spooling import spooled
 from ..io.stores import BEGIN_AGAIN, SinkStore
 from ..models.outputs import Name
 from ..runs.log import RunLog
+from ..runtime.chunk_cache import CHUNKS
+from ..runtime.progress import shown
 from .plan import PredictionPlan
 from .planner import Input
 from .preparing import Preparation, stays_in_memory
-from .progress import shown
 from .provenance import sidecar_of_run
 from .runner import FirstBatch, Runner
 from .sinks import MemorySink, image_class
@@ -135,6 +136,8 @@ class Call:
                 f" {plan.repeated_passes(start)} forward passes are made again"
             )
         with contextlib.ExitStack() as stack:
+            if plan.memory.chunks:
+                stack.enter_context(CHUNKS.at_most(plan.memory.chunks))
             if plan.spooled_bytes and self._given.unpacked is None:
                 self._given = replace(self._given, unpacked=stack.enter_context(spooled(self._given.source)))
             opened: list[VolumeStore] = []
@@ -213,4 +216,4 @@ def _shown(progress: bool | str, plan: PredictionPlan, start: int) -> contextlib
     """Give what is told of patches that have been computed, and shows it if that is wanted."""
     if not progress:
         return contextlib.nullcontext(lambda patches: None)
-    return shown(progress if isinstance(progress, str) else plan.name, plan.remaining_patches(start))
+    return shown(progress if isinstance(progress, str) else plan.name, plan.remaining_patches(start), "patches")

@@ -38,13 +38,15 @@ class Memory:
     """The sum of patches, as far as it is open, and what is being reduced and written."""
     results: int
     """What is kept in memory in the end."""
+    chunks: int = 0
+    """Chunks of the input that have been decoded, and are kept for the next patch."""
     loading: int = 0
     """What reading the whole input takes beside it, before there is anything else."""
 
     @property
     def peak(self) -> int:
         """All of it."""
-        return self.volume + max(self.batches + self.front + self.results, self.loading) + BASE_BYTES
+        return self.volume + max(self.batches + self.chunks + self.front + self.results, self.loading) + BASE_BYTES
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,6 +216,7 @@ class PredictionPlan:
             "blocks": [
                 [part.middle.start, part.middle.stop, part.inner.start, part.inner.stop, *part.before] for part in self.blocks
             ],
+            "slabs": self.num_slabs,
             "batch_size": self.batch_size,
             "outputs": [
                 [each.source, each.channels, str(each.dtype), [str(factor) for factor in each.scale], each.copies]
@@ -241,6 +244,7 @@ class PredictionPlan:
         beside = f"; {self.trial_patches} patches to see what the output looks like" if self.trial_patches else ""
         copies = self.given_patches - self.trial_patches - self.computed_patches
         beside += f"; {copies} copies fill up batches" if copies else ""
+        chunks = f", its chunks {pretty_bytes(memory.chunks)}" if memory.chunks else ""
         loading = f" and {pretty_bytes(memory.loading)} while it is read" if memory.loading else ""
         image = {"image": "; ".join(self.steps)} if self.steps else {}
         plain = "" if self.steps else ", raw intensities, native grid"
@@ -251,7 +255,7 @@ class PredictionPlan:
             "model": f"{self.forward_passes} forward passes of {self.batch_size} patches at most{beside}",
             "order": f"{parts}, along {order}; an interrupted run repeats at most {self.restart_passes} passes",
             "files": f"reads {pretty_bytes(self.bytes_read)}, writes {pretty_bytes(self.bytes_written)}",
-            "memory": f"{pretty_bytes(memory.peak)} at most: input {pretty_bytes(memory.volume)}{loading}, batches"
+            "memory": f"{pretty_bytes(memory.peak)} at most: input {pretty_bytes(memory.volume)}{loading}{chunks}, batches"
             f" {pretty_bytes(memory.batches)}, open sums {pretty_bytes(memory.front)}, results {pretty_bytes(memory.results)};"
             " what the model itself uses is kept for it until the end",
         }

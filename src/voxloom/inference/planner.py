@@ -19,11 +19,12 @@ from ..core.traversal import AxisTraversal, Block, Traversal
 from ..core.windows import OverlapMode, Window, sampled
 from ..errors import RecordError, SizeError
 from ..io.labels import Label
-from ..io.protocols import Json, Space, VolumeSource, extent_of, loading_bytes
+from ..io.protocols import Json, Space, VolumeSource, chunk_bytes, extent_of, loading_bytes
 from ..io.spooling import Packed
 from ..io.stores import BEGIN_AGAIN
 from ..models.forms import CallForm
 from ..models.outputs import Name, OutputSpec
+from ..runtime.chunk_cache import CHUNKS
 from ..runtime.limits import free_bytes
 from .delivery import PIECE_BYTES
 from .plan import Memory, PredictionPlan, count_batches
@@ -39,6 +40,8 @@ MAPPED_AROUND = 2**17
 SPOOLED_PART = 1 / 8
 # Finished sums that may wait for the writer beside all that is open, at most. Less would make small sums wait for one another.
 WAITING_BYTES = 16 * 2**20
+# Decoded chunks of the input take no more than this part of a limit that is given.
+CHUNKS_PART = 4
 # Threads that interpolate at a time.
 INTERPOLATING = 2
 
@@ -288,7 +291,13 @@ class Planner:
         volume = given.resident_bytes - spooled_bytes
         if given.source.paths and not volume:
             batches += self._bytes_mapped(given.source)
-        return Memory(volume, batches, front, kept, loading_bytes(given.source) if volume else 0)
+        return Memory(volume, batches, front, kept, self._chunks_kept(given), loading_bytes(given.source) if volume else 0)
+
+    def _chunks_kept(self, given: Input) -> int:
+        """Say how much memory decoded chunks of the input may take."""
+        limit, is_given = self._limit()
+        most = min(CHUNKS.limit, chunk_bytes(given.source))
+        return min(most, limit // CHUNKS_PART) if is_given and limit is not None else most
 
     def _maps(self, given: Input, outputs: Sequence[OutputSpec], grid: PatchGrid) -> tuple[SpaceMap, ...] | None:
         """Say what results on another grid are interpolated from, for each output."""

@@ -15,6 +15,7 @@ from ..core.interpolation import as_interpolation
 from ..core.values import as_number
 from ..core.windows import OverlapMode
 from ..errors import ModeError, OutputError, SaveError, TargetExistsError
+from ..io.fingerprints import differences
 from ..io.protocols import Json, VolumeStore, is_source
 from ..io.sidecars import is_as_written, read_sidecar, sidecar_of
 from ..io.stores import Sink, SinkStore
@@ -22,7 +23,6 @@ from ..io.targets import as_target, store_at
 from ..models.loading import as_loaded
 from ..models.running import Models, as_models
 from ..models.spec import ModelSpec
-from ..runs.fingerprints import differences
 from ..runs.log import RunLog, is_to_be_published, remove_leftovers
 from ..runtime.kept_memory import kept_for_models
 from ..runtime.limits import as_bytes

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from ..core.grids import PatchGrid
+from ..io.fingerprints import state_of_model
 from ..io.protocols import Json, VolumeSource
 from ..io.spooling import spooled
 from ..models.outputs import Name
 from ..models.running import Models
-from ..runs.fingerprints import state_of_model
 from .inputs import padded, read_batch, widened
 from .masks import looks_at_input, needed_patches
 from .outlook import Outlook, Seen

@@ -12,10 +12,10 @@ import torch
 from .._version import __version__
 from ..core.windows import for_axis
 from ..io.files import files_in, hash_of_path
+from ..io.fingerprints import fingerprint_of_model, fingerprint_of_option
 from ..io.protocols import Json
 from ..models.forms import CallForm
 from ..models.running import Models
-from ..runs.fingerprints import fingerprint_of_model, fingerprint_of_option
 from .plan import PredictionPlan
 from .planner import Input, Settings
 from .results import ResultOptions

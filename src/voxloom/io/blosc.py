@@ -9,13 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.affines import Affine
 from ..core.boxes import Box
 from ..errors import CorruptImageError, MissingDependencyError, UnsupportedImageError, VoxloomError
 from .arrays import as_tensor, torch_dtype
 from .files import FileSource, explained
 from .protocols import SpaceCodes, VolumeSpec
 
-__all__ = ["BloscFile"]
+__all__ = ["BloscFile", "write_blosc"]
 
 
 class BloscFile(FileSource):
@@ -23,12 +24,15 @@ class BloscFile(FileSource):
 
     Args:
         path: the file.
+        affine: RAS+ matrix of 4 × 4 from voxels to millimetres, if it is known.
+        codes: what NIfTI records beside it.
     """
 
     is_sliceable = True
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, affine: Affine | None = None, codes: SpaceCodes | None = None) -> None:
         self.name, self.paths, self._path = str(path), (path,), path
+        place = np.eye(4) if affine is None else affine
         with self._opened("is no array of Blosc2") as array:
             shape = tuple(map(int, array.shape))
             if len(shape) not in (3, 4) or 0 in shape:
@@ -36,7 +40,7 @@ class BloscFile(FileSource):
             self._has_channels = len(shape) == 4
             c, i, j, k = shape if self._has_channels else (1, *shape)
             dtype = torch_dtype(np.dtype(array.dtype), self.name)
-            self.spec = VolumeSpec((c, i, j, k), dtype, np.eye(4), SpaceCodes(qform=0, sform=0))
+            self.spec = VolumeSpec((c, i, j, k), dtype, place, SpaceCodes(qform=0, sform=0) if codes is None else codes)
             self._chunks = tuple(map(int, array.chunks[-3:]))
 
     @property
@@ -57,10 +61,7 @@ class BloscFile(FileSource):
 
     @contextmanager
     def _opened(self, what: str) -> Iterator[Any]:
-        try:
-            import blosc2
-        except ImportError as error:
-            raise MissingDependencyError(f"{self.name} needs blosc2: pip install 'voxloom[nnunet]'") from error
+        blosc2 = _blosc2(self.name)
         try:
             # One thread: several readers work side by side, and more would wait for one another.
             yield blosc2.open(urlpath=str(self._path), mode="r", dparams={"nthreads": 1})
@@ -68,3 +69,37 @@ class BloscFile(FileSource):
             raise
         except Exception as error:  # whatever a damaged file makes Blosc2 stumble over
             raise explained(error, self.name, what) from error
+
+
+# Blocks of 16³ voxels in chunks of 128³, packed by LZ4: random patches of 64³ are read three times as fast as from blocks of 32³,
+# and four times as fast as with Zstandard, which is an eighth smaller.
+BLOCK, CHUNK = 16, 128
+
+
+def write_blosc(path: Path, values: Tensor) -> None:
+    """Write a volume `(C, I, J, K)` such that random patches are read quickly.
+
+    Raises:
+        MissingDependencyError: if Blosc2 is not installed.
+        OSError: if it cannot be written.
+    """
+    blosc2 = _blosc2(str(path))
+    array = np.ascontiguousarray(values.numpy())
+    chunks = (1, *(min(CHUNK, size) for size in array.shape[1:]))
+    blocks = (1, *(min(BLOCK, size) for size in array.shape[1:]))
+    packing = {
+        "codec": blosc2.Codec.LZ4,
+        "clevel": 1,
+        "filters": [blosc2.Filter.SHUFFLE],
+        "typesize": array.dtype.itemsize,
+        "nthreads": 1,
+    }
+    blosc2.asarray(array, urlpath=str(path), mode="w", chunks=chunks, blocks=blocks, cparams=packing)
+
+
+def _blosc2(name: str) -> Any:
+    try:
+        import blosc2
+    except ImportError as error:
+        raise MissingDependencyError(f"{name} needs blosc2: pip install 'voxloom[cache]'") from error
+    return blosc2

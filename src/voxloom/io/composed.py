@@ -14,7 +14,7 @@ from ..core.boxes import Box
 from ..errors import ImageFileError, SpaceError
 from .arrays import as_tensor
 from .files import FileSource
-from .protocols import Json, SpaceCodes, VolumeSource, VolumeSpec, loading_bytes, read_checked
+from .protocols import Json, SpaceCodes, VolumeSource, VolumeSpec, chunk_bytes, loading_bytes, read_checked
 from .spooling import Packed
 
 __all__ = ["CustomFile", "StackedSource", "read_into"]
@@ -61,6 +61,11 @@ class StackedSource:
     def loading_bytes(self) -> int:
         """See the function `loading_bytes`: one is read after the other."""
         return max(map(loading_bytes, self.parts))
+
+    @property
+    def chunk_bytes(self) -> int:
+        """See the function `chunk_bytes`."""
+        return sum(map(chunk_bytes, self.parts))
 
     @property
     def paths(self) -> tuple[Path, ...]:

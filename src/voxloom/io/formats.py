@@ -117,7 +117,7 @@ def endings(which: Callable[[Format], object]) -> tuple[str, ...]:
 
     Example:
         >>> endings(lambda each: each.is_streamed)
-        ('.nii', '.nii.gz', '.seg.nrrd')
+        ('.nii', '.nii.gz', '.seg.nrrd', '.ome.zarr', '.nii.zarr', '.zarr')
     """
     return tuple(each.ending for each in FORMATS if which(each))
 

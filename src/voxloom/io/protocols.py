@@ -22,6 +22,7 @@ __all__ = [
     "VolumeSource",
     "VolumeSpec",
     "VolumeStore",
+    "chunk_bytes",
     "extent_of",
     "is_source",
     "loading_bytes",
@@ -192,6 +193,11 @@ def is_source(thing: Any) -> TypeGuard[VolumeSource]:
 def loading_bytes(source: VolumeSource) -> int:
     """Memory that reading takes beside the resident bytes, for a moment, such as a decoder's copy; 0 if a source states none."""
     return int(getattr(source, "loading_bytes", 0))
+
+
+def chunk_bytes(source: VolumeSource) -> int:
+    """Memory that all chunks of a source would take in the cache of decoded chunks; 0 if it puts none there."""
+    return int(getattr(source, "chunk_bytes", 0))
 
 
 Extent = tuple[tuple[float, float], ...]

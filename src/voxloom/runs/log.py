@@ -15,13 +15,13 @@ from pathlib import Path
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from ..errors import RecordError, SaveError
+from ..io.fingerprints import differences
 from ..io.formats import stem_of
 from ..io.protocols import Json, VolumeStore
 from ..io.saving import as_save_error, write_safely
 from ..io.stores import BEGIN_AGAIN
-from .fingerprints import differences
 
-__all__ = ["RunLog", "is_to_be_published", "left_behind", "remove_leftovers"]
+__all__ = ["RunLog", "is_to_be_published", "left_behind", "progress_of", "remove_leftovers"]
 
 WHOLE = "whole"
 # How long a lock is tried for: one that is just being removed is as good as free.
@@ -42,6 +42,23 @@ def left_behind(target: Path) -> Path | None:
     """Find the log of a run for a target that was interrupted."""
     log = _log_of(target)
     return log if log.exists() else None
+
+
+def progress_of(target: Path) -> tuple[int, int] | None:
+    """Say of an unfinished run for a target how many slabs are finished, and of how many; None where there is none.
+
+    Raises:
+        RecordError: if its log is damaged.
+    """
+    path = _log_of(target)
+    lines = _lines_of(path)
+    if not lines:
+        return None
+    try:
+        total = int(json.loads(lines[0])["plan"]["slabs"])
+    except (ValueError, LookupError, TypeError) as error:
+        raise RecordError(f"{path} is damaged: {BEGIN_AGAIN}") from error
+    return min(len(lines) - 1, total), total
 
 
 def is_to_be_published(target: Path) -> bool:

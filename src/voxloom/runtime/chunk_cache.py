@@ -1,9 +1,10 @@
 """Chunks of volumes that have been decoded, kept for the next read: one bound for the whole process."""
 
+import contextlib
 import itertools
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Protocol, TypeVar, cast
 
 from .forks import in_forked_process
@@ -35,6 +36,7 @@ class ChunkCache:
 
     def __init__(self, limit: int = DEFAULT_BYTES) -> None:
         self._limit = limit
+        self._bounds: list[int] = []  # of those that run with less
         self._held: OrderedDict[Hashable, Sized] = OrderedDict()
         self._num_bytes = 0
         self._lock = threading.Lock()
@@ -76,9 +78,22 @@ class ChunkCache:
         return made
 
     def _shrink(self) -> None:
-        while self._num_bytes > self._limit and self._held:
+        limit = min(self._limit, *self._bounds) if self._bounds else self._limit
+        while self._num_bytes > limit and self._held:
             _, oldest = self._held.popitem(last=False)
             self._num_bytes -= oldest.nbytes
+
+    @contextlib.contextmanager
+    def at_most(self, limit: int) -> Iterator[None]:
+        """Hold no more than so much for a while, even if more is allowed."""
+        with self._lock:
+            self._bounds.append(limit)
+            self._shrink()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._bounds.remove(limit)
 
     def clear(self) -> None:
         """Forget everything."""

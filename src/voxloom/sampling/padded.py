@@ -15,7 +15,7 @@ from ..core.values import can_hold, limits_of
 from ..core.walking import walk
 from ..errors import ModeError, SubjectError
 from ..io.composed import read_into
-from ..io.protocols import Json, SpaceCodes, VolumeSource, loading_bytes, read_checked
+from ..io.protocols import Json, SpaceCodes, VolumeSource, chunk_bytes, loading_bytes, read_checked
 
 __all__ = ["PaddedSource", "padding_constant"]
 
@@ -80,6 +80,11 @@ class PaddedSource:
     def loading_bytes(self) -> int:
         """See the function `loading_bytes`."""
         return loading_bytes(self.source)
+
+    @property
+    def chunk_bytes(self) -> int:
+        """See the function `chunk_bytes`."""
+        return chunk_bytes(self.source)
 
     @property
     def paths(self) -> tuple[Path, ...]:

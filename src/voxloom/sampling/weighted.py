@@ -22,6 +22,7 @@ from ..errors import ModeError, SamplingError, SizeError, SubjectError
 from ..volumes.constants import LABEL
 from ..volumes.image import Image
 from ..volumes.subject import Subject
+from .indexing import kept_sums
 from .random import PatchSampler, Sizes
 from .spelling import subject_may_be_left_out
 
@@ -125,7 +126,7 @@ class _CentredSampler(PatchSampler):
         name = self._map_name(subject)
         image = subject.get_image(name)
         key = (type(self).__name__, self._key(), box)
-        return image, box, image.derived(key, lambda: self._sums(image, name, box))
+        return image, box, image.derived(key, lambda: kept_sums(image, key, lambda: self._sums(image, name, box)))
 
     def _key(self) -> Any:
         """What the sums depend on beside the map and the box."""

@@ -12,6 +12,7 @@ from ..core.arguments import known_arguments
 from ..core.schedules import EpochSchedule
 from ..core.sizes import as_int, pretty_bytes
 from ..errors import QueueError, VoxloomError
+from ..volumes.cache import SubjectsCache
 from ..volumes.contents import name_of
 from ..volumes.loading import one_reader
 from ..volumes.subject import Subject
@@ -67,6 +68,8 @@ class Queue(IterableDataset[Subject]):
             `set_random_state` (as MONAI has it), `set_random_seed` or `manual_seed`; if it has none of these it is
             not reproducible. A subject that a `subject_sampler` names twice is transformed the same way both times.
         patch_transform: the same for a patch, seeded by its draw.
+        cache: folder in which subjects are kept as the data set's own transform leaves them, so that from then on only patches
+            are read; see `SubjectsCache`, for which this is short. `transform` is not part of that, and reads whole subjects.
         seed: of everything random; by default that of the sampler if it was given one, or else `torch.initial_seed()` as it is
             now.
         on_error: `"raise"` what loading or a transform raises, or `"skip"` the subject: further draws of others stand in for its
@@ -116,6 +119,7 @@ class Queue(IterableDataset[Subject]):
         *,
         transform: Any = None,
         patch_transform: Any = None,
+        cache: Any = None,
         seed: int | None = None,
         on_error: str = "raise",
         rank: int | None = None,
@@ -126,7 +130,8 @@ class Queue(IterableDataset[Subject]):
         patch_sampler: Any = None,
         patches_per_volume: int | None = None,
     ) -> None:
-        self.subjects_dataset = as_subjects(one_of(subjects_dataset=subjects_dataset, subjects=subjects))
+        dataset = as_subjects(one_of(subjects_dataset=subjects_dataset, subjects=subjects))
+        self.subjects_dataset = dataset if cache is None else SubjectsCache(dataset, cache)
         self.sampler = as_patch_source(one_of(sampler=sampler, patch_sampler=patch_sampler))
         self.max_length = as_int(max_length, "max_length", 1)
         samples = one_of(samples_per_volume=samples_per_volume, patches_per_volume=patches_per_volume)

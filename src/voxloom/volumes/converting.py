@@ -6,8 +6,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from ..core.walking import walk
 from ..errors import SaveError, VoxloomError
 from ..io.formats import format_of, is_folder_target
@@ -15,6 +13,7 @@ from ..io.protocols import VolumeSpec, VolumeStore, is_source, read_checked
 from ..io.spooling import spooled
 from ..io.targets import as_target, save_volume, store_at
 from ..io.zarr.store import ZarrStore
+from ..runtime.progress import shown
 from .constants import LABEL
 from .image import Image, LabelMap, ScalarImage
 from .libraries import as_image
@@ -112,23 +111,28 @@ def _stored_dtype(image: Image) -> str | None:
 def _copied(image: Image, store: VolumeStore, spec: VolumeSpec, progress: bool | str) -> Any:
     store.check()
     run = secrets.token_hex(8)
-    name = progress if isinstance(progress, str) else "voxels"
     try:
-        with (
-            spooled(image) as source,
-            tqdm(total=spec.box.numel, desc=name, unit="", unit_scale=True, disable=not progress) as bar,
-        ):
+        with contextlib.ExitStack() as stack:
+            source = stack.enter_context(spooled(image))
+            told: Callable[[int], object] = _nothing
+            if progress:
+                name = progress if isinstance(progress, str) else "converted"
+                told = stack.enter_context(shown(name, spec.box.numel, "voxels"))
             store.create(spec, run)
             most = max(1, BOX_BYTES // (spec.shape[0] * spec.dtype.itemsize))
             # Whole shards, so that none waits for its other parts; of a store without any, what the source reads at a time.
             for box in walk(spec.box, store.chunk_shape or source.chunks, most):
                 store.write(box, read_checked(source, box))
-                bar.update(box.numel)
+                told(box.numel)
             store.flush()
         return store.commit({}, run)
     except BaseException:
         _leave_nothing(store, run)
         raise
+
+
+def _nothing(parts: int) -> None:
+    """Say nothing."""
 
 
 def _leave_nothing(store: VolumeStore, run: str) -> None:

@@ -18,7 +18,7 @@ from ..io.addresses import source_at
 from ..io.arrays import affine_of, as_volume, values_hash
 from ..io.compression import READ_ERRORS
 from ..io.objects import source_of
-from ..io.protocols import Extent, Json, SpaceCodes, VolumeSource, is_source, loading_bytes, read_checked
+from ..io.protocols import Extent, Json, SpaceCodes, VolumeSource, chunk_bytes, is_source, loading_bytes, read_checked
 from ..io.targets import save_volume
 from .constants import INTENSITY, LABEL
 from .derived import DerivedValues
@@ -220,6 +220,11 @@ class Image(ImageEntries, Exchange, Views):
     def loading_bytes(self) -> int:
         """Memory that reading takes beside that, for a moment."""
         return 0 if self.can_be_sliced else loading_bytes(self._opened.source)
+
+    @property
+    def chunk_bytes(self) -> int:
+        """See the function `chunk_bytes`."""
+        return 0 if self._data is not None else chunk_bytes(self._opened.source)
 
     @property
     def paths(self) -> tuple[Path, ...]:

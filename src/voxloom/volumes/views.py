@@ -20,7 +20,7 @@ from ..core.resampling import space_map
 from ..core.splines import cubic_matrix
 from ..core.values import as_number, can_hold
 from ..errors import ImageError, ModeError
-from ..io.protocols import Extent, Json, Space, SpaceCodes, VolumeSource, loading_bytes, read_checked
+from ..io.protocols import Extent, Json, Space, SpaceCodes, VolumeSource, chunk_bytes, loading_bytes, read_checked
 from ..io.spooling import Packed
 
 __all__ = ["CroppedSource", "ResampledSource", "TurnedSource", "View", "as_orientation"]
@@ -69,6 +69,11 @@ class View(ABC):
     def loading_bytes(self) -> int:
         """See the function `loading_bytes`."""
         return loading_bytes(self.of)
+
+    @property
+    def chunk_bytes(self) -> int:
+        """See the function `chunk_bytes`."""
+        return chunk_bytes(self.of)
 
     @property
     def extent(self) -> Extent | None:

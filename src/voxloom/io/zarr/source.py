@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -109,6 +110,12 @@ class ZarrSource(FileSource):
         sizes = dict(zip((axis.name for axis in self._axes), self.array.chunks, strict=True))
         i, j, k = (min(sizes.get(name, 1), size) for name, size in zip(SPATIAL, self.spec.shape[1:], strict=True))
         return i, j, k
+
+    @property
+    def chunk_bytes(self) -> int:
+        """See the function `chunk_bytes`."""
+        counts = [-(-size // chunk) * chunk for size, chunk in zip(self.array.shape, self.array.chunks, strict=True)]
+        return math.prod(counts) * self.array.dtype.itemsize
 
     @property
     def bytes_read(self) -> int:

@@ -12,7 +12,7 @@ from torch import nn
 
 import voxloom as vx
 from reductions import Scaling, scaling
-from voxloom.runs.fingerprints import differences, fingerprint_of_model, fingerprint_of_option
+from voxloom.io.fingerprints import differences, fingerprint_of_model, fingerprint_of_option
 
 
 class Scaled(nn.Module):

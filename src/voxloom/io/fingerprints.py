@@ -8,6 +8,7 @@ import functools
 import hashlib
 import inspect
 import io
+import json
 import math
 import pickle
 import re
@@ -20,9 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..io.arrays import hash_of, raw_bytes
-from ..io.files import hash_of_path
-from ..io.protocols import Json
+from .arrays import hash_of, raw_bytes
+from .files import hash_of_path
+from .protocols import Json
 
 __all__ = ["differences", "fingerprint_of_code", "fingerprint_of_model", "fingerprint_of_option", "state_of_model"]
 
@@ -105,15 +106,29 @@ def fingerprint_of_option(value: Any) -> Json:
     """Write an option down: numbers and texts as they are, functions by their source and what it uses, objects by their state."""
     if value is None or isinstance(value, bool | int | float | str):
         return value if not isinstance(value, float) or math.isfinite(value) else repr(value)
-    if isinstance(value, Mapping):
-        return {str(key): fingerprint_of_option(item) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return [fingerprint_of_option(item) for item in value]
     if isinstance(value, np.ndarray | Tensor):
         array = torch.as_tensor(value)
         return hash_of([f"{array.dtype} {tuple(array.shape)}", raw_bytes(array)])
     if isinstance(value, nn.Module):
         return fingerprint_of_model(value)
+    if id(value) in _AT_HAND:
+        return "itself"
+    _AT_HAND.add(id(value))
+    try:
+        return _fingerprint_of_parts(value)
+    finally:
+        _AT_HAND.discard(id(value))
+
+
+_AT_HAND: set[int] = set()
+"""Objects that a fingerprint is being made of: what holds itself would have no end."""
+
+
+def _fingerprint_of_parts(value: Any) -> Json:
+    if isinstance(value, Mapping):
+        return {str(key): fingerprint_of_option(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [fingerprint_of_option(item) for item in value]
     if isinstance(value, functools.partial):
         return [fingerprint_of_option(part) for part in (value.func, value.args, value.keywords)]
     if inspect.ismethod(value):
@@ -135,10 +150,13 @@ def _source_of(function: Callable) -> str:
 
 
 def _state_of(value: Any) -> bytes:
+    """Give what an object holds: as it is pickled; or, where it cannot be, by the fingerprints of its parts."""
     try:
         return pickle.dumps(value)
-    except Exception:  # noqa: BLE001 - whatever an object of the user's raises; what is printed of it is all that is left
-        return _without_addresses(repr(value)).encode()
+    except Exception:  # noqa: BLE001 - whatever an object of the user's raises
+        parts = value if isinstance(value, list) else getattr(value, "__dict__", None)
+        told = _without_addresses(repr(value)) if parts is None else json.dumps(fingerprint_of_option(parts), sort_keys=True)
+        return told.encode()
 
 
 def _without_addresses(text: str) -> str:

@@ -1,0 +1,115 @@
+"""What the commands do with images as such: convert them, go through their labels, keep subjects, and say how far a run is."""
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import typer
+from tqdm.auto import tqdm
+
+from ..core.sizes import pretty_bytes
+from ..errors import ModeError, SubjectError, VoxloomError
+from ..io.files import size_of_path
+from ..io.formats import endings
+from ..io.sidecars import read_sidecar, sidecar_of
+from ..runs.log import progress_of
+from ..sampling.indexing import build_index
+from ..sampling.random import PatchSampler
+from ..sampling.weighted import LabelSampler, WeightedSampler
+from ..volumes.cache import SubjectsCache
+from ..volumes.converting import convert
+from ..volumes.image import LabelMap
+from ..volumes.subject import Subject
+from .cases import Results, as_ending, cases_of
+from .reporting import Report, printable
+from .work import make_folder
+
+__all__ = ["convert_cases", "index_labels", "keep_subjects", "tell_status"]
+
+WRITTEN = endings(lambda each: each.write or (each.is_streamed and each.ending != ".seg.nrrd"))
+
+
+def convert_cases(
+    images: list[Path], output: Path, ending: str, overwrite: bool, options: dict[str, Any], report: Report
+) -> None:
+    """Write images in another format; one that fails does not stop the others."""
+    failed = False
+    for case in cases_of(images, Results(output, as_ending(ending, WRITTEN), WRITTEN), is_grouped=False):
+        entry = {"case": case.name, "target": str(case.target)}
+        try:
+            make_folder(case.target.parent)
+            progress = False if report.quiet or report.as_json else printable(case.name)
+            convert(case.files[0], case.target, overwrite=overwrite, progress=progress, **options)
+            size = size_of_path(case.target)
+            report.done(f"{case.name}: {case.target}, {pretty_bytes(size)}", entry | {"state": "done", "bytes": size})
+        except Exception as error:  # noqa: BLE001 - one that fails, by whatever, must not stop the others
+            report.failed(case.name, error, isinstance(error, VoxloomError | OSError))
+            failed = True
+    report.end()
+    if failed:
+        raise typer.Exit(1)
+
+
+def index_labels(
+    images: list[Path],
+    patch_size: int | list[int] | None,
+    classes: list[int] | None,
+    is_weighted: bool,
+    border: str,
+    report: Report,
+) -> None:
+    """Go through maps once, and keep what samplers need of them."""
+    size: Any = patch_size
+    sampler: PatchSampler
+    if is_weighted:
+        sampler = WeightedSampler(size, "map", border=border)
+    else:
+        shares = None if classes is None else dict.fromkeys(classes, 1.0)
+        sampler = LabelSampler(size, label_name="map", label_probabilities=shares, border=border)
+    for path in images:
+        (folder,) = build_index(sampler, Subject(map=LabelMap(path)))
+        report.done(f"{path}: {folder}, {pretty_bytes(size_of_path(folder))}", {"file": str(path), "index": str(folder)})
+    report.end()
+
+
+def keep_subjects(name: str, folder: Path, size_limit: str | None, prune: bool, report: Report) -> None:
+    """Make the entries of a cache for a data set that is named by where it is found."""
+    cache = SubjectsCache(_dataset(name), folder, size_limit=size_limit)
+    cache.build(None if report.quiet or report.as_json else lambda indices: tqdm(indices, desc="Subjects"))
+    removed = cache.prune() if prune else 0
+    of_others = f"; {removed} of others removed" if prune else ""
+    size = size_of_path(folder)
+    report.done(
+        f"{folder}: {len(cache)} subjects, {pretty_bytes(size)}{of_others}",
+        {"folder": str(folder), "subjects": len(cache), "bytes": size, "removed": removed},
+    )
+    report.end()
+
+
+def _dataset(name: str) -> Any:
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        raise ModeError(f"the data set is {name!r}: it must be package.module:name, of a data set or of a function that makes it")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise SubjectError(f"there is no data set {name}: {error}") from error
+    return found() if callable(found) and not hasattr(found, "__getitem__") else found
+
+
+def tell_status(outputs: list[Path], report: Report) -> None:
+    """Say of results how far their runs are."""
+    for path in outputs:
+        progress = progress_of(path)
+        if progress is not None:
+            done, total = progress
+            text = f"{path}: {done} of {total} slabs are finished; the same command goes on from there"
+            state = {"state": "unfinished", "done": done, "total": total}
+        elif path.exists():
+            made = read_sidecar(sidecar_of(path))
+            text = f"{path}: complete" if made is not None else f"{path}: there, but nothing says how it was made"
+            state = {"state": "complete" if made is not None else "unknown"}
+        else:
+            text, state = f"{path}: not begun", {"state": "not begun"}
+        report.answer(text, {"target": str(path), **state})
+    report.end()

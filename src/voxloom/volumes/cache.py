@@ -1,0 +1,284 @@
+"""Preprocessed subjects on the disk: made once, and from then on read patch by patch."""
+
+import contextlib
+import copy
+import itertools
+import json
+import secrets
+import shutil
+import time
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+from torch.utils.data import Dataset
+
+from .._version import __version__
+from ..errors import CorruptImageError, NoSuchIndexError, SaveError, SubjectError
+from ..io.arrays import hash_of
+from ..io.blosc import BloscFile, write_blosc
+from ..io.files import size_of_path
+from ..io.fingerprints import fingerprint_of_option
+from ..io.protocols import Json, SpaceCodes
+from ..io.saving import as_save_error, write_safely
+from ..runtime.limits import as_bytes
+from ..runtime.seeding import reseed, seeded
+from .contents import dry_subjects_of, name_of, transforms_of
+from .image import Image, LabelMap, ScalarImage
+from .libraries import as_subject
+from .subject import Subject
+
+__all__ = ["SubjectsCache"]
+
+# The form of entries: others are made anew.
+VERSION = 1
+ENTRY = "subject.json"
+# What has been used within this time is not removed: another process may be about to read it.
+IN_USE_SECONDS = 3600.0
+IMAGES: dict[str, type[Image]] = {each.__name__: each for each in (Image, ScalarImage, LabelMap)}
+
+
+class SubjectsCache(Dataset[Subject]):
+    """A data set whose subjects, as they are after its own transform, are kept in a folder; a queue then reads only patches.
+
+    An entry is known by the identity of its files, and by the name, the code and the parameters of the transform: if any of them
+    changes, it is made anew. Several processes can share a folder, and a crash leaves no half entry. A random transform would be
+    frozen: give such a one to the queue, as `patch_transform`.
+
+    Args:
+        dataset: a `SubjectsDataset`, or another map-style one; its transform is what is done before subjects are kept.
+        folder: for the entries; it is made if need be.
+        size_limit: bytes, or a text such as `"200 GiB"`. What was used longest ago is removed, unless it was used within the last
+            hour; where that is not enough, subjects are not kept.
+        name: stands for the transform and the code of the data set, where these cannot be told apart: for a data set that does
+            not say what its subjects are before it loads them.
+
+    Raises:
+        SubjectError: if a name is needed.
+        SaveError: if the folder cannot be made.
+
+    Example:
+        >>> import tempfile, torch, voxloom as vx
+        >>> def normalise(subject):
+        ...     subject.t1.set_data((subject.t1.data - subject.t1.data.mean()) / subject.t1.data.std())
+        ...     return subject
+        >>> subjects = [vx.Subject(t1=vx.ScalarImage(torch.rand(1, 40, 40, 40)), case=n) for n in range(3)]
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     cache = vx.SubjectsCache(vx.SubjectsDataset(subjects, normalise), folder)
+        ...     first = cache[0]
+        ...     again = cache[0]
+        ...     again.t1.is_loaded, round(float(again.t1[:, 3:9].data.mean()), 1), again["case"]
+        (False, 0.0, 0)
+    """
+
+    gives_copies = True
+    """A transform may change what it is given."""
+
+    def __init__(self, dataset: Any, folder: Any, *, size_limit: int | str | None = None, name: str | None = None) -> None:
+        self.dataset = dataset
+        self.folder = Path(folder).expanduser()
+        self.size_limit = None if size_limit is None else as_bytes(size_limit, "size_limit")
+        self.name = name
+        if name is None and dry_subjects_of(dataset) is None:
+            raise SubjectError(
+                f"{type(dataset).__name__} does not say what its subjects are before it loads them, so that it cannot be told"
+                " whether what is kept is of these: give a name, and another one when anything changes"
+            )
+        self._made_by = self._transforms()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise as_save_error(self.folder, error) from error
+
+    def _transforms(self) -> Json:
+        """Say what the subjects are made by, whatever random numbers the transforms have at the moment."""
+        if self.name is not None:
+            return self.name
+        transforms = copy.deepcopy(transforms_of(self.dataset))
+        seeds = itertools.count()
+        for each in transforms:
+            reseed(each, seeds)
+        return [fingerprint_of_option(each) for each in transforms]
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.dataset!r}; folder: {self.folder})"
+
+    def dry_iter(self) -> list[Subject]:
+        """Give the subjects as they are kept; those that are not yet, as they are before they are made."""
+        before = dry_subjects_of(self.dataset)
+        found = (self._read(self.folder / self._key(index)) for index in range(len(self)))
+        if before is None:
+            return [as_subject(self[index], "what the data set gave") for index in range(len(self))]
+        return [each if subject is None else subject for subject, each in zip(found, before, strict=True)]
+
+    def __getitem__(self, index: int) -> Subject:
+        if not -len(self) <= index < len(self):
+            raise NoSuchIndexError(f"the data set has {len(self)} subjects, and none of index {index}")
+        index %= len(self)
+        key = self._key(index)
+        found = self._read(self.folder / key)
+        if found is not None:
+            with contextlib.suppress(OSError):
+                (self.folder / key / ENTRY).touch()  # it has been used
+            return found
+        with self._locked(key):
+            found = self._read(self.folder / key)  # another process may have made it
+            return self._made(index, key) if found is None else found
+
+    def __iter__(self) -> Iterator[Subject]:
+        return (self[index] for index in range(len(self)))
+
+    def _key(self, index: int) -> str:
+        """Name the entry of a subject by all that it depends on."""
+        if self.name is not None:
+            of_subject: Json = index
+        else:
+            subjects = dry_subjects_of(self.dataset)
+            assert subjects is not None
+            subject = subjects[index]
+            images = {
+                name: [type(image).__name__, _fingerprint_of(image), image.affine.tolist()]
+                for name, image in subject.images.items()
+            }
+            of_subject = [images, fingerprint_of_option(subject.metadata)]
+        return hash_of([json.dumps([VERSION, self._made_by, of_subject], sort_keys=True)])[:32]
+
+    @contextlib.contextmanager
+    def _locked(self, key: str) -> Iterator[None]:
+        lock = self.folder / f".{key}.lock"
+        try:
+            with FileLock(lock):
+                yield
+        finally:
+            with contextlib.suppress(OSError):
+                lock.unlink()
+
+    # Entries
+
+    def _read(self, entry: Path) -> Subject | None:
+        """Give a subject that is kept, of which nothing is read yet; None if it is not."""
+        try:
+            told = json.loads((entry / ENTRY).read_text())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise CorruptImageError(f"{entry / ENTRY} is damaged: remove {entry}, and it is made anew") from error
+        images = {name: _image_of(entry / f"{name}.b2nd", each) for name, each in told["images"].items()}
+        return Subject({**images, **told["metadata"]})
+
+    def _made(self, index: int, key: str) -> Subject:
+        """Make a subject, and keep it if there is room."""
+        with seeded([zlib.crc32(key.encode()), 0, 0, 0]):  # the same whoever makes it
+            subject = as_subject(self.dataset[index], "what the data set gave")
+        size = sum(image.memory for image in subject.images.values())
+        if self.size_limit is not None and not self._has_room(size):
+            return subject
+        unfinished = self.folder / f".{key}.{secrets.token_hex(4)}.unfinished"
+        try:
+            unfinished.mkdir()
+            images = {name: _written(unfinished / f"{name}.b2nd", image) for name, image in subject.images.items()}
+            metadata = _plain(subject.metadata, name_of(self.dataset, index))
+            write_safely(unfinished / ENTRY, json.dumps({"voxloom": __version__, "images": images, "metadata": metadata}))
+            unfinished.rename(self.folder / key)
+        except OSError as error:
+            if isinstance(error, SaveError):
+                raise
+            raise as_save_error(self.folder / key, error) from error
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        found = self._read(self.folder / key)
+        assert found is not None
+        return found
+
+    def _has_room(self, size: int) -> bool:
+        """Remove what was used longest ago until there is room for so many bytes before they are compressed."""
+        assert self.size_limit is not None
+        with self._locked("room"):
+            entries = []
+            for path in self.folder.iterdir():
+                with contextlib.suppress(OSError):
+                    entries.append(((path / ENTRY).stat().st_mtime, size_of_path(path), path))
+            used = sum(each for _, each, _ in entries)
+            for last_used, each, path in sorted(entries):
+                if used + size <= self.size_limit or time.time() - last_used < IN_USE_SECONDS:
+                    break
+                gone = path.with_name(f".{path.name}.{secrets.token_hex(4)}.unfinished")
+                with contextlib.suppress(OSError):
+                    path.rename(gone)
+                    shutil.rmtree(gone, ignore_errors=True)
+                    used -= each
+            return used + size <= self.size_limit
+
+    def build(self, progress: Any = None) -> None:
+        """Make all entries that are not there.
+
+        Args:
+            progress: function that takes the indices, and gives them while it shows how far they have come, as `tqdm` does.
+        """
+        indices = range(len(self))
+        for index in indices if progress is None else progress(indices):
+            self[index]
+
+    def prune(self) -> int:
+        """Remove the entries that are of no subject of this data set, and say how many they were."""
+        own = {self._key(index) for index in range(len(self))}
+        others = [path for path in self.folder.iterdir() if path.is_dir() and path.name not in own and (path / ENTRY).exists()]
+        for path in others:
+            shutil.rmtree(path, ignore_errors=True)
+        return len(others)
+
+
+def _fingerprint_of(image: Image) -> Json:
+    """Say what tells an image from others; the values of one that is in memory are only hashed again if they change."""
+    if image.paths and image.can_be_reloaded:
+        return image.fingerprint()
+    return image.derived("fingerprint", image.fingerprint)
+
+
+def _written(path: Path, image: Image) -> Json:
+    """Write an image, with a folder for what samplers find out about it, and say what it is."""
+    write_blosc(path, image.data)
+    path.with_name(f".{path.stem}.index").mkdir()
+    name = next(each.__name__ for each in type(image).__mro__ if each.__name__ in IMAGES)
+    return {
+        "class": name,
+        "type": image.type,
+        "affine": image.affine.tolist(),
+        "codes": asdict(image.codes),
+        "metadata": _plain(image.metadata, str(path.stem)),
+    }
+
+
+def _image_of(path: Path, told: Mapping[str, Json]) -> Image:
+    codes = dict(told["codes"])
+    world = tuple(map(tuple, codes.pop("qform_world")))
+    source = BloscFile(path, np.array(told["affine"]), SpaceCodes(**codes, qform_world=world))
+    more = {"type": told["type"]} if told["class"] == "Image" else {}
+    return IMAGES[told["class"]](source, **more, **told["metadata"])
+
+
+def _plain(values: Mapping[str, Any], what: str) -> dict[str, Json]:
+    """Give metadata as they are written down.
+
+    Raises:
+        SubjectError: if there is something that cannot be.
+    """
+    found = {}
+    for name, value in values.items():
+        plain = value.item() if isinstance(value, np.generic) else str(value) if isinstance(value, Path) else value
+        try:
+            same = json.loads(json.dumps(plain))
+        except (TypeError, ValueError) as error:
+            raise SubjectError(
+                f"{name!r} of {what} is of type {type(value).__name__}, which a cache cannot keep: numbers, texts, lists and"
+                " dicts can be; remove it in the transform, or make it an image"
+            ) from error
+        found[str(name)] = same
+    return found

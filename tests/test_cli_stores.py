@@ -1,0 +1,120 @@
+"""voxloom convert, index, cache and status, and predict on Zarr, as a person runs them."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import voxloom as vx
+from voxloom.cli import commands as cli
+from voxloom.errors import VoxloomError
+from zarr_samples import AFFINE, TENSOR
+
+LABELS = (TENSOR > 500).to(torch.uint8)
+MODULE = """
+import torch
+import voxloom as vx
+
+def two(batch):
+    return torch.cat([batch, 1000 - batch], 1)
+
+class Fails:
+    calls = 0
+    def __call__(self, batch):
+        self.calls += 1
+        if self.calls > 14:
+            raise RuntimeError("the cable was pulled")
+        return two(batch)
+
+fails = Fails()
+
+def dataset():
+    return vx.SubjectsDataset([vx.Subject(seg=vx.LabelMap("seg.nii"), case=n) for n in range(2)])
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "mymodel", raising=False)
+    (tmp_path / "mymodel.py").write_text(MODULE)
+    vx.ScalarImage(TENSOR.float(), affine=AFFINE).save("scan.nii.gz")
+    vx.LabelMap(LABELS, affine=AFFINE).save("seg.nii")
+    yield tmp_path
+    sys.modules.pop("mymodel", None)
+
+
+def run(*arguments, code=0):
+    result = CliRunner().invoke(cli.app, [str(each) for each in arguments])
+    if isinstance(result.exception, VoxloomError):
+        return str(result.exception)
+    assert result.exit_code == code, result.output + str(result.exception)
+    return result.output
+
+
+PREDICT = ("mymodel:two", "--patch-size", "16", "--labels", "--dtype", "float32")
+
+
+def test_the_whole_way(folder):
+    assert "scan.ome.zarr" in run("convert", "scan.nii.gz", "-o", "scan.ome.zarr", "--chunks", "16,16,8", "--levels", 2)
+    image = vx.ScalarImage("scan.ome.zarr")
+    assert torch.equal(image.data, TENSOR.float())
+    assert np.allclose(image.affine, AFFINE)
+    assert vx.open_zarr("scan.ome.zarr").chunks == (16, 16, 8)
+    run("predict", *PREDICT[:1], "scan.ome.zarr", *PREDICT[1:], "-o", "scan.ome.zarr/labels/organs")
+    run("predict", *PREDICT[:1], "scan.nii.gz", *PREDICT[1:], "-o", "organs.nii.gz")
+    assert torch.equal(vx.LabelMap("scan.ome.zarr/labels/organs").data, vx.LabelMap("organs.nii.gz").data)
+    assert "is complete" in run("predict", *PREDICT[:1], "scan.ome.zarr", *PREDICT[1:], "-o", "scan.ome.zarr/labels/organs")
+    assert "organs: complete" in run("status", "scan.ome.zarr/labels/organs")
+    assert "40, 30, 20" in run("info", "scan.ome.zarr/labels/organs")
+
+
+def test_a_folder_of_images_of_which_some_are_folders(folder):
+    (folder / "images").mkdir()
+    run("convert", "scan.nii.gz", "seg.nii", "-o", "images")
+    assert sorted(path.name for path in (folder / "images").iterdir()) == ["scan.ome.zarr", "seg.ome.zarr"]
+    run("predict", *PREDICT[:1], "images", *PREDICT[1:], "-o", "out", "--format", "zarr")
+    assert sorted(path.name for path in (folder / "out").iterdir()) == ["scan.zarr", "seg.zarr"]
+    run("convert", "out", "-o", "nifti", "--format", ".nii.gz")
+    assert torch.equal(vx.LabelMap("nifti/scan.nii.gz").data, vx.LabelMap("out/scan.zarr").data)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("target", ["out.nii.gz", "out.ome.zarr"])
+def test_status(folder, target):
+    assert "not begun" in run("status", target)
+    output = run("predict", "mymodel:fails", "scan.nii.gz", *PREDICT[1:], "--overlap", 0.5, "-o", target, code=1)
+    assert "the cable was pulled" in output
+    (told,) = json.loads(run("status", target, "--json"))
+    assert told["state"] == "unfinished"
+    assert 0 < told["done"] < told["total"]
+    assert f"{told['done']} of {told['total']} slabs" in run("status", target)
+    (folder / ".out.voxloom").write_text("{}\n")
+    assert "is damaged" in run("status", target)
+
+
+def test_index(folder):
+    assert ".seg.index" in run("index", "seg.nii", "--patch-size", 8, "--classes", "0,1")
+    assert ".seg.index" in run("index", "seg.nii", "--patch-size", "8,8,4", "--weighted", "--border", "clamp")
+    assert len(list((folder / ".seg.index").iterdir())) == 2
+    assert "--patch-size is 'x'" in run("index", "seg.nii", "--patch-size", "x")
+
+
+def test_cache(folder):
+    assert "2 subjects" in run("cache", "mymodel:dataset", "-o", "cache", "--prune")
+    assert len(list((folder / "cache").iterdir())) == 2
+    assert "package.module:name" in run("cache", "mymodel", "-o", "cache")
+    assert "there is no data set mymodel:nothing" in run("cache", "mymodel:nothing", "-o", "cache")
+
+
+def test_bad_input(folder):
+    assert "--format is 'png'" in run("convert", "scan.nii.gz", "-o", "out", "--format", "png")
+    assert "out.png is the name of a file" in run("convert", "scan.nii.gz", "-o", "out.png")
+    assert "exists, and is kept" in run("convert", "scan.nii.gz", "-o", "seg.nii", code=1)
+    for name in ("seg.dcm", "seg.png", "seg.mha"):
+        assert f"{name} is the name of a file" in run("predict", *PREDICT[:1], "scan.nii.gz", *PREDICT[1:], "-o", name)
+    assert not (folder / "seg.dcm").exists()

@@ -1,0 +1,247 @@
+"""Preprocessed subjects on the disk: the same as without, made once, and never half."""
+
+import functools
+import json
+import multiprocessing
+import os
+import signal
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+import voxloom as vx
+from voxloom.errors import CorruptImageError, MissingDependencyError, SaveError, SubjectError
+from voxloom.volumes import cache as module
+
+AFFINE = np.array([[0.0, 2, 0, -30], [-1.5, 0, 0, 4], [0, 0, 3, 5], [0, 0, 0, 1]])
+CALLS = []
+
+
+def prepare(subject, factor=2.0):
+    CALLS.append(subject["case"])
+    subject.t1.set_data(subject.t1.data * factor)
+    return subject
+
+
+@pytest.fixture
+def subjects(tmp_path):
+    CALLS.clear()
+    made = []
+    (tmp_path / "data").mkdir()
+    for number in range(3):
+        data = torch.rand(1, 30, 28, 26, generator=torch.Generator().manual_seed(number))
+        vx.ScalarImage(data, affine=AFFINE).save(tmp_path / f"data/{number}.nii.gz")
+        vx.LabelMap((data > 0.7).to(torch.uint8), affine=AFFINE).save(tmp_path / f"data/{number}-seg.nii.gz")
+        t1 = vx.ScalarImage(tmp_path / f"data/{number}.nii.gz", site="north")
+        made.append(vx.Subject(t1=t1, seg=vx.LabelMap(tmp_path / f"data/{number}-seg.nii.gz"), case=number, tags=["a", 1]))
+    return made
+
+
+def test_subjects_are_kept_as_they_were_made(tmp_path, subjects):
+    dataset = vx.SubjectsDataset(subjects, prepare)
+    expected = [dataset[number] for number in range(3)]
+    CALLS.clear()
+    cache = vx.SubjectsCache(dataset, tmp_path / "cache")
+    for _ in range(2):
+        for number, theirs in enumerate(expected):
+            ours = cache[number]
+            assert not ours.t1.is_loaded
+            assert torch.equal(ours.t1[:, 3:9, 4:5].data, theirs.t1[:, 3:9, 4:5].data)
+            assert torch.equal(ours.t1.data, theirs.t1.data)
+            assert torch.equal(ours.seg.data, theirs.seg.data)
+            assert (type(ours.t1), type(ours.seg), ours.seg.data.dtype) == (vx.ScalarImage, vx.LabelMap, torch.uint8)
+            assert np.array_equal(ours.t1.affine, AFFINE)
+            assert ours.t1.codes == theirs.t1.codes
+            assert (ours["case"], ours["tags"], ours.t1["site"]) == (number, ["a", 1], "north")
+    assert CALLS == [0, 1, 2]
+    assert [subject["case"] for subject in cache.dry_iter()] == [0, 1, 2]
+    assert len(list(cache)) == len(cache) == 3
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_queue_from_the_cache_is_the_same_queue(tmp_path, subjects, workers):
+    def batches(**options):
+        dataset = vx.SubjectsDataset(subjects, prepare)
+        sampler = vx.LabelSampler(12, "seg", {0: 1, 1: 1})
+        queue = vx.Queue(dataset, 20, 5, sampler, num_workers=workers, seed=0, **options)
+        return [(batch.t1.data, batch.seg.data) for _ in range(2) for batch in vx.SubjectsLoader(queue, 4)]
+
+    expected = batches()
+    for made in (batches(cache=tmp_path / "cache"), batches(cache=tmp_path / "cache")):
+        for ours, theirs in zip(made, expected, strict=True):
+            assert torch.equal(ours[0], theirs[0])
+            assert torch.equal(ours[1], theirs[1])
+    # What the sampler found out is kept as well.
+    assert len(list((tmp_path / "cache").rglob(".seg.index/*.npz"))) == 3
+
+
+def test_what_changes_is_made_anew(tmp_path, subjects):
+    folder = tmp_path / "cache"
+    vx.SubjectsCache(vx.SubjectsDataset(subjects, prepare), folder).build()
+    assert len(CALLS) == 3
+    vx.SubjectsCache(vx.SubjectsDataset(subjects, prepare), folder).build()
+    assert len(CALLS) == 3
+    # The transform's parameters, ...
+    changed = vx.SubjectsCache(vx.SubjectsDataset(subjects, functools.partial(prepare, factor=3.0)), folder)
+    assert torch.allclose(changed[0].t1.data, subjects[0].t1.data * 3)
+    # ... a file, ...
+    vx.ScalarImage(torch.ones(1, 30, 28, 26), affine=AFFINE).save(tmp_path / "data/1.nii.gz")
+    fresh = vx.Subject(t1=vx.ScalarImage(tmp_path / "data/1.nii.gz", site="north"), seg=subjects[1].seg, case=1, tags=["a", 1])
+    cache = vx.SubjectsCache(vx.SubjectsDataset([subjects[0], fresh, subjects[2]], prepare), folder)
+    assert torch.equal(cache[1].t1.data, torch.full((1, 30, 28, 26), 2.0))
+    # ... and what else the subject says.
+    subjects[2]["case"] = 7
+    assert vx.SubjectsCache(vx.SubjectsDataset(subjects, prepare), folder)[2]["case"] == 7
+    assert len(CALLS) == 6
+    assert cache.prune() == 3
+    assert cache[1]["case"] == 1
+
+
+def test_a_transform_is_known_by_its_code_and_not_by_its_random_state(tmp_path, subjects):
+    import monai.transforms as mt
+
+    def dataset():
+        return vx.SubjectsDataset(subjects, mt.Compose([mt.ScaleIntensityd("t1"), mt.Lambdad("t1", lambda data: data * 2)]))
+
+    first, second = (vx.SubjectsCache(dataset(), tmp_path / "cache") for _ in range(2))
+    assert first._key(0) == second._key(0)
+    other = mt.Compose([mt.ScaleIntensityd("t1"), mt.Lambdad("t1", lambda data: data * 3)])
+    assert vx.SubjectsCache(vx.SubjectsDataset(subjects, other), tmp_path / "cache")._key(0) != first._key(0)
+
+
+def test_images_in_memory(tmp_path):
+    subjects = [vx.Subject(t1=vx.ScalarImage(torch.rand(1, 9, 8, 7)), case=0)]
+    cache = vx.SubjectsCache(vx.SubjectsDataset(subjects), tmp_path / "cache")
+    assert torch.equal(cache[0].t1.data, subjects[0].t1.data)
+    subjects[0].t1.data.mul_(2)
+    assert torch.equal(cache[0].t1.data, subjects[0].t1.data)
+
+
+def fetch(folder, subjects, index, results):
+    CALLS.clear()
+    values = vx.SubjectsCache(vx.SubjectsDataset(subjects, prepare), folder)[index].t1.data.sum().item()
+    results.put((values, len(CALLS)))
+
+
+def test_processes_that_share_a_folder_make_each_entry_once(tmp_path, subjects):
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    running = [context.Process(target=fetch, args=(tmp_path / "cache", subjects, 0, results)) for _ in range(4)]
+    for process in running:
+        process.start()
+    found = [results.get(timeout=60) for _ in running]
+    for process in running:
+        process.join()
+    assert len({value for value, _ in found}) == 1
+    assert sum(calls for _, calls in found) == 1
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.name.startswith(".")]
+
+
+def die(folder, subjects, name):
+    original = getattr(module, name)
+
+    def dying(*arguments, **more):
+        original(*arguments, **more)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    setattr(module, name, dying)
+    vx.SubjectsCache(vx.SubjectsDataset(subjects, prepare), folder)[0]
+
+
+@pytest.mark.parametrize("name", ["write_blosc", "write_safely"])
+def test_a_crash_leaves_no_half_entry(tmp_path, subjects, name):
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=die, args=(tmp_path / "cache", subjects, name))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    cache = vx.SubjectsCache(vx.SubjectsDataset(subjects, prepare), tmp_path / "cache")
+    assert torch.allclose(cache[0].t1.data, subjects[0].t1.data * 2)
+
+
+def test_what_was_used_longest_ago_makes_room(tmp_path, subjects):
+    dataset = vx.SubjectsDataset(subjects, prepare)
+    whole = vx.SubjectsCache(dataset, tmp_path / "cache")
+    whole.build()
+    for age, index in ((9000, 0), (7000, 1)):
+        entry = tmp_path / "cache" / whole._key(index) / "subject.json"
+        os.utime(entry, (entry.stat().st_mtime - age,) * 2)
+    limit = module.size_of_path(tmp_path / "cache")
+    fourth = vx.Subject(t1=vx.ScalarImage(torch.rand(1, 30, 28, 26)), seg=vx.LabelMap(torch.zeros(1, 30, 28, 26)), case=3)
+    bounded = vx.SubjectsCache(vx.SubjectsDataset([*subjects, fourth], prepare), tmp_path / "cache", size_limit=limit)
+    assert torch.allclose(bounded[3].t1.data, fourth.t1.data * 2)
+    kept = {path.name for path in (tmp_path / "cache").iterdir()}
+    assert bounded._key(0) not in kept
+    assert {bounded._key(2), bounded._key(3)} <= kept
+    # Where there is no room at all, a subject is given without being kept.
+    tiny = vx.SubjectsCache(dataset, tmp_path / "other", size_limit=1000)
+    assert torch.allclose(tiny[0].t1.data, subjects[0].t1.data * 2)
+    assert list((tmp_path / "other").iterdir()) == []
+
+
+def test_threads(tmp_path, subjects):
+    cache = vx.SubjectsCache(vx.SubjectsDataset(subjects, prepare), tmp_path / "cache")
+    threads = [threading.Thread(target=cache.__getitem__, args=(0,)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert CALLS == [0]
+
+
+# Bad input
+
+
+def test_what_cannot_be_kept_is_named(tmp_path, subjects):
+    subjects[0]["model"] = object()
+    cache = vx.SubjectsCache(vx.SubjectsDataset(subjects, prepare), tmp_path / "cache")
+    with pytest.raises(SubjectError, match=r"'model' of subject 0 .* is of type object, which a cache cannot keep"):
+        cache[0]
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == []
+
+
+def test_a_data_set_that_does_not_say_what_is_in_it_needs_a_name(tmp_path, subjects):
+    class Other(torch.utils.data.Dataset):
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            return prepare(vx.Subject(t1=vx.ScalarImage(torch.full((1, 8, 8, 8), float(index))), case=index))
+
+    with pytest.raises(SubjectError, match="give a name"):
+        vx.SubjectsCache(Other(), tmp_path / "cache")
+    cache = vx.SubjectsCache(Other(), tmp_path / "cache", name="version 1")
+    assert [each.t1.data.mean().item() for each in cache] == [0, 2]
+    assert [each.t1.data.mean().item() for each in cache] == [0, 2]
+    assert CALLS == [0, 1]
+
+
+def test_damage_is_named(tmp_path, subjects):
+    cache = vx.SubjectsCache(vx.SubjectsDataset(subjects, prepare), tmp_path / "cache")
+    cache.build()
+    entry = tmp_path / "cache" / cache._key(0)
+    content = (entry / "t1.b2nd").read_bytes()
+    (entry / "t1.b2nd").write_bytes(content[: len(content) // 2])
+    with pytest.raises(CorruptImageError, match=r"t1\.b2nd"):
+        cache[0].t1.load()
+    (entry / "subject.json").write_text("{")
+    with pytest.raises(CorruptImageError, match="remove"):
+        cache[0]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SaveError, match="file"):
+        vx.SubjectsCache(vx.SubjectsDataset(subjects), tmp_path / "file")
+
+
+def test_a_missing_package_is_named(tmp_path, subjects, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "blosc2", None)
+    with pytest.raises(MissingDependencyError, match=r"voxloom\[cache\]"):
+        vx.SubjectsCache(vx.SubjectsDataset(subjects), tmp_path / "cache")[0]
+
+
+def test_entries_say_who_made_them(tmp_path, subjects):
+    cache = vx.SubjectsCache(vx.SubjectsDataset(subjects), tmp_path / "cache")
+    cache.build()
+    told = json.loads((tmp_path / "cache" / cache._key(0) / "subject.json").read_text())
+    assert told["voxloom"] == vx.__version__
