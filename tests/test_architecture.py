@@ -161,6 +161,7 @@ def test_public_names():
         "datasets",
         "errors",
         "inference",
+        "integrations",
         "kept_memory",
         "load_model",
         "loader",

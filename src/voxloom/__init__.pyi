@@ -1,4 +1,4 @@
-from . import data, datasets, errors, inference, loader, plot
+from . import data, datasets, errors, inference, integrations, loader, plot
 from ._version import __version__
 from .core.grids import PatchGrid
 from .core.locations import PatchLocation
@@ -84,6 +84,7 @@ __all__ = [
     "datasets",
     "errors",
     "inference",
+    "integrations",
     "kept_memory",
     "load_model",
     "loader",

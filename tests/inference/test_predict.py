@@ -119,6 +119,7 @@ def least_memory(arguments, options):
     return int(str(caught.value).split("(")[1].split(" bytes)")[0])
 
 
+@pytest.mark.filterwarnings("ignore:the mask has no voxel:RuntimeWarning")
 @SLOW
 @given(geometries(largest=9), st.sampled_from(MODES), st.integers(0, 2**32), st.booleans())
 def test_a_mask_leaves_out_patches_and_nothing_else(geometry, mode, seed, is_dense):
@@ -396,6 +397,7 @@ def test_a_predictor_is_used_for_many_images_and_looks_at_the_model_once():
 # Masks
 
 
+@pytest.mark.filterwarnings("ignore:the mask has no voxel:RuntimeWarning")
 def test_masks_of_all_kinds_leave_out_the_same(tmp_path):
     data = torch.zeros(1, 24, 20, 16)
     data[0, 15:18, 3:7, 9:12] = 5

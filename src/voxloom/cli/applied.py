@@ -43,7 +43,7 @@ def predictor_of(options: ModelOptions) -> tuple[Predictor, LoadedModel]:
         reduce=reductions[0] if reductions else None,
         padding_mode=_number_or_text(options.padding),
         interpolation=None if options.interpolation is None else _one_or_all(options.interpolation.split(",")),
-        mirror_axes=numbers(options.mirror, int, "mirror"),
+        mirror_axes=() if options.mirror == "none" else numbers(options.mirror, int, "mirror"),
         memory_limit=options.memory_limit,
         full_batches=size is not None and -1 not in size and loaded.takes_full_batches(size),
     )
@@ -84,6 +84,8 @@ def _sizes(options: ModelOptions, loaded: LoadedModel, spec: ModelSpec | None) -
             " --batch-size, or export it anew"
         )
     size = asked or [each for each in fixed if each is not None]
+    if asked is not None and len(asked) != len(fixed):
+        raise SizeError(f"--patch-size is {options.patch_size}: give one number, or {len(fixed)} with commas between them")
     if len(size) < len(fixed):
         own = "has none of its own" if set(fixed) == {None} else f"was exported for {pretty_sizes(fixed)}"
         raise SizeError(f"the patch size is missing, and the model {own}: give --patch-size, such as --patch-size 128")

@@ -97,7 +97,10 @@ class ModelOptions:
         ),
     ] = None
     padding: Annotated[str | None, typer.Option(help="Pad the volume by half the overlap: edge, reflect, 0 ...")] = None
-    mirror: Annotated[str | None, typer.Option(help="Mirror patches along these axes too, such as 0,1,2, and average.")] = None
+    mirror: Annotated[
+        str | None,
+        typer.Option(help="Mirror patches along these axes too, such as 0,1,2, and average; none where a model says so."),
+    ] = None
     interpolation: Annotated[
         str | None,
         typer.Option(

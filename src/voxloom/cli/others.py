@@ -9,7 +9,7 @@ from ..integrations import nnunet
 from ..models.loading import LoadedModel
 from .cases import Case, Results, checked
 
-__all__ = ["OTHERS", "LoadingOptions", "OtherModels", "cases_of_other", "other_model"]
+__all__ = ["OTHERS", "LoadingOptions", "OtherModels", "cases_of_other", "names_channels", "other_model"]
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,11 @@ def other_model(name: str) -> tuple[OtherModels, Path] | None:
     """Say of which project a model is, and in which folder; None for a model of one's own."""
     kind, colon, folder = name.partition(":")
     return (OTHERS[kind], Path(folder).expanduser()) if colon and kind in OTHERS else None
+
+
+def names_channels(name: str) -> bool:
+    """Whether files that are named `CASE_0000` are channels of a case, since the project of a model names them so."""
+    return name.partition(":")[0] == "nnunet"
 
 
 def cases_of_other(name: str, images: Sequence[Path], results: Results) -> list[Case] | None:

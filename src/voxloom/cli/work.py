@@ -26,7 +26,7 @@ from .applied import predictor_of
 from .cases import TARGETS, Case, Results, as_ending, cases_of, cases_of_table
 from .demo import run_demo
 from .options import CaseOptions, ModelOptions
-from .others import cases_of_other
+from .others import cases_of_other, names_channels
 from .reporting import Report, printable
 
 __all__ = ["describe", "make_folder", "pack", "plan_cases", "predict_cases", "show"]
@@ -49,20 +49,23 @@ def predict_cases(
         require_matplotlib()
     for case in cases:
         began = time.monotonic()
-        entry = {"case": case.name, "files": [str(path) for path in case.files], "target": str(case.target)}
+        entry: dict[str, Any] = {"case": case.name, "files": [str(path) for path in case.files], "target": str(case.target)}
         try:
             subject = _subject(case, model, predictor)
             if _predict_case(predictor, subject, case, wanted, resume, overwrite, report):
                 done += 1
-                if with_pages:
-                    page = _write_page(case, subject, predictor, wanted, time.monotonic() - began)
-                    pages[case.name] = os.path.relpath(page, wanted.output if wanted.output.is_dir() else wanted.output.parent)
-                report.done(f"{case.name}: {case.target}", entry | {"state": "done"})
+                text, entry["state"] = f"{case.name}: {case.target}", "done"
             else:
                 skipped += 1
                 rest = left_behind(case.target)
                 of_rest = "" if rest is None else f"; {rest} is left of a run that was interrupted: --overwrite resumes it"
-                report.done(f"{case.name}: {case.target} is complete{of_rest}", entry | {"state": "complete"})
+                text, entry["state"] = f"{case.name}: {case.target} is complete{of_rest}", "complete"
+            if with_pages:
+                seconds = time.monotonic() - began if entry["state"] == "done" else None
+                page = _write_page(case, subject, predictor, wanted, seconds)
+                pages[case.name] = os.path.relpath(page, wanted.output if wanted.output.is_dir() else wanted.output.parent)
+                text, entry["report"] = f"{text}; {page}", str(page)
+            report.done(text, entry)
         except KeyboardInterrupt:
             report.warn(f"{case.name}: interrupted; the same command goes on from what is finished")
             raise typer.Exit(130) from None
@@ -84,7 +87,7 @@ def _write_page(
     subject: Subject,
     predictor: Predictor,
     wanted: CaseOptions,
-    seconds: float,
+    seconds: float | None,
 ) -> Path:
     """Write the page of a case, beside its result."""
     plan = predictor.plan(subject, **_asked(wanted, subject, case))
@@ -133,7 +136,8 @@ def _cases(wanted: CaseOptions, model: str) -> list[Case]:
     if wanted.table is not None:
         return cases_of_table(wanted.table, results)
     images = wanted.images or []
-    return cases_of_other(model, images, results) or cases_of(images, results, wanted.group)
+    group = True if wanted.group is None and names_channels(model) else wanted.group
+    return cases_of_other(model, images, results) or cases_of(images, results, group)
 
 
 def _asked(wanted: CaseOptions, subject: Subject, case: Case) -> dict[str, Any]:

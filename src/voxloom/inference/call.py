@@ -125,6 +125,8 @@ class Call:
         """Compute and write what is not there yet."""
         log = self._log
         start = 0 if log is None else log.num_done
+        if plan.needed is not None and not plan.needed.any():
+            self._warn(f"the mask has no voxel in {plan.name}: nothing is computed, and all of the result is {plan.fill:g}")
         if plan.num_blocks > 1:
             self._warn(
                 f"the output of {plan.name} is computed in {plan.num_blocks} blocks, so that {pretty_bytes(plan.peak_bytes)} of"

@@ -1,5 +1,6 @@
 """Which patches need be computed: those that hold a voxel of a mask."""
 
+import itertools
 import math
 import os
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from ..core.boxes import Box
 from ..core.grids import PatchGrid
 from ..core.sizes import Ints
 from ..core.walking import walk
-from ..errors import ImageError, SubjectError
+from ..errors import ImageError, SpaceError, SubjectError
 from ..io.protocols import Json, VolumeSource, is_source, read_checked
 from ..volumes.image import LabelMap
 from ..volumes.views import View
@@ -156,6 +157,7 @@ def _of_source(mask: VolumeSource, affine: Affine, shape: Ints) -> InBox:
     than the input, and none of its voxels must be lost.
     """
     to_mask = np.linalg.inv(mask.affine) @ affine
+    _check_near(mask, to_mask, affine, shape)
     shift = np.rint(to_mask[:3, 3]).astype(int)
     is_shifted = np.allclose(to_mask[:3, :3], np.eye(3), atol=1e-4) and np.abs(to_mask[:3, 3] - shift).max() < 0.1
     if is_shifted:
@@ -168,6 +170,27 @@ def _of_source(mask: VolumeSource, affine: Affine, shape: Ints) -> InBox:
     hit = torch.zeros(shape, dtype=torch.bool)
     hit[tuple(torch.from_numpy(inside).T)] = True
     return lambda box: _nearest(values, box, to_mask) | hit[box.slices]
+
+
+def _check_near(mask: VolumeSource, to_mask: Affine, affine: Affine, shape: Ints) -> None:
+    """Refuse a mask of another place: nothing of the volume would be computed.
+
+    Raises:
+        SpaceError: says how far apart the two lie.
+    """
+    ends = [(-0.5, size - 0.5) for size in shape]
+    corners = np.array(list(itertools.product(*ends))) @ to_mask[:3, :3].T + to_mask[:3, 3]
+    if (corners.max(0) > -0.5).all() and (corners.min(0) < np.array(mask.shape[1:]) - 0.5).all():
+        return
+    middles = [
+        place[:3, :3] @ ((np.array(sizes) - 1) / 2) + place[:3, 3]
+        for place, sizes in ((affine, shape), (mask.affine, mask.shape[1:]))
+    ]
+    distance = float(np.linalg.norm(middles[0] - middles[1]))
+    raise SpaceError(
+        f"the mask lies elsewhere: it does not touch the volume, and their middles are {distance:.4g} mm apart. Is it of another"
+        " scan? If its affine is wrong, give a mask with the right one, or a tensor of the volume's shape"
+    )
 
 
 def _shifted(mask: VolumeSource, box: Box, shift: np.ndarray) -> Tensor:

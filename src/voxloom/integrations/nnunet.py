@@ -146,7 +146,8 @@ def json_of(folder: Path, name: str) -> Json:
     if not path.is_file():
         old = "; plans.pkl is of nnU-Net v1, which is not supported" if list(folder.glob("plans*.pkl")) else ""
         raise ModelFileError(
-            f"there is no {path}: give the folder of a trained nnU-Net v2, such as nnUNetTrainer__nnUNetPlans__3d_fullres{old}"
+            f"there is no {path}: give the folder of a trained nnU-Net v2, such as"
+            f" {_inner(folder) or 'nnUNetTrainer__nnUNetPlans__3d_fullres'}{old}"
         )
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -154,9 +155,14 @@ def json_of(folder: Path, name: str) -> Json:
         raise ModelFileError(f"{path} is damaged: {error}") from error
 
 
+def _inner(folder: Path) -> Path | None:
+    """Find the folder of a trained model in that of its data set."""
+    return next((path.parent for path in sorted(folder.glob("*/plans.json"))), None) if folder.is_dir() else None
+
+
 def _folds_of(folder: Path, folds: Any, checkpoint: str) -> list[str]:
     there = sorted(path.parent.name.removeprefix("fold_") for path in folder.glob(f"fold_*/{checkpoint}"))
-    if folds is None:
+    if folds is None or (folds in ("all", ["all"]) and "all" not in there):
         numbered = [fold for fold in there if fold != "all"]
         if not there:
             raise ModelFileError(f"{folder} has no fold with a {checkpoint}")

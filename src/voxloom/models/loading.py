@@ -245,7 +245,11 @@ def _first_line(error: Exception) -> str:
 
 def _of_file(path: Path, allow_pickle: bool) -> LoadedModel:
     if path.is_dir():
-        raise ModelFileError(f"{path} is a folder: a model is a .pt2 or TorchScript file, or package.module:callable")
+        kinds = {"nnunet": "plans.json", "monai": "configs/metadata.json"}
+        kind = next((kind for kind, file in kinds.items() if (path / file).is_file()), None)
+        hint = f"it is one of {'nnU-Net' if kind == 'nnunet' else 'MONAI'}: write {kind}:{path}" if kind else ""
+        rule = "a model is a .pt2 or TorchScript file, or package.module:callable"
+        raise ModelFileError(f"{path} is a folder: {hint or rule}")
     names: list[str] = []
     try:
         with zipfile.ZipFile(path) as archive:

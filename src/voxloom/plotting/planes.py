@@ -33,10 +33,16 @@ ALPHA = 0.55
 
 
 def plot_image(
-    image: Image, labels: Any = None, at: Any = None, label: int | None = None, channel: int = 0, output: Any = None
+    image: Image,
+    labels: Any = None,
+    at: Any = None,
+    label: int | None = None,
+    channel: int = 0,
+    output: Any = None,
+    meanings: Sequence[Label] = (),
 ) -> Any:
-    """Draw three planes of an image; see `Image.plot`."""
-    return plot_images({"": image}, labels, at, label, channel, output)
+    """Draw three planes of an image; see `Image.plot` and `plot_images`."""
+    return plot_images({"": image}, labels, at, label, channel, output, meanings=meanings)
 
 
 def plot_images(
@@ -47,6 +53,7 @@ def plot_images(
     channel: int = 0,
     output: Any = None,
     map_of_label: Image | None = None,
+    meanings: Sequence[Label] = (),
 ) -> Any:
     """Draw three planes of each of several images on one grid, one below the other.
 
@@ -58,6 +65,7 @@ def plot_images(
         channel: which channel is drawn.
         output: name of a picture to write.
         map_of_label: in which map the label is looked for; by default the one on top, or else the first image.
+        meanings: names and colours of labels.
 
     Returns:
         Figure of matplotlib.
@@ -75,11 +83,12 @@ def plot_images(
     figure = Figure(figsize=(10, 3.6 * len(images)), layout="constrained")
     rows = figure.subplots(len(images), 3, squeeze=False)
     shown: set[int] = set()
+    named = {each.value: each for each in meanings}
     for axes, (name, image) in zip(rows, images.items(), strict=True):
         on_top = labels if image.type != LABEL else None
-        shown |= _draw(axes, name, image, on_top, place, channel)
+        shown |= _draw(axes, name, image, on_top, place, channel, named)
     if shown:
-        _add_legend(figure, rows[0, -1], sorted(shown))
+        _add_legend(figure, sorted(shown), named)
     if output is not None:
         figure.savefig(Path(output).expanduser(), dpi=120)
     return figure
@@ -104,7 +113,9 @@ def _place(image: Image, labels: Image | None, at: Any, label: int | None) -> tu
     return place
 
 
-def _draw(axes: Any, name: str, image: Image, labels: Image | None, place: Sequence[int], channel: int) -> set[int]:
+def _draw(
+    axes: Any, name: str, image: Image, labels: Image | None, place: Sequence[int], channel: int, named: Mapping[int, Label]
+) -> set[int]:
     """Draw the planes of one image; give the labels that are seen."""
     turned = image.reoriented("RAS")
     # The same place in the turned image: its voxels are the same points of the world.
@@ -117,14 +128,14 @@ def _draw(axes: Any, name: str, image: Image, labels: Image | None, place: Seque
         values = _slice(turned, out, index[out], right, up, channel)
         how: dict[str, Any] = {"extent": extent, "origin": "lower", "interpolation": "nearest"}
         if image.type == LABEL:
-            colours, seen = _coloured(values)
+            colours, seen = _coloured(values, named)
             plane.imshow(colours, **how)
             shown |= seen
         else:
             low, high = np.percentile(values, (DARKEST, LIGHTEST)) if values.size else (0, 1)
             plane.imshow(values, cmap="gray", vmin=low, vmax=max(high, low + 1e-8), **how)
         if over is not None:
-            colours, seen = _coloured(_slice(over, out, index[out], right, up, 0))
+            colours, seen = _coloured(_slice(over, out, index[out], right, up, 0), named)
             plane.imshow(colours, **how)
             shown |= seen
         if right == 0:  # the patient's right is on the left, as if one stood at the feet
@@ -141,17 +152,17 @@ def _slice(image: Image, out: int, index: int, right: int, up: int, channel: int
     return values.squeeze(axis=out).T if right < up else values.squeeze(axis=out)
 
 
-def _coloured(labels: np.ndarray) -> tuple[np.ndarray, set[int]]:
+def _coloured(labels: np.ndarray, named: Mapping[int, Label]) -> tuple[np.ndarray, set[int]]:
     """Give labels as colours that can be seen through, and which there are; 0 is clear."""
     colours = np.zeros((*labels.shape, 4))
     seen = {int(each) for each in np.unique(labels) if each != 0}
     for each in seen:
-        colours[labels == each] = (*_colour(each), ALPHA)
+        colours[labels == each] = (*_colour(each, named), ALPHA)
     return colours, seen
 
 
-def _colour(label: int) -> tuple[float, float, float]:
-    red, green, blue = color_of(Label(max(label, 0), str(label)))
+def _colour(label: int, named: Mapping[int, Label]) -> tuple[float, float, float]:
+    red, green, blue = color_of(named.get(label, Label(max(label, 0), str(label))))
     return red / 255, green / 255, blue / 255
 
 
@@ -171,10 +182,11 @@ def _mark(axes: Any, letters: Sequence[str], title: str) -> None:
         axes.text(x, y, letter, transform=axes.transAxes, color="gold", ha=horizontal, va=vertical, fontsize=11)
 
 
-def _add_legend(figure: Any, axes: Any, labels: Sequence[int]) -> None:
+def _add_legend(figure: Any, labels: Sequence[int], named: Mapping[int, Label]) -> None:
     from matplotlib.patches import Patch
 
-    patches = [Patch(color=_colour(each), label=str(each)) for each in labels[:MOST_IN_LEGEND]]
+    names = {each: f"{each} {named[each].name}" if each in named else str(each) for each in labels}
+    patches = [Patch(color=_colour(each, named), label=names[each]) for each in labels[:MOST_IN_LEGEND]]
     if len(labels) > MOST_IN_LEGEND:
         patches.append(Patch(color="white", label=f"and {len(labels) - MOST_IN_LEGEND} more"))
     figure.legend(handles=patches, loc="outside right upper", title="labels", fontsize=8)

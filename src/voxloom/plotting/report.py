@@ -42,7 +42,8 @@ class CaseReport:
     result: Image
     """What came of it, on the same grid or another."""
     plan: str
-    seconds: float
+    seconds: float | None
+    """None for a result that was there already."""
     labels: Sequence[Label] = ()
     """What the numbers of the result mean."""
 
@@ -63,10 +64,11 @@ def write_report(path: Path, report: CaseReport) -> None:
         rows = _rows(counts, named, float(abs(np.linalg.det(report.result.affine[:3, :3]))) / 1000)
         heads = "".join(f"<th>{each}</th>" for each in ("", "label", "name", "voxels", "ml"))
         table = f"<h2>Labels</h2><table><tr>{heads}</tr>{''.join(rows)}</table>"
+    took = "" if report.seconds is None else f"<p>It took {report.seconds:.1f} s.</p>"
     text = (
         f"<h1>{html.escape(report.name)}</h1>"
         f"<img alt='three planes of the image and the result' src='{_picture(report, counts)}'/>{table}"
-        f"<h2>Plan</h2><pre>{html.escape(report.plan)}</pre><p>It took {report.seconds:.1f} s.</p>"
+        f"<h2>Plan</h2><pre>{html.escape(report.plan)}</pre>{took}"
         f"<h2>Image</h2><pre>{html.escape(repr(report.image))}</pre>"
         f"<h2>Result</h2><pre>{html.escape(repr(report.result))}</pre>"
     )
@@ -98,8 +100,7 @@ def _counts(result: Image) -> dict[int, int]:
 def _rows(counts: Mapping[int, int], named: Mapping[int, Label], millilitres: float) -> list[str]:
     rows = []
     for value in sorted({*counts, *named}):
-        # As in the picture, which knows numbers only.
-        red, green, blue = color_of(Label(max(value, 0), str(value)))
+        red, green, blue = color_of(named.get(value, Label(max(value, 0), str(value))))
         count = counts.get(value, 0)
         rows.append(
             f"<tr><td><span class='swatch' style='background:rgb({red},{green},{blue})'></span></td><td>{value}</td>"
@@ -115,11 +116,11 @@ def _picture(report: CaseReport, counts: Mapping[int, int]) -> str:
     is_same = image.spatial_shape == result.spatial_shape and np.allclose(image.affine, result.affine, atol=1e-3)
     largest = max(counts, key=lambda value: counts[value], default=None)
     if counts and is_same:
-        figure = plot_image(image, result, label=largest)
+        figure = plot_image(image, result, label=largest, meanings=report.labels)
     elif is_same:
         figure = plot_images({"image": image, "result": result})
     else:  # on another grid
-        figure = plot_images({"result": result}, label=largest)
+        figure = plot_images({"result": result}, label=largest, meanings=report.labels)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=90)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -144,7 +144,9 @@ def as_subject(thing: Any, what: str) -> Subject:
     if found is not None:
         return found
     if isinstance(thing, Mapping):
-        raise SubjectError(f"{what} is a dict without images: it has {', '.join(map(repr, thing)) or 'no entries'}")
+        has_paths = any(isinstance(value, str | os.PathLike) for value in thing.values())
+        hint = "; where a transform of MONAI reads the files, give monai.data.Dataset(files, transform)" if has_paths else ""
+        raise SubjectError(f"{what} is a dict without images: it has {', '.join(map(repr, thing)) or 'no entries'}{hint}")
     if isinstance(thing, list) and thing and isinstance(thing[0], Mapping):
         raise SubjectError(
             f"{what} is a list of {len(thing)} dicts, as MONAI's transforms that cut several patches make it: leave that one out,"
