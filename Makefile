@@ -55,6 +55,7 @@ bench: $(VENV)/test.installed  ## Measure aggregation, sampling, training and pr
 	$(BIN)/python benchmarks/training.py --transforms
 	$(BIN)/python benchmarks/prediction.py
 	$(BIN)/python benchmarks/prediction.py --large
+	$(BIN)/python benchmarks/stores.py
 	$(BIN)/python benchmarks/network.py
 	$(BIN)/python benchmarks/network.py --bfloat16
 	$(BIN)/python benchmarks/network.py --network 4 --shape 256 256 256 --batch 4

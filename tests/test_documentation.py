@@ -85,7 +85,7 @@ def test_every_page_is_in_the_contents():
 
 def test_every_public_name_is_in_the_reference():
     reference = (ROOT / "docs" / "reference.md").read_text()
-    modules = {"data", "datasets", "errors", "inference", "loader", "plot"}
+    modules = {"data", "datasets", "errors", "inference", "integrations", "loader", "plot"}
     names = [name for name in vx.__all__ if not name.isupper() and not name.startswith("_") and name not in modules]
     assert [name for name in names if f"voxloom.{name}\n" not in reference] == []
 

@@ -47,18 +47,8 @@ def test_a_mask_of_another_scan_is_an_error_and_an_empty_one_a_warning(tmp_path)
 def test_a_report_is_written_of_what_is_there_already(run, tmp_path):
     spec = vx.ModelSpec(labels=(vx.Label(1, "lung", color=(80, 180, 220)),))
     (tmp_path / "spec.json").write_text(str(json.dumps(spec.to_json())))
-    command = (
-        "predict",
-        "newcomer:two",
-        "scan_0000.nii.gz",
-        "--patch-size",
-        8,
-        "--labels",
-        "--spec",
-        "spec.json",
-        "-o",
-        "out.nii",
-    )
+    options = ("--patch-size", 8, "--labels", "--spec", "spec.json", "-o", "out.nii")
+    command = ("predict", "newcomer:two", "scan_0000.nii.gz", *options)
     run(*command)
     assert not (tmp_path / "out.html").exists()
     done = run(*command, "--report")
