@@ -118,3 +118,49 @@ def test_bad_input(folder):
     for name in ("seg.dcm", "seg.png", "seg.mha"):
         assert f"{name} is the name of a file" in run("predict", *PREDICT[:1], "scan.nii.gz", *PREDICT[1:], "-o", name)
     assert not (folder / "seg.dcm").exists()
+
+
+def test_shares_of_a_job_array(folder):
+    command = ("predict", "mymodel:two", "scan.nii.gz", *PREDICT[1:], "--shard-size", 16)
+    expected = vx.LabelMap(folder / "whole.nii.gz") if run(*command[:-2], "-o", "whole.nii.gz") else None
+    # A file's parts are as large as the chunks that it is gathered in, so that there is one alone.
+    assert ": done" in run(*command, "-o", "out.nii.gz", "--shard", "0/2")
+    assert torch.equal(vx.LabelMap("out.nii.gz").data, expected.data)
+    assert "is complete" in run(*command, "-o", "out.nii.gz", "--shard", "1/2")
+    vx.convert("scan.nii.gz", "scan.ome.zarr", chunks=8, levels=1)
+    assert "such as 0/8" in run(*command, "-o", "out2.nii.gz", "--shard", "2/2", code=1)
+    assert "only one can be given" in run(*command, "-o", "out2.nii.gz", "--shard", "0/2", "--devices", "cpu")
+    assert "no GPU" in run(*command, "-o", "out2.nii.gz", "--devices", "all") or torch.cuda.is_available()
+
+
+def test_cases_are_spread_over_shares(folder):
+    (folder / "images").mkdir()
+    for number in range(4):
+        vx.ScalarImage(TENSOR.float() + number).save(f"images/{number}.nii")
+    command = ("predict", "mymodel:two", "images", *PREDICT[1:], "-o", "out")
+    first = run(*command, "--shard", "0/2")
+    assert sorted(path.name for path in (folder / "out").glob("*.nii.gz")) == ["0.nii.gz", "2.nii.gz"]
+    assert "0 parts computed" in first
+    run(*command, "--shard", "1/2")
+    assert len(list((folder / "out").glob("*.nii.gz"))) == 4
+    assert "not begun" not in run("status", *sorted((folder / "out").glob("*.nii.gz")))
+
+
+def test_status_and_retry_of_parts(folder):
+    (folder / "mymodel.py").write_text(
+        MODULE.replace("class Fails", "def dark(batch):\n    if 0 < batch.min() < 1:\n        raise ValueError('too dark')\n"
+        "    return two(batch)\n\nclass Fails")
+    )  # fmt: skip
+    vx.ScalarImage(torch.arange(40 * 30 * 20.0).reshape(1, 40, 30, 20) / 100).save("ramp.nii")
+    vx.convert("ramp.nii", "ramp.ome.zarr", chunks=10, levels=1)
+    command = ("predict", "mymodel:dark", "ramp.ome.zarr", "--patch-size", 10, "--labels", "--dtype", "float32")
+    target = "ramp.ome.zarr/labels/found"
+    output = run(*command, "-o", target, "--shard", "0/1", "--shard-size", 10, code=1)
+    assert "ValueError: too dark" in output
+    (told,) = json.loads(run("status", target, "--json", "--picture", "parts.png"))
+    assert told["state"] == "in parts"
+    assert told["failed"]
+    assert "too dark" in next(iter(told["failed"].values()))
+    assert (folder / "parts.png").stat().st_size > 1000
+    assert f"{len(told['failed'])} parts that failed" in run("retry", target)
+    assert json.loads(run("status", target, "--json"))[0]["failed"] == {}

@@ -9,6 +9,7 @@
     ├── OutputError           ValueError, RuntimeError    a model's output that cannot be aggregated
     ├── DeviceMemoryError     RuntimeError                a GPU without room for a single patch
     ├── RecordError           ValueError, RuntimeError    an unfinished prediction that is another one than was asked for
+    ├── ShardError            RuntimeError                a prediction in parts of which some are missing
     ├── ModelFileError        ValueError, RuntimeError    a model that cannot, or must not, be loaded
     ├── SpecError             ValueError                  what a model is said to expect, which cannot be
     ├── IncompleteError       RuntimeError                an output was asked for before all of it was there
@@ -58,6 +59,7 @@ __all__ = [
     "SaveError",
     "ScaleError",
     "SeriesError",
+    "ShardError",
     "SizeError",
     "SpaceError",
     "SpecError",
@@ -107,6 +109,10 @@ class DeviceMemoryError(VoxloomError, RuntimeError):
 
 class RecordError(VoxloomError, ValueError, RuntimeError):
     """An unfinished prediction is of another image, model or option, or another process is at it."""
+
+
+class ShardError(VoxloomError, RuntimeError):
+    """Of a prediction in parts, some are missing."""
 
 
 class ModelFileError(VoxloomError, ValueError, RuntimeError):

@@ -261,6 +261,7 @@ class SerialExecutor:
         stores: Sequence[VolumeStore],
         start: int = 0,
         *,
+        stop: int | None = None,
         first: FirstBatch | None = None,
         slab_finished: Callable[[], object] = lambda: None,
         progress: Callable[[int], object] = lambda patches: None,
@@ -282,7 +283,7 @@ class SerialExecutor:
                     total.add(output[0].cpu(), total.grid.location(patch))
                 progress(1)
         delivery = Delivery(plan, runner.reductions, stores)
-        for number in range(start, plan.num_slabs):
+        for number in range(start, plan.num_slabs if stop is None else stop):
             block, outer = divmod(number, plan.traversal.num_outer)
             for of, summed in enumerate(sums):
                 box = plan.traversals[of].block_box(plan.blocks[block].own, outer)

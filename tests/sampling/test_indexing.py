@@ -91,6 +91,8 @@ def test_bad_input(path, tmp_path, monkeypatch):
     with pytest.raises(SaveError, match="goes through no map"):
         vx.build_index(vx.UniformSampler(8), subject(path))
     assert not path.with_name(".seg.index").exists()
-    monkeypatch.setattr(indexing.Path, "mkdir", lambda self: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
-    with pytest.raises(SaveError, match="Permission denied"):
+    closed = tmp_path / "closed"
+    closed.write_text("")
+    monkeypatch.setattr(indexing, "index_folder", lambda image: closed / ".seg.index")  # in what is no folder
+    with pytest.raises(SaveError, match="Not a directory"):
         vx.build_index(SAMPLERS["label"](0), subject(path))

@@ -18,8 +18,8 @@ from .others import LoadingOptions, other_model
 __all__ = ["predictor_of"]
 
 
-def predictor_of(options: ModelOptions) -> tuple[Predictor, LoadedModel]:
-    """Make a predictor, and give what is known of its model."""
+def predictor_of(options: ModelOptions, executor: Any = None) -> tuple[Predictor, LoadedModel]:
+    """Make a predictor, whose parts may be computed elsewhere, and give what is known of its model."""
     loaded = _loaded(options)
     spec = loaded.spec if options.spec is None else ModelSpec.read(options.spec)
     given = ("argmax" if options.labels else None, options.threshold, numbers(options.channels, int, "channels"))
@@ -45,6 +45,7 @@ def predictor_of(options: ModelOptions) -> tuple[Predictor, LoadedModel]:
         interpolation=None if options.interpolation is None else _one_or_all(options.interpolation.split(",")),
         mirror_axes=() if options.mirror == "none" else numbers(options.mirror, int, "mirror"),
         memory_limit=options.memory_limit,
+        executor=executor,
         full_batches=size is not None and -1 not in size and loaded.takes_full_batches(size),
     )
     return predictor, loaded

@@ -12,7 +12,7 @@ import typer
 
 from .._version import __version__
 from ..errors import VoxloomError
-from .options import AllowPickle, CaseOptions, ModelOptions, numbers, spread
+from .options import AllowPickle, CaseOptions, ModelOptions, PartsOptions, numbers, spread
 from .reporting import printable, reporting
 
 __all__ = ["app", "main"]
@@ -53,6 +53,8 @@ PREDICT_EXAMPLES = """Examples:
     voxloom predict nnunet:nnUNetTrainer__nnUNetPlans__3d_fullres scans/ -o out/
 
     voxloom predict monai:spleen_ct_segmentation scans/ -o out/
+
+    voxloom predict model.pt2 big.ome.zarr -o big.ome.zarr/labels/organs --labels --shard $SLURM_ARRAY_TASK_ID/64
 """
 
 
@@ -61,6 +63,7 @@ PREDICT_EXAMPLES = """Examples:
 def predict(
     options: ModelOptions,
     wanted: CaseOptions,
+    parts: PartsOptions,
     resume: Annotated[bool, typer.Option(help="Resume what was interrupted, or start over.")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results that are there.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, as plan does, and do nothing.")] = False,
@@ -79,7 +82,7 @@ def predict(
     if dry_run:
         plan_cases(options, wanted, reporting)
     else:
-        predict_cases(options, wanted, resume, overwrite, report, reporting)
+        predict_cases(options, wanted, parts, resume, overwrite, report, reporting)
 
 
 @app.command(epilog="Example:\n\n    voxloom plan model.pt2 scan.nii.gz -o labels.nii.gz --memory-limit 2GiB\n")
@@ -201,13 +204,24 @@ def cache(
 @app.command(epilog="Example:\n\n    voxloom status out.ome.zarr\n")
 def status(
     outputs: Annotated[list[Path], typer.Argument(metavar="RESULT...", help="What predict writes, or has begun to write.")],
+    picture: Annotated[Path | None, typer.Option(help="Draw which parts of a volume are done (.png).")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Say how far predictions are, from their logs."""
     from .stores import tell_status
 
     reporting.as_json = as_json
-    tell_status(outputs, reporting)
+    tell_status(outputs, picture, reporting)
+
+
+@app.command(epilog="Example:\n\n    voxloom retry out.ome.zarr\n")
+def retry(
+    outputs: Annotated[list[Path], typer.Argument(metavar="RESULT...", help="Results of which parts failed.")],
+) -> None:
+    """Forget which parts of a prediction failed, so that whoever computes it next tries them again."""
+    from .stores import try_again
+
+    try_again(outputs, reporting)
 
 
 @app.command()

@@ -13,7 +13,7 @@ import typer
 
 from ..errors import ModeError, SizeError
 
-__all__ = ["AllowPickle", "CaseOptions", "ModelOptions", "numbers", "spread"]
+__all__ = ["AllowPickle", "CaseOptions", "ModelOptions", "PartsOptions", "numbers", "spread"]
 
 
 class Activation(enum.StrEnum):
@@ -173,6 +173,37 @@ class CaseOptions:
 
 
 Number = TypeVar("Number", int, float)
+
+
+@dataclass(frozen=True)
+class PartsOptions:
+    """How a prediction is spread over processes or machines, as it was said on the command line."""
+
+    shard: Annotated[
+        str | None,
+        typer.Option(help="Compute share I of N, such as 0/8: for jobs of an array, in any order.", show_default=False),
+    ] = None
+    dask: Annotated[
+        str | None,
+        typer.Option(help="Compute on a cluster: the address of a Dask scheduler, local:N or slurm:N.", show_default=False),
+    ] = None
+    devices: Annotated[
+        str | None,
+        typer.Option(help="Compute on several devices, a process each: all, or such as 0,1,2 or cpu,cpu.", show_default=False),
+    ] = None
+    shard_size: Annotated[
+        str | None,
+        typer.Option(help=r"Voxels of a part, a number or three.  \[default: about four patches]", show_default=False),
+    ] = None
+
+    def check(self) -> None:
+        """Check that what was given goes together.
+
+        Raises:
+            ModeError: if it does not.
+        """
+        if sum(each is not None for each in (self.shard, self.dask, self.devices)) > 1:
+            raise ModeError("of --shard, --dask and --devices only one can be given")
 
 
 def numbers(text: str | None, convert: Callable[[str], Number], name: str) -> list[Number] | None:

@@ -9,9 +9,11 @@ from tqdm.auto import tqdm
 
 from ..core.sizes import pretty_bytes
 from ..errors import ModeError, SubjectError, VoxloomError
+from ..inference.shards import forget_failures, status_of
 from ..io.files import size_of_path
 from ..io.formats import endings
 from ..io.sidecars import read_sidecar, sidecar_of
+from ..plotting.drawings import draw_parts
 from ..runs.log import progress_of
 from ..sampling.indexing import build_index
 from ..sampling.random import PatchSampler
@@ -24,7 +26,7 @@ from .cases import Results, as_ending, cases_of
 from .reporting import Report, printable
 from .work import make_folder
 
-__all__ = ["convert_cases", "index_labels", "keep_subjects", "tell_status"]
+__all__ = ["convert_cases", "index_labels", "keep_subjects", "tell_status", "try_again"]
 
 WRITTEN = endings(lambda each: each.write or (each.is_streamed and each.ending != ".seg.nrrd"))
 
@@ -97,19 +99,47 @@ def _dataset(name: str) -> Any:
     return found() if callable(found) and not hasattr(found, "__getitem__") else found
 
 
-def tell_status(outputs: list[Path], report: Report) -> None:
+def tell_status(outputs: list[Path], picture: Path | None, report: Report) -> None:
     """Say of results how far their runs are."""
     for path in outputs:
-        progress = progress_of(path)
-        if progress is not None:
-            done, total = progress
-            text = f"{path}: {done} of {total} slabs are finished; the same command goes on from there"
-            state = {"state": "unfinished", "done": done, "total": total}
-        elif path.exists():
-            made = read_sidecar(sidecar_of(path))
-            text = f"{path}: complete" if made is not None else f"{path}: there, but nothing says how it was made"
-            state = {"state": "complete" if made is not None else "unknown"}
-        else:
-            text, state = f"{path}: not begun", {"state": "not begun"}
-        report.answer(text, {"target": str(path), **state})
+        text, entry = _status(path)
+        if picture is not None and (found := status_of(path)) is not None:
+            draw_parts(found.boxes, found.numbers, set(found.failed), picture)
+            text, entry["picture"] = f"{text}; {picture}", str(picture)
+        report.answer(f"{path}: {text}", {"target": str(path), **entry})
+    report.end()
+
+
+def _status(path: Path) -> tuple[str, dict[str, Any]]:
+    parts = status_of(path)
+    if parts is not None:
+        left = "" if parts.seconds_left is None or parts.done == parts.total else f", about {parts.seconds_left:.0f} s to go"
+        failed = f"; {len(parts.failed)} failed: {', '.join(map(str, parts.failed))}" if parts.failed else ""
+        published = "; it is being published" if parts.is_published else ""
+        entry = {
+            "state": "publishing" if parts.is_published else "in parts",
+            "done": parts.done,
+            "total": parts.total,
+            "seconds": parts.seconds,
+            "seconds_of_parts": parts.seconds_of_parts,
+            "seconds_left": parts.seconds_left,
+            "failed": {str(number): text for number, text in parts.failed.items()},
+        }
+        return f"{parts.done} of {parts.total} parts are done{left}{failed}{published}", entry
+    progress = progress_of(path)
+    if progress is not None:
+        done, total = progress
+        text = f"{done} of {total} slabs are finished; the same command goes on from there"
+        return text, {"state": "unfinished", "done": done, "total": total}
+    if not path.exists():
+        return "not begun", {"state": "not begun"}
+    is_ours = read_sidecar(sidecar_of(path)) is not None
+    return ("complete", {"state": "complete"}) if is_ours else ("there, but nothing says how it was made", {"state": "unknown"})
+
+
+def try_again(outputs: list[Path], report: Report) -> None:
+    """Forget which parts of results failed."""
+    for path in outputs:
+        count = forget_failures(path)
+        report.done(f"{path}: {count} parts that failed are tried again by the next that computes it", {"target": str(path)})
     report.end()

@@ -13,7 +13,7 @@ from ..core.sizes import pretty_sizes
 from ..datasets import HeadPhantom
 from ..errors import MissingDependencyError, SaveError, SizeError, VoxloomError
 from ..inference import Predictor
-from ..io.formats import stem_of
+from ..io.formats import is_folder_target, stem_of
 from ..models.loading import LoadedModel, load_model
 from ..models.packing import pack_model
 from ..models.spec import ModelSpec
@@ -25,8 +25,9 @@ from ..volumes.subject import Subject
 from .applied import predictor_of
 from .cases import TARGETS, Case, Results, as_ending, cases_of, cases_of_table
 from .demo import run_demo
-from .options import CaseOptions, ModelOptions
+from .options import CaseOptions, ModelOptions, PartsOptions
 from .others import cases_of_other, names_channels
+from .parts import compute_share, launcher
 from .reporting import Report, printable
 
 __all__ = ["describe", "make_folder", "pack", "plan_cases", "predict_cases", "show"]
@@ -35,23 +36,44 @@ __all__ = ["describe", "make_folder", "pack", "plan_cases", "predict_cases", "sh
 def predict_cases(
     options: ModelOptions,
     wanted: CaseOptions,
+    parts: PartsOptions,
     resume: bool,
     overwrite: bool,
     with_pages: bool,
     report: Report,
 ) -> None:
     """Predict all cases; one that fails does not stop the others."""
+    with launcher(parts) as executor:
+        _predict_cases(options, wanted, parts, executor, resume, overwrite, with_pages, report)
+
+
+def _predict_cases(
+    options: ModelOptions,
+    wanted: CaseOptions,
+    parts: PartsOptions,
+    executor: Any,
+    resume: bool,
+    overwrite: bool,
+    with_pages: bool,
+    report: Report,
+) -> None:
     cases = _cases(wanted, options.model)
-    predictor, model = predictor_of(options)
+    predictor, model = predictor_of(options, executor)
     done, skipped, failed = 0, 0, []
     pages: dict[str, str] = {}
     if with_pages:
         require_matplotlib()
-    for case in cases:
+    for number, case in enumerate(cases):
         began = time.monotonic()
         entry: dict[str, Any] = {"case": case.name, "files": [str(path) for path in case.files], "target": str(case.target)}
         try:
             subject = _subject(case, model, predictor)
+            if parts.shard is not None and (overwrite or not _is_made(predictor, subject, case, wanted)):
+                asked, place = _asked(wanted, subject, case), (number, len(cases))
+                state = compute_share(predictor, subject, asked, parts, place, overwrite, report, case.name)
+                done += 1
+                report.done(f"{case.name}: {case.target}: {state}", entry | {"state": state})
+                continue
             if _predict_case(predictor, subject, case, wanted, resume, overwrite, report):
                 done += 1
                 text, entry["state"] = f"{case.name}: {case.target}", "done"
@@ -168,12 +190,18 @@ def _predict_case(
 ) -> bool:
     """Predict a case, unless its result is there."""
     asked = _asked(wanted, subject, case)
-    make_folder(case.target.parent)
-    if not overwrite and predictor.is_made(subject, **asked):
+    if not overwrite and _is_made(predictor, subject, case, wanted):
         return False
     progress = False if report.quiet or report.as_json else printable(case.name)
     predictor(subject, **asked, resume=resume, overwrite=overwrite, progress=progress)
     return True
+
+
+def _is_made(predictor: Predictor, subject: Subject, case: Case, wanted: CaseOptions) -> bool:
+    """Whether the result of a case is there, and of this model; its folder is made if need be."""
+    if not is_folder_target(case.target) or case.target.parent.name != "labels":
+        make_folder(case.target.parent)
+    return predictor.is_made(subject, **_asked(wanted, subject, case))
 
 
 def describe(files: list[Path], allow_pickle: bool, report: Report) -> None:

@@ -142,6 +142,11 @@ class AxisTraversal:
         lengths = range(self.size + 1)
         return cut_to(lengths[bisect.bisect_left(lengths, True, key=lambda longest: len(cut_to(longest)) <= parts)])
 
+    def covering(self, start: int, stop: int) -> range:
+        """Numbers of the groups that finish some voxels that follow one another, and of as few others as can be."""
+        first = bisect.bisect_right(self._starts, start) - 1
+        return range(min(first, len(self.groups) - 1), min(bisect.bisect_left(self._starts, stop), len(self.groups)))
+
     def added_by(self, groups: range) -> range:
         """Numbers of the groups that add to what is finished with some groups that follow one another."""
         start, _ = self.ends(groups)
@@ -278,9 +283,10 @@ class Traversal:
         """
         parts = itertools.product(self.parts[1].cut(middle), self.parts[2].cut(inner))
         found = [block for block in itertools.starmap(Block, parts) if self.block_box(block).numel]
-        return [self._with_edges(block) for block in found] if has_edges else found
+        return [self.with_edges(block) for block in found] if has_edges else found
 
-    def _with_edges(self, block: Block) -> Block:
+    def with_edges(self, block: Block) -> Block:
+        """Let a block also be gathered from the groups before it that finish the voxels next to it."""
         middle, inner = self.parts[1].before(block.middle.start), self.parts[2].before(block.inner.start)
         before = (block.middle.start - middle, block.inner.start - inner)
         return Block(range(middle, block.middle.stop), range(inner, block.inner.stop), before)
@@ -332,9 +338,9 @@ class Traversal:
             if needed is None or needed[numbers]:
                 yield numbers
 
-    def patches_from(self, outer: int, block: Block, needed: np.ndarray | None = None) -> Iterator[Ints]:
-        """Give all patches of a block in order, from a group of the outer axis on; see `patches`."""
-        for number in range(outer, self.num_outer):
+    def patches_from(self, outer: int, block: Block, needed: np.ndarray | None = None, stop: int | None = None) -> Iterator[Ints]:
+        """Give all patches of a block in order, from a group of the outer axis on, and up to another one; see `patches`."""
+        for number in range(outer, self.num_outer if stop is None else stop):
             for step in self.steps(number, block):
                 yield from self.patches(step, block, needed)
 

@@ -3,10 +3,12 @@
 from ..aggregation.aggregators import GridAggregator, PatchAggregator
 from ..io.stores import Sink
 from ..sampling.grid import GridSampler
+from .launchers import Launcher, ProcessLauncher, SerialLauncher
 from .plan import PredictionPlan
 from .predictor import Predictor, plan, predict
 from .reductions import Regions
 from .runner import Executor, FirstBatch, Runner
+from .shards import ShardedRun, ShardPlan
 from .sinks import MemorySink
 from .threads import ThreadExecutor
 
@@ -15,12 +17,17 @@ __all__ = [
     "FirstBatch",
     "GridAggregator",
     "GridSampler",
+    "Launcher",
     "MemorySink",
     "PatchAggregator",
     "PredictionPlan",
     "Predictor",
+    "ProcessLauncher",
     "Regions",
     "Runner",
+    "SerialLauncher",
+    "ShardPlan",
+    "ShardedRun",
     "Sink",
     "ThreadExecutor",
     "plan",

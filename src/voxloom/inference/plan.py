@@ -8,6 +8,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from ..core.affines import Affine
 from ..core.grids import PatchGrid
 from ..core.interpolation import Interpolation, SpaceMap
 from ..core.sizes import Ints, pretty_bytes, pretty_sizes
@@ -98,6 +99,8 @@ class PredictionPlan:
     """How they are interpolated, along each axis of the output."""
     steps: tuple[str, ...] = ()
     """What was done to an image for the input, in words; none where a model is given the image as it is."""
+    source_affine: Affine | None = None
+    """RAS+, of the input."""
     trial_patches: int = 0
     """Patches that the model is given beforehand, to see what its outputs look like, and that are given once more."""
 
@@ -174,19 +177,20 @@ class PredictionPlan:
             for output in self.outputs
         )
 
-    def batches(self, block: Block, outer: int = 0) -> Iterator[tuple[Batch, int]]:
+    def batches(self, block: Block, outer: int = 0, stop: int | None = None) -> Iterator[tuple[Batch, int]]:
         """Give the batches of a block, which are the same wherever it begins.
 
         Args:
             block: the block.
             outer: group of the outer axis to begin with.
+            stop: group to end before; None for all.
 
         Yields:
             A batch, and how many of its first patches belong to earlier groups.
         """
         before = sum(self.traversal.num_patches(block, self.needed)[:outer])
         whole, rest = divmod(before, self.batch_size)
-        patches = itertools.islice(self.traversal.patches_from(0, block, self.needed), whole * self.batch_size, None)
+        patches = itertools.islice(self.traversal.patches_from(0, block, self.needed, stop), whole * self.batch_size, None)
         while batch := tuple(itertools.islice(patches, self.batch_size)):
             yield batch, rest
             rest = 0

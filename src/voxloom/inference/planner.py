@@ -195,6 +195,7 @@ class Planner:
             kinds=given.kinds,
             steps=given.steps,
             context=settings.context,
+            source_affine=source.affine,
         )
         kept = sum(result.volume.num_bytes for result in results if in_memory(result.name))
 

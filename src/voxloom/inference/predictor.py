@@ -2,8 +2,9 @@
 
 import contextlib
 import os
-from collections.abc import Sequence
-from dataclasses import replace
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -26,14 +27,16 @@ from ..models.spec import ModelSpec
 from ..runs.log import RunLog, is_to_be_published, remove_leftovers
 from ..runtime.kept_memory import kept_for_models
 from ..runtime.limits import as_bytes
+from ..runtime.progress import shown
 from .call import Call, Stores
 from .entering import Entrance, Request
+from .launchers import Launcher, ShardJob, as_launcher
 from .options import settings_of, usual_options
 from .plan import PredictionPlan
 from .planner import Input
 from .preparing import Preparation
 from .results import of_name
-from .runner import Executor
+from .shards import ShardedRun
 from .threads import ThreadExecutor
 
 __all__ = ["Predictor", "PredictorOptions", "plan", "predict"]
@@ -62,7 +65,7 @@ class PredictorOptions(TypedDict, total=False):
     memory_limit: int | str | None
     full_batches: bool
     model_name: str | None
-    executor: Executor | None
+    executor: Any
 
 
 class Predictor:
@@ -111,7 +114,8 @@ class Predictor:
             None for what is free. If the sum does not fit, it is computed in blocks, and patches that they share several times.
         full_batches: fill the last batch up with copies, for a model that takes batches of one size only.
         model_name: what stands for the model in records of runs, in place of the hash of its weights and its code.
-        executor: what carries plans out; None for threads of this process.
+        executor: what carries plans out; None for threads of this process. Or what has parts of results computed elsewhere: a
+            client of Dask, or a `Launcher` such as `ProcessLauncher`; results go to files or to Zarr then.
 
     Raises:
         SizeError, ModeError, ScaleError: if an argument cannot be used.
@@ -150,8 +154,10 @@ class Predictor:
         memory_limit: int | str | None = None,
         full_batches: bool = False,
         model_name: str | None = None,
-        executor: Executor | None = None,
+        executor: Any = None,
     ) -> None:
+        self._arguments = {name: value for name, value in locals().items() if name not in ("self", "executor")}
+        self._launcher = as_launcher(executor)
         loaded = as_loaded(model)
         spec = loaded.spec if spec is None else spec
         self.spec = ModelSpec() if spec is None else spec
@@ -191,7 +197,7 @@ class Predictor:
             Models(as_models(loaded.model), device, amp, own.mirror_axes, self.settings.form, own.weights),
             self.settings,
             own.result_options(output_scale),
-            ThreadExecutor() if executor is None else executor,
+            ThreadExecutor() if executor is None or self._launcher is not None else executor,
             loaded.name if model_name is None else model_name,
         )
 
@@ -287,6 +293,8 @@ class Predictor:
             SaveError: if a file cannot be written. What is finished stays, and the same call goes on from there.
         """
         request = Request(image, image_name, like, resample_to, mask, affine)
+        if self._launcher is not None:
+            return self._in_parts(self._launcher, request, output, overwrite, progress)
         with contextlib.ExitStack() as stack:
             if self._preparation.models.device.type == "cpu":
                 stack.enter_context(kept_for_models())
@@ -296,6 +304,60 @@ class Predictor:
             with_path = {name: store for name, store in stores.items() if store.path is not None}
             log = stack.enter_context(contextlib.closing(RunLog(with_path))) if with_path else None
             return Call(preparation, given, output, stores, log).run(resume, progress)
+
+    def shards(
+        self,
+        image: Any,
+        *,
+        output: Any,
+        image_name: str | Sequence[str] | None = None,
+        like: Any = None,
+        resample_to: str | None = None,
+        affine: Any = None,
+        mask: Any = None,
+        overwrite: bool = False,
+        shard_size: int | Sequence[int] | None = None,
+    ) -> ShardedRun:
+        """Give a prediction in parts, any of which any process that sees the output's folder may compute, in any order.
+
+        Args:
+            image: see `__call__`, also for the others.
+            output: files or Zarr stores.
+            image_name: which image of a subject.
+            like: the grid that the result is to be on.
+            resample_to: name of the image of a subject onto whose grid the others are resampled.
+            affine: of an array, or in place of an image's own.
+            mask: compute only patches that hold a voxel of it.
+            overwrite: replace what is there.
+            shard_size: voxels of a part, which is made up to whole shards; by default about four patches along each axis; -1
+                makes one part of all.
+
+        Raises:
+            OutputError: if results cannot be made in parts.
+        """
+        request = Request(image, image_name, like, resample_to, mask, affine)
+        stores = self._stores(output, overwrite)
+        stack = contextlib.ExitStack()
+        preparation, given = self._prepared(request, output, stack)
+        _check_inputs(stores, given, mask, like)
+        run = ShardedRun(preparation, given, output, stores, shard_size)
+        weakref.finalize(run, stack.close)  # what was unpacked for it
+        return run
+
+    def _in_parts(self, launcher: Launcher, request: Request, output: Any, overwrite: bool, progress: bool | str) -> Any:
+        """Have the parts of a prediction computed, and publish it."""
+        call = {each.name: getattr(request, each.name) for each in fields(request)} | {"output": output, "overwrite": overwrite}
+        call["shard_size"] = launcher.shard_size
+        job = ShardJob(_opened_shards, {"predictor": self._arguments, "call": call})
+        run = job.run
+        numbers = list(run.remaining())
+        with contextlib.ExitStack() as stack:
+            told: Callable[[int], object] = _nothing
+            if progress:
+                name = progress if isinstance(progress, str) else run.plan.plan.name
+                told = stack.enter_context(shown(name, len(numbers), "parts"))
+            launcher.launch(job, numbers, lambda number: told(1))
+        return run.published()
 
     def is_made(
         self,
@@ -339,6 +401,15 @@ class Predictor:
         if len(set(map(id, given))) < len(given):
             raise OutputError("one output was given for several results: give a dict with one for each")
         return {name: _as_store(each, overwrite) for name, each in by_name.items() if each is not None}
+
+
+def _opened_shards(predictor: Mapping[str, Any], call: Mapping[str, Any]) -> ShardedRun:
+    """Make a prediction in parts of all that was said of it."""
+    return Predictor(**predictor).shards(**call)
+
+
+def _nothing(parts: int) -> None:
+    """Say nothing."""
 
 
 def _as_store(given: Any, overwrite: bool) -> VolumeStore:

@@ -82,6 +82,7 @@ class Executor(Protocol):
         stores: Sequence[VolumeStore],
         start: int = 0,
         *,
+        stop: int | None = None,
         first: FirstBatch | None = None,
         slab_finished: Callable[[], object] = lambda: None,
         progress: Callable[[int], object] = lambda patches: None,
@@ -94,6 +95,7 @@ class Executor(Protocol):
             source: the input; boxes of the plan's grid can be read from it, also where they reach beyond the volume.
             stores: where the plan's results go; they have been created or reopened, and are not committed here.
             start: slabs that were finished earlier, counted over all blocks.
+            stop: the slab to end before; None for all. It is in the last block.
             first: the first batch, if it has been run already.
             slab_finished: called when all of a slab has been written.
             progress: is told of patches that have been computed.

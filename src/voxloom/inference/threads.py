@@ -66,6 +66,7 @@ class ThreadExecutor:
         stores: Sequence[VolumeStore],
         start: int = 0,
         *,
+        stop: int | None = None,
         first: FirstBatch | None = None,
         slab_finished: Callable[[], object] = lambda: None,
         progress: Callable[[int], object] = lambda patches: None,
@@ -73,7 +74,7 @@ class ThreadExecutor:
         """See `Executor`."""
         self._pool.kept_bytes = self._pool.total_bytes = plan.memory.front
         gathering = _Gathering(plan, runner, source, stores, self._pool, first, slab_finished, progress)
-        gathering.run(start)
+        gathering.run(start, plan.num_slabs if stop is None else stop)
         return gathering.warnings
 
 
@@ -116,8 +117,8 @@ class _Gathering:
             return None
         return PatchWeights(self.plan.traversals[number].grid, window, self.plan.outputs[number].held_dtype(False), self._home)
 
-    def run(self, start: int) -> None:
-        """Run from a slab to the end."""
+    def run(self, start: int, stop: int) -> None:
+        """Run from a slab to another one."""
         with contextlib.ExitStack() as stack:
             names = ["read", "write", "interpolate", *["add"] * self._num_adding()]
             threads = [stack.enter_context(ThreadPoolExecutor(1, f"voxloom-{name}")) for name in names]
@@ -128,7 +129,7 @@ class _Gathering:
             self._share = SharedOut(adding) if adding else None
             try:
                 with self.runner.models.ready():
-                    self._gather_all(start)
+                    self._gather_all(start, stop)
                 self._writer.wait()
             except _NanFound as found:
                 with self.runner.models.ready():
@@ -152,20 +153,20 @@ class _Gathering:
 
     # Patches
 
-    def _gather_all(self, start: int) -> None:
-        plan, traversal = self.plan, self.plan.traversal
+    def _gather_all(self, start: int, stop: int) -> None:
+        plan = self.plan
         self._trimmer = Trimmer(plan.peak_bytes - plan.memory.batches)
-        self._ahead = self._read_ahead(self._batches(start))
+        self._ahead = self._read_ahead(self._batches(start, stop))
         self._outputs: list[Tensor] = []
         self._unused: deque[Ints] = deque()  # patches that the outputs at hand are of, and that have not been added yet
         for number, block in enumerate(plan.blocks):
-            first = start - number * traversal.num_outer
-            if first >= traversal.num_outer:
+            first, last = self._span(number, start, stop)
+            if first >= last:
                 continue
             self._sums = [self._sum(output, block) for output in range(len(plan.outputs))]
             self._room = open_bytes(plan.outputs, plan.traversals, block, plan.needed is not None)
             self._writer.submit(self._delivery.begin, block)
-            for outer in range(self._begin(first), traversal.num_outer):
+            for outer in range(self._begin(first), last):
                 self._gather_slab(outer, block, is_wanted=outer >= first)
         self._outputs = []
 
@@ -213,11 +214,16 @@ class _Gathering:
         self._outputs, self._unused = [output[: len(batch)] for output in outputs], deque(batch[skipped:])
         self._progress(len(batch) - skipped)
 
-    def _batches(self, start: int) -> Iterator[tuple[Batch, int]]:
+    def _batches(self, start: int, stop: int) -> Iterator[tuple[Batch, int]]:
         for number, block in enumerate(self.plan.blocks):
-            first = start - number * self.plan.traversal.num_outer
-            if first < self.plan.traversal.num_outer:
-                yield from self.plan.batches(block, self._begin(first))
+            first, last = self._span(number, start, stop)
+            if first < last:
+                yield from self.plan.batches(block, self._begin(first), last)
+
+    def _span(self, number: int, start: int, stop: int) -> tuple[int, int]:
+        """Say which slabs of a block lie between two slabs: the first may be one before the block, which then is begun anew."""
+        count = self.plan.traversal.num_outer
+        return start - number * count, min(count, stop - number * count)
 
     def _read_ahead(self, batches: Iterator[tuple[Batch, int]]) -> Iterator[tuple[tuple[Batch, int], Future[Tensor] | None]]:
         """Read each batch while the one before it is in the model, but for one that has been run already."""

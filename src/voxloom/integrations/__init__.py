@@ -3,5 +3,5 @@
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__, submodules=["dicom_seg", "lightning", "monai", "nnunet", "nnunet_cases", "torchio"]
+    __name__, submodules=["dask", "dicom_seg", "lightning", "monai", "nnunet", "nnunet_cases", "torchio"]
 )

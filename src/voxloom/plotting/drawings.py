@@ -1,6 +1,7 @@
 """Drawings of how patches lie, weigh, are drawn and mixed."""
 
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 from ..core.blending import AxisWeights
 from ..core.boxes import Box
 from ..core.grids import AxisGrid, PatchGrid
+from ..core.shards import ShardGrid
 from ..core.windows import OverlapMode, for_axis, resolve_window
 from ..errors import SizeError, SubjectError
 from ..io.protocols import read_checked
@@ -21,7 +23,7 @@ from ..volumes.image import Image
 from .comparison import require_matplotlib
 from .planes import plot_images
 
-__all__ = ["compare", "draws", "grid", "queue", "weights"]
+__all__ = ["compare", "draw_parts", "draws", "grid", "queue", "weights"]
 
 MODES = ("crop", "average", "hann", "gaussian")
 # Two axes of a plane, by the one that is left out.
@@ -72,6 +74,38 @@ def grid(
     axes.autoscale_view()
     axes.set_title(f"{patches.counts[right]} × {patches.counts[up]} patches of {size[right]} × {size[up]} voxels")
     return _saved(figure, output)
+
+
+def draw_parts(boxes: ShardGrid, done: AbstractSet[int], failed: AbstractSet[int], output: Path) -> None:
+    """Draw which parts of a volume are done, seen along each axis: what share of the parts behind each place.
+
+    Args:
+        boxes: the parts.
+        done: numbers of those that are done.
+        failed: numbers of those that failed; places with such a part are red.
+        output: name of the picture.
+    """
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    share, broken = np.zeros(boxes.counts), np.zeros(boxes.counts, dtype=bool)
+    share.flat[sorted(done)] = 1
+    broken.flat[sorted(failed)] = True
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    for axis, axes in enumerate(figure.subplots(1, 3)):
+        right, up = OTHERS[axis]
+        extent = (0, boxes.shape[right], 0, boxes.shape[up])
+        shown = axes.imshow(
+            share.mean(axis=axis).T, cmap="viridis", vmin=0, vmax=1, origin="lower", extent=extent, aspect="equal"
+        )
+        marked = np.ma.masked_where(~broken.any(axis=axis).T, np.ones(share.mean(axis=axis).T.shape))
+        axes.imshow(marked, cmap="Reds", vmin=0, vmax=1.4, origin="lower", extent=extent, aspect="equal")
+        axes.set_title(f"along {'IJK'[axis]}")
+        axes.set_xlabel(f"{'IJK'[right]}, voxels")
+        axes.set_ylabel(f"{'IJK'[up]}, voxels")
+    figure.colorbar(shown, ax=figure.axes, label="share of the parts that is done")
+    figure.suptitle(f"{len(done)} of {len(boxes)} parts are done, {len(failed)} failed")
+    figure.savefig(output, dpi=110)
 
 
 def weights(

@@ -47,7 +47,7 @@ def kept_sums(image: Image, key: Hashable, compute: Callable[[], Classes]) -> Cl
     name = hash_of([json.dumps(image.fingerprint(), sort_keys=True), repr(key)])[:32]
     file = folder / f"{name}.npz"
     try:
-        with np.load(file, allow_pickle=False) as found:
+        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as found:
             return {int(label): RowSums(found[label]) for label in found.files}
     except FileNotFoundError:
         pass

@@ -99,6 +99,14 @@ class ZarrStore:
 
     # Writing
 
+    def layout(self, spec: VolumeSpec) -> Layout:
+        """Say how a result would lie in the folder.
+
+        Raises:
+            SpaceError, SizeError, ModeError: if it cannot.
+        """
+        return Layout.of(self.path, spec, self._version, self._chunks, self._shards, self._num_levels)
+
     def create(self, spec: VolumeSpec, run: str) -> None:
         """See `VolumeStore`."""
         with self._explained():
@@ -116,7 +124,7 @@ class ZarrStore:
             raise RecordError(f"{error}: start over with resume=False (--no-resume)") from error
 
     def _open(self, spec: VolumeSpec, run: str, is_new: bool) -> None:
-        layout = self._layout = Layout.of(self.path, spec, self._version, self._chunks, self._shards, self._num_levels)
+        layout = self._layout = self.layout(spec)
         whole = self._at(run, ".zarr")
         if is_new:
             layout.create(whole)

@@ -24,8 +24,8 @@ __all__ = ["PyramidWriter", "ShardWriter", "chunks_for"]
 CHUNK_BYTES = 2**20
 # More chunks than these are put into shards, since each file costs a file system something.
 MOST_FILES = 2048
-# Chunks along each axis of a shard.
-PER_SHARD = 4
+# Chunks along each axis of a shard: a shard is in memory as a whole when it is written.
+PER_SHARD = 2
 
 
 def chunks_for(shape: Sequence[int], itemsize: int, chunks: Sequence[int] | None = None) -> tuple[Ints, Ints]:
@@ -41,7 +41,7 @@ def chunks_for(shape: Sequence[int], itemsize: int, chunks: Sequence[int] | None
 
     Example:
         >>> chunks_for((512, 512, 300), 1), chunks_for((2048, 2048, 2048), 1)
-        (((128, 128, 128), (128, 128, 128)), ((128, 128, 128), (512, 512, 512)))
+        (((128, 128, 128), (128, 128, 128)), ((128, 128, 128), (256, 256, 256)))
     """
     if chunks is None:
         edge = 2 ** math.ceil(math.log2(max(8.0, (CHUNK_BYTES / itemsize) ** (1 / 3)) - 1e-9))

@@ -1,0 +1,91 @@
+"""Predictions in parts, on the command line: who computes them."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from ..errors import ShardError
+from ..inference.launchers import ProcessLauncher, as_devices
+from ..inference.predictor import Predictor
+from ..inference.shards import as_share
+from ..runtime.progress import shown
+from ..volumes.subject import Subject
+from .options import PartsOptions, numbers
+from .reporting import Report, printable
+
+__all__ = ["compute_share", "launcher"]
+
+
+@contextlib.contextmanager
+def launcher(parts: PartsOptions) -> Iterator[Any]:
+    """Give what parts are computed by; None for this process."""
+    parts.check()
+    if parts.devices is not None:
+        yield ProcessLauncher(as_devices(parts.devices), shard_size=_size(parts))
+    elif parts.dask is not None:
+        from ..integrations.dask import DaskLauncher, client_of
+
+        client = client_of(parts.dask)
+        try:
+            yield DaskLauncher(client, shard_size=_size(parts))
+        finally:
+            client.shutdown() if ":" in parts.dask and "//" not in parts.dask else client.close()
+    else:
+        yield None
+
+
+def _size(parts: PartsOptions) -> Any:
+    size = numbers(parts.shard_size, int, "shard-size")
+    return size[0] if size is not None and len(size) == 1 else size
+
+
+def compute_share(
+    predictor: Predictor,
+    subject: Subject,
+    asked: dict[str, Any],
+    parts: PartsOptions,
+    place: tuple[int, int],
+    overwrite: bool,
+    report: Report,
+    name: str,
+) -> str:
+    """Compute the parts of a case that are a job's share, and publish the result if all parts are done; say how far it is.
+
+    Args:
+        predictor: the model, and how it is applied.
+        subject: the case.
+        asked: what is asked for beside it.
+        parts: which share.
+        place: number of the case, and how many there are: where there are many, each is one part.
+        overwrite: whether what is there may be replaced.
+        report: says what happens.
+        name: of the case.
+
+    Raises:
+        ShardError: if parts failed; names them, and says why.
+    """
+    number, count = as_share(parts.shard)
+    wanted = _size(parts)
+    if wanted is None and place[1] >= count:
+        wanted = -1
+    run = predictor.shards(subject, **asked, overwrite=overwrite, shard_size=wanted)
+    # Cases of few parts are spread as well.
+    share = list(run.remaining(((number - place[0]) % count, count)))
+    failed: list[int] = []
+    with contextlib.ExitStack() as stack:
+        is_quiet = report.quiet or report.as_json
+        told = (lambda done: None) if is_quiet else stack.enter_context(shown(printable(name), len(share), "parts"))
+        for each in share:
+            try:
+                run.compute(each)
+            except Exception as error:  # noqa: BLE001 - one part that fails, by whatever, must not stop the others
+                report.warn(f"voxloom: {name}: part {each} failed: {type(error).__name__}: {error}")
+                failed.append(each)
+            told(1)
+    if failed:
+        raise ShardError(
+            f"{len(failed)} of {len(share)} parts failed: {', '.join(map(str, failed))}. The same command tries again"
+        )
+    if run.is_whole():
+        return "done" if run.published() is not None else "done by another job"
+    return f"{len(share)} parts computed; {len(run.done())} of {len(run)} are done"

@@ -1,0 +1,563 @@
+"""A prediction in parts that are computed anywhere, in any order: which patches each is gathered from, and the records of it."""
+
+import contextlib
+import json
+import os
+import platform
+import secrets
+import shutil
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..core.affines import scaled
+from ..core.boxes import Box
+from ..core.shards import ShardGrid
+from ..core.sizes import Ints, as_sizes
+from ..core.traversal import Block
+from ..errors import OutputError, RecordError, ShardError, SizeError, VoxloomError
+from ..io.fingerprints import differences
+from ..io.formats import stem_of
+from ..io.protocols import Json, VolumeStore
+from ..io.saving import as_save_error, write_safely
+from ..io.stores import NiftiStore
+from ..io.zarr.layout import Layout, put_shard
+from ..io.zarr.source import ZarrSource
+from ..io.zarr.store import ZarrStore
+from ..io.zarr.writing import PyramidWriter, ShardWriter
+from ..models.outputs import Name
+from .call import Stores
+from .plan import PredictionPlan
+from .planner import Input
+from .preparing import Preparation
+from .provenance import sidecar_of_run
+from .runner import Runner
+from .sinks import image_class
+
+__all__ = ["Shard", "ShardPlan", "ShardStatus", "ShardedRun", "as_share", "forget_failures", "records_of", "status_of"]
+
+RUN, DONE, FAILED = "run.json", "done", "failed"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A part of a result, and what it is gathered from."""
+
+    box: Box
+    """Voxels of the result."""
+    block: Block
+    """Groups of patches along the middle and the inner axis."""
+    outer: range
+    """Groups of patches along the outer axis."""
+
+
+@dataclass(frozen=True, eq=False)
+class ShardPlan:
+    """What a prediction is in parts, a pure function of its plan: whoever computes a part gets the same.
+
+    Args:
+        plan: the prediction.
+        boxes: the parts of its results.
+
+    Example:
+        >>> import torch, voxloom as vx
+        >>> from voxloom.core.shards import ShardGrid
+        >>> from voxloom.inference.shards import ShardPlan
+        >>> plan = vx.plan(torch.nn.Identity(), torch.zeros(1, 128, 128, 128), patch_size=32, patch_overlap=0.5)
+        >>> parts = ShardPlan(plan, ShardGrid((128, 128, 128), (64, 64, 64)))
+        >>> len(parts), parts.num_patches(0), round(parts.redundancy, 2)
+        (8, 64, 1.49)
+    """
+
+    plan: PredictionPlan
+    boxes: ShardGrid
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    def __getitem__(self, number: int) -> Shard:
+        box = self.boxes[number]
+        traversal = self.plan.traversals[0]
+        inside = box if self.plan.maps is None else self._support(box)
+        spans = [(inside.start[axis], inside.stop[axis]) for axis in traversal.axes]
+        outer, middle, inner = (part.covering(*span) for part, span in zip(traversal.parts, spans, strict=True))
+        block = Block(middle, inner)
+        return Shard(box, block if self.plan.maps is None else traversal.with_edges(block), outer)
+
+    def _support(self, box: Box) -> Box:
+        """Give the voxels of the output that those of a box on another grid are interpolated from, and a voxel around them."""
+        output, result = self.plan.outputs[0], self.plan.results[0].volume
+        assert self.plan.source_affine is not None
+        to_output = np.linalg.inv(scaled(self.plan.source_affine, tuple(map(float, output.scale)))) @ result.affine
+        ends = [(start - 1, stop) for start, stop in zip(box.start, box.stop, strict=True)]
+        corners = np.array(np.meshgrid(*ends, indexing="ij")).reshape(3, -1).T @ to_output[:3, :3].T + to_output[:3, 3]
+        shape = self.plan.traversals[0].grid.spatial_shape
+        low, high = np.floor(corners.min(0)).astype(int) - 1, np.ceil(corners.max(0)).astype(int) + 2
+        start = tuple(min(max(0, int(first)), size - 1) for first, size in zip(low, shape, strict=True))
+        stop = tuple(max(first + 1, min(int(last), size)) for first, last, size in zip(start, high, shape, strict=True))
+        return Box(start, stop)
+
+    def num_patches(self, number: int) -> int:
+        """Number of patches that a part is gathered from."""
+        shard = self[number]
+        counts = self.plan.traversal.num_patches(shard.block, self.plan.needed)
+        return sum(counts[self.begin(shard) : shard.outer.stop])
+
+    def begin(self, shard: Shard) -> int:
+        """Say with which group of the outer axis gathering a part begins."""
+        return self.plan.begin(shard.outer.start) if shard.outer.start else 0
+
+    @property
+    def redundancy(self) -> float:
+        """How many times a patch is computed, on average, if no mask leaves any out and results are on the input's grid."""
+        plan = self.plan
+        return self.boxes.computed_patches(plan.traversals[0].grid) / max(1, plan.grid.num_patches)
+
+    def of(self, shard: Shard) -> PredictionPlan:
+        """Give the plan for a part: its slabs are those of its only block."""
+        return replace(self.plan, blocks=(shard.block,))
+
+
+class _Cut:
+    """A store that takes what lies in a box, and leaves the rest to others."""
+
+    def __init__(self, box: Box, writer: ShardWriter, dtype: np.dtype) -> None:
+        self._box, self._writer, self._dtype = box, writer, dtype
+
+    def write(self, box: Box, values: Tensor) -> None:
+        """Take a block."""
+        inside = box & self._box
+        if inside.numel:
+            part = values[(slice(None), *inside.relative_to(box.start).slices)]
+            part = part.float() if part.dtype == torch.bfloat16 else part
+            self._writer.write(inside, part.numpy().astype(self._dtype, copy=False))
+
+    def flush(self) -> None:
+        """All of it is written in the end."""
+
+
+def records_of(target: Path) -> Path:
+    """Name the folder in which the records of a prediction in parts are, beside its first result."""
+    return target.with_name(f".{stem_of(target)}.shards")
+
+
+def _publishing(target: Path) -> Path:
+    return target.with_name(f".{stem_of(target)}.publishing")
+
+
+class ShardedRun:
+    """A prediction in parts, of which any process on any machine that sees the folder may compute any.
+
+    What is recorded is a file for each part that is done, which appears by renaming. There are no locks: a part that two compute
+    at once is written twice, with the same bytes.
+
+    Args:
+        preparation: the model, and how it is applied.
+        given: the input.
+        target: where results go, as the user said it.
+        stores: the stores for that; files, or Zarr.
+        shard_size: voxels of a part, which is made up to whole shards; by default four patches; -1 for all in one part.
+
+    Raises:
+        RecordError: if the records are of another image, model or option.
+        OutputError: if results cannot be made in parts.
+    """
+
+    def __init__(
+        self, preparation: Preparation, given: Input, target: Any, stores: Stores, shard_size: int | Sequence[int] | None = None
+    ) -> None:
+        self._preparation, self._given, self._target = preparation, given, target
+        self._by_name = stores
+        paths = {name: store.path for name, store in stores.items() if isinstance(store, ZarrStore | NiftiStore)}
+        if not stores or len(paths) < len(stores):
+            raise OutputError("a prediction in parts needs an output, or a dict of outputs: names of files or of Zarr stores")
+        self._first_target: Path = next(iter(paths.values()))
+        seen = preparation.seen(given, target)
+        self._runner = Runner(preparation.models, seen.requests, [result.reduction for result in seen.results])
+        plan = preparation.planned(given, seen, target, was_known=True)
+        self._stores = [self._store_of(plan, result.name) for result in plan.results]
+        self._layouts = [self._layout_of(store, number, plan) for number, store in enumerate(self._stores)]
+        first = plan.results[0].volume
+        if any(result.volume.shape[1:] != first.shape[1:] for result in plan.results):
+            raise OutputError("results of several sizes cannot be made in parts: predict them one by one")
+        shard = tuple(max(each.shards[0][axis] for each in self._layouts) for axis in range(3))
+        if any(size % each.shards[0][axis] for each in self._layouts for axis, size in enumerate(shard)):
+            raise OutputError(
+                "results whose shards do not fit into one another cannot be made in parts: give all the same chunks"
+            )
+        self.plan = ShardPlan(plan, self._boxes(plan, shard, shard_size))
+        self._fingerprint = json.loads(
+            json.dumps(
+                {"targets": {str(name): str(path.resolve()) for name, path in paths.items()}} | preparation.fingerprint(given)
+            )
+        )
+        self._source = preparation.readable(given)
+
+    def _store_of(self, plan: PredictionPlan, name: Name) -> VolumeStore:
+        found = next(iter(self._by_name.values())) if list(self._by_name) == [None] else self._by_name.get(name)
+        if found is None or (list(self._by_name) == [None] and len(plan.results) > 1):
+            raise OutputError(f"the result {name!r} has no output: a prediction in parts keeps none in memory")
+        return found
+
+    def _layout_of(self, store: VolumeStore, number: int, plan: PredictionPlan) -> Layout:
+        spec = plan.results[number].volume
+        assert store.path is not None
+        if isinstance(store, ZarrStore):
+            return store.layout(spec)
+        # A file is made of a plain array in the end.
+        return Layout.of(store.path.with_name(f"{stem_of(store.path)}.zarr"), spec, "0.5", None, None, None)
+
+    def _boxes(self, plan: PredictionPlan, shard: Ints, size: int | Sequence[int] | None) -> ShardGrid:
+        shape: Ints = plan.results[0].volume.shape[1:]
+        if size is None:
+            volume = plan.traversal.grid.spatial_shape
+            scale = tuple(result / of for result, of in zip(shape, volume, strict=True))
+            return ShardGrid.of(shape, shard, plan.grid.patch_size, scale)
+        if size == -1:
+            return ShardGrid(shape, shape)
+        wanted = as_sizes(size, 3, "shard_size")
+        sizes = (min(length, -(-each // part) * part) for length, each, part in zip(shape, wanted, shard, strict=True))
+        return ShardGrid(shape, tuple(sizes))
+
+    # Records
+
+    @property
+    def folder(self) -> Path:
+        """Where the records are; under another name while results are published."""
+        publishing = _publishing(self._first_target)
+        return publishing if publishing.exists() else records_of(self._first_target)
+
+    @property
+    def run(self) -> str:
+        """Name of the run, which all that take part in it have in common.
+
+        Raises:
+            RecordError: if the records are damaged, or of something else.
+        """
+        try:
+            told = json.loads((self.folder / RUN).read_text())
+            recorded, name = told["fingerprint"], str(told["run"])
+            shard_size, shape = tuple(told["shard_size"]), tuple(told["shape"])
+        except FileNotFoundError:
+            return self._begun()
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise RecordError(f"{self.folder / RUN} is damaged: remove {self.folder}, and begin again") from error
+        if what := differences(recorded, self._fingerprint):
+            raise RecordError(
+                f"{self.folder} is of a prediction in parts of something else: {'; '.join(what)}. Go on with what it was begun"
+                " with, give another output, or remove it"
+            )
+        if None in self._fingerprint["models"]:
+            raise RecordError(f"{self.folder}: whether it is of the same model cannot be told of a function: give model_name")
+        if shard_size != self.plan.boxes.size or shape != self.plan.boxes.shape:
+            # Whoever begins says how large parts are.
+            self.plan = replace(self.plan, boxes=ShardGrid(self.plan.boxes.shape, shard_size))
+        return name
+
+    def _begun(self) -> str:
+        """Make the records and the stores, beside where they will be, and put them there, unless another process was quicker."""
+        name = secrets.token_hex(8)
+        folder = records_of(self._first_target)
+        made = folder.with_name(f"{folder.name}.{name}")
+        for store in self._stores:
+            store.check()
+        try:
+            for number, layout in enumerate(self._layouts):
+                layout.create(self._array_folder(number, name))
+            for part in (made, made / DONE, made / FAILED):
+                part.mkdir()
+            told = {
+                "run": name,
+                "fingerprint": self._fingerprint,
+                "shard_size": list(self.plan.boxes.size),
+                "shape": list(self.plan.boxes.shape),
+                "parts": len(self.plan),
+                "began": time.time(),
+            }
+            write_safely(made / RUN, json.dumps(told))
+            with contextlib.suppress(OSError):  # another process has been quicker
+                made.rename(folder)
+        except OSError as error:
+            raise as_save_error(folder, error) from error
+        finally:
+            if made.exists():
+                shutil.rmtree(made, ignore_errors=True)
+                for number in range(len(self._layouts)):
+                    shutil.rmtree(self._array_folder(number, name), ignore_errors=True)
+        return self.run
+
+    def _array_folder(self, number: int, run: str) -> Path:
+        path = self._stores[number].path
+        assert path is not None
+        return path.with_name(f".{stem_of(path)}.{run}.zarr")
+
+    def done(self) -> set[int]:
+        """Numbers of the parts that are done."""
+        return _numbers_in(self.folder / DONE)
+
+    def failed(self) -> dict[int, str]:
+        """Give the tracebacks of the parts that failed, by their numbers."""
+        return {number: _text_of(self.folder / FAILED / f"{number}.json") for number in sorted(_numbers_in(self.folder / FAILED))}
+
+    # Work
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def remaining(self, share: tuple[int, int] = (0, 1)) -> Iterator[int]:
+        """Give the numbers of the parts that are not done, of one share of several.
+
+        Args:
+            share: number of the share, from 0 on, and how many there are.
+        """
+        first, step = share
+        _ = self.run  # whoever began says how many parts there are
+        for number in range(first, len(self), step):
+            if not (self.folder / DONE / f"{number}.json").exists():
+                yield number
+
+    def compute(self, number: int, progress: Callable[[int], object] = lambda patches: None) -> None:
+        """Compute a part, and record that it is done; or record why it failed.
+
+        Raises:
+            Exception: whatever the model, reading or writing raises.
+        """
+        run = self.run
+        began = time.time()
+        try:
+            patches = self._computed(number, run, progress)
+        except Exception as error:
+            told = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc(), "host": platform.node()}
+            with contextlib.suppress(OSError, VoxloomError):
+                _put(self.folder / FAILED / f"{number}.json", told)
+            raise
+        _put(self.folder / DONE / f"{number}.json", {"seconds": time.time() - began, "patches": patches, "host": platform.node()})
+        (self.folder / FAILED / f"{number}.json").unlink(missing_ok=True)
+
+    def _computed(self, number: int, run: str, progress: Callable[[int], object]) -> int:
+        shard, parts = self.plan[number], self.plan
+        patches = parts.num_patches(number)
+        plan = parts.of(shard)
+        if not patches and plan.fill == 0:
+            return 0  # the array is 0 where nothing is written
+        with tempfile.TemporaryDirectory(prefix=f".part-{number}-", dir=self.folder) as folder:
+            writers, cuts = [], []
+            for result, layout in enumerate(self._layouts):
+                array = layout.arrays(self._array_folder(result, run))[0]
+                place = Path(folder) / str(result)
+                place.mkdir()
+
+                def put(box: Box, values: np.ndarray, array: Any = array, layout: Layout = layout) -> None:
+                    put_shard(array, layout.has_channels, box, values)
+
+                writer = ShardWriter(place, layout.spec.shape, layout.dtype, layout.shards[0], put)
+                writers.append(writer)
+                cuts.append(_Cut(shard.box, writer, layout.dtype))
+            span = (shard.outer.start, shard.outer.stop)
+            stores: Any = cuts  # of which only write and flush are asked for
+            self._preparation.executor.run(plan, self._runner, self._source, stores, span[0], stop=span[1], progress=progress)
+            for writer in writers:
+                writer.give_whole()
+                if writer.num_unfinished:
+                    raise OutputError(
+                        f"the part {number} of {plan.name} ({shard.box.start} to {shard.box.stop}) was not written whole"
+                    )
+        return patches
+
+    def is_whole(self) -> bool:
+        """Whether all parts are done."""
+        return len(self.done()) == len(self.plan)
+
+    def published(self) -> Any:
+        """Make the coarser levels, and put all results under their names.
+
+        If it was interrupted, it may be called again, by one process.
+
+        Returns:
+            The image, or a dict of images; None if another process was quicker.
+
+        Raises:
+            ShardError: if parts are missing; names them, and says why they failed.
+        """
+        run = self.run
+        self.check_whole()
+        records, publishing = records_of(self._first_target), _publishing(self._first_target)
+        if not publishing.exists():
+            try:
+                records.rename(publishing)  # one alone can do that
+            except FileNotFoundError:
+                return None
+        fingerprint = {key: value for key, value in self._fingerprint.items() if key != "targets"}
+        sidecar = sidecar_of_run(fingerprint, self._given, self.plan.plan, self._preparation.models, [])
+        made = []
+        for number, (store, layout) in enumerate(zip(self._stores, self._layouts, strict=True)):
+            folder = self._array_folder(number, run)
+            if folder.exists():
+                _make_coarser(layout, folder, publishing / f"levels-{number}")
+                if isinstance(store, NiftiStore):
+                    _write_file(folder, store, layout, sidecar)
+            if isinstance(store, ZarrStore):
+                store.commit(sidecar, run)
+            assert store.path is not None
+            made.append(image_class(layout.spec)(store.path))
+        shutil.rmtree(publishing, ignore_errors=True)
+        by_name = {result.name: image for result, image in zip(self.plan.plan.results, made, strict=True)}
+        return by_name[None] if list(by_name) == [None] else by_name
+
+    def check_whole(self) -> None:
+        """Raise an error where parts are missing."""
+        missing = sorted(set(range(len(self.plan))) - self.done())
+        if not missing:
+            return
+        failed = self.failed()
+        listed = ", ".join(map(str, missing[:10])) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
+        why = next((f"; part {number} ({self.plan[number].box}) failed:\n{text}" for number, text in failed.items()), "")
+        raise ShardError(f"of {len(self.plan)} parts of {self.plan.plan.name} {len(missing)} are missing: {listed}{why}")
+
+
+@dataclass(frozen=True)
+class ShardStatus:
+    """How far a prediction in parts is."""
+
+    total: int
+    done: int
+    failed: dict[int, str]
+    """Tracebacks, by the number of the part."""
+    is_published: bool
+    """Whether all is done, and a process is putting it under its name, or was interrupted while it did."""
+    seconds: float
+    """Since it was begun."""
+    seconds_of_parts: float
+    """That the parts took, each on its own."""
+    boxes: ShardGrid
+    numbers: frozenset[int]
+    """The parts that are done."""
+
+    @property
+    def seconds_left(self) -> float | None:
+        """At the rate until now; None while nothing is done."""
+        return self.seconds / self.done * (self.total - self.done) if self.done else None
+
+
+def status_of(target: Path) -> ShardStatus | None:
+    """Say how far a prediction in parts is, from its records; None where there is none.
+
+    Raises:
+        RecordError: if they are damaged.
+    """
+    folder = next((each for each in (_publishing(target), records_of(target)) if each.is_dir()), None)
+    if folder is None:
+        return None
+    try:
+        told = json.loads((folder / RUN).read_text())
+        boxes = ShardGrid(tuple(told["shape"]), tuple(told["shard_size"]))
+        began = float(told["began"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise RecordError(f"{folder / RUN} is damaged: remove {folder}, and begin again") from error
+    done = _numbers_in(folder / DONE)
+    failed = {number: _text_of(folder / FAILED / f"{number}.json") for number in sorted(_numbers_in(folder / FAILED) - done)}
+    took = 0.0
+    for number in done:
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            took += float(json.loads((folder / DONE / f"{number}.json").read_text())["seconds"])
+    last = max(((folder / DONE / f"{number}.json").stat().st_mtime for number in done), default=began)
+    is_published = folder == _publishing(target)
+    return ShardStatus(len(boxes), len(done), failed, is_published, last - began, took, boxes, frozenset(done))
+
+
+def forget_failures(target: Path) -> int:
+    """Forget which parts of a prediction failed, and say how many they were: the next process tries them again."""
+    folder = records_of(target) / FAILED
+    numbers = _numbers_in(folder)
+    for number in numbers:
+        (folder / f"{number}.json").unlink(missing_ok=True)
+    return len(numbers)
+
+
+def _numbers_in(folder: Path) -> set[int]:
+    try:
+        return {int(path.stem) for path in folder.iterdir() if path.suffix == ".json" and path.stem.isdecimal()}
+    except FileNotFoundError:
+        return set()
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return str(json.loads(path.read_text())["traceback"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return "(its record is damaged)"
+
+
+def _put(path: Path, told: Json) -> None:
+    """Let a record appear as a whole."""
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with unfinished.open("w") as file:
+            json.dump(told, file)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except OSError as error:
+        raise as_save_error(path, error) from error
+
+
+def _make_coarser(layout: Layout, folder: Path, parts: Path) -> None:
+    """Make the coarser levels of an array of which the finest is whole, shard by shard."""
+    if not layout.factors:
+        return
+    shutil.rmtree(parts, ignore_errors=True)
+    finest, *coarser = layout.arrays(folder)
+
+    def into(array: Any) -> Callable[[Box, np.ndarray], object]:
+        return lambda box, values: put_shard(array, layout.has_channels, box, values)
+
+    levels: list[Callable[[Box, np.ndarray], object]] = [lambda box, values: None, *map(into, coarser)]
+    writer = PyramidWriter(
+        parts, levels, layout.spec.shape, layout.dtype, layout.shards, layout.factors, layout.spec.is_labels, is_new=True
+    )
+    boxes = ShardGrid(layout.spec.shape[1:], layout.shards[0])
+    for number in range(len(boxes)):
+        box = boxes[number]
+        slices = tuple(reversed(box.slices))
+        values = np.asarray(finest[(slice(None), *slices) if layout.has_channels else slices])
+        values = values if layout.has_channels else values[None]
+        writer.write(box, values.transpose(0, 3, 2, 1))
+    writer.flush()
+    shutil.rmtree(parts, ignore_errors=True)
+
+
+def _write_file(folder: Path, store: NiftiStore, layout: Layout, sidecar: Json) -> None:
+    """Make a file of a whole array, and remove that."""
+    run = secrets.token_hex(8)  # of this process alone: two may do it at once
+    source = ZarrSource(folder)
+    try:
+        store.create(layout.spec, run)
+        boxes = ShardGrid(layout.spec.shape[1:], layout.shards[0])
+        for number in range(len(boxes)):
+            store.write(boxes[number], source.read(boxes[number]).to(layout.spec.dtype))
+        store.flush()
+        store.commit(sidecar, run)
+    finally:
+        store.abort()
+        store.discard(run)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def as_share(given: Any) -> tuple[int, int]:
+    """Read a share of several, `"3/8"`, of which the first is 0.
+
+    Raises:
+        SizeError: if it is none.
+    """
+    number, slash, count = str(given).partition("/")
+    if not slash or not number.isdecimal() or not count.isdecimal() or int(number) >= int(count):
+        raise SizeError(f"the share is {given!r}: it must be I/N, with I from 0 to N - 1, such as 0/8")
+    return int(number), int(count)

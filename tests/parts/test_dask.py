@@ -1,0 +1,124 @@
+"""Parts on a Dask cluster of real processes: the same bytes, also where workers are lost, hang, or the client is gone."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import pytest
+import torch
+from test_parts import OPTIONS, fails, hashes, leftovers, store
+
+import voxloom as vx
+from parts_models import Hangs, Slow, three
+from voxloom.errors import ModeError, ShardError
+from voxloom.inference.shards import status_of
+from voxloom.integrations.dask import DaskLauncher, client_of
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of Dask's own, where workers are killed
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    from distributed import LocalCluster
+
+    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as running:
+        yield running
+
+
+@pytest.fixture
+def client(cluster):
+    from distributed import Client
+
+    with Client(cluster) as connected:
+        yield connected
+
+
+@pytest.fixture
+def scan(tmp_path):
+    vx.ScalarImage(torch.rand(1, 44, 40, 36, generator=torch.Generator().manual_seed(0))).save(tmp_path / "scan.nii")
+    vx.predict(three, tmp_path / "scan.nii", output=store(tmp_path / "serial.ome.zarr"), **OPTIONS)
+    return tmp_path / "scan.nii"
+
+
+def predicted(scan, executor, model=three):
+    target = scan.with_name("parts.ome.zarr")
+    vx.predict(model, scan, output=store(target), executor=executor, **OPTIONS)
+    assert hashes(target) == hashes(scan.with_name("serial.ome.zarr"))
+    assert leftovers(scan.parent) == []
+
+
+def test_a_client_is_an_executor(scan, client):
+    predicted(scan, client)
+
+
+@pytest.mark.slow
+def test_workers_that_are_killed(scan, cluster, client):
+    stopping, killed = threading.Event(), []
+
+    def kill():
+        for number in range(3):
+            if stopping.wait(4):  # a nanny starts another worker, which takes a while
+                return
+            worker = list(cluster.workers.values())[number % 2]
+            if worker.pid is not None:
+                killed.append(worker.pid)
+                os.kill(worker.pid, signal.SIGKILL)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    try:
+        predicted(scan, DaskLauncher(client, attempts=30, shard_size=16), Slow())
+    finally:
+        stopping.set()
+        thread.join()
+    assert killed
+
+
+@pytest.mark.slow
+def test_a_worker_that_hangs(scan, client, tmp_path):
+    predicted(scan, DaskLauncher(client, timeout=5, shard_size=16), Hangs(str(tmp_path / "hung")))
+    assert (tmp_path / "hung").exists()
+
+
+def test_a_part_that_fails_everywhere(scan, client):
+    with pytest.raises(ShardError, match="a voxel that the model does not like"):
+        vx.predict(fails, scan, output=store(scan.with_name("f.zarr")), executor=DaskLauncher(client, shard_size=16), **OPTIONS)
+    status = status_of(scan.with_name("f.zarr"))
+    assert 0 < len(status.failed) < status.total
+    assert status.done + len(status.failed) == status.total
+
+
+@pytest.mark.slow
+def test_a_client_that_is_killed_is_taken_up(scan, client, cluster):
+    target = scan.with_name("parts.ome.zarr")
+    script = f"""
+        import sys
+        sys.path[:0] = {sys.path!r}
+        from distributed import Client
+        from parts_models import Slow
+        from test_parts import OPTIONS, store
+        from voxloom.integrations.dask import DaskLauncher
+        import voxloom as vx
+        with Client({cluster.scheduler_address!r}) as client:
+            launcher = DaskLauncher(client, shard_size=16)
+            vx.predict(Slow(), {str(scan)!r}, output=store({str(target)!r}), executor=launcher, **OPTIONS)
+    """
+    process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", textwrap.dedent(script)])
+    deadline = time.monotonic() + 60
+    while (status_of(target) is None or status_of(target).done < 2) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    done = status_of(target).done
+    assert 2 <= done < status_of(target).total
+    predicted(scan, DaskLauncher(client, shard_size=16), Slow())
+
+
+def test_addresses():
+    for wrong in ("local:0", "slurm:x"):
+        with pytest.raises(ModeError, match="a number of workers must follow"):
+            client_of(wrong)

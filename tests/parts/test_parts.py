@@ -1,0 +1,312 @@
+"""Predictions in parts: the same bytes, whoever computes them, in whatever order, however often they are killed."""
+
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+import voxloom as vx
+from parts_models import Hangs, three, two_outputs
+from voxloom.errors import OutputError, RecordError, SaveError, ShardError, SizeError, TargetExistsError
+from voxloom.inference import ProcessLauncher, SerialLauncher
+from voxloom.inference.shards import as_share, forget_failures, records_of, status_of
+from voxloom.io.zarr import storage
+
+AFFINE = np.array([[0.0, 2, 0, -30], [-1.5, 0, 0, 4], [0, 0, 3, 5], [0, 0, 0, 1]])
+TURNED = np.array([[0.0, 0, 2.9, 9], [1.2, 0, 0, -2], [0, 2.4, 0, 10], [0, 0, 0, 1]])
+OBLIQUE = TURNED @ np.array([[0.8, -0.6, 0, 4], [0.6, 0.8, 0, -3], [0, 0, 1, 0], [0, 0, 0, 1]])
+OPTIONS = {"patch_size": 12, "patch_overlap": 6, "reduce": "argmax", "model_name": "three"}
+
+
+@pytest.fixture
+def scan(tmp_path):
+    data = torch.rand(1, 44, 40, 36, generator=torch.Generator().manual_seed(0))
+    image = vx.ScalarImage(data, affine=AFFINE)
+    image.save(tmp_path / "scan.nii")
+    return tmp_path / "scan.nii"
+
+
+def store(path, **options):
+    return vx.ZarrStore(path, chunks=8, **{"levels": 3, **options})
+
+
+def hashes(folder):
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in ("voxloom.json", "zarr.json"))
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def leftovers(folder):
+    return [path.name for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def run_of(scan, target, model=three, shard_size=16, **options):
+    return vx.Predictor(model, **{**OPTIONS, **options}).shards(scan, output=target, shard_size=shard_size)
+
+
+@pytest.mark.parametrize("shard_size", [8, (16, 24, 8), 40, -1, None])
+def test_parts_of_every_size_give_the_same_bytes(scan, tmp_path, shard_size):
+    vx.predict(three, scan, output=store(tmp_path / "serial.ome.zarr"), **OPTIONS)
+    run = run_of(scan, store(tmp_path / "parts.ome.zarr"), shard_size=shard_size)
+    numbers = list(run.remaining())
+    random.Random(0).shuffle(numbers)
+    for number in numbers:
+        assert run.plan.num_patches(number) > 0
+        run.compute(number)
+    assert run.is_whole()
+    made = run.published()
+    assert isinstance(made, vx.LabelMap)
+    assert hashes(tmp_path / "parts.ome.zarr") == hashes(tmp_path / "serial.ome.zarr")
+    assert leftovers(tmp_path) == []
+    assert vx.Predictor(three, **OPTIONS).is_made(scan, output=tmp_path / "parts.ome.zarr")
+
+
+CASES = {
+    "crop": {"overlap_mode": "crop"},
+    "padded": {"padding_mode": "reflect"},
+    "monai": {"overlap_mode": "monai"},
+    "batches": {"batch_size": 3, "full_batches": True},
+    "mirrored": {"mirror_axes": (0,)},
+    "scores": {"reduce": None},
+    "masked": {"mask": 0.995, "fill": 7},
+    "masked with zeros": {"mask": 0.9995},
+    "on another grid": {"like": ((30, 33, 21), TURNED)},
+    "at an angle": {"like": ((30, 33, 21), OBLIQUE)},
+    "masked on another grid": {"like": ((30, 33, 21), OBLIQUE), "mask": 0.999, "fill": 3},
+    "half the size": {"output_scale": 0.5},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_parts_of_every_kind_of_prediction(scan, tmp_path, case):
+    options = {**OPTIONS, **CASES[case]}
+    more = {name: options.pop(name) for name in ("mask", "like") if name in options}
+    model = torch.nn.AvgPool3d(2) if "output_scale" in options else three
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
+        expected = vx.predict(model, scan, **more, **options).data
+        made = vx.predict(model, scan, output=store(tmp_path / "parts.zarr"), executor=SerialLauncher(16), **more, **options)
+    assert torch.equal(made.data, expected)
+
+
+def test_files_and_several_results(scan, tmp_path):
+    options = {"patch_size": 12, "patch_overlap": 6, "model_name": "two", "reduce": {"sum": None, "labels": "argmax"}}
+    expected = vx.predict(two_outputs, scan, **options)
+    output = {"sum": tmp_path / "sum.nii.gz", "labels": tmp_path / "labels.ome.zarr"}
+    made = vx.predict(two_outputs, scan, output=output, executor=SerialLauncher(16), **options)
+    for name, image in made.items():
+        assert torch.equal(image.data, expected[name].data)
+        assert np.allclose(image.affine, AFFINE)
+    assert leftovers(tmp_path) == []
+    assert json.loads((tmp_path / "sum.json").read_text())["options"]["patch_size"] == [12, 12, 12]
+
+
+def test_labels_beside_an_image(scan, tmp_path):
+    vx.convert(scan, tmp_path / "scan.ome.zarr", levels=2, chunks=8)
+    made = vx.predict(three, scan, output=tmp_path / "scan.ome.zarr/labels/organs", executor=SerialLauncher(16), **OPTIONS)
+    assert torch.equal(made.data, vx.predict(three, scan, **OPTIONS).data)
+    assert leftovers(tmp_path / "scan.ome.zarr/labels") == []
+
+
+# Many processes
+
+
+def share(scan, target, number, count, seed, shard_size=16):
+    """What a job of an array does."""
+    torch.set_num_threads(1)
+    run = run_of(scan, store(target), shard_size=shard_size)
+    numbers = list(run.remaining((number, count)))
+    random.Random(seed).shuffle(numbers)
+    for each in numbers:
+        run.compute(each)
+    if run.is_whole():
+        run.published()
+
+
+def test_jobs_in_any_order_at_once_and_twice(scan, tmp_path):
+    vx.predict(three, scan, output=store(tmp_path / "serial.ome.zarr"), **OPTIONS)
+    target = tmp_path / "parts.ome.zarr"
+    context = multiprocessing.get_context("fork")
+    # Shares of three and of two, each twice at the same time.
+    jobs = [context.Process(target=share, args=(scan, target, n, of, seed)) for of, n, seed in [(3, 0, 1), (3, 0, 2), (2, 1, 3)]]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join(120)
+        assert job.exitcode == 0
+    assert not target.exists()
+    status = status_of(target)
+    assert 0 < status.done < status.total
+    assert status.seconds_left > 0
+    for number in range(3):
+        share(scan, target, number, 3, number)
+        if target.exists():
+            break
+    assert hashes(target) == hashes(tmp_path / "serial.ome.zarr")
+    assert leftovers(tmp_path) == []
+    assert status_of(target) is None
+
+
+@pytest.mark.slow
+def test_jobs_that_are_killed_a_hundred_times(scan, tmp_path):
+    vx.predict(three, scan, output=store(tmp_path / "serial.ome.zarr"), **OPTIONS)
+    expected = hashes(tmp_path / "serial.ome.zarr")
+    rng, context, kills, rounds = random.Random(0), multiprocessing.get_context("fork"), 0, 0
+    while kills < 100:
+        target = tmp_path / f"{rounds}.ome.zarr"
+        rounds += 1
+        while not target.exists():
+            jobs = [context.Process(target=share, args=(scan, target, number, 2, kills, 8)) for number in range(2)]
+            for job in jobs:
+                job.start()
+            time.sleep(rng.uniform(0.02, 0.6))
+            before = 0 if status_of(target) is None else status_of(target).done
+            for job in jobs:
+                if job.is_alive() and kills < 100:
+                    os.kill(job.pid, signal.SIGKILL)
+                    kills += 1
+            for job in jobs:
+                job.join()
+            after = status_of(target)
+            assert target.exists() or after is None or after.done >= before  # what was recorded is never lost
+            if after is not None and after.is_published:
+                run_of(scan, store(target), shard_size=8).published()
+        assert hashes(target) == expected
+        assert leftovers(tmp_path) == []
+
+
+def test_processes_of_one_machine(scan, tmp_path):
+    vx.predict(three, scan, output=store(tmp_path / "serial.ome.zarr"), **OPTIONS)
+    vx.predict(
+        three, scan, output=store(tmp_path / "parts.ome.zarr"), executor=ProcessLauncher(["cpu", "cpu"], shard_size=16), **OPTIONS
+    )
+    assert hashes(tmp_path / "parts.ome.zarr") == hashes(tmp_path / "serial.ome.zarr")
+
+
+def test_a_process_that_hangs_is_given_up(scan, tmp_path):
+    launcher = ProcessLauncher(1, timeout=6, shard_size=16)
+    model = Hangs(str(tmp_path / "hung"))
+    made = vx.predict(model, scan, output=store(tmp_path / "parts.zarr"), executor=launcher, **OPTIONS)
+    assert torch.equal(made.data, vx.predict(three, scan, **OPTIONS).data)
+    assert (tmp_path / "hung").exists()
+
+
+# Failures
+
+
+def fails(batch):
+    if 0 < batch[0, 0, 0, 0, 0] < 0.02:
+        raise ValueError("a voxel that the model does not like")
+    return three(batch)
+
+
+def test_a_part_that_fails_is_named_and_the_others_finish(scan, tmp_path):
+    target = tmp_path / "parts.ome.zarr"
+    with pytest.raises(ShardError, match=r"parts of .*scan\.nii .* are missing: [\d, ]+") as raised:
+        vx.predict(fails, scan, output=store(target), executor=SerialLauncher(16), **OPTIONS)
+    assert "a voxel that the model does not like" in str(raised.value)
+    assert "Traceback" in str(raised.value)
+    status = status_of(target)
+    assert set(status.failed) == set(range(status.total)) - set(status.numbers)
+    assert 0 < len(status.failed) < status.total
+    assert forget_failures(target) == len(status.failed)
+    assert status_of(target).failed == {}
+    # The same call goes on, of which only what is missing is computed.
+    calls = []
+
+    def counted(batch):
+        calls.append(len(batch))
+        return three(batch)
+
+    made = vx.predict(counted, scan, output=store(target), executor=SerialLauncher(16), **OPTIONS)
+    assert torch.equal(made.data, vx.predict(three, scan, **OPTIONS).data)
+    missing = run_of(scan, store(tmp_path / "other.zarr")).plan
+    assert sum(calls) == 1 + sum(map(missing.num_patches, status.failed))  # and one to see what the output looks like
+
+
+def test_a_full_store_keeps_what_is_done(scan, tmp_path, monkeypatch):
+    from voxloom.io.zarr import writing
+
+    target, count = tmp_path / "parts.ome.zarr", itertools.count()
+    reserve = writing._reserve
+
+    def full(path, size):
+        if next(count) > 20:
+            raise OSError(28, "No space left on device")
+        reserve(path, size)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writing, "_reserve", full)
+        with pytest.raises(ShardError, match="No space left"):
+            vx.predict(three, scan, output=store(target), executor=SerialLauncher(16), **OPTIONS)
+    assert status_of(target).done > 0
+    vx.predict(three, scan, output=store(target), executor=SerialLauncher(16), **OPTIONS)
+    assert torch.equal(vx.LabelMap(target).data, vx.predict(three, scan, **OPTIONS).data)
+
+
+def test_another_model_image_or_option_is_refused(scan, tmp_path):
+    target = store(tmp_path / "parts.ome.zarr")
+    run = run_of(scan, target)
+    run.compute(next(run.remaining()))
+    with pytest.raises(RecordError, match=r"options\.patch_overlap was \[6, 6, 6\] and is \[4, 4, 4\]"):
+        list(run_of(scan, target, patch_overlap=4).remaining())
+    with pytest.raises(RecordError, match="models"):
+        list(run_of(scan, target, model_name="another").remaining())
+    other = vx.ScalarImage(torch.rand(1, 44, 40, 36))
+    with pytest.raises(RecordError, match="input"):
+        list(run_of(other, target).remaining())
+    (records_of(tmp_path / "parts.ome.zarr") / "run.json").write_text("{")
+    with pytest.raises(RecordError, match="is damaged: remove"):
+        list(run_of(scan, target).remaining())
+    with pytest.raises(RecordError, match="is damaged"):
+        status_of(tmp_path / "parts.ome.zarr")
+
+
+def test_whoever_begins_says_how_large_parts_are(scan, tmp_path):
+    first = run_of(scan, store(tmp_path / "parts.zarr"), shard_size=16)
+    count = len(list(first.remaining()))
+    second = run_of(scan, store(tmp_path / "parts.zarr"), shard_size=8)
+    assert len(list(second.remaining())) == count == len(second)
+
+
+def test_what_cannot_be_made_in_parts(scan, tmp_path):
+    with pytest.raises(OutputError, match="needs an output"):
+        vx.predict(three, scan, executor=SerialLauncher(16), **OPTIONS)
+    vx.predict(three, scan, output=tmp_path / "there.nii", **OPTIONS)
+    with pytest.raises(TargetExistsError):
+        vx.predict(three, scan, output=tmp_path / "there.nii", executor=SerialLauncher(16), **OPTIONS)
+    with pytest.raises(SaveError, match="replace the input"):
+        vx.predict(three, scan, output=scan, executor=SerialLauncher(), overwrite=True, **OPTIONS)
+    assert leftovers(tmp_path) == []
+
+
+def test_shares_are_written_as_fractions():
+    assert as_share("3/8") == (3, 8)
+    for wrong in ("8/8", "-1/8", "3", "3/0", "a/b"):
+        with pytest.raises(SizeError, match="such as 0/8"):
+            as_share(wrong)
+
+
+def test_nothing_is_read_of_parts_without_a_patch(scan, tmp_path):
+    image = vx.convert(vx.ScalarImage(torch.rand(1, 48, 48, 48)), tmp_path / "scan.zarr", chunks=8)
+    mask = torch.zeros(48, 48, 48)
+    mask[4, 4, 4] = 1
+    run = vx.Predictor(three, **OPTIONS).shards(image.path, output=store(tmp_path / "parts.zarr"), shard_size=16, mask=mask)
+    far = len(run) - 1
+    assert run.plan.num_patches(far) == 0
+    before = storage.FolderStorage.get
+    reads = []
+    storage.FolderStorage.get = lambda self, *arguments: (reads.append(arguments), before(self, *arguments))[1]
+    try:
+        run.compute(far)
+    finally:
+        storage.FolderStorage.get = before
+    assert reads == []
+    assert json.loads((run.folder / "done" / f"{far}.json").read_text())["patches"] == 0
