@@ -1,8 +1,8 @@
 """What a prediction over many machines would be, from the plan itself: nothing is computed, and nothing is listed.
 
-For volumes from a CT to a hundred teravoxels, and for a million CTs: parts, patches and how often each is computed, bytes read and
-written, records, what a scheduler is asked in a second, and hours and cost for some numbers of GPUs. What a patch costs is an assumption,
-stated below; everything else follows from the plan's own objects.
+For volumes from a CT to a hundred teravoxels, and for a million CTs: parts, patches and how often each is computed, bytes read
+and written, records, what a scheduler is asked in a second, and hours and cost for some numbers of GPUs. What a patch costs is an
+assumption, stated below; everything else follows from the plan's own objects.
 
     python benchmarks/scale.py [--patch 128] [--overlap 0.5] [--milliseconds 25] [--euros 1.5]
 """
@@ -36,7 +36,7 @@ def simulated(shape, itemsize, count, options):
     patch = tuple(min(options.patch, size) for size in shape)
     overlap = tuple(int(size * options.overlap) // 2 * 2 for size in patch)
     grid = PatchGrid.cover(shape, patch, overlap)
-    chunk, shard = chunks_for(shape, 1)
+    _, shard = chunks_for(shape, 1)
     parts = ShardGrid.of(shape, shard, patch) if count == 1 else ShardGrid(shape, shape)
     computed = parts.computed_patches(grid)
     seconds = computed * options.milliseconds / 1000 * count
