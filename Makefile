@@ -56,6 +56,8 @@ bench: $(VENV)/test.installed  ## Measure aggregation, sampling, training and pr
 	$(BIN)/python benchmarks/prediction.py
 	$(BIN)/python benchmarks/prediction.py --large
 	$(BIN)/python benchmarks/stores.py
+	$(BIN)/python benchmarks/efficiency.py
+	$(BIN)/python benchmarks/scale.py
 	$(BIN)/python benchmarks/network.py
 	$(BIN)/python benchmarks/network.py --bfloat16
 	$(BIN)/python benchmarks/network.py --network 4 --shape 256 256 256 --batch 4

@@ -110,9 +110,8 @@ def main(arguments=None):
         print(f"| {row} | {' | '.join(in_short(results[name][row]) for name in names)} |")
     for gpus in GPUS:
         print(f"| hours with {gpus} GPUs | {' | '.join(in_short(results[name]['hours'][gpus]) for name in names)} |")
-    print(
-        f"| parts in a second, {GPUS[-1]} GPUs | {' | '.join(in_short(results[n]['parts in a second'][GPUS[-1]]) for n in names)} |"
-    )
+    rates = " | ".join(in_short(results[name]["parts in a second"][GPUS[-1]]) for name in names)
+    print(f"| parts in a second, {GPUS[-1]} GPUs | {rates} |")
     print(f"| euros | {' | '.join(in_short(results[name]['euros']) for name in names)} |")
     print(f"\nplanning {planned['parts']:,} parts: {planned['seconds']:.2g} s, {planned['megabytes']:.2g} MiB")
     Path("bench").mkdir(exist_ok=True)

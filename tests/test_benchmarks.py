@@ -39,6 +39,27 @@ def test_the_benchmark_of_stores_runs(tmp_path):
     assert set(measured["patches"]) >= {"voxloom, Zarr", "voxloom, cache", "tensorstore, Zarr"}
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux says what a tree of processes holds")
+def test_the_benchmark_of_efficiency_runs(tmp_path):
+    options = "--rounds 1 --sizes tiny --patch 16 --width 2 --steps 1 --systems voxloom --threads 1"
+    subprocess.run([sys.executable, BENCHMARKS / "efficiency.py", *options.split()], cwd=tmp_path, check=True, timeout=300)
+    (case,) = json.loads((tmp_path / "bench" / "efficiency.json").read_text())["results"].values()
+    (found,) = case["voxloom"]
+    assert found["dice"] == 1
+    assert found["peak MB"] > 100
+    assert found["curve"][-1][0] == pytest.approx(found["seconds"], abs=1e-3)
+    assert (tmp_path / "bench" / "efficiency.png").stat().st_size > 1000
+
+
+def test_the_figures_of_scale_follow_from_the_plan(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    found = load("scale").main([])
+    assert found["results"]["a hundred teravoxels"]["parts"] > 700_000
+    assert found["planning"]["parts"] > 10**7
+    assert found["planning"]["megabytes"] < 50
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux says what the peak of a process was")
 @pytest.mark.parametrize(
     ("name", "options"),
