@@ -344,9 +344,8 @@ def main(arguments=None):
         if "bare loop" in systems and "voxloom" in systems:
             network = statistics.median(each["network s"] for each in systems["bare loop"])
             ours = statistics.median(each["seconds"] for each in systems["voxloom"])
-            print(
-                f"\nthe network alone takes {network:.3g} s; of voxloom's time {100 * (1 - network / ours):.1f} % is not the network's"
-            )
+            rest = 100 * (1 - network / ours)
+            print(f"\nthe network alone takes {network:.3g} s; of voxloom's time {rest:.1f} % is not the network's")
     Path("bench").mkdir(exist_ok=True)
     told = {"machine": machine(), "options": vars(options), "results": results}
     Path("bench/efficiency.json").write_text(json.dumps(told, indent=1))
