@@ -1,5 +1,7 @@
 """The drawings of the documentation, made by voxloom itself."""
 
+import tempfile
+
 import voxloom as vx
 
 
@@ -26,10 +28,18 @@ def mixing(path):
     vx.plot.queue(vx.Queue(heads, 48, 16, vx.UniformSampler(8), seed=0), output=path)
 
 
+def levels(path):
+    phantom = vx.datasets.HeadPhantom(192)
+    with tempfile.TemporaryDirectory() as folder:
+        vx.convert(phantom.t1, f"{folder}/head.ome.zarr", levels=4, chunks=64)
+        vx.convert(phantom.labels, f"{folder}/head.ome.zarr/labels/tissue")
+        vx.plot.levels(f"{folder}/head.ome.zarr", f"{folder}/head.ome.zarr/labels/tissue", output=path)
+
+
 def draw_all(folder):
     """Draw all that are not there yet."""
     folder.mkdir(exist_ok=True)
-    for draw in (head, weights, patches, draws, mixing):
+    for draw in (head, weights, patches, draws, mixing, levels):
         path = folder / f"{draw.__name__}.png"
         if not path.exists():
             draw(path)

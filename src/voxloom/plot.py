@@ -3,6 +3,6 @@
 Images and subjects draw themselves: `image.plot()`.
 """
 
-from .plotting.drawings import compare, draws, grid, queue, weights
+from .plotting.drawings import compare, draws, grid, levels, queue, weights
 
-__all__ = ["compare", "draws", "grid", "queue", "weights"]
+__all__ = ["compare", "draws", "grid", "levels", "queue", "weights"]

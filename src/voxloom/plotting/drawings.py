@@ -7,13 +7,15 @@ from typing import Any
 
 import numpy as np
 
+from ..core.affines import spacing_of
 from ..core.blending import AxisWeights
 from ..core.boxes import Box
 from ..core.grids import AxisGrid, PatchGrid
 from ..core.shards import ShardGrid
 from ..core.windows import OverlapMode, for_axis, resolve_window
-from ..errors import SizeError, SubjectError
+from ..errors import SizeError, SubjectError, UnsupportedImageError
 from ..io.protocols import read_checked
+from ..io.zarr.source import open_zarr
 from ..sampling.grid import GridSampler
 from ..sampling.random import PatchSampler
 from ..sampling.weighted import LabelSampler, WeightedSampler
@@ -23,7 +25,7 @@ from ..volumes.image import Image
 from .comparison import require_matplotlib
 from .planes import plot_images
 
-__all__ = ["compare", "draw_parts", "draws", "grid", "queue", "weights"]
+__all__ = ["compare", "draw_parts", "draws", "grid", "levels", "queue", "weights"]
 
 MODES = ("crop", "average", "hann", "gaussian")
 # Two axes of a plane, by the one that is left out.
@@ -250,6 +252,58 @@ def queue(patches: Queue, output: Any = None) -> Any:
     waiting.set_ylabel("waited so far, s")
     waiting.set_xlabel("patch of the epoch")
     return _saved(figure, output)
+
+
+def levels(image: Any, labels: Any = None, axis: int = 2, output: Any = None) -> Any:
+    """Draw the middle plane of each level of an OME-Zarr image, and of labels beside it, at the same size.
+
+    Args:
+        image: the image's folder or URL.
+        labels: that of the labels, such as `scan.ome.zarr/labels/organs`.
+        axis: the axis of the plane, 0, 1 or 2.
+        output: name of a picture to write.
+
+    Returns:
+        Figure of matplotlib.
+
+    Raises:
+        UnsupportedImageError: if it has no levels.
+
+    Example:
+        >>> import tempfile, voxloom as vx
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     made = vx.convert(vx.datasets.HeadPhantom(64).t1, f"{folder}/head.ome.zarr", levels=3)
+        ...     [axes.get_title() for axes in vx.plot.levels(made.path).axes]
+        ['level 0: 64 × 64', 'level 1: 32 × 32', 'level 2: 16 × 16']
+    """
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    finest = open_zarr(image)
+    if finest.multiscales is None:
+        raise UnsupportedImageError(f"{image} is an array without levels: give an OME-Zarr image")
+    count, (right, up) = len(finest.multiscales.levels), OTHERS[axis]
+    rows = [image] if labels is None else [image, labels]
+    figure = Figure(figsize=(3.2 * count, 3.2 * len(rows)), layout="constrained")
+    for row, (location, all_axes) in enumerate(zip(rows, figure.subplots(len(rows), count, squeeze=False), strict=True)):
+        for number, axes in enumerate(all_axes):
+            source = open_zarr(location, level=number)
+            shape, spacing = source.shape[1:], spacing_of(source.affine)
+            box = Box(*_slab_of(shape, axis, shape[axis] // 2))
+            values = read_checked(source, box)[0].float().numpy().squeeze(axis=axis).T
+            aspect = spacing[up] / spacing[right]
+            axes.imshow(
+                values, cmap="gray" if row == 0 else "nipy_spectral", origin="lower", aspect=aspect, interpolation="nearest"
+            )
+            axes.set_title(f"level {number}: {shape[right]} × {shape[up]}")
+            axes.set_axis_off()
+    return _saved(figure, output)
+
+
+def _slab_of(shape: Sequence[int], axis: int, index: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    start, stop = [0, 0, 0], list(shape)
+    start[axis], stop[axis] = index, index + 1
+    return tuple(start), tuple(stop)
 
 
 def compare(image: Image, predicted: Image, truth: Image, label: int | None = None, output: Any = None) -> Any:
