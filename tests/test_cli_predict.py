@@ -1114,6 +1114,7 @@ def test_info_says_what_a_file_is(here, run):
     assert "there is no file y.nii" in run("info", "y.nii", "x.nii.gz", code=1).err
 
 
+@pytest.mark.filterwarnings("ignore:the mask has no voxel:RuntimeWarning")
 def test_masks_thresholds_and_other_options_reach_predict(here, run):
     image = data_of("scans/a.nii.gz")
     run("predict", "mymodels:two_channels", "scans/a.nii.gz", "-o", "t.nii", "--patch-size", 8, "--threshold", 300.5)
