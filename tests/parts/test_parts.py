@@ -177,7 +177,7 @@ def test_jobs_that_are_killed_a_hundred_times(scan, tmp_path):
             after = status_of(target)
             assert target.exists() or after is None or after.done >= before  # what was recorded is never lost
             if after is not None and after.is_published:
-                run_of(scan, store(target), shard_size=8).published()
+                run_of(scan, store(target), shard_size=8).published(take_over=True)
         assert hashes(target) == expected
         assert leftovers(tmp_path) == []
 
@@ -196,6 +196,50 @@ def test_a_process_that_hangs_is_given_up(scan, tmp_path):
     made = vx.predict(model, scan, output=store(tmp_path / "parts.zarr"), executor=launcher, **OPTIONS)
     assert torch.equal(made.data, vx.predict(three, scan, **OPTIONS).data)
     assert (tmp_path / "hung").exists()
+
+
+def interrupted(scan, target, place):
+    """Publish, and be killed on the way."""
+    from voxloom.inference import shards
+
+    def dying(function):
+        def call(*arguments, **more):
+            function(*arguments, **more)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        return call
+
+    module, name = {"levels": (shards, "_make_coarser"), "file": (shards, "_write_file"), "rename": (shards.Path, "rename")}[
+        place
+    ]
+    setattr(module, name, dying(getattr(module, name)))
+    run_of(scan, target).published()
+
+
+@pytest.mark.parametrize(
+    ("ending", "place"), [(".ome.zarr", "rename"), (".ome.zarr", "levels"), (".nii.gz", "file"), (".nii", "rename")]
+)
+def test_publishing_that_is_interrupted_is_taken_up(scan, tmp_path, ending, place):
+    path = tmp_path / f"parts{ending}"
+    target = store(path) if ending == ".ome.zarr" else path
+    run = run_of(scan, target)
+    for number in list(run.remaining()):
+        run.compute(number)
+    process = multiprocessing.get_context("fork").Process(target=interrupted, args=(scan, target, place))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    assert status_of(path).is_published
+    assert run_of(scan, target).published() is None  # it may still be at it
+    with pytest.raises(RecordError, match="another process is publishing"):
+        vx.predict(three, scan, output=target, executor=SerialLauncher(16), **OPTIONS)
+    folder = run.folder
+    for each in (folder, folder / "alive"):
+        if each.exists():
+            os.utime(each, (0, 0))
+    run_of(scan, target).published()
+    assert torch.equal(vx.LabelMap(path).data, vx.predict(three, scan, **OPTIONS).data)
+    assert leftovers(tmp_path) == []
 
 
 # Failures

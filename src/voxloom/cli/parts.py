@@ -87,5 +87,5 @@ def compute_share(
             f"{len(failed)} of {len(share)} parts failed: {', '.join(map(str, failed))}. The same command tries again"
         )
     if run.is_whole():
-        return "done" if run.published() is not None else "done by another job"
+        return "done" if run.published() is not None else "done; another job puts it in its place"
     return f"{len(share)} parts computed; {len(run.done())} of {len(run)} are done"

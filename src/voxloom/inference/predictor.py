@@ -15,7 +15,7 @@ from ..core.grids import PatchSpacing
 from ..core.interpolation import as_interpolation
 from ..core.values import as_number
 from ..core.windows import OverlapMode
-from ..errors import ModeError, OutputError, SaveError, TargetExistsError
+from ..errors import ModeError, OutputError, RecordError, SaveError, TargetExistsError
 from ..io.fingerprints import differences
 from ..io.protocols import Json, VolumeStore, is_source
 from ..io.sidecars import is_as_written, read_sidecar, sidecar_of
@@ -357,7 +357,13 @@ class Predictor:
                 name = progress if isinstance(progress, str) else run.plan.plan.name
                 told = stack.enter_context(shown(name, len(numbers), "parts"))
             launcher.launch(job, numbers, lambda number: told(1))
-        return run.published()
+        made = run.published()
+        if made is None:
+            raise RecordError(
+                f"another process is publishing the result for {run.plan.plan.name}: wait for it; if it was interrupted, the same"
+                " call takes it up in ten minutes"
+            )
+        return made
 
     def is_made(
         self,

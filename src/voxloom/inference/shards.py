@@ -28,6 +28,7 @@ from ..io.fingerprints import differences
 from ..io.formats import stem_of
 from ..io.protocols import Json, VolumeStore
 from ..io.saving import as_save_error, write_safely
+from ..io.sidecars import read_sidecar, sidecar_of
 from ..io.stores import NiftiStore
 from ..io.zarr.layout import Layout, put_shard
 from ..io.zarr.source import ZarrSource
@@ -44,7 +45,9 @@ from .sinks import image_class
 
 __all__ = ["Shard", "ShardPlan", "ShardStatus", "ShardedRun", "as_share", "forget_failures", "records_of", "status_of"]
 
-RUN, DONE, FAILED = "run.json", "done", "failed"
+RUN, DONE, FAILED, ALIVE = "run.json", "done", "failed", "alive"
+# A process that publishes is taken for lost when nothing has been heard of it for so long.
+SILENT_SECONDS = 600.0
 
 
 @dataclass(frozen=True)
@@ -376,10 +379,13 @@ class ShardedRun:
         """Whether all parts are done."""
         return len(self.done()) == len(self.plan)
 
-    def published(self) -> Any:
+    def published(self, take_over: bool = False) -> Any:
         """Make the coarser levels, and put all results under their names.
 
-        If it was interrupted, it may be called again, by one process.
+        One process does that. Where it was interrupted, another one takes it up when nothing has been heard of it for a while.
+
+        Args:
+            take_over: take it up at once.
 
         Returns:
             The image, or a dict of images; None if another process was quicker.
@@ -390,20 +396,28 @@ class ShardedRun:
         run = self.run
         self.check_whole()
         records, publishing = records_of(self._first_target), _publishing(self._first_target)
-        if not publishing.exists():
+        if publishing.exists():
+            if not take_over and time.time() - _last_heard(publishing) < SILENT_SECONDS:
+                return None
+        else:
             try:
                 records.rename(publishing)  # one alone can do that
             except FileNotFoundError:
                 return None
+
+        def alive() -> None:
+            (publishing / ALIVE).touch()
+
+        alive()
         fingerprint = {key: value for key, value in self._fingerprint.items() if key != "targets"}
         sidecar = sidecar_of_run(fingerprint, self._given, self.plan.plan, self._preparation.models, [])
         made = []
         for number, (store, layout) in enumerate(zip(self._stores, self._layouts, strict=True)):
             folder = self._array_folder(number, run)
             if folder.exists():
-                _make_coarser(layout, folder, publishing / f"levels-{number}")
+                _make_coarser(layout, folder, publishing / f"levels-{number}", alive)
                 if isinstance(store, NiftiStore):
-                    _write_file(folder, store, layout, sidecar)
+                    _write_file(folder, store, layout, sidecar, run, alive)
             if isinstance(store, ZarrStore):
                 store.commit(sidecar, run)
             assert store.path is not None
@@ -482,6 +496,14 @@ def forget_failures(target: Path) -> int:
     return len(numbers)
 
 
+def _last_heard(publishing: Path) -> float:
+    """Say when the process that publishes was heard of last."""
+    for path in (publishing / ALIVE, publishing):
+        with contextlib.suppress(OSError):
+            return path.stat().st_mtime
+    return 0.0
+
+
 def _numbers_in(folder: Path) -> set[int]:
     try:
         return {int(path.stem) for path in folder.iterdir() if path.suffix == ".json" and path.stem.isdecimal()}
@@ -509,7 +531,7 @@ def _put(path: Path, told: Json) -> None:
         raise as_save_error(path, error) from error
 
 
-def _make_coarser(layout: Layout, folder: Path, parts: Path) -> None:
+def _make_coarser(layout: Layout, folder: Path, parts: Path, alive: Callable[[], object]) -> None:
     """Make the coarser levels of an array of which the finest is whole, shard by shard."""
     if not layout.factors:
         return
@@ -525,6 +547,7 @@ def _make_coarser(layout: Layout, folder: Path, parts: Path) -> None:
     )
     boxes = ShardGrid(layout.spec.shape[1:], layout.shards[0])
     for number in range(len(boxes)):
+        alive()
         box = boxes[number]
         slices = tuple(reversed(box.slices))
         values = np.asarray(finest[(slice(None), *slices) if layout.has_channels else slices])
@@ -534,20 +557,23 @@ def _make_coarser(layout: Layout, folder: Path, parts: Path) -> None:
     shutil.rmtree(parts, ignore_errors=True)
 
 
-def _write_file(folder: Path, store: NiftiStore, layout: Layout, sidecar: Json) -> None:
-    """Make a file of a whole array, and remove that."""
-    run = secrets.token_hex(8)  # of this process alone: two may do it at once
-    source = ZarrSource(folder)
-    try:
-        store.create(layout.spec, run)
-        boxes = ShardGrid(layout.spec.shape[1:], layout.shards[0])
-        for number in range(len(boxes)):
-            store.write(boxes[number], source.read(boxes[number]).to(layout.spec.dtype))
-        store.flush()
-        store.commit(sidecar, run)
-    finally:
-        store.abort()
+def _write_file(folder: Path, store: NiftiStore, layout: Layout, sidecar: Json, run: str, alive: Callable[[], object]) -> None:
+    """Make a file of a whole array, and remove that; if it was interrupted, it is made anew unless it is there already."""
+    if (read_sidecar(sidecar_of(store.path)) or {}).get("run") != run:
         store.discard(run)
+        source = ZarrSource(folder)
+        try:
+            store.create(layout.spec, run)
+            boxes = ShardGrid(layout.spec.shape[1:], layout.shards[0])
+            for number in range(len(boxes)):
+                alive()
+                store.write(boxes[number], source.read(boxes[number]).to(layout.spec.dtype))
+            store.flush()
+            store.commit(sidecar, run)
+        except BaseException:
+            store.abort()
+            store.discard(run)
+            raise
     shutil.rmtree(folder, ignore_errors=True)
 
 
