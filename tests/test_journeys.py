@@ -90,3 +90,11 @@ def test_mirroring_is_turned_off(run):
         json.dump(vx.ModelSpec(mirror_axes=(0, 1)).to_json(), file)
     assert "500 forward passes" in run(*command).output
     assert "125 forward passes" in run(*command, "--mirror", "none").output
+
+
+def test_a_model_and_an_image_that_change_places_and_a_module_with_its_ending(tmp_path):
+    vx.ScalarImage(torch.zeros(1, 8, 8, 8)).save(tmp_path / "scan.nii.gz")
+    with pytest.raises(ModelFileError, match=r"scan\.nii\.gz is an image, and no model: name the model first"):
+        vx.load_model(str(tmp_path / "scan.nii.gz"))
+    with pytest.raises(ModelFileError, match=r"write mynet:Net, without \.py"):
+        vx.load_model("mynet.py:Net")

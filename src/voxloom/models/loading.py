@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..errors import MissingDependencyError, ModelFileError
 from ..io.arrays import hash_of, raw_bytes
 from ..io.files import hash_of_path
+from ..io.formats import format_of
 from ..io.protocols import Space, VolumeSource
 from .guards import Guards
 from .program_check import ProgramRefusedError, inspected, is_program
@@ -168,8 +169,10 @@ def _imported(name: str) -> Any:
         for part in attribute.split("."):
             found = getattr(found, part)
     except (ImportError, AttributeError, ValueError, TypeError) as error:
+        plain = module_name.removesuffix(".py").replace("/", ".")
+        hint = f": write {plain}:{attribute}, without .py" if plain != module_name else ""
         raise ModelFileError(
-            f"{name} cannot be imported: {error}. It is looked for here, and where packages are installed"
+            f"{name} cannot be imported: {error}. It is looked for here, and where packages are installed{hint}"
         ) from error
     except Exception as error:  # whatever the module does when it is imported
         raise ModelFileError(f"{name} cannot be imported, for it fails with {type(error).__name__}: {error}") from error
@@ -250,6 +253,8 @@ def _of_file(path: Path, allow_pickle: bool) -> LoadedModel:
         hint = f"it is one of {'nnU-Net' if kind == 'nnunet' else 'MONAI'}: write {kind}:{path}" if kind else ""
         rule = "a model is a .pt2 or TorchScript file, or package.module:callable"
         raise ModelFileError(f"{path} is a folder: {hint or rule}")
+    if format_of(path) is not None:
+        raise ModelFileError(f"{path} is an image, and no model: name the model first, and then the images")
     names: list[str] = []
     try:
         with zipfile.ZipFile(path) as archive:
