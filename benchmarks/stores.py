@@ -6,7 +6,7 @@ in `.nii.gz`, in the cache, and in nnU-Net's preprocessed form (Blosc2, as nnU-N
 patches that share half, from Zarr to Zarr, against MONAI's `ZarrAvgMerger` with the same chunks, and the same in memory.
 Each system is a process of its own; rounds alternate. Peak memory is beyond what the process had.
 
-    python benchmarks/stores.py [--size 256] [--patches 40] [--patch 64] [--rounds 5] [--subjects 8]
+    python benchmarks/stores.py [--size 256] [--patches 40] [--patch 64] [--rounds 5] [--subjects 6]
 """
 
 import argparse
@@ -245,7 +245,7 @@ def prepare(folder, options):
     for name, more in (("image.nii", {}), ("image.nii.gz", {}), ("image.zarr", {"chunks": CHUNK})):
         vx.convert(image, folder / name, **more)
     (folder / "nnunet").mkdir()
-    size = options.size // 2
+    size = options.size
     for number in range(options.subjects):
         values = image_of(size, number)
         labels = (values > 600).to(torch.int8)
@@ -267,29 +267,36 @@ def told(found, keys):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser()
-    for name, default in {"size": 256, "patches": 40, "patch": 64, "rounds": 5, "subjects": 8, "draws": 8, "threads": 2}.items():
+    for name, default in {"size": 256, "patches": 40, "patch": 64, "rounds": 5, "subjects": 6, "draws": 4, "threads": 2}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--parts", nargs="+", default=["patches", "epochs", "predictions"])
     parser.add_argument("--patch-sizes", type=int, nargs="+", default=[64, 96])
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as path:
         folder = Path(path)
         prepare(folder, options)
-        patches = side_by_side(list(READERS), options.rounds, serve_patches, folder, options)
-        epochs = side_by_side([".nii.gz", "the cache", "nnU-Net's cases"], options.rounds, serve_epochs, folder, options)
-        predictions = side_by_side(list(PREDICTIONS), options.rounds, serve_predictions, folder, options)
-    print(f"{machine()}; {options}\n")
+        systems = {
+            "patches": (list(READERS), serve_patches),
+            "epochs": ([".nii.gz", "the cache", "nnU-Net's cases"], serve_epochs),
+            "predictions": (list(PREDICTIONS), serve_predictions),
+        }
+        results = {
+            part: side_by_side(names, options.rounds, serve, folder, options)
+            for part, (names, serve) in systems.items()
+            if part in options.parts
+        }
+    print(f"{machine()}; {options}")
     sizes = list(map(str, options.patch_sizes))
-    print(f"| random patches, ms for each | {' | '.join(f'{size}³' for size in sizes)} |\n|---|{'---|' * len(sizes)}")
-    for name, found in patches.items():
-        print(f"| {name} | {told(found, sizes)} |")
-    print("\n| an epoch | first, s | later, s |\n|---|---|---|")
-    for name, found in epochs.items():
-        print(f"| {name} | {found[0]['seconds']:.3g} | {told(found[1:] or found, ['seconds'])} |")
-    print("\n| a prediction | s | MB |\n|---|---|---|")
-    for name, found in predictions.items():
-        print(f"| {name} | {told(found, ['seconds', 'megabytes'])} |")
+    for part, (head, keys) in {
+        "patches": (f"random patches, ms for each | {' | '.join(f'{size}³' for size in sizes)}", sizes),
+        "epochs": ("an epoch | s", ["seconds"]),
+        "predictions": ("a prediction | s | MB", ["seconds", "megabytes"]),
+    }.items():
+        if part in results:
+            print(f"\n| {head} |\n|---|{'---|' * len(keys)}")
+            for name, found in results[part].items():
+                print(f"| {name} | {told(found, keys)} |")
     Path("bench").mkdir(exist_ok=True)
-    results = {"patches": patches, "epochs": epochs, "predictions": predictions}
     Path("bench/stores.json").write_text(
         json.dumps({"machine": machine(), "options": vars(options), "results": results}, indent=1)
     )

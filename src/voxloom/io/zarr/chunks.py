@@ -1,6 +1,6 @@
 """An array of Zarr, read chunk by chunk: each is fetched and decoded once, for as long as it is kept.
 
-Chunks are decoded here with numcodecs, rather than by zarr-python, which takes three times as long for each; and not by
+Chunks are decoded here with numcodecs, so that each is kept, counted, and named where it is missing or damaged; and not by
 tensorstore, which ends each process that is forked from one that has used it, as those of PyTorch's loaders are. What numcodecs
 does not know, zarr-python decodes.
 """
