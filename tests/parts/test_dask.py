@@ -55,6 +55,15 @@ def test_a_client_is_an_executor(scan, client):
     predicted(scan, client)
 
 
+def test_another_model_on_the_same_workers(scan, client):
+    for factor in (2.0, 3.0):
+        model = torch.nn.Conv3d(1, 1, 1, bias=False)
+        torch.nn.init.constant_(model.weight, factor)
+        options = {"patch_size": 12, "model_name": "same", "overlap_mode": "crop", "output": scan.with_name("o.nii")}
+        made = vx.predict(model, scan, overwrite=True, executor=client, **options)
+        assert torch.equal(made.data, vx.ScalarImage(scan).data * factor)
+
+
 @pytest.mark.slow
 def test_workers_that_are_killed(scan, cluster, client):
     stopping, killed = threading.Event(), []

@@ -354,3 +354,49 @@ def test_nothing_is_read_of_parts_without_a_patch(scan, tmp_path):
         storage.FolderStorage.get = before
     assert reads == []
     assert json.loads((run.folder / "done" / f"{far}.json").read_text())["patches"] == 0
+
+
+def test_results_of_other_chunks_and_names_of_one_stem(scan, tmp_path):
+    options = {"patch_size": 12, "patch_overlap": 6, "model_name": "two", "reduce": {"sum": None, "labels": "argmax"}}
+    expected = vx.predict(two_outputs, scan, **options)
+    output = {
+        "sum": vx.ZarrStore(tmp_path / "sum.zarr", chunks=6),
+        "labels": vx.ZarrStore(tmp_path / "labels.zarr", chunks=(8, 64, 16)),
+    }
+    made = vx.predict(two_outputs, scan, output=output, executor=SerialLauncher(8), **options)
+    assert all(torch.equal(image.data, expected[name].data) for name, image in made.items())
+    same = {"sum": tmp_path / "a.nii.gz", "labels": tmp_path / "a.ome.zarr"}
+    with pytest.raises(SaveError, match="two results have one stem"):
+        vx.predict(two_outputs, scan, output=same, executor=SerialLauncher(), **options)
+
+
+def test_records_without_their_beginning_and_jobs_that_come_late(scan, tmp_path):
+    (tmp_path / ".parts.shards/done").mkdir(parents=True)
+    with pytest.raises(RecordError, match=r"has no run\.json: remove it"):
+        list(run_of(scan, store(tmp_path / "parts.zarr")).remaining())
+    late = run_of(scan, store(tmp_path / "other.zarr"))
+    share(scan, tmp_path / "other.zarr", 0, 1, 0)
+    assert late.published() is None
+    assert sorted(leftovers(tmp_path)) == [".parts.shards"]
+
+
+def test_a_slow_process_that_publishes_is_heard_of(scan, tmp_path, monkeypatch):
+    from voxloom.inference import shards
+
+    monkeypatch.setattr(shards, "SILENT_SECONDS", 0.6)
+    monkeypatch.setattr(shards, "BEAT_SECONDS", 0.05)
+    slow = shards._make_coarser
+    first, second = (run_of(scan, tmp_path / "parts.nii") for _ in range(2))
+    for number in list(first.remaining()):
+        first.compute(number)
+    found = []
+
+    def meanwhile(*arguments):
+        time.sleep(1.5)
+        found.append(second.published())
+        slow(*arguments)
+
+    monkeypatch.setattr(shards, "_make_coarser", meanwhile)
+    made = first.published()
+    assert found == [None]
+    assert torch.equal(made.data, vx.predict(three, scan, **OPTIONS).data)

@@ -396,3 +396,84 @@ def test_chunks_suit_the_size_of_a_voxel():
     assert chunks_for((512, 512, 300), 1) == ((128, 128, 128), (128, 128, 128))
     assert chunks_for((512, 512, 300), 4) == ((64, 64, 64), (64, 64, 64))
     assert chunks_for((20, 5000, 5000), 1, (64, 64, 64)) == ((20, 64, 64), (20, 128, 128))
+
+
+# What was found out by reading
+
+
+@pytest.mark.parametrize("chunks", [(16, 16, 1), 15, 7, (5, 40, 3)])
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+def test_levels_are_right_for_odd_chunks(tmp_path, chunks, version):
+    image = vx.ScalarImage(torch.rand(1, 32, 33, 20))
+    whole, parts = tmp_path / "whole.ome.zarr", tmp_path / "parts.ome.zarr"
+    vx.convert(image, whole, chunks=chunks, levels=3, version=version)
+    store = vx.ZarrStore(parts, chunks=chunks, levels=3, version=version)
+    vx.predict(torch.nn.Identity(), image, patch_size=8, overlap_mode="crop", output=store)
+    level = image.data.numpy()
+    for number, factors in enumerate([(1, 1, 1), *factors_of_levels((32, 33, 20), np.eye(4), 3)]):
+        level = coarser(level, factors, False)
+        for path in (whole, parts):
+            assert np.array_equal(vx.ScalarImage(vx.open_zarr(path, level=number)).data.numpy(), level)
+
+
+def test_what_is_replaced_is_put_back_if_that_is_interrupted(tmp_path, monkeypatch):
+    path = vx.convert(SCAN, tmp_path / "out.ome.zarr").path
+    before = hashes(path)
+    rename, count = type(path).rename, itertools.count()
+
+    def interrupted(self, target):
+        if next(count) == 1:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(path), "rename", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            vx.convert(SCAN[:, :20], path, overwrite=True)
+    assert hashes(path) == before
+    assert [each.name for each in tmp_path.iterdir()] == ["out.ome.zarr"]
+
+
+def test_shards_are_on_the_disk_before_they_are_recorded(tmp_path, monkeypatch):
+    synced, fsync = [], os.fsync
+
+    def noting(file):
+        synced.append(os.readlink(f"/proc/self/fd/{file}"))
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", noting)
+    predicted(store(tmp_path / "out.ome.zarr"))
+    chunks = {name for name in hashes(tmp_path / "out.ome.zarr") if "/c/" in name}
+    assert {path.partition(".zarr/")[2] for path in synced} >= chunks
+    assert chunks
+
+
+def test_a_group_that_holds_more_is_not_replaced(tmp_path):
+    group = zarr.open_group(tmp_path / "experiment.zarr", mode="w")
+    group.create_array("precious", shape=(2,), dtype="u1")
+    with pytest.raises(TargetExistsError, match="would be lost with it: precious"):
+        SCAN.save(tmp_path / "experiment.zarr")
+    vx.convert(SCAN, tmp_path / "scan.ome.zarr", levels=2)
+    predicted(tmp_path / "scan.ome.zarr/labels/organs")
+    for replace in (SCAN.save, lambda path: vx.convert(SCAN, path, overwrite=True), lambda path: predicted(path, overwrite=True)):
+        with pytest.raises(TargetExistsError, match="labels"):
+            replace(tmp_path / "scan.ome.zarr")
+    assert torch.equal(vx.LabelMap(tmp_path / "scan.ome.zarr/labels/organs").data, predicted(None).data)
+
+
+def test_places_that_are_easily_missed(tmp_path, monkeypatch):
+    vx.convert(SCAN, tmp_path / "scan.ome.zarr", levels=2)
+    monkeypatch.chdir(tmp_path / "scan.ome.zarr")
+    assert vx.ScalarImage("1").shape == vx.open_zarr("../scan.ome.zarr", level=1).shape
+    bright = vx.ScalarImage((SCAN.data > 0.5).to(torch.uint8), affine=AFFINE)
+    made = vx.convert(bright, tmp_path / "scan.ome.zarr/labels/bright")
+    assert "image-label" in zarr.open_group(made.path, mode="r").attrs["ome"]
+    vx.ScalarImage(SCAN.data.half(), affine=AFFINE).save(tmp_path / "half.nii.zarr")
+    assert torch.equal(vx.ScalarImage(tmp_path / "half.nii.zarr").data, SCAN.data.half().float())
+    group = zarr.open_group(tmp_path / "nested.zarr", mode="w")
+    group.create_array("scale0/image", data=np.zeros((4, 5, 6), np.uint8))
+    steps = [{"type": "scale", "scale": [3, 2, 1]}]
+    datasets = [{"path": "scale0/image", "coordinateTransformations": steps}]
+    axes = [{"name": name, "type": "space"} for name in "zyx"]
+    group.attrs["ome"] = {"version": "0.5", "multiscales": [{"axes": axes, "datasets": datasets}]}
+    assert vx.ScalarImage(tmp_path / "nested.zarr/scale0/image").spacing == (1, 2, 3)

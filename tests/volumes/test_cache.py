@@ -245,3 +245,39 @@ def test_entries_say_who_made_them(tmp_path, subjects):
     cache.build()
     told = json.loads((tmp_path / "cache" / cache._key(0) / "subject.json").read_text())
     assert told["voxloom"] == vx.__version__
+
+
+FACTOR = 2
+
+
+def by_global(subject):
+    subject.t1.set_data(subject.t1.data * subject.t1["gain"])
+    return subject
+
+
+def test_metadata_readers_and_types_tell_subjects_apart(tmp_path, subjects):
+    path = tmp_path / "data/0.nii.gz"
+
+    def mean(**more):
+        subject = vx.Subject(t1=vx.ScalarImage(path, **{"gain": 2.0, **more}), case=0)
+        return vx.SubjectsCache(vx.SubjectsDataset([subject], by_global), tmp_path / "cache")[0].t1.data.mean().item()
+
+    own = vx.ScalarImage(path).data.mean().item()
+    assert mean() == pytest.approx(2 * own)
+    assert mean(gain=3.0) == pytest.approx(3 * own)
+    assert mean(reader=lambda path: (torch.ones(1, 4, 4, 4), AFFINE)) == 2
+    assert mean(reader=lambda path: (torch.full((1, 4, 4, 4), 4.0), AFFINE)) == 8
+    half = vx.Subject(t1=vx.ScalarImage(torch.ones(1, 4, 4, 4, dtype=torch.bfloat16)))
+    assert vx.SubjectsCache(vx.SubjectsDataset([half]), tmp_path / "cache")[0].t1.data.mean() == 1
+
+
+def test_chunks_of_a_former_state_are_not_kept(tmp_path):
+    import zarr
+
+    array = zarr.create_array(tmp_path / "a.zarr", shape=(8, 8, 8), chunks=(4, 4, 4), dtype="f4")
+    array[...] = 1
+    subject = vx.Subject(t1=vx.ScalarImage(vx.open_zarr(tmp_path / "a.zarr")))
+    cache = vx.SubjectsCache(vx.SubjectsDataset([subject], load_getitem=False), tmp_path / "cache")
+    assert cache[0].t1.data.mean() == 1
+    array[...] = 5
+    assert cache[0].t1.data.mean() == 5

@@ -196,6 +196,11 @@ class PartsOptions:
         typer.Option(help=r"Voxels of a part, a number or three.  \[default: about four patches]", show_default=False),
     ] = None
 
+    @property
+    def is_given(self) -> bool:
+        """Whether it is spread at all."""
+        return any(each is not None for each in (self.shard, self.dask, self.devices))
+
     def check(self) -> None:
         """Check that what was given goes together.
 
@@ -204,6 +209,8 @@ class PartsOptions:
         """
         if sum(each is not None for each in (self.shard, self.dask, self.devices)) > 1:
             raise ModeError("of --shard, --dask and --devices only one can be given")
+        if self.shard_size is not None and not self.is_given:
+            raise ModeError("--shard-size was given, which is for --shard, --dask and --devices: leave it out")
 
 
 def numbers(text: str | None, convert: Callable[[str], Number], name: str) -> list[Number] | None:

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from ..core.sizes import pretty_sizes
 from ..datasets import HeadPhantom
-from ..errors import MissingDependencyError, SaveError, SizeError, VoxloomError
+from ..errors import MissingDependencyError, ModeError, SaveError, SizeError, TargetExistsError, VoxloomError
 from ..inference import Predictor
 from ..io.formats import is_folder_target, stem_of
 from ..models.loading import LoadedModel, load_model
@@ -43,6 +43,10 @@ def predict_cases(
     report: Report,
 ) -> None:
     """Predict all cases; one that fails does not stop the others."""
+    if parts.is_given and not resume:
+        raise ModeError("--no-resume is not for predictions in parts: remove the folder .STEM.shards beside the result instead")
+    if parts.shard is not None and with_pages:
+        raise ModeError("--report is not for one share: give it with the same command without --shard, when all is done")
     with launcher(parts) as executor:
         _predict_cases(options, wanted, parts, executor, resume, overwrite, with_pages, report)
 
@@ -68,7 +72,7 @@ def _predict_cases(
         entry: dict[str, Any] = {"case": case.name, "files": [str(path) for path in case.files], "target": str(case.target)}
         try:
             subject = _subject(case, model, predictor)
-            if parts.shard is not None and (overwrite or not _is_made(predictor, subject, case, wanted)):
+            if parts.shard is not None and not _is_made(predictor, subject, case, wanted, may_be_other=overwrite):
                 asked, place = _asked(wanted, subject, case), (number, len(cases))
                 state = compute_share(predictor, subject, asked, parts, place, overwrite, report, case.name)
                 done += 1
@@ -197,11 +201,24 @@ def _predict_case(
     return True
 
 
-def _is_made(predictor: Predictor, subject: Subject, case: Case, wanted: CaseOptions) -> bool:
-    """Whether the result of a case is there, and of this model; its folder is made if need be."""
+def _is_made(predictor: Predictor, subject: Subject, case: Case, wanted: CaseOptions, may_be_other: bool = False) -> bool:
+    """Whether the result of a case is there, and of this model; its folder is made if need be.
+
+    Args:
+        predictor: the model, and how it is applied.
+        subject: the case.
+        case: where it goes.
+        wanted: what is asked for.
+        may_be_other: whether a result of something else is one that is to be replaced, rather than an error.
+    """
     if not is_folder_target(case.target) or case.target.parent.name != "labels":
         make_folder(case.target.parent)
-    return predictor.is_made(subject, **_asked(wanted, subject, case))
+    try:
+        return predictor.is_made(subject, **_asked(wanted, subject, case))
+    except TargetExistsError:
+        if may_be_other:
+            return False
+        raise
 
 
 def describe(files: list[Path], allow_pickle: bool, report: Report) -> None:

@@ -1,12 +1,15 @@
 """A prediction in parts that are computed anywhere, in any order: which patches each is gathered from, and the records of it."""
 
 import contextlib
+import errno
 import json
+import math
 import os
 import platform
 import secrets
 import shutil
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +26,7 @@ from ..core.boxes import Box
 from ..core.shards import ShardGrid
 from ..core.sizes import Ints, as_sizes
 from ..core.traversal import Block
-from ..errors import OutputError, RecordError, ShardError, SizeError, VoxloomError
+from ..errors import OutputError, RecordError, SaveError, ShardError, SizeError, VoxloomError
 from ..io.fingerprints import differences
 from ..io.formats import stem_of
 from ..io.protocols import Json, VolumeStore
@@ -47,7 +50,7 @@ __all__ = ["Shard", "ShardPlan", "ShardStatus", "ShardedRun", "as_share", "forge
 
 RUN, DONE, FAILED, ALIVE = "run.json", "done", "failed", "alive"
 # A process that publishes is taken for lost when nothing has been heard of it for so long.
-SILENT_SECONDS = 600.0
+SILENT_SECONDS, BEAT_SECONDS = 600.0, 20.0
 
 
 @dataclass(frozen=True)
@@ -191,11 +194,12 @@ class ShardedRun:
         first = plan.results[0].volume
         if any(result.volume.shape[1:] != first.shape[1:] for result in plan.results):
             raise OutputError("results of several sizes cannot be made in parts: predict them one by one")
-        shard = tuple(max(each.shards[0][axis] for each in self._layouts) for axis in range(3))
-        if any(size % each.shards[0][axis] for each in self._layouts for axis, size in enumerate(shard)):
-            raise OutputError(
-                "results whose shards do not fit into one another cannot be made in parts: give all the same chunks"
-            )
+        # Whole shards of all results; along an axis that a shard spans, one part does.
+        sizes = [[each.shards[0][axis] for each in self._layouts] for axis in range(3)]
+        shape = first.shape[1:]
+        shard = tuple(length if max(each) >= length else math.lcm(*each) for each, length in zip(sizes, shape, strict=True))
+        if len({records_of(path) for path in paths.values()}) < len(paths):
+            raise SaveError(f"two results have one stem: {', '.join(map(str, paths.values()))}: give each a name of its own")
         self.plan = ShardPlan(plan, self._boxes(plan, shard, shard_size))
         self._fingerprint = json.loads(
             json.dumps(
@@ -250,6 +254,8 @@ class ShardedRun:
             recorded, name = told["fingerprint"], str(told["run"])
             shard_size, shape = tuple(told["shard_size"]), tuple(told["shape"])
         except FileNotFoundError:
+            if self.folder.exists():
+                raise RecordError(f"{self.folder} has no {RUN}: remove it, and begin again") from None
             return self._begun()
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise RecordError(f"{self.folder / RUN} is damaged: remove {self.folder}, and begin again") from error
@@ -286,8 +292,12 @@ class ShardedRun:
                 "began": time.time(),
             }
             write_safely(made / RUN, json.dumps(told))
-            with contextlib.suppress(OSError):  # another process has been quicker
+            try:
                 made.rename(folder)
+            except OSError as error:
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                    raise
+                # Another process has been quicker.
         except OSError as error:
             raise as_save_error(folder, error) from error
         finally:
@@ -393,31 +403,34 @@ class ShardedRun:
         Raises:
             ShardError: if parts are missing; names them, and says why they failed.
         """
+        records, publishing = records_of(self._first_target), _publishing(self._first_target)
+        if not records.exists() and not publishing.exists():
+            return None  # it has been published
         run = self.run
         self.check_whole()
-        records, publishing = records_of(self._first_target), _publishing(self._first_target)
         if publishing.exists():
             if not take_over and time.time() - _last_heard(publishing) < SILENT_SECONDS:
+                return None
+            if not _is_claimed(publishing / ALIVE):
                 return None
         else:
             try:
                 records.rename(publishing)  # one alone can do that
             except FileNotFoundError:
                 return None
+        with _heartbeat(publishing / ALIVE):
+            return self._put_in_place(run, publishing)
 
-        def alive() -> None:
-            (publishing / ALIVE).touch()
-
-        alive()
+    def _put_in_place(self, run: str, publishing: Path) -> Any:
         fingerprint = {key: value for key, value in self._fingerprint.items() if key != "targets"}
         sidecar = sidecar_of_run(fingerprint, self._given, self.plan.plan, self._preparation.models, [])
         made = []
         for number, (store, layout) in enumerate(zip(self._stores, self._layouts, strict=True)):
             folder = self._array_folder(number, run)
             if folder.exists():
-                _make_coarser(layout, folder, publishing / f"levels-{number}", alive)
+                _make_coarser(layout, folder, publishing / f"levels-{number}")
                 if isinstance(store, NiftiStore):
-                    _write_file(folder, store, layout, sidecar, run, alive)
+                    _write_file(folder, store, layout, sidecar, run)
             if isinstance(store, ZarrStore):
                 store.commit(sidecar, run)
             assert store.path is not None
@@ -496,6 +509,40 @@ def forget_failures(target: Path) -> int:
     return len(numbers)
 
 
+def _is_claimed(alive: Path) -> bool:
+    """Take over what another process has left: of several that try, one can."""
+    try:
+        alive.rename(alive.with_name(f"{ALIVE}.{secrets.token_hex(4)}"))
+        return True
+    except FileNotFoundError:
+        pass
+    try:
+        alive.touch(exist_ok=False)  # it was lost before it made a sign
+        return True
+    except FileExistsError:
+        return False
+
+
+@contextlib.contextmanager
+def _heartbeat(path: Path) -> Iterator[None]:
+    """Let others see that this process is at it, however long a step takes."""
+    stopping = threading.Event()
+
+    def beat() -> None:
+        while not stopping.wait(BEAT_SECONDS):
+            with contextlib.suppress(OSError):
+                os.utime(path)
+
+    path.touch()
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stopping.set()
+        thread.join()
+
+
 def _last_heard(publishing: Path) -> float:
     """Say when the process that publishes was heard of last."""
     for path in (publishing / ALIVE, publishing):
@@ -531,7 +578,7 @@ def _put(path: Path, told: Json) -> None:
         raise as_save_error(path, error) from error
 
 
-def _make_coarser(layout: Layout, folder: Path, parts: Path, alive: Callable[[], object]) -> None:
+def _make_coarser(layout: Layout, folder: Path, parts: Path) -> None:
     """Make the coarser levels of an array of which the finest is whole, shard by shard."""
     if not layout.factors:
         return
@@ -543,11 +590,10 @@ def _make_coarser(layout: Layout, folder: Path, parts: Path, alive: Callable[[],
 
     levels: list[Callable[[Box, np.ndarray], object]] = [lambda box, values: None, *map(into, coarser)]
     writer = PyramidWriter(
-        parts, levels, layout.spec.shape, layout.dtype, layout.shards, layout.factors, layout.spec.is_labels, is_new=True
+        parts, levels, layout.spec.shape, layout.dtype, layout.units, layout.factors, layout.spec.is_labels, is_new=True
     )
-    boxes = ShardGrid(layout.spec.shape[1:], layout.shards[0])
+    boxes = ShardGrid(layout.spec.shape[1:], layout.units[0])
     for number in range(len(boxes)):
-        alive()
         box = boxes[number]
         slices = tuple(reversed(box.slices))
         values = np.asarray(finest[(slice(None), *slices) if layout.has_channels else slices])
@@ -557,7 +603,7 @@ def _make_coarser(layout: Layout, folder: Path, parts: Path, alive: Callable[[],
     shutil.rmtree(parts, ignore_errors=True)
 
 
-def _write_file(folder: Path, store: NiftiStore, layout: Layout, sidecar: Json, run: str, alive: Callable[[], object]) -> None:
+def _write_file(folder: Path, store: NiftiStore, layout: Layout, sidecar: Json, run: str) -> None:
     """Make a file of a whole array, and remove that; if it was interrupted, it is made anew unless it is there already."""
     if (read_sidecar(sidecar_of(store.path)) or {}).get("run") != run:
         store.discard(run)
@@ -566,7 +612,6 @@ def _write_file(folder: Path, store: NiftiStore, layout: Layout, sidecar: Json, 
             store.create(layout.spec, run)
             boxes = ShardGrid(layout.spec.shape[1:], layout.shards[0])
             for number in range(len(boxes)):
-                alive()
                 store.write(boxes[number], source.read(boxes[number]).to(layout.spec.dtype))
             store.flush()
             store.commit(sidecar, run)

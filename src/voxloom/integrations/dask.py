@@ -74,7 +74,9 @@ class DaskLauncher:
             flying[future] = (number, time.monotonic())
 
         def more() -> None:
-            room = IN_FLIGHT * max(1, len(self.client.scheduler_info(n_workers=-1)["workers"])) - len(flying)
+            # Where a part may take too long, none waits at a worker: its time would count, too.
+            each = IN_FLIGHT if self.timeout is None else 1
+            room = each * max(1, len(self.client.scheduler_info(n_workers=-1)["workers"])) - len(flying)
             for _ in range(room):
                 number = again.pop() if again else next(waiting, None)
                 if number is None:
@@ -120,8 +122,7 @@ def _saved(job: ShardJob) -> Path:
     """Write down how a prediction is made, where workers find it."""
     import cloudpickle
 
-    _ = job.run.run
-    path = job.run.folder / "job.pkl"
+    path = job.run.folder / f"job-{job.run.run}.pkl"  # a worker that lives on must not take it for that of another run
     try:
         path.write_bytes(cloudpickle.dumps(job))
     except OSError as error:

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import itertools
 import json
+import os
 import secrets
 import shutil
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from filelock import FileLock
 from torch.utils.data import Dataset
 
@@ -22,7 +24,7 @@ from ..errors import CorruptImageError, NoSuchIndexError, SaveError, SubjectErro
 from ..io.arrays import hash_of
 from ..io.blosc import BloscFile, write_blosc
 from ..io.files import size_of_path
-from ..io.fingerprints import fingerprint_of_option
+from ..io.fingerprints import fingerprint_of_code, fingerprint_of_option
 from ..io.protocols import Json, SpaceCodes
 from ..io.saving import as_save_error, write_safely
 from ..runtime.limits import as_bytes
@@ -102,7 +104,8 @@ class SubjectsCache(Dataset[Subject]):
         seeds = itertools.count()
         for each in transforms:
             reseed(each, seeds)
-        return [fingerprint_of_option(each) for each in transforms]
+        # With the files that they are in, since a function may use what stands beside it.
+        return [[fingerprint_of_option(each), fingerprint_of_code(getattr(each, "func", each))] for each in transforms]
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -144,7 +147,13 @@ class SubjectsCache(Dataset[Subject]):
             assert subjects is not None
             subject = subjects[index]
             images = {
-                name: [type(image).__name__, _fingerprint_of(image), image.affine.tolist()]
+                name: [
+                    type(image).__name__,
+                    image.type,
+                    _fingerprint_of(image),
+                    fingerprint_of_option(image.reader),
+                    fingerprint_of_option(image.metadata),
+                ]
                 for name, image in subject.images.items()
             }
             of_subject = [images, fingerprint_of_option(subject.metadata)]
@@ -244,7 +253,10 @@ def _fingerprint_of(image: Image) -> Json:
 
 def _written(path: Path, image: Image) -> Json:
     """Write an image, with a folder for what samplers find out about it, and say what it is."""
-    write_blosc(path, image.data)
+    data = image.data
+    write_blosc(path, data.float() if data.dtype == torch.bfloat16 else data)
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
     path.with_name(f".{path.stem}.index").mkdir()
     name = next(each.__name__ for each in type(image).__mro__ if each.__name__ in IMAGES)
     return {

@@ -12,6 +12,7 @@ from ..io.formats import format_of, is_folder_target
 from ..io.protocols import VolumeSpec, VolumeStore, is_source, read_checked
 from ..io.spooling import spooled
 from ..io.targets import as_target, save_volume, store_at
+from ..io.zarr.source import is_label_of_image
 from ..io.zarr.store import ZarrStore
 from ..runtime.progress import shown
 from .constants import LABEL
@@ -45,7 +46,7 @@ def convert(
         output: name of the file or folder: `.nii`, `.nii.gz`, `.ome.zarr`, `.nii.zarr`, `.zarr` (a plain array),
             `IMAGE.ome.zarr/labels/NAME`, `.nrrd`, `.mha`, `.mgz`; or a `VolumeStore`.
         labels: whether it holds labels, of which a coarser level has those of most voxels rather than a mean; by default as the
-            image says.
+            image says, and true of a label image beside another one.
         overwrite: whether what is there may be replaced.
         chunks: of Zarr, see `ZarrStore`; for training half the patch or less is good.
         shards: of Zarr.
@@ -69,7 +70,7 @@ def convert(
         True
     """
     given = as_image(image)
-    is_labels = given.type == LABEL if labels is None else labels
+    is_labels = (given.type == LABEL or _is_label_target(output)) if labels is None else labels
     image_class = LabelMap if is_labels else ScalarImage
     if _is_written_whole(output):
         path = Path(output).expanduser()
@@ -83,6 +84,11 @@ def convert(
     spec = VolumeSpec(given.shape, given.dtype, given.affine, given.codes, is_labels, _stored_dtype(given))
     made = _copied(given, store, spec, progress)
     return image_class(made) if isinstance(made, Path) or is_source(made) else made
+
+
+def _is_label_target(output: Any) -> bool:
+    path = output.path if isinstance(output, VolumeStore) else Path(output)
+    return path is not None and is_label_of_image(path)
 
 
 def _is_written_whole(output: Any) -> bool:

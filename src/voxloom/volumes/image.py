@@ -95,6 +95,7 @@ class Image(ImageEntries, Exchange, Views):
         self.path: Path | list[Path] | None = None
         self._affine = affine_of(tensor) if affine is None else as_affine(affine)
         self._origin: Origin | None = None
+        self.reader = reader
         given = path if path is None or is_source(path) else source_at(path) if is_path(path) else source_of(path, affine)
         if is_source(given):
             self._origin = GivenOrigin(given)

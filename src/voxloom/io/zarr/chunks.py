@@ -72,6 +72,10 @@ class ChunkedArray:
         self.bytes_read = 0
         """Bytes that were read of chunks until now."""
 
+    def forget(self) -> None:
+        """Read anew from now on: the files have changed."""
+        self._owner = CHUNKS.new_owner()
+
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("it is opened anew by another process")
 

@@ -3,6 +3,8 @@
 import contextlib
 import io
 import itertools
+import math
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -81,6 +83,8 @@ class Layout:
         dtype = np.dtype(stored.get(spec.dtype) or torch.empty(0, dtype=spec.dtype).numpy().dtype)
         if spec.stored is not None:
             dtype = np.dtype(spec.stored)
+        if dtype == np.float16 and path.name.lower().endswith(NIFTI):
+            dtype = np.dtype(np.float32)  # which NIfTI lacks
         inner, outer = [], []
         shape: Ints = spec.shape[1:]
         for step in [None, *factors]:
@@ -99,6 +103,15 @@ class Layout:
             inner.append(chunk)
             outer.append(shard)
         return cls(path, spec, dtype, tuple(inner), tuple(outer), tuple(factors), version)
+
+    @property
+    def units(self) -> tuple[Ints, ...]:
+        """Voxels that are written together, for each level: whole shards, of which whole voxels of the next level are made."""
+        found = []
+        for number, shard in enumerate(self.shards):
+            factors = self.factors[number] if number < len(self.factors) else (1, 1, 1)
+            found.append(tuple(math.lcm(size, factor) for size, factor in zip(shard, factors, strict=True)))
+        return tuple(found)
 
     @property
     def is_plain(self) -> bool:
@@ -208,6 +221,23 @@ def put_shard(array: Any, has_channels: bool, box: Box, values: np.ndarray) -> N
     turned = values.transpose(0, 3, 2, 1)
     slices = tuple(reversed(box.slices))
     array[(slice(None), *slices) if has_channels else slices] = np.ascontiguousarray(turned if has_channels else turned[0])
+    # What is recorded as written must be there after a power failure, too.
+    size = array.shards or array.chunks
+    spans = [range(part.start // each, -(-part.stop // each)) for part, each in zip(slices, size[-3:], strict=True)]
+    channels = [range(-(-array.shape[0] // size[0]))] if has_channels else []
+    root = array.store.root / array.path
+    for place in itertools.product(*channels, *spans):
+        _bring_to_disk(root / array.metadata.encode_chunk_key(place))
+
+
+def _bring_to_disk(path: Path) -> None:
+    """Bring a file to the disk; one of nothing but the fill value is not there."""
+    with contextlib.suppress(FileNotFoundError):
+        file = os.open(path, os.O_RDWR)
+        try:
+            os.fsync(file)
+        finally:
+            os.close(file)
 
 
 def _of_image(folder: Path, spec: VolumeSpec) -> tuple[str, list[Ints]]:
@@ -216,7 +246,7 @@ def _of_image(folder: Path, spec: VolumeSpec) -> tuple[str, list[Ints]]:
     Raises:
         SpaceError: if the labels are not on the image's grid.
     """
-    image = ZarrSource(folder)
+    image = ZarrSource(folder, time=0, channel=0)  # whatever more there is of it
     if image.shape[1:] != spec.shape[1:]:
         raise SpaceError(f"the labels have {spec.shape[1:]} voxels, but {folder} has {image.shape[1:]}: they must be on its grid")
     distance = corner_displacement(image.affine, spec.affine, spec.shape[1:])

@@ -25,14 +25,14 @@ from ...errors import (
     VoxloomError,
 )
 from ..arrays import as_tensor, hash_of, torch_dtype
-from ..files import FileSource
+from ..files import FOLDER_SIDECAR, FileSource
 from ..nifti import NibabelFile
 from ..protocols import Json, SpaceCodes, VolumeSpec
 from .chunks import ChunkedArray
 from .ngff import SPATIAL, Axis, Multiscales, axes_by_names, chosen_level
 from .storage import Storage, is_url, storage_at, zarr_python
 
-__all__ = ["OWN", "ZarrSource", "is_label_of_image", "is_zarr", "open_zarr"]
+__all__ = ["OWN", "ZarrSource", "is_label_of_image", "is_zarr", "more_than_image", "open_zarr"]
 
 # Name of the attribute in which voxloom keeps what OME-Zarr has no place for.
 OWN = "voxloom"
@@ -50,6 +50,19 @@ def is_zarr(path: Path) -> bool:
 def is_label_of_image(path: Path) -> bool:
     """Whether a path is that of a label image of an OME-Zarr image, such as `scan.ome.zarr/labels/organs`."""
     return path.parent.name == "labels" and is_zarr(path.parent.parent)
+
+
+def more_than_image(path: Path) -> list[str]:
+    """Name what a store holds beside an image: whatever is none of its levels, of its chunks or of what is said of it."""
+    zarr = zarr_python()
+    try:
+        node = zarr.open(store=zarr.storage.LocalStore(path, read_only=True), mode="r")
+        multiscales = Multiscales.of(dict(node.attrs), str(path))
+    except (VoxloomError, OSError, ValueError, KeyError, TypeError):
+        return ["what cannot be read"]
+    levels = {"nifti"} if multiscales is None else {"nifti", *(level.path.partition("/")[0] for level in multiscales.levels)}
+    own = re.compile(rf"zarr\.json|\.z[a-z]+|{re.escape(FOLDER_SIDECAR)}|{'' if isinstance(node, zarr.Group) else r'c|[0-9./]+'}")
+    return sorted(each.name for each in path.iterdir() if each.name not in levels and not own.fullmatch(each.name))
 
 
 class ZarrSource(FileSource):
@@ -81,6 +94,7 @@ class ZarrSource(FileSource):
         """What OME-Zarr says of the image; None for a plain array."""
         self.array = ChunkedArray(storage, found.path, found.array, missing)
         self._axes = found.axes
+        self._told: dict[str, Json] | None = None  # its last fingerprint
         self._select(time, channel, found.channels)
         self.slope, self.intercept = found.scaling
         stored = torch_dtype(self.array.dtype, self.name)
@@ -192,6 +206,9 @@ class ZarrSource(FileSource):
                 "bytes": sum(state.st_size for state in states),
                 "modified_ns": max((state.st_mtime_ns for state in states), default=0),
             }
+        if told != self._told:
+            self.array.forget()  # chunks that were kept are of another state
+            self._told = told
         return told
 
 
@@ -210,12 +227,13 @@ class _Found:
         zarr = zarr_python()
         node = _opened(zarr, storage, inner, name)
         if not isinstance(node, zarr.Group):
-            above, _, last = inner.rpartition("/")
-            group = _opened(zarr, storage, above, name, is_needed=False) if inner else None
-            multiscales = None if not isinstance(group, zarr.Group) else Multiscales.of(dict(group.attrs), name)
-            if multiscales is not None and group is not None and axes is None:
-                numbers = [number for number, each in enumerate(multiscales.levels) if each.path == last]
-                if numbers:
+            parts = inner.split("/") if inner and axes is None else []
+            for count in reversed(range(len(parts))):
+                above, last = "/".join(parts[:count]), "/".join(parts[count:])
+                group = _opened(zarr, storage, above, name, is_needed=False)
+                multiscales = Multiscales.of(dict(group.attrs), name) if isinstance(group, zarr.Group) else None
+                numbers = [number for number, each in enumerate(multiscales.levels) if each.path == last] if multiscales else []
+                if multiscales is not None and numbers:
                     return cls._of_group(zarr, group, multiscales, numbers[0], above, name)
             return cls._of_array(inner, node, axes, name)
         multiscales = Multiscales.of(dict(node.attrs), name)
@@ -340,10 +358,10 @@ def _storage_of(location: str | Path, timeout: float) -> tuple[Storage, str]:
         return storage_at(above[0], timeout), path.relative_to(above[0]).as_posix()
     if not path.is_dir():
         raise ImageNotFoundError(f"there is no folder {path}")
-    root = path
-    while is_zarr(root.parent):
+    root = whole = path.absolute()
+    while is_zarr(root.parent) and root.parent != root:
         root = root.parent
-    inner = path.relative_to(root).as_posix()
+    inner = whole.relative_to(root).as_posix()
     return storage_at(root, timeout), "" if inner == "." else inner
 
 

@@ -21,7 +21,7 @@ from ..saving import as_save_error, write_safely
 from ..sidecars import written
 from .layout import Layout, describe_labels, put_shard, register_label
 from .ngff import VERSIONS
-from .source import is_label_of_image, is_zarr
+from .source import is_label_of_image, is_zarr, more_than_image
 from .writing import PyramidWriter
 
 __all__ = ["ZarrStore"]
@@ -82,7 +82,7 @@ class ZarrStore:
     @property
     def chunk_shape(self) -> tuple[int, int, int] | None:
         """A shard, once it is known what is written; see `VolumeStore`."""
-        sizes = self._chunks if self._layout is None else self._layout.shards[0]
+        sizes = self._chunks if self._layout is None else self._layout.units[0]
         return None if sizes is None else (sizes[0], sizes[1], sizes[2])
 
     def _at(self, run: str, ending: str) -> Path:
@@ -96,6 +96,11 @@ class ZarrStore:
             )
         if self.path.exists() and not is_zarr(self.path):
             raise TargetExistsError(f"{self.path} exists, and is no Zarr store: choose another name")
+        if self.path.exists() and (more := more_than_image(self.path)):
+            raise TargetExistsError(
+                f"{self.path} holds more than an image, which would be lost with it: {', '.join(more)}. Move it away, or choose"
+                " another name"
+            )
 
     # Writing
 
@@ -134,7 +139,7 @@ class ZarrStore:
             [partial(put_shard, array, layout.has_channels) for array in arrays],
             spec.shape,
             layout.dtype,
-            layout.shards,
+            layout.units,
             layout.factors,
             spec.is_labels,
             is_new,
@@ -160,6 +165,7 @@ class ZarrStore:
 
     def discard(self, run: str) -> None:
         """See `VolumeStore`."""
+        _put_back(self._at(run, ".old"), self.path)
         for ending in (".zarr", ".parts", ".old"):
             shutil.rmtree(self._at(run, ending), ignore_errors=True)
 
@@ -205,7 +211,11 @@ class ZarrStore:
                 )
             shutil.rmtree(old, ignore_errors=True)
             self.path.rename(old)
-        whole.rename(self.path)
+        try:
+            whole.rename(self.path)
+        except BaseException:
+            _put_back(old, self.path)
+            raise
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -215,6 +225,12 @@ class ZarrStore:
             raise
         except OSError as error:
             raise as_save_error(self.path, error) from error
+
+
+def _put_back(old: Path, path: Path) -> None:
+    """Put what was there before under its name again, if nothing has taken its place."""
+    if old.exists() and not path.exists():
+        old.rename(path)
 
 
 def _run_of(path: Path) -> str | None:
