@@ -71,9 +71,10 @@ def test_a_path_says_what_is_written(tmp_path):
         assert np.array_equal(made.affine, AFFINE)
         assert made.data.dtype == torch.uint8
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.nii.zarr", "out.ome.zarr", "out.zarr"]
-    sidecar = json.loads((tmp_path / "out.ome.zarr/voxloom.json").read_text())
+    sidecar = json.loads((tmp_path / "out.ome.zarr/0/voxloom.json").read_text())
     assert sidecar["written"]["name"] == "out.ome.zarr"
     assert sidecar["options"]["patch_size"] == [16, 16, 16]
+    assert list(zarr.open_group(tmp_path / "out.ome.zarr", mode="r").keys()) == ["0"]  # without a warning
 
 
 def test_every_level_is_made_of_the_one_before(tmp_path):

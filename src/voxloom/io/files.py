@@ -14,7 +14,16 @@ from ..errors import CorruptImageError, ImageFileError, ImageNotFoundError
 from .arrays import hash_of
 from .protocols import Json, SpaceCodes, VolumeSource, VolumeSpec
 
-__all__ = ["FOLDER_SIDECAR", "FileSource", "explained", "files_in", "fingerprint_of_files", "hash_of_path", "size_of_path"]
+__all__ = [
+    "FOLDER_SIDECAR",
+    "FileSource",
+    "explained",
+    "files_in",
+    "fingerprint_of_files",
+    "hash_of_path",
+    "sidecar_in",
+    "size_of_path",
+]
 
 # How a result that is a folder was made is said in a file of this name in it.
 FOLDER_SIDECAR = "voxloom.json"
@@ -92,6 +101,15 @@ def files_in(paths: tuple[Path, ...]) -> list[Path]:
     return list(dict.fromkeys(files))
 
 
+def sidecar_in(folder: Path) -> Path:
+    """Name the file in a result's own folder that says how it was made: in that of its finest level, if it has levels.
+
+    zarr-python would warn of a file that is no member beside members.
+    """
+    level = folder / "0"
+    return (level if level.is_dir() else folder) / FOLDER_SIDECAR
+
+
 def size_of_path(path: Path) -> int:
     """Bytes of a file, or of all files in a folder and below it."""
     return sum(each.stat().st_size for each in _parts_of(path))
@@ -109,7 +127,7 @@ def _parts_of(path: Path) -> list[Path]:
     """Give the files that a result consists of: not what is said of it in its own folder."""
     if not path.is_dir():
         return [path]
-    return sorted(each for each in path.rglob("*") if each.is_file() and each.relative_to(path) != Path(FOLDER_SIDECAR))
+    return sorted(each for each in path.rglob("*") if each.is_file() and each != sidecar_in(path))
 
 
 def explained(error: Exception, name: str, what: str) -> ImageFileError:

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from .files import FOLDER_SIDECAR, hash_of_path, size_of_path
+from .files import hash_of_path, sidecar_in, size_of_path
 from .formats import endings, is_folder_target, stem_of
 from .protocols import Json
 
@@ -12,7 +12,7 @@ __all__ = ["is_as_written", "other_told_of", "read_sidecar", "sidecar_of", "writ
 
 def sidecar_of(target: Path) -> Path:
     """Name of the file that says how a result came to be."""
-    return target / FOLDER_SIDECAR if is_folder_target(target) else target.with_name(f"{stem_of(target)}.json")
+    return sidecar_in(target) if is_folder_target(target) else target.with_name(f"{stem_of(target)}.json")
 
 
 def read_sidecar(path: Path) -> dict[str, Json] | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...core.boxes import Box
 from ...core.sizes import as_sizes
 from ...errors import ModeError, RecordError, TargetExistsError, VoxloomError
-from ..files import FOLDER_SIDECAR
+from ..files import sidecar_in
 from ..formats import stem_of
 from ..labels import Label
 from ..protocols import Json, VolumeSpec
@@ -176,7 +176,7 @@ class ZarrStore:
         whole, parts, old = (self._at(run, ending) for ending in (".zarr", ".parts", ".old"))
         with self._explained():
             if whole.exists():
-                if not (whole / FOLDER_SIDECAR).exists():
+                if not sidecar_in(whole).exists():
                     self._complete(whole, parts, sidecar, run)
                 self._put(whole, old)
             elif _run_of(self.path) != run:
@@ -197,9 +197,7 @@ class ZarrStore:
         if labels:
             describe_labels(whole, labels)
         if sidecar:
-            write_safely(
-                whole / FOLDER_SIDECAR, json.dumps({**sidecar, "run": run, "written": written(whole, self.path)}, indent=1)
-            )
+            write_safely(sidecar_in(whole), json.dumps({**sidecar, "run": run, "written": written(whole, self.path)}, indent=1))
 
     def _put(self, whole: Path, old: Path) -> None:
         """Put the folder under its name; what is there is only replaced if it may be."""
@@ -236,6 +234,6 @@ def _put_back(old: Path, path: Path) -> None:
 def _run_of(path: Path) -> str | None:
     """Name of the run that a result was made by."""
     try:
-        return str(json.loads((path / FOLDER_SIDECAR).read_text())["run"])
+        return str(json.loads(sidecar_in(path).read_text())["run"])
     except (OSError, ValueError, LookupError, TypeError):
         return None
