@@ -69,6 +69,8 @@ def test_the_whole_way(folder):
     run("predict", *PREDICT[:1], "scan.nii.gz", *PREDICT[1:], "-o", "organs.nii.gz")
     assert torch.equal(vx.LabelMap("scan.ome.zarr/labels/organs").data, vx.LabelMap("organs.nii.gz").data)
     assert "is complete" in run("predict", *PREDICT[:1], "scan.ome.zarr", *PREDICT[1:], "-o", "scan.ome.zarr/labels/organs")
+    run("predict", *PREDICT[:1], "scan.ome.zarr", *PREDICT[1:], "-o", "scan.ome.zarr/labels/organs", "--report")
+    assert (folder / "scan-organs.html").exists()
     assert "organs: complete" in run("status", "scan.ome.zarr/labels/organs")
     assert "40, 30, 20" in run("info", "scan.ome.zarr/labels/organs")
 

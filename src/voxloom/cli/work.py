@@ -14,6 +14,7 @@ from ..datasets import HeadPhantom
 from ..errors import MissingDependencyError, ModeError, SaveError, SizeError, TargetExistsError, VoxloomError
 from ..inference import Predictor
 from ..io.formats import is_folder_target, stem_of
+from ..io.zarr.source import is_label_of_image
 from ..models.loading import LoadedModel, load_model
 from ..models.packing import pack_model
 from ..models.spec import ModelSpec
@@ -121,6 +122,9 @@ def _write_page(
     image = next(iter(subject.images.values()))
     found = CaseReport(case.name, image, kind(case.target), str(plan), seconds, predictor.spec.labels)
     path = case.target.with_name(f"{stem_of(case.target)}.html")
+    if is_label_of_image(case.target):  # beside the image's store, rather than in it
+        store = case.target.parent.parent
+        path = store.with_name(f"{stem_of(store)}-{stem_of(case.target)}.html")
     write_report(path, found)
     return path
 
