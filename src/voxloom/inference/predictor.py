@@ -274,8 +274,9 @@ class Predictor:
             affine: RAS+ matrix of 4 × 4 from voxels to millimetres, of an array, or in place of an image's own.
             mask: compute only patches that hold a voxel of it: an image or its path, matched by affine; a tensor; a threshold; or
                 a function that makes a mask of a part `(C, i, j, k)` of the volume.
-            output: where the result goes: None for memory; a name that ends in `.nii` or `.nii.gz`, beside which a `.json` says
-                how it was made; a `VolumeStore`, or a `Sink`. A dict for several results.
+            output: where the result goes: None for memory; a name that ends in `.nii`, `.nii.gz` or `.seg.nrrd`, beside which a
+                `.json` says how it was made; one that ends in `.ome.zarr`, `.nii.zarr` or `.zarr`, or is
+                `IMAGE.ome.zarr/labels/NAME`; a `VolumeStore` such as `ZarrStore`, or a `Sink`. A dict for several results.
             resume: let a run that was interrupted be resumed, if its log is found beside the output; by its own plan, whatever
                 the memory limit is now. False starts over.
             overwrite: replace a file that is there.
