@@ -95,7 +95,6 @@ class Image(ImageEntries, Exchange, Views):
         self.path: Path | list[Path] | None = None
         self._affine = affine_of(tensor) if affine is None else as_affine(affine)
         self._origin: Origin | None = None
-        self.reader = reader
         given = path if path is None or is_source(path) else source_at(path) if is_path(path) else source_of(path, affine)
         if is_source(given):
             self._origin = GivenOrigin(given)
@@ -294,6 +293,11 @@ class Image(ImageEntries, Exchange, Views):
     def dtype(self) -> torch.dtype:
         """Type of the data, or the type that they will be read as."""
         return self._opened.spec.dtype if self._data is None else self._data.dtype
+
+    @property
+    def reader(self) -> CustomReader | None:
+        """The function of one's own that reads its files; patches of it have none."""
+        return self._origin.reader if isinstance(self._origin, FileOrigin) else None
 
     @property
     def stored_dtype(self) -> np.dtype | None:

@@ -26,7 +26,7 @@ class FileOrigin:
 
     def __init__(self, paths: tuple[Path, ...], reader: CustomReader | None, is_placed: bool) -> None:
         self.paths = paths
-        self._reader = reader
+        self.reader = reader
         self._is_placed = is_placed
         self._spec: VolumeSpec | None = None
         self._source: VolumeSource | None = None
@@ -39,7 +39,7 @@ class FileOrigin:
             ImageFileError: if they are others than when their header was read.
         """
         if self._source is None:
-            reader = self._reader
+            reader = self.reader
             files = [open_volume(path) if reader is None else CustomFile(path, reader) for path in self.paths]
             names = list(map(str, self.paths))
             source = files[0] if len(files) == 1 else StackedSource(files, names, check_place=not self._is_placed)
@@ -68,7 +68,7 @@ class FileOrigin:
         Raises:
             OSError, EOFError, ValueError: if one is damaged.
         """
-        return FileOrigin(tuple(unpack(path, folder) for path in self.paths), self._reader, self._is_placed)
+        return FileOrigin(tuple(unpack(path, folder) for path in self.paths), self.reader, self._is_placed)
 
     def prepare(self) -> None:
         """Files are read by whom they belong to."""
