@@ -190,8 +190,9 @@ def test_processes_of_one_machine(scan, tmp_path):
     assert hashes(tmp_path / "parts.ome.zarr") == hashes(tmp_path / "serial.ome.zarr")
 
 
+@pytest.mark.slow
 def test_a_process_that_hangs_is_given_up(scan, tmp_path):
-    launcher = ProcessLauncher(1, timeout=6, shard_size=16)
+    launcher = ProcessLauncher(1, timeout=30, shard_size=16)
     model = Hangs(str(tmp_path / "hung"))
     made = vx.predict(model, scan, output=store(tmp_path / "parts.zarr"), executor=launcher, **OPTIONS)
     assert torch.equal(made.data, vx.predict(three, scan, **OPTIONS).data)
