@@ -249,12 +249,15 @@ class ShardedRun:
         Raises:
             RecordError: if the records are damaged, or of something else.
         """
+        folder = self.folder
         try:
-            told = json.loads((self.folder / RUN).read_text())
+            told = json.loads((folder / RUN).read_text())
             recorded, name = told["fingerprint"], str(told["run"])
             shard_size, shape = tuple(told["shard_size"]), tuple(told["shape"])
         except FileNotFoundError:
-            if self.folder.exists():
+            if self.folder != folder or (folder / RUN).exists():
+                return self.run  # another process has just begun, has begun to publish, or has ended
+            if folder.exists():
                 raise RecordError(f"{self.folder} has no {RUN}: remove it, and begin again") from None
             return self._begun()
         except (OSError, ValueError, LookupError, TypeError) as error:
@@ -348,12 +351,19 @@ class ShardedRun:
         try:
             patches = self._computed(number, run, progress)
         except Exception as error:
+            if not records_of(self._first_target).exists():
+                return  # another process has computed it as well, and all is done
             told = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc(), "host": platform.node()}
             with contextlib.suppress(OSError, VoxloomError):
                 _put(self.folder / FAILED / f"{number}.json", told)
             raise
-        _put(self.folder / DONE / f"{number}.json", {"seconds": time.time() - began, "patches": patches, "host": platform.node()})
-        (self.folder / FAILED / f"{number}.json").unlink(missing_ok=True)
+        done = {"seconds": time.time() - began, "patches": patches, "host": platform.node()}
+        try:
+            _put(self.folder / DONE / f"{number}.json", done)
+            (self.folder / FAILED / f"{number}.json").unlink(missing_ok=True)
+        except SaveError:
+            if records_of(self._first_target).exists():
+                raise
 
     def _computed(self, number: int, run: str, progress: Callable[[int], object]) -> int:
         shard, parts = self.plan[number], self.plan
@@ -484,9 +494,20 @@ def status_of(target: Path) -> ShardStatus | None:
     if folder is None:
         return None
     try:
+        return _status_in(folder, is_published=folder == _publishing(target))
+    except FileNotFoundError:
+        if folder.is_dir():
+            raise RecordError(f"{folder} is not whole: remove it, and begin again") from None
+        return status_of(target)  # it has been put elsewhere meanwhile
+
+
+def _status_in(folder: Path, is_published: bool) -> ShardStatus:
+    try:
         told = json.loads((folder / RUN).read_text())
         boxes = ShardGrid(tuple(told["shape"]), tuple(told["shard_size"]))
         began = float(told["began"])
+    except FileNotFoundError:
+        raise
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise RecordError(f"{folder / RUN} is damaged: remove {folder}, and begin again") from error
     done = _numbers_in(folder / DONE)
@@ -496,7 +517,6 @@ def status_of(target: Path) -> ShardStatus | None:
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
             took += float(json.loads((folder / DONE / f"{number}.json").read_text())["seconds"])
     last = max(((folder / DONE / f"{number}.json").stat().st_mtime for number in done), default=began)
-    is_published = folder == _publishing(target)
     return ShardStatus(len(boxes), len(done), failed, is_published, last - began, took, boxes, frozenset(done))
 
 

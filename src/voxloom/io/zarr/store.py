@@ -193,6 +193,8 @@ class ZarrStore:
             raise RecordError(
                 f"{parts} holds shards of which a part was never written: start over with resume=False (--no-resume)"
             )
+        for unfinished in whole.rglob("*.partial"):  # of a process that was killed while it wrote a shard
+            unfinished.unlink(missing_ok=True)
         labels = [Label(**each) for each in sidecar.get("labels", ())]
         if labels:
             describe_labels(whole, labels)
