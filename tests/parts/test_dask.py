@@ -15,8 +15,8 @@ from test_parts import OPTIONS, fails, hashes, leftovers, store
 import voxloom as vx
 from parts_models import Hangs, Slow, three
 from voxloom.errors import ModeError, ShardError
-from voxloom.inference.shards import status_of
 from voxloom.integrations.dask import DaskLauncher, client_of
+from voxloom.runs.parts import status_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of Dask's own, where workers are killed
 

@@ -18,8 +18,10 @@ import voxloom as vx
 from parts_models import Hangs, three, two_outputs
 from voxloom.errors import OutputError, RecordError, SaveError, ShardError, SizeError, TargetExistsError
 from voxloom.inference import ProcessLauncher, SerialLauncher
-from voxloom.inference.shards import as_share, forget_failures, records_of, status_of
+from voxloom.inference.shard_plan import as_share
 from voxloom.io.zarr import storage
+from voxloom.runs import parts
+from voxloom.runs.parts import forget_failures, records_of, status_of
 
 AFFINE = np.array([[0.0, 2, 0, -30], [-1.5, 0, 0, 4], [0, 0, 3, 5], [0, 0, 0, 1]])
 TURNED = np.array([[0.0, 0, 2.9, 9], [1.2, 0, 0, -2], [0, 2.4, 0, 10], [0, 0, 0, 1]])
@@ -280,15 +282,15 @@ def test_a_full_store_keeps_what_is_done(scan, tmp_path, monkeypatch):
     from voxloom.io.zarr import writing
 
     target, count = tmp_path / "parts.ome.zarr", itertools.count()
-    reserve = writing._reserve
+    reserve = writing.reserve
 
-    def full(path, size):
+    def full(file, size):
         if next(count) > 20:
             raise OSError(28, "No space left on device")
-        reserve(path, size)
+        reserve(file, size)
 
     with monkeypatch.context() as patch:
-        patch.setattr(writing, "_reserve", full)
+        patch.setattr(writing, "reserve", full)
         with pytest.raises(ShardError, match="No space left"):
             vx.predict(three, scan, output=store(target), executor=SerialLauncher(16), **OPTIONS)
     assert status_of(target).done > 0
@@ -384,8 +386,8 @@ def test_records_without_their_beginning_and_jobs_that_come_late(scan, tmp_path)
 def test_a_slow_process_that_publishes_is_heard_of(scan, tmp_path, monkeypatch):
     from voxloom.inference import shards
 
-    monkeypatch.setattr(shards, "SILENT_SECONDS", 0.6)
-    monkeypatch.setattr(shards, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(parts, "SILENT_SECONDS", 0.6)
+    monkeypatch.setattr(parts, "BEAT_SECONDS", 0.05)
     slow = shards._make_coarser
     first, second = (run_of(scan, tmp_path / "parts.nii") for _ in range(2))
     for number in list(first.remaining()):

@@ -182,7 +182,7 @@ def killed(target, event, number, memory_limit, out):
 
         module.put_shard = layout.put_shard
     else:
-        module, name = {"record": (writing, "write_safely"), "disk": (writing, "_bring_to_disk"), "rename": (os, "rename")}[event]
+        module, name = {"record": (writing, "write_safely"), "disk": (writing, "bring_to_disk"), "rename": (os, "rename")}[event]
         setattr(module, name, dying(getattr(module, name)))
     predicted(store(target), model=model, memory_limit=memory_limit)
     out.put("done")

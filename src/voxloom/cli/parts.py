@@ -7,8 +7,8 @@ from typing import Any
 from ..errors import ShardError
 from ..inference.launchers import ProcessLauncher, as_devices
 from ..inference.predictor import Predictor
-from ..inference.shards import as_share
-from ..runtime.progress import shown
+from ..inference.shard_plan import as_share
+from ..runtime.progress import shown_if
 from ..volumes.subject import Subject
 from .options import PartsOptions, numbers
 from .reporting import Report, printable
@@ -73,8 +73,8 @@ def compute_share(
     share = list(run.remaining(((number - place[0]) % count, count)))
     failed: list[int] = []
     with contextlib.ExitStack() as stack:
-        is_quiet = report.quiet or report.as_json
-        told = (lambda done: None) if is_quiet else stack.enter_context(shown(printable(name), len(share), "parts"))
+        is_told = not report.quiet and not report.as_json
+        told = stack.enter_context(shown_if(is_told, printable(name), len(share), "parts"))
         for each in share:
             try:
                 run.compute(each)

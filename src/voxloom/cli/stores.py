@@ -9,12 +9,12 @@ from tqdm.auto import tqdm
 
 from ..core.sizes import pretty_bytes
 from ..errors import ModeError, SubjectError, VoxloomError
-from ..inference.shards import forget_failures, status_of
 from ..io.files import size_of_path
 from ..io.formats import endings
 from ..io.sidecars import read_sidecar, sidecar_of
 from ..plotting.drawings import draw_parts
 from ..runs.log import progress_of
+from ..runs.parts import forget_failures, status_of
 from ..sampling.indexing import build_index
 from ..sampling.random import PatchSampler
 from ..sampling.weighted import LabelSampler, WeightedSampler

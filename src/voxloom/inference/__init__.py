@@ -8,7 +8,8 @@ from .plan import PredictionPlan
 from .predictor import Predictor, plan, predict
 from .reductions import Regions
 from .runner import Executor, FirstBatch, Runner
-from .shards import ShardedRun, ShardPlan
+from .shard_plan import ShardPlan
+from .shards import ShardedRun
 from .sinks import MemorySink
 from .threads import ThreadExecutor
 

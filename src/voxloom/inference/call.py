@@ -3,7 +3,7 @@
 import contextlib
 import secrets
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ from ..io.stores import BEGIN_AGAIN, SinkStore
 from ..models.outputs import Name
 from ..runs.log import RunLog
 from ..runtime.chunk_cache import CHUNKS
-from ..runtime.progress import shown
+from ..runtime.progress import shown_if
 from .plan import PredictionPlan
 from .planner import Input
 from .preparing import Preparation, stays_in_memory
@@ -159,7 +159,7 @@ class Call:
                     start,
                     first=first,
                     slab_finished=_nothing if log is None else log.slab_finished,
-                    progress=stack.enter_context(_shown(progress, plan, start)),
+                    progress=stack.enter_context(shown_if(progress, plan.name, plan.remaining_patches(start), "patches")),
                 )
                 for store in stores:
                     store.flush()
@@ -212,10 +212,3 @@ class Call:
 
 def _nothing() -> None:
     """Record nothing."""
-
-
-def _shown(progress: bool | str, plan: PredictionPlan, start: int) -> contextlib.AbstractContextManager[Callable[[int], object]]:
-    """Give what is told of patches that have been computed, and shows it if that is wanted."""
-    if not progress:
-        return contextlib.nullcontext(lambda patches: None)
-    return shown(progress if isinstance(progress, str) else plan.name, plan.remaining_patches(start), "patches")

@@ -20,6 +20,8 @@ __all__ = ["Launcher", "ProcessLauncher", "SerialLauncher", "ShardJob", "as_devi
 
 # How often a part is tried that nobody has finished.
 ATTEMPTS = 3
+# How often it is looked at what is done: a folder that may have many files.
+POLL_SECONDS = 0.5
 
 
 @dataclass(eq=False)
@@ -160,7 +162,7 @@ class ProcessLauncher:
                 count, since = len(done), time.monotonic()
             if has_ended or (self.timeout is not None and time.monotonic() - since > self.timeout):
                 return
-            time.sleep(0.1)
+            time.sleep(POLL_SECONDS)
 
 
 LAUNCHERS = {"distributed": "voxloom.integrations.dask"}

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
@@ -27,7 +27,7 @@ from ..models.spec import ModelSpec
 from ..runs.log import RunLog, is_to_be_published, remove_leftovers
 from ..runtime.kept_memory import kept_for_models
 from ..runtime.limits import as_bytes
-from ..runtime.progress import shown
+from ..runtime.progress import shown_if
 from .call import Call, Stores
 from .entering import Entrance, Request
 from .launchers import Launcher, ShardJob, as_launcher
@@ -353,10 +353,7 @@ class Predictor:
         run = job.run
         numbers = list(run.remaining())
         with contextlib.ExitStack() as stack:
-            told: Callable[[int], object] = _nothing
-            if progress:
-                name = progress if isinstance(progress, str) else run.plan.plan.name
-                told = stack.enter_context(shown(name, len(numbers), "parts"))
+            told = stack.enter_context(shown_if(progress, run.plan.plan.name, len(numbers), "parts"))
             launcher.launch(job, numbers, lambda number: told(1))
         made = run.published()
         if made is None:
@@ -413,10 +410,6 @@ class Predictor:
 def _opened_shards(predictor: Mapping[str, Any], call: Mapping[str, Any]) -> ShardedRun:
     """Make a prediction in parts of all that was said of it."""
     return Predictor(**predictor).shards(**call)
-
-
-def _nothing(parts: int) -> None:
-    """Say nothing."""
 
 
 def _as_store(given: Any, overwrite: bool) -> VolumeStore:

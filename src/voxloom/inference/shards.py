@@ -1,19 +1,17 @@
-"""A prediction in parts that are computed anywhere, in any order: which patches each is gathered from, and the records of it."""
+"""A prediction in parts that are computed anywhere, in any order, by whoever sees the folder of its results."""
 
 import contextlib
 import errno
 import json
 import math
-import os
 import platform
 import secrets
 import shutil
 import tempfile
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.affines import scaled
 from ..core.boxes import Box
 from ..core.shards import ShardGrid
 from ..core.sizes import Ints, as_sizes
-from ..core.traversal import Block
-from ..errors import OutputError, RecordError, SaveError, ShardError, SizeError, VoxloomError
+from ..errors import OutputError, RecordError, SaveError, ShardError, VoxloomError
 from ..io.fingerprints import differences
 from ..io.formats import stem_of
 from ..io.protocols import Json, VolumeStore
-from ..io.saving import as_save_error, write_safely
+from ..io.saving import saving, write_safely
 from ..io.sidecars import read_sidecar, sidecar_of
 from ..io.stores import NiftiStore
 from ..io.zarr.layout import Layout, put_shard
@@ -38,98 +34,28 @@ from ..io.zarr.source import ZarrSource
 from ..io.zarr.store import ZarrStore
 from ..io.zarr.writing import PyramidWriter, ShardWriter
 from ..models.outputs import Name
+from ..runs.parts import (
+    DONE,
+    FAILED,
+    RUN,
+    heartbeat,
+    is_taken_over,
+    numbers_in,
+    publishing_of,
+    put_record,
+    records_of,
+    traceback_in,
+)
 from .call import Stores
 from .plan import PredictionPlan
 from .planner import Input
 from .preparing import Preparation
 from .provenance import sidecar_of_run
 from .runner import Runner
+from .shard_plan import ShardPlan
 from .sinks import image_class
 
-__all__ = ["Shard", "ShardPlan", "ShardStatus", "ShardedRun", "as_share", "forget_failures", "records_of", "status_of"]
-
-RUN, DONE, FAILED, ALIVE = "run.json", "done", "failed", "alive"
-# A process that publishes is taken for lost when nothing has been heard of it for so long.
-SILENT_SECONDS, BEAT_SECONDS = 600.0, 20.0
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A part of a result, and what it is gathered from."""
-
-    box: Box
-    """Voxels of the result."""
-    block: Block
-    """Groups of patches along the middle and the inner axis."""
-    outer: range
-    """Groups of patches along the outer axis."""
-
-
-@dataclass(frozen=True, eq=False)
-class ShardPlan:
-    """What a prediction is in parts, a pure function of its plan: whoever computes a part gets the same.
-
-    Args:
-        plan: the prediction.
-        boxes: the parts of its results.
-
-    Example:
-        >>> import torch, voxloom as vx
-        >>> from voxloom.core.shards import ShardGrid
-        >>> from voxloom.inference.shards import ShardPlan
-        >>> plan = vx.plan(torch.nn.Identity(), torch.zeros(1, 128, 128, 128), patch_size=32, patch_overlap=0.5)
-        >>> parts = ShardPlan(plan, ShardGrid((128, 128, 128), (64, 64, 64)))
-        >>> len(parts), parts.num_patches(0), round(parts.redundancy, 2)
-        (8, 64, 1.49)
-    """
-
-    plan: PredictionPlan
-    boxes: ShardGrid
-
-    def __len__(self) -> int:
-        return len(self.boxes)
-
-    def __getitem__(self, number: int) -> Shard:
-        box = self.boxes[number]
-        traversal = self.plan.traversals[0]
-        inside = box if self.plan.maps is None else self._support(box)
-        spans = [(inside.start[axis], inside.stop[axis]) for axis in traversal.axes]
-        outer, middle, inner = (part.covering(*span) for part, span in zip(traversal.parts, spans, strict=True))
-        block = Block(middle, inner)
-        return Shard(box, block if self.plan.maps is None else traversal.with_edges(block), outer)
-
-    def _support(self, box: Box) -> Box:
-        """Give the voxels of the output that those of a box on another grid are interpolated from, and a voxel around them."""
-        output, result = self.plan.outputs[0], self.plan.results[0].volume
-        assert self.plan.source_affine is not None
-        to_output = np.linalg.inv(scaled(self.plan.source_affine, tuple(map(float, output.scale)))) @ result.affine
-        ends = [(start - 1, stop) for start, stop in zip(box.start, box.stop, strict=True)]
-        corners = np.array(np.meshgrid(*ends, indexing="ij")).reshape(3, -1).T @ to_output[:3, :3].T + to_output[:3, 3]
-        shape = self.plan.traversals[0].grid.spatial_shape
-        low, high = np.floor(corners.min(0)).astype(int) - 1, np.ceil(corners.max(0)).astype(int) + 2
-        start = tuple(min(max(0, int(first)), size - 1) for first, size in zip(low, shape, strict=True))
-        stop = tuple(max(first + 1, min(int(last), size)) for first, last, size in zip(start, high, shape, strict=True))
-        return Box(start, stop)
-
-    def num_patches(self, number: int) -> int:
-        """Number of patches that a part is gathered from."""
-        shard = self[number]
-        counts = self.plan.traversal.num_patches(shard.block, self.plan.needed)
-        return sum(counts[self.begin(shard) : shard.outer.stop])
-
-    def begin(self, shard: Shard) -> int:
-        """Say with which group of the outer axis gathering a part begins."""
-        return self.plan.begin(shard.outer.start) if shard.outer.start else 0
-
-    @property
-    def redundancy(self) -> float:
-        """How many times a patch is computed, on average, if no mask leaves any out and results are on the input's grid."""
-        plan = self.plan
-        return self.boxes.computed_patches(plan.traversals[0].grid) / max(1, plan.grid.num_patches)
-
-    def of(self, shard: Shard) -> PredictionPlan:
-        """Give the plan for a part: its slabs are those of its only block."""
-        return replace(self.plan, blocks=(shard.block,))
+__all__ = ["ShardedRun"]
 
 
 class _Cut:
@@ -148,15 +74,6 @@ class _Cut:
 
     def flush(self) -> None:
         """All of it is written in the end."""
-
-
-def records_of(target: Path) -> Path:
-    """Name the folder in which the records of a prediction in parts are, beside its first result."""
-    return target.with_name(f".{stem_of(target)}.shards")
-
-
-def _publishing(target: Path) -> Path:
-    return target.with_name(f".{stem_of(target)}.publishing")
 
 
 class ShardedRun:
@@ -239,7 +156,7 @@ class ShardedRun:
     @property
     def folder(self) -> Path:
         """Where the records are; under another name while results are published."""
-        publishing = _publishing(self._first_target)
+        publishing = publishing_of(self._first_target)
         return publishing if publishing.exists() else records_of(self._first_target)
 
     @property
@@ -282,27 +199,26 @@ class ShardedRun:
         for store in self._stores:
             store.check()
         try:
-            for number, layout in enumerate(self._layouts):
-                layout.create(self._array_folder(number, name))
-            for part in (made, made / DONE, made / FAILED):
-                part.mkdir()
-            told = {
-                "run": name,
-                "fingerprint": self._fingerprint,
-                "shard_size": list(self.plan.boxes.size),
-                "shape": list(self.plan.boxes.shape),
-                "parts": len(self.plan),
-                "began": time.time(),
-            }
-            write_safely(made / RUN, json.dumps(told))
-            try:
-                made.rename(folder)
-            except OSError as error:
-                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-                    raise
-                # Another process has been quicker.
-        except OSError as error:
-            raise as_save_error(folder, error) from error
+            with saving(folder):
+                for number, layout in enumerate(self._layouts):
+                    layout.create(self._array_folder(number, name))
+                for part in (made, made / DONE, made / FAILED):
+                    part.mkdir()
+                told = {
+                    "run": name,
+                    "fingerprint": self._fingerprint,
+                    "shard_size": list(self.plan.boxes.size),
+                    "shape": list(self.plan.boxes.shape),
+                    "parts": len(self.plan),
+                    "began": time.time(),
+                }
+                write_safely(made / RUN, json.dumps(told))
+                try:
+                    made.rename(folder)
+                except OSError as error:
+                    if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                        raise
+                    # Another process has been quicker.
         finally:
             if made.exists():
                 shutil.rmtree(made, ignore_errors=True)
@@ -317,11 +233,13 @@ class ShardedRun:
 
     def done(self) -> set[int]:
         """Numbers of the parts that are done."""
-        return _numbers_in(self.folder / DONE)
+        return numbers_in(self.folder / DONE)
 
     def failed(self) -> dict[int, str]:
         """Give the tracebacks of the parts that failed, by their numbers."""
-        return {number: _text_of(self.folder / FAILED / f"{number}.json") for number in sorted(_numbers_in(self.folder / FAILED))}
+        return {
+            number: traceback_in(self.folder / FAILED / f"{number}.json") for number in sorted(numbers_in(self.folder / FAILED))
+        }
 
     # Work
 
@@ -355,11 +273,11 @@ class ShardedRun:
                 return  # another process has computed it as well, and all is done
             told = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc(), "host": platform.node()}
             with contextlib.suppress(OSError, VoxloomError):
-                _put(self.folder / FAILED / f"{number}.json", told)
+                put_record(self.folder / FAILED / f"{number}.json", told)
             raise
         done = {"seconds": time.time() - began, "patches": patches, "host": platform.node()}
         try:
-            _put(self.folder / DONE / f"{number}.json", done)
+            put_record(self.folder / DONE / f"{number}.json", done)
             (self.folder / FAILED / f"{number}.json").unlink(missing_ok=True)
         except SaveError:
             if records_of(self._first_target).exists():
@@ -413,22 +331,20 @@ class ShardedRun:
         Raises:
             ShardError: if parts are missing; names them, and says why they failed.
         """
-        records, publishing = records_of(self._first_target), _publishing(self._first_target)
+        records, publishing = records_of(self._first_target), publishing_of(self._first_target)
         if not records.exists() and not publishing.exists():
             return None  # it has been published
         run = self.run
         self.check_whole()
         if publishing.exists():
-            if not take_over and time.time() - _last_heard(publishing) < SILENT_SECONDS:
-                return None
-            if not _is_claimed(publishing / ALIVE):
+            if not is_taken_over(publishing, at_once=take_over):
                 return None
         else:
             try:
                 records.rename(publishing)  # one alone can do that
             except FileNotFoundError:
                 return None
-        with _heartbeat(publishing / ALIVE):
+        with heartbeat(publishing):
             return self._put_in_place(run, publishing)
 
     def _put_in_place(self, run: str, publishing: Path) -> Any:
@@ -458,144 +374,6 @@ class ShardedRun:
         listed = ", ".join(map(str, missing[:10])) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
         why = next((f"; part {number} ({self.plan[number].box}) failed:\n{text}" for number, text in failed.items()), "")
         raise ShardError(f"of {len(self.plan)} parts of {self.plan.plan.name} {len(missing)} are missing: {listed}{why}")
-
-
-@dataclass(frozen=True)
-class ShardStatus:
-    """How far a prediction in parts is."""
-
-    total: int
-    done: int
-    failed: dict[int, str]
-    """Tracebacks, by the number of the part."""
-    is_published: bool
-    """Whether all is done, and a process is putting it under its name, or was interrupted while it did."""
-    seconds: float
-    """Since it was begun."""
-    seconds_of_parts: float
-    """That the parts took, each on its own."""
-    boxes: ShardGrid
-    numbers: frozenset[int]
-    """The parts that are done."""
-
-    @property
-    def seconds_left(self) -> float | None:
-        """At the rate until now; None while nothing is done."""
-        return self.seconds / self.done * (self.total - self.done) if self.done else None
-
-
-def status_of(target: Path) -> ShardStatus | None:
-    """Say how far a prediction in parts is, from its records; None where there is none.
-
-    Raises:
-        RecordError: if they are damaged.
-    """
-    folder = next((each for each in (_publishing(target), records_of(target)) if each.is_dir()), None)
-    if folder is None:
-        return None
-    try:
-        return _status_in(folder, is_published=folder == _publishing(target))
-    except FileNotFoundError:
-        if folder.is_dir():
-            raise RecordError(f"{folder} is not whole: remove it, and begin again") from None
-        return status_of(target)  # it has been put elsewhere meanwhile
-
-
-def _status_in(folder: Path, is_published: bool) -> ShardStatus:
-    try:
-        told = json.loads((folder / RUN).read_text())
-        boxes = ShardGrid(tuple(told["shape"]), tuple(told["shard_size"]))
-        began = float(told["began"])
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise RecordError(f"{folder / RUN} is damaged: remove {folder}, and begin again") from error
-    done = _numbers_in(folder / DONE)
-    failed = {number: _text_of(folder / FAILED / f"{number}.json") for number in sorted(_numbers_in(folder / FAILED) - done)}
-    took = 0.0
-    for number in done:
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-            took += float(json.loads((folder / DONE / f"{number}.json").read_text())["seconds"])
-    last = max(((folder / DONE / f"{number}.json").stat().st_mtime for number in done), default=began)
-    return ShardStatus(len(boxes), len(done), failed, is_published, last - began, took, boxes, frozenset(done))
-
-
-def forget_failures(target: Path) -> int:
-    """Forget which parts of a prediction failed, and say how many they were: the next process tries them again."""
-    folder = records_of(target) / FAILED
-    numbers = _numbers_in(folder)
-    for number in numbers:
-        (folder / f"{number}.json").unlink(missing_ok=True)
-    return len(numbers)
-
-
-def _is_claimed(alive: Path) -> bool:
-    """Take over what another process has left: of several that try, one can."""
-    try:
-        alive.rename(alive.with_name(f"{ALIVE}.{secrets.token_hex(4)}"))
-        return True
-    except FileNotFoundError:
-        pass
-    try:
-        alive.touch(exist_ok=False)  # it was lost before it made a sign
-        return True
-    except FileExistsError:
-        return False
-
-
-@contextlib.contextmanager
-def _heartbeat(path: Path) -> Iterator[None]:
-    """Let others see that this process is at it, however long a step takes."""
-    stopping = threading.Event()
-
-    def beat() -> None:
-        while not stopping.wait(BEAT_SECONDS):
-            with contextlib.suppress(OSError):
-                os.utime(path)
-
-    path.touch()
-    thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stopping.set()
-        thread.join()
-
-
-def _last_heard(publishing: Path) -> float:
-    """Say when the process that publishes was heard of last."""
-    for path in (publishing / ALIVE, publishing):
-        with contextlib.suppress(OSError):
-            return path.stat().st_mtime
-    return 0.0
-
-
-def _numbers_in(folder: Path) -> set[int]:
-    try:
-        return {int(path.stem) for path in folder.iterdir() if path.suffix == ".json" and path.stem.isdecimal()}
-    except FileNotFoundError:
-        return set()
-
-
-def _text_of(path: Path) -> str:
-    try:
-        return str(json.loads(path.read_text())["traceback"])
-    except (OSError, ValueError, LookupError, TypeError):
-        return "(its record is damaged)"
-
-
-def _put(path: Path, told: Json) -> None:
-    """Let a record appear as a whole."""
-    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with unfinished.open("w") as file:
-            json.dump(told, file)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    except OSError as error:
-        raise as_save_error(path, error) from error
 
 
 def _make_coarser(layout: Layout, folder: Path, parts: Path) -> None:
@@ -640,15 +418,3 @@ def _write_file(folder: Path, store: NiftiStore, layout: Layout, sidecar: Json, 
             store.discard(run)
             raise
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def as_share(given: Any) -> tuple[int, int]:
-    """Read a share of several, `"3/8"`, of which the first is 0.
-
-    Raises:
-        SizeError: if it is none.
-    """
-    number, slash, count = str(given).partition("/")
-    if not slash or not number.isdecimal() or not count.isdecimal() or int(number) >= int(count):
-        raise SizeError(f"the share is {given!r}: it must be I/N, with I from 0 to N - 1, such as 0/8")
-    return int(number), int(count)

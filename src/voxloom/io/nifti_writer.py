@@ -1,6 +1,5 @@
 """Writing a NIfTI file block by block, so that it need never be in memory as a whole."""
 
-import errno
 import io
 import math
 import os
@@ -15,7 +14,7 @@ from ..core.affines import Affine
 from ..core.boxes import Box
 from ..errors import RecordError
 from .protocols import SpaceCodes
-from .saving import nifti_of
+from .saving import nifti_of, reserve
 
 __all__ = ["NiftiWriter"]
 
@@ -59,7 +58,7 @@ class NiftiWriter:
         self._file = os.open(path, flags, 0o666)
         try:
             if is_new:
-                _reserve(self._file, self.num_bytes)
+                reserve(self._file, self.num_bytes)
                 _write_at(self._file, header, 0)
         except BaseException:
             os.close(self._file)
@@ -121,22 +120,6 @@ def _check_begin(path: Path, header: bytes, num_bytes: int) -> None:
     if size != num_bytes or found != header:
         what = f"has {size} bytes in place of {num_bytes}" if size != num_bytes else "has another header than it was given"
         raise RecordError(f"the unfinished file {path} is damaged: it {what}")
-
-
-def _reserve(file: int, num_bytes: int) -> None:
-    """Take the room that a file will need, so that a full disk shows before anything is computed."""
-    if hasattr(os, "posix_fallocate"):
-        try:
-            os.posix_fallocate(file, 0, num_bytes)
-            return
-        except OSError as error:
-            if error.errno not in _NOT_OFFERED:
-                raise
-    os.ftruncate(file, num_bytes)
-
-
-# What a file system answers that cannot reserve room.
-_NOT_OFFERED = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 
 
 def _write_at(file: int, data: bytes | np.ndarray, start: int) -> None:

@@ -1,8 +1,10 @@
 """Writing volumes so that a crash leaves the old file or the new one."""
 
+import contextlib
+import errno
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,10 @@ __all__ = [
     "Writer",
     "as_save_error",
     "atomic_write",
+    "bring_to_disk",
     "nifti_of",
+    "reserve",
+    "saving",
     "simpleitk_of",
     "storable",
     "write_compressed_nifti",
@@ -36,6 +41,8 @@ Writer = Callable[[Path, np.ndarray, Affine, SpaceCodes], None]
 
 # NIfTI-1 keeps sizes in 16 bits.
 LARGEST_NIFTI1_SIZE = 32767
+# What a file system answers that cannot reserve room.
+NOT_OFFERED = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 
 
 def atomic_write(path: Path, write: Callable[[Path], None], ending: str) -> None:
@@ -73,17 +80,56 @@ def atomic_write(path: Path, write: Callable[[Path], None], ending: str) -> None
         raise as_save_error(path, error) from error
 
 
-def write_safely(path: Path, text: str) -> None:
-    """Write a small file such that it is there as a whole, and on the disk, or as it was."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    try:
+def write_safely(path: Path, text: str, mark: str = "") -> None:
+    """Write a small file such that it is there as a whole, and on the disk, or as it was.
+
+    Args:
+        path: the file.
+        text: what it holds.
+        mark: tells this writer from others, where several processes may write the file at once.
+    """
+    unfinished = path.with_name(f"{path.name}{mark}.unfinished")
+    with saving(path):
         with unfinished.open("w", encoding="utf-8", errors="surrogateescape") as file:  # names of files may be of any bytes
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         unfinished.replace(path)
+
+
+@contextlib.contextmanager
+def saving(path: Path) -> Iterator[None]:
+    """Let an error of the system say which target could not be written."""
+    try:
+        yield
+    except VoxloomError:
+        raise
     except OSError as error:
         raise as_save_error(path, error) from error
+
+
+def bring_to_disk(path: Path) -> None:
+    """Bring what was written to a file to where a power failure does not reach it."""
+    file = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def reserve(file: int, num_bytes: int) -> None:
+    """Take the room that an open file will need, so that a full disk shows before anything is computed.
+
+    Where a file is mapped it must show here: a full disk would end the process that writes to it.
+    """
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(file, 0, num_bytes)
+            return
+        except OSError as error:
+            if error.errno not in NOT_OFFERED:
+                raise
+    os.ftruncate(file, num_bytes)
 
 
 def as_save_error(path: Path, error: Exception) -> SaveError:

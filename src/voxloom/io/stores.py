@@ -1,23 +1,22 @@
 """Where results go: memory, NIfTI files, and sinks of the user's."""
 
-import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from ..core.boxes import Box
-from ..errors import RecordError, TargetExistsError, VoxloomError
+from ..errors import RecordError, TargetExistsError
 from .compression import compressing
 from .formats import format_of, stem_of
 from .labels import Label
 from .nifti_writer import NiftiWriter
 from .protocols import Json, VolumeSpec
-from .saving import as_save_error, write_safely
+from .saving import saving, write_safely
 from .segments import SEGMENTS, check_segments, write_segments
 from .sidecars import is_as_written, other_told_of, read_sidecar, sidecar_of, written
 
@@ -164,7 +163,7 @@ class NiftiStore:
 
     def _open(self, spec: VolumeSpec, run: str, is_new: bool) -> None:
         self._spec = spec
-        with self._explained():
+        with saving(self.path):
             self._writer = NiftiWriter(
                 self._part(run, ".nii"), spec.shape, spec.dtype, spec.affine, spec.codes, is_new, spec.stored
             )
@@ -172,13 +171,13 @@ class NiftiStore:
     def write(self, box: Box, values: Tensor) -> None:
         """See `VolumeStore`."""
         assert self._writer is not None
-        with self._explained():
+        with saving(self.path):
             self._writer.write(box, values)
 
     def flush(self) -> None:
         """See `VolumeStore`."""
         assert self._writer is not None
-        with self._explained():
+        with saving(self.path):
             self._writer.flush()
 
     def abort(self) -> None:
@@ -197,7 +196,7 @@ class NiftiStore:
         self.abort()
         plain, described = self._part(run, ".nii"), self._part(run, ".json")
         whole = self._part(run, self._ending)
-        with self._explained():
+        with saving(self.path):
             if not sidecar:
                 self._make_whole(plain, whole, ())
                 put(whole, self.path, self.overwrite)
@@ -237,15 +236,6 @@ class NiftiStore:
         finish = FINISHED_BY.get(self._ending)
         if finish is not None:
             finish(plain, whole, labels)
-
-    @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except VoxloomError:
-            raise
-        except OSError as error:
-            raise as_save_error(self.path, error) from error
 
 
 def put(source: Path, target: Path, overwrite: bool) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 from tqdm.auto import tqdm
 
-__all__ = ["shown"]
+__all__ = ["shown", "shown_if"]
 
 # Seconds between two lines in a log.
 BETWEEN_LINES = 30.0
@@ -27,6 +27,20 @@ def shown(name: str, total: int, unit: str) -> Iterator[Callable[[int], object]]
             yield bar.update
         return
     yield _Lines(name, total, unit).add
+
+
+@contextlib.contextmanager
+def shown_if(wanted: bool | str, name: str, total: int, unit: str) -> Iterator[Callable[[int], object]]:
+    """Show it if that is wanted, under the name that was given for it if there is one; see `shown`."""
+    if not wanted:
+        yield _nothing
+        return
+    with shown(wanted if isinstance(wanted, str) else name, total, unit) as told:
+        yield told
+
+
+def _nothing(parts: int) -> None:
+    """Say nothing."""
 
 
 class _Lines:

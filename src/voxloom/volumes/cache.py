@@ -4,7 +4,6 @@ import contextlib
 import copy
 import itertools
 import json
-import os
 import secrets
 import shutil
 import time
@@ -26,7 +25,7 @@ from ..io.blosc import BloscFile, write_blosc
 from ..io.files import size_of_path
 from ..io.fingerprints import fingerprint_of_code, fingerprint_of_option
 from ..io.protocols import Json, SpaceCodes
-from ..io.saving import as_save_error, write_safely
+from ..io.saving import as_save_error, bring_to_disk, write_safely
 from ..runtime.limits import as_bytes
 from ..runtime.seeding import reseed, seeded
 from .contents import dry_subjects_of, name_of, transforms_of
@@ -255,8 +254,7 @@ def _written(path: Path, image: Image) -> Json:
     """Write an image, with a folder for what samplers find out about it, and say what it is."""
     data = image.data
     write_blosc(path, data.float() if data.dtype == torch.bfloat16 else data)
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
+    bring_to_disk(path)
     path.with_name(f".{path.stem}.index").mkdir()
     name = next(each.__name__ for each in type(image).__mro__ if each.__name__ in IMAGES)
     return {

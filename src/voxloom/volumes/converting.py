@@ -14,7 +14,7 @@ from ..io.spooling import spooled
 from ..io.targets import as_target, save_volume, store_at
 from ..io.zarr.source import is_label_of_image
 from ..io.zarr.store import ZarrStore
-from ..runtime.progress import shown
+from ..runtime.progress import shown_if
 from .constants import LABEL
 from .image import Image, LabelMap, ScalarImage
 from .libraries import as_image
@@ -120,10 +120,7 @@ def _copied(image: Image, store: VolumeStore, spec: VolumeSpec, progress: bool |
     try:
         with contextlib.ExitStack() as stack:
             source = stack.enter_context(spooled(image))
-            told: Callable[[int], object] = _nothing
-            if progress:
-                name = progress if isinstance(progress, str) else "converted"
-                told = stack.enter_context(shown(name, spec.box.numel, "voxels"))
+            told = stack.enter_context(shown_if(progress, "converted", spec.box.numel, "voxels"))
             store.create(spec, run)
             most = max(1, BOX_BYTES // (spec.shape[0] * spec.dtype.itemsize))
             # Whole shards, so that none waits for its other parts; of a store without any, what the source reads at a time.
@@ -135,10 +132,6 @@ def _copied(image: Image, store: VolumeStore, spec: VolumeSpec, progress: bool |
     except BaseException:
         _leave_nothing(store, run)
         raise
-
-
-def _nothing(parts: int) -> None:
-    """Say nothing."""
 
 
 def _leave_nothing(store: VolumeStore, run: str) -> None:

@@ -4,7 +4,6 @@ import contextlib
 import io
 import itertools
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from ...errors import ModeError, RecordError, SizeError, SpaceError
 from ..formats import stem_of
 from ..labels import Label, color_of
 from ..protocols import Json, VolumeSpec
-from ..saving import nifti_of
+from ..saving import bring_to_disk, nifti_of
 from .ngff import described
 from .source import OWN, ZarrSource, is_label_of_image
 from .storage import zarr_python
@@ -227,17 +226,8 @@ def put_shard(array: Any, has_channels: bool, box: Box, values: np.ndarray) -> N
     channels = [range(-(-array.shape[0] // size[0]))] if has_channels else []
     root = array.store.root / array.path
     for place in itertools.product(*channels, *spans):
-        _bring_to_disk(root / array.metadata.encode_chunk_key(place))
-
-
-def _bring_to_disk(path: Path) -> None:
-    """Bring a file to the disk; one of nothing but the fill value is not there."""
-    with contextlib.suppress(FileNotFoundError):
-        file = os.open(path, os.O_RDWR)
-        try:
-            os.fsync(file)
-        finally:
-            os.close(file)
+        with contextlib.suppress(FileNotFoundError):  # one of nothing but the fill value
+            bring_to_disk(root / array.metadata.encode_chunk_key(place))
 
 
 def _of_image(folder: Path, spec: VolumeSpec) -> tuple[str, list[Ints]]:

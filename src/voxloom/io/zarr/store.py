@@ -1,9 +1,8 @@
 """Results in Zarr: OME-Zarr with all its levels, NIfTI-Zarr, or a plain array; each shard is written once, as a whole."""
 
-import contextlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -12,12 +11,12 @@ from torch import Tensor
 
 from ...core.boxes import Box
 from ...core.sizes import as_sizes
-from ...errors import ModeError, RecordError, TargetExistsError, VoxloomError
+from ...errors import ModeError, RecordError, TargetExistsError
 from ..files import sidecar_in
 from ..formats import stem_of
 from ..labels import Label
 from ..protocols import Json, VolumeSpec
-from ..saving import as_save_error, write_safely
+from ..saving import saving, write_safely
 from ..sidecars import written
 from .layout import Layout, describe_labels, put_shard, register_label
 from .ngff import VERSIONS
@@ -114,7 +113,7 @@ class ZarrStore:
 
     def create(self, spec: VolumeSpec, run: str) -> None:
         """See `VolumeStore`."""
-        with self._explained():
+        with saving(self.path):
             self._open(spec, run, is_new=True)
 
     def reopen(self, spec: VolumeSpec, run: str) -> None:
@@ -123,7 +122,7 @@ class ZarrStore:
         if not whole.is_dir():
             raise RecordError(f"the unfinished folder {whole} is gone: start over with resume=False (--no-resume)")
         try:
-            with self._explained():
+            with saving(self.path):
                 self._open(spec, run, is_new=False)
         except RecordError as error:
             raise RecordError(f"{error}: start over with resume=False (--no-resume)") from error
@@ -151,13 +150,13 @@ class ZarrStore:
         assert self._layout is not None
         if values.dtype == torch.bfloat16:
             values = values.float()
-        with self._explained():
+        with saving(self.path):
             self._writer.write(box, values.numpy().astype(self._layout.dtype, copy=False))
 
     def flush(self) -> None:
         """See `VolumeStore`."""
         assert self._writer is not None
-        with self._explained():
+        with saving(self.path):
             self._writer.flush()
 
     def abort(self) -> None:
@@ -174,7 +173,7 @@ class ZarrStore:
     def commit(self, sidecar: Mapping[str, Json], run: str) -> Path:
         """See `VolumeStore`."""
         whole, parts, old = (self._at(run, ending) for ending in (".zarr", ".parts", ".old"))
-        with self._explained():
+        with saving(self.path):
             if whole.exists():
                 if not sidecar_in(whole).exists():
                     self._complete(whole, parts, sidecar, run)
@@ -216,15 +215,6 @@ class ZarrStore:
         except BaseException:
             _put_back(old, self.path)
             raise
-
-    @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except VoxloomError:
-            raise
-        except OSError as error:
-            raise as_save_error(self.path, error) from error
 
 
 def _put_back(old: Path, path: Path) -> None:

@@ -1,10 +1,8 @@
 """Writing arrays of Zarr shard by shard: what is written in parts waits in files until a shard is whole."""
 
-import errno
 import itertools
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,7 +14,7 @@ from ...core.pyramids import coarser, coarser_shape
 from ...core.sizes import Ints
 from ...errors import RecordError
 from ..protocols import Json
-from ..saving import write_safely
+from ..saving import bring_to_disk, reserve, write_safely
 
 __all__ = ["PyramidWriter", "ShardWriter", "chunks_for"]
 
@@ -132,7 +130,8 @@ class ShardWriter:
     def _keep(self, name: str, shard: Box, inside: Box, part: np.ndarray) -> None:
         """Put a box into the file of its shard."""
         if name not in self._waiting:
-            _reserve(self._part(name), self._num_bytes(shard))
+            with self._part(name).open("wb") as file:
+                reserve(file.fileno(), self._num_bytes(shard))
             self._waiting[name] = {}
         # Mapped for each box anew, so that no more than one shard is resident.
         mapped = np.memmap(self._part(name), self._dtype, "r+", shape=(self._shape[0], *shard.shape))
@@ -151,7 +150,7 @@ class ShardWriter:
             self._put(box, np.fromfile(self._part(name), self._dtype).reshape(self._shape[0], *box.shape))
             del self._waiting[name]
         for name in self._waiting:
-            _bring_to_disk(self._part(name))
+            bring_to_disk(self._part(name))
         self._given, self._again = self._again | set(whole), set()
         return [self._part(name) for name in whole]
 
@@ -246,24 +245,3 @@ class PyramidWriter:
     def num_unfinished(self) -> int:
         """Shards of which a part is missing."""
         return sum(level.num_unfinished for level in self._levels)
-
-
-def _reserve(path: Path, num_bytes: int) -> None:
-    """Make a file with room for everything: a full disk must be an error here, and not when what is mapped is written."""
-    with path.open("wb") as file:
-        if hasattr(os, "posix_fallocate"):
-            try:
-                os.posix_fallocate(file.fileno(), 0, num_bytes)
-                return
-            except OSError as error:
-                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-                    raise
-        file.truncate(num_bytes)
-
-
-def _bring_to_disk(path: Path) -> None:
-    file = os.open(path, os.O_RDWR)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
