@@ -18,11 +18,17 @@ def start(serve, *arguments):
     """Start `serve(*arguments, connection)` in a process, and wait until it sends "ready"; give it, and the pipe to it."""
     context = multiprocessing.get_context("spawn")
     pipe, theirs = context.Pipe()
-    process = context.Process(target=serve, args=(*arguments, theirs))
+    process = context.Process(target=_serve_with_forks, args=(serve, *arguments, theirs))
     process.start()
     theirs.close()  # so that a process that ends is noticed
     assert pipe.recv() == "ready"
     return process, pipe
+
+
+def _serve_with_forks(serve, *arguments):
+    # As a script on Linux would: workers inherit "spawn" otherwise, and each then takes seconds to import PyTorch.
+    multiprocessing.set_start_method("fork", force=True)
+    serve(*arguments)
 
 
 def end(process, pipe):

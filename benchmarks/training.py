@@ -13,7 +13,6 @@ workers have in all beside what they got from it.
 import argparse
 import gc
 import importlib
-import multiprocessing
 import statistics
 import sys
 import tempfile
@@ -138,7 +137,6 @@ def train(make, pairs, settings):
 
 def serve(name, pairs, settings, connection):
     warnings.simplefilter("ignore")
-    multiprocessing.set_start_method("fork", force=True)  # as usual on Linux; it was inherited from the process above
     small = argparse.Namespace(**vars(settings) | {"subjects": 2, "step": 0})
     train(SYSTEMS[name], pairs[:2], small)
     gc.collect()

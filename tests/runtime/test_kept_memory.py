@@ -12,7 +12,7 @@ import torch
 import voxloom as vx
 
 BEGINNING = '''
-    import json, os, sys, threading
+    import ctypes, json, os, sys, threading
     import torch
     import voxloom as vx
 
@@ -25,6 +25,7 @@ BEGINNING = '''
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
     torch.ones(2**20).sum()  # what is made once
+    ctypes.CDLL(None).malloc_trim(0)  # what importing has left, tens of MiB where Python had to compile, would be used again
     at_rest = resident()
 
     def keeps():
