@@ -2,6 +2,8 @@
 
 import tempfile
 
+import torch
+
 import voxloom as vx
 
 
@@ -36,10 +38,15 @@ def levels(path):
         vx.plot.levels(f"{folder}/head.ome.zarr", f"{folder}/head.ome.zarr/labels/tissue", output=path)
 
 
+def plan(path):
+    model = torch.nn.Conv3d(1, 4, 1)
+    vx.plan(model, torch.zeros(1, 200, 160, 120), patch_size=64, reduce="argmax").plot(output=path)
+
+
 def draw_all(folder):
     """Draw all that are not there yet."""
     folder.mkdir(exist_ok=True)
-    for draw in (head, weights, patches, draws, mixing, levels):
+    for draw in (head, weights, patches, draws, mixing, levels, plan):
         path = folder / f"{draw.__name__}.png"
         if not path.exists():
             draw(path)

@@ -170,7 +170,9 @@ def test_public_names():
         "plot",
         "predict",
         "set_chunk_cache",
+        "split_labels",
         "stored_dicom",
+        "write_label_table",
     ]
     for name in vx.__all__:
         assert getattr(vx, name) is not None

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import voxloom as vx
-from voxloom.errors import MissingDependencyError, SizeError, SubjectError
+from voxloom.errors import MissingDependencyError, ModeError, SizeError, SubjectError
 from voxloom.io.labels import Label
-from voxloom.plotting import planes
+from voxloom.plotting import planes, plans
 from voxloom.plotting.report import CaseReport, write_index, write_report
 
 
@@ -103,6 +103,46 @@ def test_notebooks_show_pictures_and_text(tmp_path, monkeypatch):
     assert "data:image" not in html
     assert "ScalarImage(shape: (1, 32, 32, 32)" in html
     assert {"t1", "labels"} <= set(dir(head))
+
+
+def test_notebooks_show_batches_and_plans(monkeypatch):
+    heads = [vx.datasets.HeadPhantom(16, seed=number) for number in range(6)]
+    shown = vx.SubjectsBatch.from_subjects(heads)._repr_html_()
+    assert shown.count("data:image/png;base64") == 8
+    assert "<b>3 labels</b>" in shown
+    assert "and 2 more" in shown
+    plan = vx.plan(torch.nn.Conv3d(1, 2, 1), heads[0].t1, 8)
+    assert "data:image/png;base64" in plan._repr_html_()
+    assert "27 of 8 × 8 × 8" in plan._repr_html_()
+
+    def missing():
+        raise MissingDependencyError("no matplotlib")
+
+    monkeypatch.setattr(planes, "require_matplotlib", missing)
+    monkeypatch.setattr(plans, "require_matplotlib", missing)
+    assert "data:image" not in plan._repr_html_() + vx.SubjectsBatch.from_subjects(heads)._repr_html_()
+
+
+def test_what_is_open_while_a_plan_runs_is_drawn(tmp_path):
+    model = torch.nn.Conv3d(1, 4, 1)
+    plan = vx.plan(model, torch.zeros(1, 200, 160, 120), 64, reduce="argmax", memory_limit="60MiB")
+    assert plan.num_blocks > 1
+    curve, _ = plan.plot(output=tmp_path / "plan.png").axes
+    assert (tmp_path / "plan.png").stat().st_size > 10_000
+    (dashed,) = {tuple(line.get_ydata()) for line in curve.lines if line.get_linestyle() == "--"}
+    most = max(plan.traversal.open_voxels(block) for block in plan.blocks) * 4 * 4 / 2**20
+    assert dashed == pytest.approx((most, most))
+
+    def states(at):
+        values = np.concatenate([np.ravel(mesh.get_array()) for mesh in plan.plot(at=at).axes[1].collections])
+        return [int((values == number).sum()) for number in range(3)]
+
+    first, middle, last = states(0), states(0.5), states(1)
+    assert first[0] == 0 < first[2]
+    assert min(middle) > 0
+    assert last[2] == 0 < last[0]
+    with pytest.raises(ModeError, match="at is 2"):
+        plan.plot(at=2)
 
 
 def test_nothing_prints_an_address():

@@ -25,6 +25,7 @@ from .volumes.constants import AFFINE, CHANNELS_DIMENSION, DATA, INTENSITY, LABE
 from .volumes.converting import convert
 from .volumes.image import Image, LabelMap, ScalarImage
 from .volumes.intensities import Intensity
+from .volumes.label_files import split_labels, write_label_table
 from .volumes.libraries import as_image
 from .volumes.loading import SubjectsDataset, SubjectsLoader
 from .volumes.subject import Subject
@@ -93,5 +94,7 @@ __all__ = [
     "plot",
     "predict",
     "set_chunk_cache",
+    "split_labels",
     "stored_dicom",
+    "write_label_table",
 ]

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from voxloom.aggregation.streaming import StreamingAccumulator
 from voxloom.aggregation.weights import PatchWeights
 from voxloom.core.grids import AxisGrid, PatchGrid
+from voxloom.core.openness import Openness
 from voxloom.core.traversal import AxisTraversal, Traversal
 from voxloom.core.windows import resolve_window
 from voxloom.errors import SizeError
@@ -123,15 +124,16 @@ def test_open_voxels_are_not_overstated(shape, patch, overlap, joined):
     traversal = Traversal.of(PatchGrid.cover(shape, patch, overlap), False, (0, 1, 2), joined)
     for block in [traversal.whole, *traversal.split(2, 2)]:
         accumulator = StreamingAccumulator(traversal, block, 1, torch.float32, torch.device("cpu"), None)
-        most = 0
+        opened = []
         for outer in range(traversal.num_outer):
             for step in traversal.steps(outer, block):
                 for numbers in traversal.patches(step, block):
                     accumulator.add(torch.zeros(1, patch, patch, patch), numbers)
-                most = max(most, accumulator.open_voxels)
+                opened.append(accumulator.open_voxels)
                 for _ in accumulator.finish(step):
                     pass
-        assert most == traversal.open_voxels(block)
+        assert max(opened) == traversal.open_voxels(block)
+        assert opened == Openness(traversal, block).voxels.tolist()
 
 
 def test_the_last_two_groups_are_joined_where_that_keeps_less_open():

@@ -89,15 +89,9 @@ def measured(tmp_path, **case):
 def test_the_peak_stays_within_what_was_stated(tmp_path, case, blocks):
     found = measured(tmp_path, **case)
     assert found["blocks"] == blocks
-    # Models that are called several times for a batch take 8 % more than is stated, and on a busy machine up to twice that.
-    most = 1.2 if case.get("more", {}).keys() & {"mirror_axes", "models"} else 1.15
-    if found["peak"] > most * found["planned"]:  # on a busy machine memory may be given back late; twice is no accident
-        again = tmp_path / "again"
-        again.mkdir()
-        found = measured(again, **case)
-    assert found["peak"] <= most * found["planned"]
+    assert found["peak"] <= found["planned"]
     # Nor is it stated much higher than it is, but for a reserve of some megabytes.
-    assert found["peak"] >= 0.7 * (found["planned"] - 2**24)
+    assert found["peak"] >= 0.7 * (found["planned"] - 2**25)
 
 
 READ = [
@@ -116,4 +110,4 @@ READ = [
 def test_limits_that_just_suffice_are_kept_to(tmp_path, case):
     case = {"shape": (256, 224, 120), "classes": 12, "patch": 64} | case
     found = measured(tmp_path, **case, limit="least")
-    assert found["peak"] <= 1.15 * found["planned"]
+    assert found["peak"] <= found["planned"]

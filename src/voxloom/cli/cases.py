@@ -10,11 +10,11 @@ import typer
 
 from ..errors import ImageNotFoundError, ModeError, SaveError, SpecError, SubjectError
 from ..io.formats import OTHERS, endings, is_folder_target, is_image, is_other_image, stem_of
-from ..io.zarr.source import is_zarr
+from ..io.zarr.source import is_label_of_image, is_zarr
 from ..volumes.image import ScalarImage
 from ..volumes.subject import Subject
 
-__all__ = ["DEFAULT_ENDING", "TARGETS", "Case", "Results", "as_ending", "cases_of", "cases_of_table", "checked"]
+__all__ = ["DEFAULT_ENDING", "TARGETS", "Case", "Results", "as_ending", "beside", "cases_of", "cases_of_table", "checked"]
 
 IMAGES = endings(lambda each: not each.is_dicom and each.described_by is None)
 DICOM = endings(lambda each: each.is_dicom)
@@ -290,3 +290,11 @@ def checked(cases: list[Case]) -> list[Case]:
             raise SaveError(f"the results of {sources[key].files[0]} and of {case.files[0]} would both go to {case.target}")
         sources[key] = case
     return cases
+
+
+def beside(target: Path, ending: str) -> Path:
+    """Name what is written beside a result; of a label image, beside the store of its image rather than in it."""
+    if is_label_of_image(target):
+        store = target.parent.parent
+        return store.with_name(f"{stem_of(store)}-{stem_of(target)}{ending}")
+    return target.with_name(f"{stem_of(target)}{ending}")

@@ -165,6 +165,24 @@ def convert(
     convert_cases(images, output, format, overwrite, options, reporting)
 
 
+@app.command(
+    epilog="Examples:\n\n    voxloom split labels.nii.gz -o organs/\n\n"
+    "    voxloom predict model.pt2 ct.nii.gz -o out/ --per-label\n"
+)
+def split(
+    image: Annotated[Path, typer.Argument(metavar="LABELS", help="A label map.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="A new folder.")],
+    format: Annotated[str, typer.Option(help="Format of the files.")] = "nii.gz",  # noqa: A002 - as it is typed
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that this command made before.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a file for each label of a label map: 1 where it is, 0 elsewhere; and a table of what they mean."""
+    from . import labels
+
+    reporting.as_json = as_json
+    labels.split(image, output, format, overwrite, reporting)
+
+
 @app.command(epilog="Example:\n\n    voxloom index labels.ome.zarr --patch-size 96 --classes 0,1,2\n")
 def index(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Label maps, or maps of weights.")],

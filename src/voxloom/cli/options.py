@@ -141,6 +141,10 @@ Group = Annotated[
 ResampleTo = Annotated[
     str | None, typer.Option(help="Name of the channel onto whose grid the others are resampled, where they differ.")
 ]
+PerLabel = Annotated[
+    bool, typer.Option("--per-label", help="Write a file for each label as well, into a folder named after the case.")
+]
+LabelTable = Annotated[bool, typer.Option("--label-table", help="Write what labels mean as a table too (.tsv), as BIDS has it.")]
 
 
 @dataclass(frozen=True)
@@ -156,6 +160,8 @@ class CaseOptions:
     like: Like = None
     mask: Mask = None
     mask_above: MaskAbove = None
+    per_label: PerLabel = False
+    label_table: LabelTable = False
 
     def check(self) -> None:
         """Check that what was given goes together.

@@ -13,8 +13,7 @@ from ..core.sizes import pretty_sizes
 from ..datasets import HeadPhantom
 from ..errors import MissingDependencyError, ModeError, SaveError, SizeError, TargetExistsError, VoxloomError
 from ..inference import Predictor
-from ..io.formats import is_folder_target, stem_of
-from ..io.zarr.source import is_label_of_image
+from ..io.formats import is_folder_target
 from ..models.loading import LoadedModel, load_model
 from ..models.packing import pack_model
 from ..models.spec import ModelSpec
@@ -24,8 +23,9 @@ from ..runs.log import left_behind
 from ..volumes.image import LabelMap, ScalarImage
 from ..volumes.subject import Subject
 from .applied import predictor_of
-from .cases import TARGETS, Case, Results, as_ending, cases_of, cases_of_table
+from .cases import TARGETS, Case, Results, as_ending, beside, cases_of, cases_of_table
 from .demo import run_demo
+from .labels import write_labels
 from .options import CaseOptions, ModelOptions, PartsOptions
 from .others import cases_of_other, names_channels
 from .parts import compute_share, launcher
@@ -87,6 +87,9 @@ def _predict_cases(
                 rest = left_behind(case.target)
                 of_rest = "" if rest is None else f"; {rest} is left of a run that was interrupted: --overwrite resumes it"
                 text, entry["state"] = f"{case.name}: {case.target} is complete{of_rest}", "complete"
+            if wanted.per_label or wanted.label_table:
+                others = write_labels(case.target, wanted, predictor.spec.labels, entry["state"] == "done", overwrite)
+                text, entry["labels"] = "; ".join([text, *map(str, others)]), [str(path) for path in others]
             if with_pages:
                 seconds = time.monotonic() - began if entry["state"] == "done" else None
                 page = _write_page(case, subject, predictor, wanted, seconds)
@@ -121,10 +124,7 @@ def _write_page(
     kind = LabelMap if plan.results[0].volume.is_labels else ScalarImage
     image = next(iter(subject.images.values()))
     found = CaseReport(case.name, image, kind(case.target), str(plan), seconds, predictor.spec.labels)
-    path = case.target.with_name(f"{stem_of(case.target)}.html")
-    if is_label_of_image(case.target):  # beside the image's store, rather than in it
-        store = case.target.parent.parent
-        path = store.with_name(f"{stem_of(store)}-{stem_of(case.target)}.html")
+    path = beside(case.target, ".html")
     write_report(path, found)
     return path
 

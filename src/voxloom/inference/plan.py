@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,12 +17,13 @@ from ..core.traversal import Block, Traversal
 from ..core.windows import Window
 from ..io.protocols import Json
 from ..models.outputs import OutputSpec
+from ..volumes.exchange import pictures
 from .results import ResultSpec
 
 __all__ = ["Batch", "Memory", "PredictionPlan", "count_batches"]
 
 # What threads, buffers of files and the allocator take in addition.
-BASE_BYTES = 16 * 2**20
+BASE_BYTES = 32 * 2**20
 
 Batch = tuple[Ints, ...]
 """Patches that the model is given at a time, by their numbers on the axes of the grid."""
@@ -160,6 +162,30 @@ class PredictionPlan:
     def peak_bytes(self) -> int:
         """Memory that is needed at most, beyond what the process has and what the model itself uses."""
         return self.memory.peak
+
+    def plot(self, *, at: float = 0.5, output: Any = None) -> Any:
+        """Draw how much of the sum is open while the prediction runs, and which voxels are finished and open at one moment.
+
+        Args:
+            at: that moment, from 0 for the beginning to 1 for the end.
+            output: name of a picture to write, such as `"plan.png"`.
+
+        Returns:
+            Figure of matplotlib.
+
+        Raises:
+            MissingDependencyError: if matplotlib is not installed: `pip install voxloom[plot]`.
+
+        Example:
+            >>> import torch, voxloom as vx
+            >>> plan = vx.plan(torch.nn.Identity(), torch.zeros(1, 100, 100, 100), patch_size=64)
+            >>> len(plan.plot().axes)
+            2
+        """
+        return pictures("plans").plot_plan(self, at, output)
+
+    def _repr_html_(self) -> str:
+        return str(pictures("plans").html_of_plan(self))
 
     def begin(self, outer: int) -> int:
         """Say with which group of the outer axis gathering begins, if all that is finished with one and later ones is wanted."""

@@ -17,7 +17,7 @@ from ..volumes.constants import LABEL
 from ..volumes.image import Image
 from .comparison import require_matplotlib
 
-__all__ = ["html_of", "picture_of", "plot_image", "plot_images"]
+__all__ = ["html_of", "html_of_batch", "picture_of", "plot_image", "plot_images"]
 
 # Axis that is left out, the one to the right, the one upwards; and the letters at the left, right, lower and upper edge.
 PLANES = (
@@ -29,6 +29,8 @@ PLANES = (
 DARKEST, LIGHTEST = 0.5, 99.5
 # Labels that a legend has room for.
 MOST_IN_LEGEND = 24
+# Subjects of a batch that are shown in a notebook.
+MOST_OF_BATCH = 4
 ALPHA = 0.55
 
 
@@ -205,6 +207,20 @@ def html_of(images: Mapping[str, Image], metadata: Mapping[str, Any] | None = No
     for name, value in (metadata or {}).items():
         parts.append(f"<div><b>{html.escape(str(name))}</b> {html.escape(repr(value))}</div>")
     return "".join(parts)
+
+
+def html_of_batch(images: Mapping[str, Any], size: int, text: str) -> str:
+    """Show a batch in a notebook: its first subjects.
+
+    Args:
+        images: the images of the subjects, by name, each to be asked for by the number of its subject.
+        size: number of subjects.
+        text: what is known of the batch.
+    """
+    numbers = range(min(size, MOST_OF_BATCH))
+    shown = html_of({f"{number} {name}": stacked[number] for number in numbers for name, stacked in images.items()})
+    more = f"<div>and {size - len(numbers)} more</div>" if size > len(numbers) else ""
+    return f"<div><code>{html.escape(text)}</code></div>{shown}{more}"
 
 
 def picture_of(image: Image) -> bytes:

@@ -66,6 +66,8 @@ class _User:
     """By how many bytes the process grew by that; None as long as no model was called."""
     is_served: bool = True
     """Whether memory is to be kept for it."""
+    leaves_gaps: bool = False
+    """Whether what was kept until it turned out to be of no use is still there."""
 
 
 @dataclass
@@ -158,10 +160,13 @@ def _chosen(parameter: int, usual: int) -> int:
 
 
 def begin_model() -> None:
-    """Before a model is called for the first time: give back what reading has left, so that it does not count as the model's."""
+    """Before a model is called: give back what would count as its use of memory, or what it left if nothing is kept for it."""
     user = _prediction.get()
-    if _library is not None and user is not None and user.before_model is None:
-        _library.trim(0)
+    if _library is None or user is None or (user.before_model is not None and not user.leaves_gaps):
+        return
+    _library.trim(0)
+    user.leaves_gaps = False
+    if user.before_model is None:
         user.before_model = _resident_bytes()
 
 
@@ -177,7 +182,7 @@ def judge(output_bytes: int) -> None:
     with _state.lock:
         user.of_model = _resident_bytes() - user.before_model
         if user.of_model <= max(LEAST_USE * output_bytes, LEAST_BYTES):
-            user.is_served = False
+            user.is_served, user.leaves_gaps = False, True  # those of the outputs, which are still in use
             # Blocks of some size would otherwise leave gaps as large; smaller ones are as quick as ever.
             _follow(_state, min(max(output_bytes // 4, LEAST_MAPPED), USUAL[MMAP_THRESHOLD]))
 

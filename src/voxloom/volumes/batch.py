@@ -17,6 +17,7 @@ from ..errors import NoSuchIndexError, NoSuchKeyError, SubjectError
 from ..runtime import memory
 from ..runtime.shared_memory import shared_storage
 from .constants import AFFINE, DATA, INDEX_INI, INTENSITY, LABEL, LOCATION, PATCH_LOCATION, PATH, STEM, TYPE
+from .exchange import pictures
 from .image import Image, LabelMap, ScalarImage
 from .libraries import as_subject
 from .subject import Subject
@@ -268,6 +269,9 @@ class SubjectsBatch(dict[str, Any]):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(Keys: {tuple(self)}; images: {len(self.images)}; batch size: {self.batch_size})"
+
+    def _repr_html_(self) -> str:
+        return str(pictures().html_of_batch(self.images, self.batch_size, repr(self)))
 
 
 @runtime_checkable

@@ -15,9 +15,9 @@ from .placed import PlacedVolume
 __all__ = ["Exchange", "pictures"]
 
 
-def pictures() -> Any:
-    """Give the module that draws images: it is imported when something is drawn, since it needs matplotlib."""
-    return importlib.import_module("voxloom.plotting.planes")
+def pictures(of: str = "planes") -> Any:
+    """Give the module that draws images, or plans: it is imported when something is drawn, since it needs matplotlib."""
+    return importlib.import_module(f"voxloom.plotting.{of}")
 
 
 class Exchange(PlacedVolume):

@@ -1,0 +1,243 @@
+"""A label map as people hand it on: a file for each of its labels, and a table of what its numbers mean."""
+
+import csv
+import io
+import json
+import re
+import secrets
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..core.boxes import Box
+from ..core.walking import walk
+from ..errors import ModeError, SaveError
+from ..io.formats import endings
+from ..io.labels import Label, color_of
+from ..io.protocols import Json, VolumeSource, read_checked
+from ..io.saving import atomic_write
+from ..io.sidecars import read_sidecar, sidecar_of, written
+from ..io.spooling import spooled
+from ..runtime.progress import shown_if
+from .converting import convert
+from .image import LabelMap
+from .libraries import as_image
+from .views import View
+
+__all__ = ["PER_LABEL", "is_split_of", "known_labels", "label_table", "split_labels", "write_label_table"]
+
+TABLE = "labels.tsv"
+RECORD = "labels.json"
+# Bytes of a label map that are looked at together.
+BOX_BYTES = 64 * 2**20
+PER_LABEL = endings(lambda each: each.is_streamed and each.ending != ".seg.nrrd")
+
+
+class OneLabelSource(View):
+    """1 where a label map has a number, and 0 elsewhere.
+
+    Args:
+        of: the label map.
+        value: the number.
+    """
+
+    def __init__(self, of: VolumeSource, value: int) -> None:
+        super().__init__(of)
+        self._value = value
+        self.shape, self.affine = of.shape, of.affine
+        self.dtype = torch.uint8
+
+    @property
+    def chunks(self) -> tuple[int, int, int]:
+        """See `VolumeSource`."""
+        return self.of.chunks
+
+    def read(self, box: Box) -> Tensor:
+        """See `VolumeSource`."""
+        return (read_checked(self.of, box) == self._value).to(torch.uint8)
+
+    def fingerprint(self) -> Json:
+        """See `VolumeSource`."""
+        return {"one_label": self._value, "of": self.of.fingerprint()}
+
+    def over(self, source: VolumeSource) -> VolumeSource:
+        """See `View`."""
+        return OneLabelSource(source, self._value)
+
+
+def split_labels(
+    image: Any,
+    folder: Any,
+    *,
+    labels: Mapping[str, int] | Sequence[Label] | None = None,
+    ending: str = ".nii.gz",
+    overwrite: bool = False,
+    progress: bool | str = False,
+) -> dict[str, LabelMap]:
+    """Write a file for each label of a label map: 1 where it is, 0 elsewhere (uint8), on the same grid.
+
+    Files are named after the labels, in a new folder with a table of them, `labels.tsv`. The folder appears when all are written.
+    Labels that no voxel has get a file too; 0, the background, gets none. The map is read box by box, and never held whole.
+
+    Args:
+        image: the label map, of one channel: anything that `as_image` takes.
+        folder: name of the folder.
+        labels: what the numbers mean: names and numbers, or `Label`s; by default what the sidecar says that was written with the
+            map, or else all numbers that it has, named `label-5` and so on.
+        ending: format of the files: `.nii.gz`, `.nii`, `.ome.zarr`, `.nii.zarr` or `.zarr`.
+        overwrite: whether a folder may be replaced that this function made before.
+        progress: show how far it has come.
+
+    Returns:
+        The images as they were written, by name.
+
+    Raises:
+        ModeError: if the image is no label map of one channel, or a name cannot be that of a file.
+        SaveError: if the folder exists, or cannot be written.
+
+    Example:
+        >>> import tempfile, voxloom as vx
+        >>> head = vx.datasets.HeadPhantom(32).labels
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     files = vx.split_labels(head, f"{folder}/parts", labels={"white matter": 3, "lesion": 7})
+        ...     sorted(files), files["lesion"].path.name
+        (['lesion', 'white matter'], 'lesion.nii.gz')
+    """
+    given, folder = as_image(image), Path(folder).expanduser()
+    if given.num_channels != 1 or given.dtype.is_floating_point:
+        raise ModeError(
+            f"a label map of one channel of whole numbers is needed, but this is {given.dtype} with {given.num_channels} channels"
+        )
+    if ending not in PER_LABEL:
+        raise ModeError(f"ending is {ending!r}: it must be {', '.join(PER_LABEL[:-1])} or {PER_LABEL[-1]}")
+    if folder.exists() and not (overwrite and _is_split(folder)):
+        way = "remove it, or choose another name" if overwrite else "remove it, or give overwrite=True (--overwrite)"
+        raise SaveError(f"{folder} exists, and is kept: {way}")
+    told = _as_labels(labels) if labels is not None else known_labels(given.paths[0]) if given.paths else []
+    part = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.part")
+    try:
+        part.mkdir(parents=True)
+        with spooled(given) as source:
+            named = _named([label for label in told if label.value] or _all_labels(source))
+            with shown_if(progress, "labels written", len(named), "labels") as show:
+                for name, label in named.items():
+                    convert(OneLabelSource(source, label.value), part / f"{name}{ending}", labels=True)
+                    show(1)
+        write_label_table(list(named.values()), part / TABLE)
+        (part / RECORD).write_text(_record_of(given.paths))
+        _put(part, folder)
+    except OSError as error:
+        raise SaveError(f"{folder} cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return {label.name: LabelMap(folder / f"{name}{ending}") for name, label in named.items()}
+
+
+def known_labels(path: Path) -> list[Label]:
+    """Give what the sidecar of a label map says of its numbers; nothing if there is none."""
+    told = (read_sidecar(sidecar_of(path)) or {}).get("labels")
+    try:
+        return [Label(**each) for each in told or ()]
+    except TypeError:  # of another version
+        return []
+
+
+def is_split_of(folder: Path, path: Path) -> bool:
+    """Whether a folder holds the labels of a label map as it is now."""
+    try:
+        return json.loads((folder / RECORD).read_text())["of"] == written(path, path)
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+
+
+def write_label_table(labels: Sequence[Label], path: Path) -> None:
+    """Write what the numbers of a label map mean, as BIDS has it beside a `_dseg.nii.gz`: a `.tsv` of `index`, `name`, `color`.
+
+    Example:
+        >>> import tempfile, pathlib, voxloom as vx
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder, "sub-01_dseg.tsv")
+        ...     vx.write_label_table([vx.Label(5, "liver", (221, 130, 101))], path)
+        ...     print(path.read_text())
+        index	name	color
+        5	liver	#dd8265
+        <BLANKLINE>
+    """
+    text = label_table(labels).encode()
+
+    def write(part: Path) -> None:
+        part.write_bytes(text)
+
+    atomic_write(Path(path), write, Path(path).suffix)
+
+
+def label_table(labels: Sequence[Label]) -> str:
+    """Give the text of a table of labels; see `write_label_table`."""
+    text = io.StringIO()
+    table = csv.writer(text, dialect="excel-tab", lineterminator="\n")
+    table.writerow(("index", "name", "color"))
+    for label in labels:
+        table.writerow((label.value, label.name, "#" + bytes(color_of(label)).hex()))
+    return text.getvalue()
+
+
+def _as_labels(given: Mapping[str, int] | Sequence[Label]) -> list[Label]:
+    return [Label(value, name) for name, value in given.items()] if isinstance(given, Mapping) else list(given)
+
+
+def _all_labels(source: VolumeSource) -> list[Label]:
+    """Give the numbers that a label map has, but 0."""
+    found: set[int] = set()
+    most = max(1, BOX_BYTES // source.dtype.itemsize)
+    for box in walk(Box((0, 0, 0), source.shape[1:]), source.chunks, most):
+        found.update(np.unique(read_checked(source, box).numpy()).tolist())
+    return [Label(value, f"label-{value}") for value in sorted(found - {0})]
+
+
+def _named(labels: Sequence[Label]) -> dict[str, Label]:
+    """Give labels by the names of their files.
+
+    Raises:
+        ModeError: if two of them would be one file.
+    """
+    named: dict[str, Label] = {}
+    for label in labels:
+        # What every file system takes, and no folder above.
+        name = re.sub(r"[^\w\-+.() ]", "_", label.name).strip(". ") or f"label-{label.value}"
+        other = next((each for key, each in named.items() if key.casefold() == name.casefold()), None)
+        if other is not None:
+            raise ModeError(
+                f"the labels {other.value} ({other.name!r}) and {label.value} ({label.name!r}) would both be the file {name}:"
+                " give them names that differ"
+            )
+        named[name] = label
+    return named
+
+
+def _record_of(paths: Sequence[Path]) -> str:
+    return json.dumps({"of": written(paths[0], paths[0]) if len(paths) == 1 else None}, indent=2) + "\n"
+
+
+def _is_split(folder: Path) -> bool:
+    """Whether `split_labels` made a folder."""
+    return (folder / RECORD).is_file() and (folder / TABLE).is_file()
+
+
+def _put(part: Path, folder: Path) -> None:
+    """Let a finished folder take the place of one that was made before, if there is one."""
+    if not folder.exists():
+        part.rename(folder)
+        return
+    old = part.with_name(f"{part.name}.old")
+    folder.rename(old)
+    try:
+        part.rename(folder)
+    except OSError:
+        old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
