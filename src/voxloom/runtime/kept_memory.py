@@ -151,7 +151,7 @@ def _chosen(parameter: int, usual: int) -> int:
     """Give what the user has chosen for a parameter, if anything."""
     name = NAMES[parameter]
     tunables = dict(part.partition("=")[::2] for part in os.environ.get("GLIBC_TUNABLES", "").split(":"))
-    given = os.environ.get(f"MALLOC_{name.upper()}_") or tunables.get(f"glibc.malloc.{name}")
+    given = tunables.get(f"glibc.malloc.{name}") or os.environ.get(f"MALLOC_{name.upper()}_")  # as the library has it, given both
     try:
         number = usual if given is None else int(given, 0)
     except ValueError:
