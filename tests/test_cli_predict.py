@@ -35,6 +35,8 @@ from voxloom.models.loading import load_model
 from voxloom.runs.log import RunLog
 from voxloom.runtime import progress
 
+VOXLOOM = (sys.executable, "-m", "voxloom")
+
 MODULE = """
     import torch
 
@@ -120,6 +122,18 @@ def test_a_log_gets_a_line_now_and_then(monkeypatch, capsys):
 
 
 # What is said
+
+
+def test_verbose_says_the_plan_and_how_long_it_took(here):
+    options = ["predict", "mymodels:negative", "scans/a.nii.gz", "-o", "out.nii.gz", "--patch-size", "8"]
+    done = subprocess.run([*VOXLOOM, "--verbose", *options], capture_output=True, text=True, check=True)
+    assert "patches: " in done.stderr
+    assert "device:  cpu" in done.stderr
+    assert re.search(r"scans/a\.nii\.gz\nvolume: ", done.stderr)
+    assert re.search(r"time: +\d+\.\d s", done.stderr)
+    assert "out.nii.gz" in done.stdout
+    wrong = subprocess.run([*VOXLOOM, "--verbose", "--quiet", *options], capture_output=True, text=True, check=False)
+    assert (wrong.returncode, wrong.stderr) == (1, "voxloom: of --quiet and --verbose only one can be given\n")
 
 
 def test_quiet_says_nothing_but_errors(here, run):

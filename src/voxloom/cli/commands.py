@@ -1,6 +1,7 @@
 """The command `voxloom`: what can be asked of it. What it does is imported when it is asked to: --help is there at once."""
 
 import contextlib
+import logging
 import signal
 import sys
 import traceback
@@ -11,7 +12,7 @@ from typing import Annotated
 import typer
 
 from .._version import __version__
-from ..errors import VoxloomError
+from ..errors import ModeError, VoxloomError
 from .options import AllowPickle, CaseOptions, ModelOptions, PartsOptions, numbers, spread
 from .reporting import printable, reporting
 
@@ -32,10 +33,16 @@ def _voxloom(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors and what was asked for.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say the plan of each case, and how long it took.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show where an error comes from.")] = False,
 ) -> None:
     """Cut 3-D medical images into patches, and weave a model's outputs back into whole volumes."""
+    if quiet and verbose:
+        raise ModeError("of --quiet and --verbose only one can be given")
     reporting.quiet, reporting.debug = quiet, debug
+    if verbose:
+        logging.basicConfig(format="%(message)s")
+    logging.getLogger("voxloom").setLevel(logging.INFO if verbose else logging.NOTSET)
     reporting.as_json = False
     reporting.entries.clear()
 

@@ -1,5 +1,6 @@
 """What the commands do, once it is known what was asked for."""
 
+import logging
 import os
 import time
 from collections.abc import Iterable
@@ -201,6 +202,7 @@ def _predict_case(
     if not overwrite and _is_made(predictor, subject, case, wanted):
         return False
     progress = False if report.quiet or report.as_json else printable(case.name)
+    logging.getLogger("voxloom").info("%s", printable(", ".join(map(str, case.files))))
     predictor(subject, **asked, resume=resume, overwrite=overwrite, progress=progress)
     return True
 

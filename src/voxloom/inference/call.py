@@ -1,7 +1,9 @@
 """One prediction, from the stores to what is returned: computed, or resumed, and published."""
 
 import contextlib
+import logging
 import secrets
+import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,6 +28,8 @@ from .runner import FirstBatch, Runner
 from .sinks import MemorySink, image_class
 
 __all__ = ["Call", "Stores"]
+
+_logger = logging.getLogger("voxloom.predict")
 
 Stores = dict[Name, VolumeStore]
 """The stores that were asked for, by the names of results as far as these are known."""
@@ -68,8 +72,11 @@ class Call:
         else:
             plan, runner, first = self._begun()
         stores = self._stores_of(plan)
+        _logger.info("%s\ndevice:  %s", plan, self._preparation.models.device)
+        began = time.monotonic()
         if log is None or not log.is_whole:
             self._execute(plan, runner, stores, first, fingerprint, progress)
+            _logger.info("time:    %.1f s", time.monotonic() - began)
         return self._committed(plan, stores, fingerprint)
 
     @cached_property
