@@ -21,7 +21,7 @@ try:
     import matplotlib  # noqa: F401 - only whether it is there
 except ImportError:
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "voxloom", "demo", "--size", "32", "--patch-size", "16"]
+        command = [sys.executable, "-m", "voxloom", "demo", "--size", "32", "--patch-size", "16", "--steps", "1"]
         demo = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
         assert demo.returncode == 0, demo
         assert "pip install 'voxloom[plot]'" in demo.stdout, demo.stdout

@@ -169,6 +169,7 @@ def test_public_names():
         "plan",
         "plot",
         "predict",
+        "save_model",
         "set_chunk_cache",
         "split_labels",
         "stored_dicom",

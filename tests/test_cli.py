@@ -25,12 +25,19 @@ def test_version_and_help():
 
 
 def test_the_demonstration_writes_a_volume_and_a_picture_and_says_where(tmp_path):
-    done = voxloom("demo", "--size", 48, "--patch-size", 24, cwd=tmp_path)
-    lines = dict(line.split(":", 1) for line in done.stdout.splitlines())
+    done = voxloom("demo", "--size", 48, "--patch-size", 24, "--steps", 2, cwd=tmp_path)
+    lines = dict(line.split(":", 1) for line in done.stdout.splitlines() if ":" in line)
     assert float(lines["Greatest difference between the whole and the patches"].split("(")[0]) < 1e-4
     assert lines["Volume"].strip() == str(tmp_path / "demo" / "result.nii.gz")
     assert lines["Picture"].strip() == str(tmp_path / "demo" / "result.png")
     assert "Batches: 100%" in done.stderr
+    labels, scan = (vx.LabelMap(tmp_path / "demo" / f"scan{ending}.nii.gz") for ending in ("_labels", ""))
+    assert labels.spatial_shape == scan.spatial_shape
+    assert scan.orientation == ("L", "P", "S")
+    assert "grey matter" in (tmp_path / "demo" / "scan_labels.html").read_text()
+    again = ("predict", "demo/trained.pt2", "demo/scan.nii.gz", "-o", "demo/again.nii.gz")
+    voxloom(*again, cwd=tmp_path)
+    assert torch.equal(vx.LabelMap(tmp_path / "demo" / "again.nii.gz").data, labels.data)
     volume = vx.ScalarImage(tmp_path / "demo" / "result.nii.gz")
     phantom = vx.datasets.HeadPhantom(48)
     assert volume.spatial_shape == (48, 48, 48)
@@ -45,7 +52,9 @@ def test_the_demonstration_writes_a_volume_and_a_picture_and_says_where(tmp_path
 def test_an_image_of_ones_own(tmp_path):
     image = vx.ScalarImage(torch.rand(2, 30, 20, 1), affine=np.diag([1, 2, 3, 1]))
     image.save(tmp_path / "flat.nii.gz")
-    done = voxloom("demo", "--image", tmp_path / "flat.nii.gz", "--output", tmp_path / "a" / "b", "--overlap-mode", "hann")
+    done = voxloom(
+        "demo", "--steps", 0, "--image", tmp_path / "flat.nii.gz", "--output", tmp_path / "a" / "b", "--overlap-mode", "hann"
+    )
     assert "Greatest difference" in done.stdout
     assert vx.ScalarImage(tmp_path / "a" / "b" / "result.nii.gz").shape == (1, 30, 20, 1)
 
@@ -72,7 +81,7 @@ def test_without_matplotlib_the_extra_is_named(tmp_path):
 import sys
 from voxloom.cli import main
 sys.modules["matplotlib"] = None
-sys.argv = ["voxloom", "demo", "--size", "24", "--patch-size", "16"]
+sys.argv = ["voxloom", "demo", "--size", "24", "--patch-size", "16", "--steps", "1"]
 main()
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, check=False)

@@ -11,6 +11,7 @@ from .io.protocols import SpaceCodes, VolumeSource, VolumeSpec, VolumeStore
 from .io.zarr.source import open_zarr
 from .io.zarr.store import ZarrStore
 from .models.loading import load_model
+from .models.packing import save_model
 from .models.spec import Crop, ModelSpec
 from .runtime.chunk_cache import set_chunk_cache
 from .runtime.kept_memory import kept_memory
@@ -93,6 +94,7 @@ __all__ = [
     "plan",
     "plot",
     "predict",
+    "save_model",
     "set_chunk_cache",
     "split_labels",
     "stored_dicom",

@@ -259,11 +259,12 @@ def demo(
         int, typer.Option(help="Voxels that neighbours share; twice the network's receptive radius, 5, makes 'crop' exact.")
     ] = 10,
     overlap_mode: Annotated[str, typer.Option(help="crop, average, hann or gaussian.")] = "crop",
+    steps: Annotated[int, typer.Option(help="Batches that a small U-Net learns from; 0 leaves it out.", min=0)] = 120,
 ) -> None:
-    """Apply a small filter network to an image as a whole and patch by patch, and show that both give the same."""
+    """Show that a filter network gives the same patch by patch as for the whole; then train a U-Net, and label a scan with it."""
     from .work import show
 
-    show(image, output, size, patch_size, patch_overlap, overlap_mode)
+    show(image, output, size, patch_size, patch_overlap, overlap_mode, steps)
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from ..datasets import HeadPhantom
 from ..errors import MissingDependencyError, ModeError, SaveError, SizeError, TargetExistsError, VoxloomError
 from ..inference import Predictor
 from ..io.formats import is_folder_target
+from ..io.labels import Label
 from ..models.loading import LoadedModel, load_model
 from ..models.packing import pack_model
 from ..models.spec import ModelSpec
@@ -31,6 +32,7 @@ from .options import CaseOptions, ModelOptions, PartsOptions
 from .others import cases_of_other, names_channels
 from .parts import compute_share, launcher
 from .reporting import Report, printable
+from .whole_way import run_whole_way
 
 __all__ = ["describe", "make_folder", "pack", "plan_cases", "predict_cases", "show"]
 
@@ -268,8 +270,8 @@ def pack(model: str, spec: Path, output: Path, weights: Path | None, allow_pickl
     report.say(f"{output}: {model} with {spec}")
 
 
-def show(image: Path | None, output: Path, size: int, patch_size: int, patch_overlap: int, overlap_mode: str) -> None:
-    """Apply a small network to an image as a whole and patch by patch, and show both."""
+def show(image: Path | None, output: Path, size: int, patch_size: int, patch_overlap: int, overlap_mode: str, steps: int) -> None:
+    """Apply a small network to an image as a whole and patch by patch, and show both; and train one, and predict with it."""
     make_folder(output)
     scan = HeadPhantom(size).t1 if image is None else ScalarImage(image)
     typer.echo(f"Input: {scan}")
@@ -294,6 +296,28 @@ def show(image: Path | None, output: Path, size: int, patch_size: int, patch_ove
     overlap = ",".join(str(axis.patch - axis.stride) for axis in result.sampler.grid.axes)
     options = f"--overlap {overlap} --mode {overlap_mode} -o {output / 'again.nii.gz'}"
     typer.echo(f"Again:   voxloom predict {result.model_file} {result.image_file} {options}")
+    if steps:
+        _show_whole_way(output, steps)
+
+
+def _show_whole_way(output: Path, steps: int) -> None:
+    typer.echo(f"\nA small U-Net learns the labels of the synthetic head from {steps} batches of patches:")
+    began = time.monotonic()
+    made = run_whole_way(output, steps, lambda batches, count: tqdm(batches, total=count, unit="batch"))
+    typer.echo(f"Loss:    {made.losses[0]:.2f} at first, {made.losses[-1]:.2f} in the end")
+    typer.echo(f"Plan for a scan that it has not seen:\n{made.plan}")
+    found = ", ".join(f"{name} {score:.2f}" for name, score in made.dice.items())
+    typer.echo(f"Dice of its labels: {found}")
+    typer.echo(f"Model:   {made.model_file.resolve()}\nLabels:  {made.label_file.resolve()}")
+    try:
+        page = made.label_file.with_suffix("").with_suffix(".html")
+        labels = [Label(value, name) for value, name in HeadPhantom.names.items()]
+        scan = ScalarImage(made.scan_file)
+        write_report(page, CaseReport("head", scan, made.labels, made.plan, time.monotonic() - began, labels))
+        typer.echo(f"Page:    {page.resolve()}")
+    except MissingDependencyError as error:
+        typer.echo(f"Page:    none: {error}")
+    typer.echo(f"Again:   voxloom predict {made.model_file} {made.scan_file} -o {output / 'again_labels.nii.gz'}")
 
 
 def make_folder(path: Path) -> None:

@@ -11,10 +11,11 @@ from ..errors import ModelFileError, SpecError, TargetExistsError
 from ..io.saving import atomic_write
 from .forms import CallForm, size_of_slices
 from .loading import SPEC_FILE, load_model
+from .modes import evaluating
 from .program_check import inspected
 from .spec import ModelSpec
 
-__all__ = ["pack_model"]
+__all__ = ["pack_model", "save_model"]
 
 
 def pack_model(
@@ -35,10 +36,7 @@ def pack_model(
         SpecError: if the spec does not say what exporting needs to know.
         TargetExistsError: if the file is there.
     """
-    if target.suffix != ".pt2":
-        raise ModelFileError(f"{target} must end in .pt2")
-    if target.exists() and not overwrite:
-        raise TargetExistsError(f"{target} exists, and is kept: remove it, choose another name, or give --overwrite")
+    _check_target(target, overwrite)
     loaded = load_model(name, weights, allow_pickle)
     path = Path(name).expanduser()
     with warnings.catch_warnings(action="ignore"):  # of PyTorch's, that its format may change
@@ -50,7 +48,48 @@ def pack_model(
             if not isinstance(loaded.model, nn.Module):
                 raise ModelFileError(f"{name} makes no torch.nn.Module, which is what can be exported")
             program = _exported(loaded.model, spec, name)
-        packed = io.BytesIO()
+    _write(program, spec, target)
+
+
+def save_model(model: nn.Module, path: Path | str, spec: ModelSpec, *, overwrite: bool = False) -> None:
+    """Write a `.pt2` that holds a network and what it expects: `predict`, `load_model` and the command need nothing else.
+
+    Args:
+        model: a network that `torch.export` can export; it is exported in evaluation mode, and on the CPU.
+        path: name of the file, which ends in `.pt2`.
+        spec: what it expects; must name its channels and its patch size. Any number of patches may be given to it at a time.
+        overwrite: replace a file that is there.
+
+    Raises:
+        ModelFileError: if the model cannot be exported.
+        SpecError: if the spec does not say what exporting needs to know.
+        TargetExistsError: if the file is there.
+
+    Example:
+        >>> import tempfile, torch, voxloom as vx
+        >>> spec = vx.ModelSpec(channels=("t1",), patch_size=16, reduce="argmax")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     vx.save_model(torch.nn.Conv3d(1, 2, 3, padding=1), f"{folder}/model.pt2", spec)
+        ...     loaded = vx.load_model(f"{folder}/model.pt2")
+        ...     vx.predict(loaded.model, torch.rand(1, 20, 20, 20), spec=loaded.spec).shape
+        (1, 20, 20, 20)
+    """
+    target = Path(path).expanduser()
+    _check_target(target, overwrite)
+    with evaluating([model], torch.device("cpu")):
+        _write(_exported(model, spec, type(model).__name__), spec, target)
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    if target.suffix != ".pt2":
+        raise ModelFileError(f"{target} must end in .pt2")
+    if target.exists() and not overwrite:
+        raise TargetExistsError(f"{target} exists, and is kept: choose another name, or give overwrite=True (--overwrite)")
+
+
+def _write(program: torch.export.ExportedProgram, spec: ModelSpec, target: Path) -> None:
+    packed = io.BytesIO()
+    with warnings.catch_warnings(action="ignore"):  # of PyTorch's, that its format may change
         torch.export.save(program, packed, extra_files={SPEC_FILE: str(spec)})
 
     def write(path: Path) -> None:
