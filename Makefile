@@ -10,7 +10,7 @@ PROCESSES := $(shell expr 2 \* $$(getconf _NPROCESSORS_ONLN))
 SECOND := tests/integrations/test_torchio.py tests/integrations/test_lightning.py
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(PROCESSES) --maxprocesses 16 --dist worksteal
 
-.PHONY: demo test test-all test-second test-slow docs dist lint format bench fuzz clean
+.PHONY: demo test test-all test-second test-slow docs changelog dist lint format bench fuzz clean
 
 demo: $(VENV)/plot.installed  ## Apply a network to a synthetic head, whole and patch by patch, and draw the result
 	$(BIN)/voxloom demo --output demo
@@ -20,6 +20,10 @@ test: $(VENV)/test.installed  ## Run the tests, but for those that take long
 
 test-slow: $(VENV)/test.installed  ## Run those tests that take long
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --numprocesses 2 --dist worksteal
+
+changelog: $(VENV)/python.made  ## Show what the files in changelog.d come to
+	$(PIP) towncrier
+	$(BIN)/towncrier build --draft --version "$$($(PYTHON) -c 'exec(open("src/voxloom/_version.py").read()); print(__version__)')"
 
 dist: $(VENV)/python.made  ## Build the wheel and the source distribution into dist
 	$(PIP) build twine

@@ -22,8 +22,9 @@ from .results import ResultSpec
 
 __all__ = ["Batch", "Memory", "PredictionPlan", "count_batches"]
 
-# What threads, buffers of files and the allocator take in addition.
+# What threads, buffers of files and the allocator take in addition; and gaps between blocks of memory, as a part of these.
 BASE_BYTES = 32 * 2**20
+GAPS = 1 / 16
 
 Batch = tuple[Ints, ...]
 """Patches that the model is given at a time, by their numbers on the axes of the grid."""
@@ -49,7 +50,8 @@ class Memory:
     @property
     def peak(self) -> int:
         """All of it."""
-        return self.volume + max(self.batches + self.chunks + self.front + self.results, self.loading) + BASE_BYTES
+        held = max(self.batches + self.chunks + self.front + self.results, self.loading)
+        return self.volume + held + int(GAPS * held) + BASE_BYTES
 
 
 @dataclass(frozen=True, eq=False)

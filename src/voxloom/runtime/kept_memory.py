@@ -61,7 +61,7 @@ class _User:
     resident_before: int
     """Bytes that the process held when the prediction began."""
     before_model: int | None = None
-    """The same when a model was about to be called for the first time."""
+    """Those of its own, which are no part of a file, when a model was about to be called for the first time."""
     of_model: int | None = None
     """By how many bytes the process grew by that; None as long as no model was called."""
     is_served: bool = True
@@ -167,7 +167,7 @@ def begin_model() -> None:
     _library.trim(0)
     user.leaves_gaps = False
     if user.before_model is None:
-        user.before_model = _resident_bytes()
+        user.before_model = _own_bytes()
 
 
 def judge(output_bytes: int) -> None:
@@ -180,7 +180,7 @@ def judge(output_bytes: int) -> None:
     if _library is None or user is None or user.of_model is not None or user.before_model is None:
         return
     with _state.lock:
-        user.of_model = _resident_bytes() - user.before_model
+        user.of_model = _own_bytes() - user.before_model
         if user.of_model <= max(LEAST_USE * output_bytes, LEAST_BYTES):
             user.is_served, user.leaves_gaps = False, True  # those of the outputs, which are still in use
             # Blocks of some size would otherwise leave gaps as large; smaller ones are as quick as ever.
@@ -213,11 +213,22 @@ class Trimmer:
 
 
 def _resident_bytes() -> int:
+    return _pages()[0] * mmap.PAGESIZE
+
+
+def _own_bytes() -> int:
+    """Resident memory that is no part of a file: what a reader maps meanwhile is not the model's."""
+    resident, shared = _pages()
+    return (resident - shared) * mmap.PAGESIZE
+
+
+def _pages() -> tuple[int, int]:
     try:
         with open("/proc/self/statm", "rb") as file:  # noqa: PTH123 - each batch asks
-            return int(file.read().split()[1]) * mmap.PAGESIZE
+            _, resident, shared, *_ = file.read().split()
+            return int(resident), int(shared)
     except OSError:
-        return 0
+        return 0, 0
 
 
 @in_forked_process
