@@ -31,6 +31,7 @@ def test_the_benchmark_for_gpus_runs_on_the_cpu_and_agrees_with_it(tmp_path, mon
     assert (tmp_path / "bench" / "gpu.json").exists()
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_stores_runs(tmp_path):
     options = "--size 64 --patches 2 --patch 24 --patch-sizes 16 --rounds 1 --subjects 2 --draws 2"
     subprocess.run([sys.executable, BENCHMARKS / "stores.py", *options.split()], cwd=tmp_path, check=True, timeout=300)

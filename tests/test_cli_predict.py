@@ -870,7 +870,7 @@ def test_a_command_that_is_ended_removes_what_it_unpacked(here):
         "voxloom",
         *["predict", "slow:model", "long.nii.gz", "-o", "out.nii", "--patch-size", "24,24,40"],
     ]
-    command += ["--overlap", "0", "--memory-limit", "24MiB"]
+    command += ["--overlap", "0", "--memory-limit", "40MiB"]
     with subprocess.Popen(command, env=os.environ | {"TMPDIR": str(here / "spool")}, stderr=subprocess.PIPE) as process:
         while process.poll() is None and not list((here / "spool").rglob("*.nii")):
             time.sleep(0.01)

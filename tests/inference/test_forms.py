@@ -118,7 +118,7 @@ def test_variance_of_an_ensemble(data):
     assert made["doubt"].shape == (1, *SHAPE)
     assert torch.allclose(made["doubt"].data, each.var(0, correction=0).sum(0, keepdim=True), atol=1e-6)
     assert torch.equal(made["labels"].data[0].long(), each.mean(0).argmax(0))
-    again = vx.predict(models, data, 8, 0, activation="softmax", reduce={"doubt": "variance"}, memory_limit="17MiB")
+    again = vx.predict(models, data, 8, 0, activation="softmax", reduce={"doubt": "variance"}, memory_limit="33MiB")
     assert torch.allclose(again["doubt"].data, made["doubt"].data, atol=1e-6)
 
 

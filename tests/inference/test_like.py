@@ -84,7 +84,7 @@ def test_the_bits_do_not_depend_on_memory(image, name, small_pieces):
     options = {"patch_size": 8, "patch_overlap": 4, "like": LIKE[name], "reduce": {"labels": "argmax", "some": [3, 1]}}
     peak = vx.plan(model, image, **options).peak_bytes
     expected = vx.predict(model, image, **options)
-    for limit in np.linspace(least_bytes(model, image, options), peak, 3).astype(int).tolist():
+    for limit in np.linspace(least_bytes(model, image, options), peak, 2).astype(int).tolist():
         plan = vx.plan(model, image, memory_limit=limit, **options)
         num_blocks.add(plan.num_blocks)
         assert plan.peak_bytes <= limit
@@ -95,7 +95,7 @@ def test_the_bits_do_not_depend_on_memory(image, name, small_pieces):
 
 
 @pytest.mark.parametrize("name", LIKE)
-@pytest.mark.parametrize("in_blocks", [False, True])
+@pytest.mark.parametrize("in_blocks", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_what_is_interrupted_is_resumed(image, name, in_blocks, tmp_path, small_pieces):
     """Wherever a run stops, and however many blocks it has."""
     model = network(40)

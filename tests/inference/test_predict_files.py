@@ -741,7 +741,7 @@ def test_a_compressed_input_that_is_cut_off_is_named_where_it_is_unpacked(tmp_pa
     vx.ScalarImage(torch.rand(1, 24, 24, 20000)).save(tmp_path / "scan.nii.gz")
     (tmp_path / "scan.nii.gz").write_bytes(damage((tmp_path / "scan.nii.gz").read_bytes()))
     with pytest.raises(vx.errors.VoxloomError, match=r"scan.nii.gz"):
-        vx.predict(network(), tmp_path / "scan.nii.gz", (24, 24, 200), 0, reduce="argmax", memory_limit="36MiB")
+        vx.predict(network(), tmp_path / "scan.nii.gz", (24, 24, 200), 0, reduce="argmax", memory_limit="52MiB")
 
 
 SCRIPT = """
@@ -955,7 +955,7 @@ def test_a_compressed_input_is_unpacked_once(tmp_path, monkeypatch, mask, times)
     unpacked = []
     copy = spooling.shutil.copyfileobj
     monkeypatch.setattr(spooling.shutil, "copyfileobj", lambda *args: (unpacked.append(1), copy(*args)))
-    vx.predict(network(), tmp_path / "scan.nii.gz", (24, 24, 200), 0, reduce="argmax", mask=mask, memory_limit="36MiB")
+    vx.predict(network(), tmp_path / "scan.nii.gz", (24, 24, 200), 0, reduce="argmax", mask=mask, memory_limit="52MiB")
     assert len(unpacked) == times
 
 
@@ -967,7 +967,7 @@ def test_a_compressed_input_that_is_too_large_is_unpacked_to_a_temporary_file(tm
     patch = (24, 24, 200)
     expected = vx.predict(network(), image, patch, 0, reduce="argmax").data
     given = vx.ScalarImage(tmp_path / "scan.nii.gz")
-    options = {"reduce": "argmax", "batch_size": 1, "memory_limit": "36MiB", "output": tmp_path / "out.nii"}
+    options = {"reduce": "argmax", "batch_size": 1, "memory_limit": "52MiB", "output": tmp_path / "out.nii"}
     plan = vx.plan(network(), given, patch, 0, mask=0.5, **options)
     assert plan.spooled_bytes == image.memory
     assert plan.memory.volume == 0

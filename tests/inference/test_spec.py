@@ -384,7 +384,7 @@ def test_what_is_packed_is_not_held_to_find_its_numbers(tmp_path):
     )
     expected = vx.predict(nn.Identity(), image, spec=spec)
     given_image = vx.ScalarImage(tmp_path / "a.nii.gz")
-    predictor = vx.Predictor(nn.Identity(), spec=spec, memory_limit="64MiB", model_name="none")
+    predictor = vx.Predictor(nn.Identity(), spec=spec, memory_limit="72MiB", model_name="none")
     assert predictor.plan(given_image).spooled_bytes
     made = predictor(given_image, output=tmp_path / "out.nii.gz")
     assert not given_image.is_loaded

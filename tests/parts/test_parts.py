@@ -31,7 +31,7 @@ OPTIONS = {"patch_size": 12, "patch_overlap": 6, "reduce": "argmax", "model_name
 
 @pytest.fixture
 def scan(tmp_path):
-    data = torch.rand(1, 44, 40, 36, generator=torch.Generator().manual_seed(0))
+    data = torch.rand(1, 34, 30, 28, generator=torch.Generator().manual_seed(0))
     image = vx.ScalarImage(data, affine=AFFINE)
     image.save(tmp_path / "scan.nii")
     return tmp_path / "scan.nii"

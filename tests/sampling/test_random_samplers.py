@@ -68,7 +68,7 @@ def test_uniform_draws_are_uniform_over_all_places(patch):
 
 
 @pytest.mark.parametrize("patch", PATCHES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.uint8, marks=pytest.mark.slow)])
 def test_weighted_draws_follow_the_map_and_keep_to_the_border_exactly(patch, dtype):
     weights = torch.randint(0, 4, (1, 7, 6, 5), generator=torch.Generator().manual_seed(0)).to(dtype)
     if dtype.is_floating_point:
@@ -81,8 +81,7 @@ def test_weighted_draws_follow_the_map_and_keep_to_the_border_exactly(patch, dty
     assert_distributed(centres(vx.WeightedSampler(subject, patch, "where", seed=2)), expected)
 
 
-@pytest.mark.parametrize("patch", [(1, 1, 1), (2, 3, 2), (3, 3, 3)])
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.int64])
+@pytest.mark.parametrize(("patch", "dtype"), [((1, 1, 1), torch.uint8), ((2, 3, 2), torch.float32), ((3, 3, 3), torch.int64)])
 def test_label_draws_pick_the_class_first_and_then_any_of_its_voxels(patch, dtype):
     labels = torch.randint(0, 4, (1, 7, 6, 5), generator=torch.Generator().manual_seed(3))
     subject = subject_of(seg=vx.LabelMap(labels.to(dtype)))

@@ -52,9 +52,17 @@ def store(path, **options):
     return vx.ZarrStore(path, chunks=8, levels=3, **options)
 
 
-@pytest.mark.parametrize(("version", "shards"), [("0.4", None), ("0.5", None), ("0.5", 16), ("0.6", (16, 8, 32))])
-@pytest.mark.parametrize("ending", [".ome.zarr", ".nii.zarr", ".zarr"])
-def test_stores(tmp_path, version, shards, ending):
+@pytest.mark.parametrize(
+    ("ending", "version", "shards"),
+    [
+        (".ome.zarr", "0.4", None),
+        (".ome.zarr", "0.5", 16),
+        (".ome.zarr", "0.6", (16, 8, 32)),
+        (".nii.zarr", "0.5", 16),
+        (".zarr", "0.5", None),
+    ],
+)
+def test_stores(tmp_path, ending, version, shards):
     def make(name):
         return vx.ZarrStore(tmp_path / f"{name}{ending}", version=version, chunks=8, shards=shards, levels=3)
 
@@ -222,7 +230,7 @@ def test_a_process_that_is_killed_again_and_again_ends_with_the_same_bytes(tmp_p
     predicted(store(target))
     expected = hashes(target)
     rng = random.Random(0)
-    for memory_limit in (None, "18 MiB"):
+    for memory_limit in (None, "34 MiB"):
         shutil.rmtree(target)
         kills = 0
         for _ in range(12):
@@ -239,7 +247,7 @@ def test_a_process_that_is_killed_again_and_again_ends_with_the_same_bytes(tmp_p
 def test_the_bytes_do_not_depend_on_the_memory(tmp_path):
     predicted(store(tmp_path / "a/out.ome.zarr") if (tmp_path / "a").mkdir() is None else None)
     (tmp_path / "b").mkdir()
-    predicted(store(tmp_path / "b/out.ome.zarr"), memory_limit="17 MiB")
+    predicted(store(tmp_path / "b/out.ome.zarr"), memory_limit="33 MiB")
     assert hashes(tmp_path / "a/out.ome.zarr") == hashes(tmp_path / "b/out.ome.zarr")
 
 

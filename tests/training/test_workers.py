@@ -607,9 +607,10 @@ def is_alive(pid):
 
 @pytest.mark.parametrize(
     ("how", "pause", "context"),
-    [(how, 0.5, "fork") for how in ("end", "SIGINT", "Ctrl-C", "SIGTERM", "SIGKILL")]
-    + [(how, 0.01, "fork") for how in ("end", "SIGKILL")]
-    + [(how, 0.5, context) for how in ("Ctrl-C", "SIGKILL") for context in ("spawn", "forkserver")],
+    [(how, 0.5, "fork") for how in ("end", "SIGINT", "Ctrl-C", "SIGTERM")]
+    + [("SIGKILL", 0.5, context) for context in ("fork", "spawn", "forkserver")]
+    + [pytest.param(how, 0.01, "fork", marks=pytest.mark.slow) for how in ("end", "SIGKILL")]
+    + [pytest.param("Ctrl-C", 0.5, context, marks=pytest.mark.slow) for context in ("spawn", "forkserver")],
 )
 def test_no_process_is_left_behind(tmp_path, how, pause, context):
     script = tmp_path / "train.py"

@@ -145,7 +145,7 @@ def test_predictions_of_views(tmp_path):
     image = image_of((1, 40, 36, 30), np.diag([-1.5, -1.5, 3, 1]))
     image.save(tmp_path / "a.nii.gz")
     expected = vx.predict(torch.nn.Identity(), image.reoriented("RAS").resampled(2), 16, like=image, dtype=torch.float32)
-    for limit in (None, "18MiB"):
+    for limit in (None, "34MiB"):
         scan = vx.ScalarImage(tmp_path / "a.nii.gz")
         made = vx.predict(torch.nn.Identity(), scan.reoriented("RAS").resampled(2), 16, like=scan, memory_limit=limit)
         assert torch.equal(made.data, expected.data)

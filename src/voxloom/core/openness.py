@@ -21,7 +21,7 @@ class Openness:
         >>> traversal = Traversal.smallest(PatchGrid.cover((10, 20, 60), patch_size=10, patch_overlap=4), is_cropped=False)
         >>> found = Openness(traversal, traversal.whole)
         >>> found.num_steps, int(found.voxels.max()), int(found.voxels[-1])
-        (30, 1600, 1200)
+        (27, 1600, 1200)
     """
 
     traversal: Traversal
