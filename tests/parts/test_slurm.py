@@ -23,7 +23,9 @@ SECONDS = 150
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not all(map(shutil.which, PROGRAMS)), reason="SLURM is not installed: slurmctld, slurmd, munge"),
+    pytest.mark.skipif(
+        not all(map(shutil.which, PROGRAMS)), reason="SLURM is not installed: apt-get install slurmctld slurmd slurm-client munge"
+    ),
     pytest.mark.skipif(getpass.getuser() != "root", reason="a node of SLURM's is started by root alone"),
     pytest.mark.xdist_group("slurm"),
 ]
@@ -122,7 +124,7 @@ def here(tmp_path, monkeypatch, cluster):
     data = torch.rand(1, 60, 52, 44, generator=torch.Generator().manual_seed(1))
     vx.convert(vx.ScalarImage(data), "big.ome.zarr", chunks=16)
     (tmp_path / "models.py").write_text(
-        "import time\nfrom parts_models import three as at_once\n\ndef three(batch):\n    time.sleep(0.01)\n    return at_once(batch)\n"
+        "import time\nimport parts_models\n\ndef three(batch):\n    time.sleep(0.01)\n    return parts_models.three(batch)\n"
     )
     (tmp_path / "bin").mkdir()
     command = tmp_path / "bin" / "voxloom"
