@@ -197,10 +197,21 @@ class ArraySource:
 
     def read(self, box: Box) -> Tensor:
         """See `VolumeSource`."""
-        slices = (slice(None), *box.slices) if self._has_channels else box.slices
-        values = self._array[slices]
+        values = self._slice(box)
         values = as_tensor(values.cpu() if isinstance(values, Tensor) else np.asarray(values))
         return values if self._has_channels else values[None]
+
+    def read_into(self, out: Tensor, box: Box) -> None:
+        """Read a box into a tensor `(C, *box.shape)` of any type; of an array of that type each voxel is copied once."""
+        if isinstance(self._array, np.ndarray) and out.dtype == self.dtype and out.device.type == "cpu":
+            values, target = self._slice(box), out.detach().numpy()
+            if values.dtype == target.dtype:
+                np.copyto(target, values if self._has_channels else values[None])
+                return
+        out.copy_(self.read(box))
+
+    def _slice(self, box: Box) -> Any:
+        return self._array[(slice(None), *box.slices) if self._has_channels else box.slices]
 
     def fingerprint(self) -> Json:
         """See `VolumeSource`."""
