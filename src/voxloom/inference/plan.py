@@ -20,7 +20,7 @@ from ..models.outputs import OutputSpec
 from ..volumes.exchange import pictures
 from .results import ResultSpec
 
-__all__ = ["Batch", "Memory", "PredictionPlan", "count_batches"]
+__all__ = ["BASE_BYTES", "Batch", "Memory", "PredictionPlan", "count_batches"]
 
 # What threads, buffers of files and the allocator take in addition; and gaps between blocks of memory, as a part of these.
 BASE_BYTES = 32 * 2**20

@@ -28,7 +28,7 @@ from ..runtime.memory import BufferPool
 from ..runtime.sharing import Share, SharedOut
 from .delivery import Delivery
 from .inputs import read_batch
-from .plan import Batch, PredictionPlan
+from .plan import BASE_BYTES, Batch, PredictionPlan
 from .planner import open_bytes
 from .runner import FirstBatch, Runner
 
@@ -155,7 +155,8 @@ class _Gathering:
 
     def _gather_all(self, start: int, stop: int) -> None:
         plan = self.plan
-        self._trimmer = Trimmer(plan.peak_bytes - plan.memory.batches)
+        # Half of what is spare is left for what cannot be foreseen.
+        self._trimmer = Trimmer(plan.peak_bytes - plan.memory.batches - BASE_BYTES // 2)
         self._ahead = self._read_ahead(self._batches(start, stop))
         self._outputs: list[Tensor] = []
         self._unused: deque[Ints] = deque()  # patches that the outputs at hand are of, and that have not been added yet
@@ -202,7 +203,7 @@ class _Gathering:
     def _run_next(self) -> None:
         if self._outputs:
             self._outputs = []  # before those of the next batch are made
-            self._trimmer.check()
+            self._trimmer.check(max(0, self.plan.memory.front - sum(total.num_bytes for total in self._sums)))
         (batch, skipped), reading = next(self._ahead)
         if reading is None:
             assert self._first is not None

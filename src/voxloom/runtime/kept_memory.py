@@ -125,6 +125,8 @@ def _used() -> Iterator[_User]:
         with state.lock:
             state.users.discard(user)
             _follow(state)
+        if _library is not None and user.leaves_gaps:
+            _library.trim(0)
 
 
 def _follow(state: _State, largest: int = USUAL[MMAP_THRESHOLD]) -> None:
@@ -199,17 +201,23 @@ class Trimmer:
         user = _prediction.get()
         self._bound = num_bytes + (_resident_bytes() if user is None else user.resident_before)
 
-    def check(self) -> None:
-        """Give back what is free if the process has grown too large; costs hardly anything otherwise."""
+    def check(self, coming: int = 0) -> None:
+        """Give back what is free if the process has grown too large; costs hardly anything otherwise.
+
+        Args:
+            coming: bytes that may be taken before it is asked again, beside the model's.
+        """
         if _library is None:
             return
         with _state.lock:
             of_models = sum(user.of_model or 0 for user in _state.users if user.is_served)
             kept = of_models * (1 + GROWTH) + GROWTH_BYTES if _state.is_keeping else 0
-        if _resident_bytes() > self._bound + kept:
-            _library.trim(0)
-            # What is still there is in use, by the model for example: asking again at once would be of no use.
-            self._bound = max(self._bound, _resident_bytes() + self._step)
+        if _resident_bytes() + coming <= self._bound + kept:
+            return
+        _library.trim(0)
+        in_use = _resident_bytes() + coming
+        if in_use > self._bound + kept:  # asking again at once would be of no use
+            self._bound = in_use + self._step
 
 
 def _resident_bytes() -> int:
