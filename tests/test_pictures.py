@@ -181,7 +181,7 @@ def test_nothing_prints_an_address():
 @pytest.fixture
 def page(tmp_path):
     head = vx.datasets.HeadPhantom((40, 36, 32))
-    labels = (Label(7, "lesion & <b>more</b>"), Label(9, "nothing"))
+    labels = (Label(0, "background"), Label(7, "lesion & <b>more</b>"), Label(9, "nothing"))
     write_report(tmp_path / "case.html", CaseReport("case <1>", head.t1, head.labels, "volume: all of it", 12.34, labels))
     return head, tmp_path / "case.html"
 

@@ -1,6 +1,7 @@
 """The whole way in a minute: train a small network on patches, say what it expects, and predict a scan that it has not seen."""
 
 import itertools
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +72,8 @@ class WholeWay:
     losses: list[float]
     dice: dict[str, float]
     """How well each label was found, from 0 to 1."""
+    seconds: float
+    """What predicting took."""
 
 
 def run_whole_way(folder: Path, steps: int, progress: Progress) -> WholeWay:
@@ -100,8 +103,10 @@ def run_whole_way(folder: Path, steps: int, progress: Progress) -> WholeWay:
     loaded = load_model(str(model_file))
     predictor = Predictor(loaded.model, spec=loaded.spec, batch_size=BATCH)
     plan = str(predictor.plan(scan_file, output=label_file))
+    began = time.monotonic()
     found = predictor(scan_file, output=label_file, resume=False, overwrite=True)
-    return WholeWay(model_file, scan_file, label_file, unseen, found, plan, losses, _dice(found.data, unseen.labels.data))
+    seconds, dice = time.monotonic() - began, _dice(found.data, unseen.labels.data)
+    return WholeWay(model_file, scan_file, label_file, unseen, found, plan, losses, dice, seconds)
 
 
 def _trained(steps: int, progress: Progress) -> tuple[nn.Module, list[float]]:

@@ -302,7 +302,6 @@ def show(image: Path | None, output: Path, size: int, patch_size: int, patch_ove
 
 def _show_whole_way(output: Path, steps: int) -> None:
     typer.echo(f"\nA small U-Net learns the labels of the synthetic head from {steps} batches of patches:")
-    began = time.monotonic()
     made = run_whole_way(output, steps, lambda batches, count: tqdm(batches, total=count, unit="batch"))
     typer.echo(f"Loss:    {made.losses[0]:.2f} at first, {made.losses[-1]:.2f} in the end")
     typer.echo(f"Plan for a scan that it has not seen:\n{made.plan}")
@@ -313,7 +312,7 @@ def _show_whole_way(output: Path, steps: int) -> None:
         page = made.label_file.with_suffix("").with_suffix(".html")
         labels = [Label(value, name) for value, name in HeadPhantom.names.items()]
         scan = ScalarImage(made.scan_file)
-        write_report(page, CaseReport("head", scan, made.labels, made.plan, time.monotonic() - began, labels))
+        write_report(page, CaseReport("head", scan, made.labels, made.plan, made.seconds, labels))
         typer.echo(f"Page:    {page.resolve()}")
     except MissingDependencyError as error:
         typer.echo(f"Page:    none: {error}")

@@ -99,7 +99,7 @@ def _counts(result: Image) -> dict[int, int]:
 
 def _rows(counts: Mapping[int, int], named: Mapping[int, Label], millilitres: float) -> list[str]:
     rows = []
-    for value in sorted({*counts, *named}):
+    for value in sorted({*counts, *named} - {0}):  # which is not counted
         red, green, blue = color_of(named.get(value, Label(max(value, 0), str(value))))
         count = counts.get(value, 0)
         rows.append(
