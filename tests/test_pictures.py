@@ -145,6 +145,16 @@ def test_what_is_open_while_a_plan_runs_is_drawn(tmp_path):
         plan.plot(at=2)
 
 
+def test_open_sums_of_outputs_of_several_sizes_are_added(tmp_path):
+    def model(batch):
+        return {"same": batch, "half": torch.nn.functional.avg_pool3d(batch, 2).repeat(1, 16, 1, 1, 1)}
+
+    scale = {"same": 1, "half": 0.5}
+    plan = vx.plan(model, torch.zeros(1, 48, 40, 32), 16, output_scale=scale)
+    (most,) = {line.get_ydata()[0] for line in plan.plot().axes[0].lines if line.get_linestyle() == "--"}
+    assert most == pytest.approx(plan.traversal.open_voxels(plan.traversal.whole) * (4 + 16 * 4 / 8) / 2**20)
+
+
 def test_nothing_prints_an_address():
     head = vx.datasets.HeadPhantom(32)
     sampler = vx.GridSampler(head, 16)

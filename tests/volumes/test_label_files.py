@@ -121,6 +121,13 @@ def test_the_command_writes_both(tmp_path, run):
     assert torch.equal(vx.LabelMap("out/scan_dseg_labels/top.nii.gz").data, (whole == 2).to(torch.uint8))
     assert (tmp_path / "out/scan_dseg.tsv").read_text() == "mine\n"
 
+    # What cannot be is said before anything is computed.
+    assert "--per-label is not for one share" in run(*PREDICT, "--per-label", "--shard", "0/2", code=1)
+    (tmp_path / "spec.json").write_text(json.dumps({"voxloom_spec": 1, "reduce": "argmax"}))
+    nameless = [*PREDICT[:4], "none.nii.gz", *PREDICT[5:]]
+    assert "--label-table: the model's spec names no labels" in run(*nameless, "--label-table", code=1)
+    assert not (tmp_path / "none.nii.gz").exists()
+
     # The command of its own knows the names by the sidecar.
     run("split", "out/scan_dseg.nii.gz", "-o", "parts")
     assert sorted(path.name for path in (tmp_path / "parts").glob("*.nii.gz")) == ["middle.nii.gz", "top.nii.gz"]

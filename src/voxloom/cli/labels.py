@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import ModeError, SaveError
+from ..errors import SaveError
 from ..io.labels import Label
 from ..volumes.image import LabelMap
-from ..volumes.label_files import PER_LABEL, is_split_of, known_labels, label_table, split_labels, write_label_table
+from ..volumes.label_files import PER_LABEL, is_split_of, label_table, split_labels, write_label_table
 from .cases import as_ending, beside
 from .options import CaseOptions
 from .reporting import Report
@@ -34,13 +34,10 @@ def write_labels(target: Path, wanted: CaseOptions, labels: Sequence[Label], is_
     """
     made = []
     if wanted.label_table:
-        found = list(labels) or known_labels(target)
-        if not found:
-            raise ModeError("--label-table: the model's spec names no labels; give some in its 'labels', see voxloom info MODEL")
         path = beside(target, ".tsv")
-        if path.exists() and path.read_text(encoding="utf-8") != label_table(found) and not overwrite:
+        if path.exists() and path.read_bytes() != label_table(labels).encode() and not overwrite:
             raise SaveError(f"{path} exists, and is another table: remove it, or give --overwrite")
-        write_label_table(found, path)
+        write_label_table(labels, path)
         made.append(path)
     if wanted.per_label:
         folder = beside(target, "_labels")

@@ -49,8 +49,10 @@ def predict_cases(
     """Predict all cases; one that fails does not stop the others."""
     if parts.is_given and not resume:
         raise ModeError("--no-resume is not for predictions in parts: remove the folder .STEM.shards beside the result instead")
-    if parts.shard is not None and with_pages:
-        raise ModeError("--report is not for one share: give it with the same command without --shard, when all is done")
+    whole = {"--report": with_pages, "--per-label": wanted.per_label, "--label-table": wanted.label_table}
+    asked = [name for name, is_given in whole.items() if is_given]
+    if parts.shard is not None and asked:
+        raise ModeError(f"{asked[0]} is not for one share: give it with the same command without --shard, when all is done")
     with launcher(parts) as executor:
         _predict_cases(options, wanted, parts, executor, resume, overwrite, with_pages, report)
 
@@ -71,6 +73,8 @@ def _predict_cases(
     pages: dict[str, str] = {}
     if with_pages:
         require_matplotlib()
+    if wanted.label_table and not predictor.spec.labels:
+        raise ModeError("--label-table: the model's spec names no labels; give a --spec with 'labels', see voxloom info MODEL")
     for number, case in enumerate(cases):
         began = time.monotonic()
         entry: dict[str, Any] = {"case": case.name, "files": [str(path) for path in case.files], "target": str(case.target)}

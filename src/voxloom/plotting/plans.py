@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import math
 from typing import Any
 
 import numpy as np
@@ -50,9 +51,11 @@ def html_of_plan(plan: PredictionPlan) -> str:
 
 
 def _draw_curve(axes: Any, plan: PredictionPlan, blocks: list[Openness], at: float) -> None:
-    per_voxel = sum(output.bytes_per_voxel(plan.traversal.is_cropped, plan.needed is not None) for output in plan.outputs)
-    scale = float(np.prod([float(factor) for factor in plan.outputs[0].scale])) if len(plan.outputs) == 1 else 1.0
-    opened = np.concatenate([block.voxels for block in blocks]) * per_voxel * scale / 2**20
+    is_partial = plan.needed is not None
+    per_voxel = sum(
+        output.bytes_per_voxel(plan.traversal.is_cropped, is_partial) * math.prod(output.scale) for output in plan.outputs
+    )
+    opened = np.concatenate([block.voxels for block in blocks]) * float(per_voxel) / 2**20
     step = -(-len(opened) // POINTS)
     most = np.maximum.reduceat(opened, np.arange(0, len(opened), step))
     place = np.linspace(0, 100, len(most))
