@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import voxloom as vx
-from voxloom.errors import SpaceError, SpecError
+from voxloom.errors import ModelFileError, SpaceError, SpecError, TargetExistsError
 from voxloom.volumes.intensities import Intensity, foreground_box
 
 CT = np.array([[-0.8, 0, 0, 20], [0, -0.8, 0, 25], [0, 0, 2.5, -30], [0, 0, 0, 1]])
@@ -374,6 +374,32 @@ def test_thresholds_are_of_the_image_itself():
     assert torch.equal(made.data > 0, data > 0)
     made = vx.predict(ones, vx.ScalarImage(data), 4, 0, mask=lambda block: block > 100, fill=-9, spec=spec)
     assert torch.equal(made.data > 0, data > 0)
+
+
+def test_a_network_is_saved_with_what_it_expects(tmp_path):
+    spec = vx.ModelSpec(channels=("t1",), patch_size=8, reduce="argmax", labels=(vx.Label(1, "bright"),))
+    model = nn.Sequential(nn.Conv3d(1, 2, 3, padding=1), nn.Dropout(0.9)).train()
+    vx.save_model(model, tmp_path / "m.pt2", spec)
+    assert model.training
+    assert model[1].training
+    loaded = vx.load_model(str(tmp_path / "m.pt2"))
+    assert loaded.spec == spec
+    data = torch.rand(1, 12, 11, 10)
+    made = [vx.predict(each, data, spec=spec).data for each in (model, loaded)]
+    assert torch.equal(*made)
+    before = (tmp_path / "m.pt2").read_bytes()
+    with pytest.raises(TargetExistsError, match="overwrite=True"):
+        vx.save_model(nn.Identity(), tmp_path / "m.pt2", spec)
+    assert (tmp_path / "m.pt2").read_bytes() == before
+    for given, error, message in [
+        ((lambda batch: batch, "a.pt2", spec), ModelFileError, "a torch.nn.Module"),
+        ((model, "a.pt", spec), ModelFileError, "must end in .pt2"),
+        ((model, "a.pt2", None), SpecError, "give a vx.ModelSpec"),
+        ((model, "a.pt2", vx.ModelSpec(patch_size=8)), SpecError, "must say its channels"),
+    ]:
+        with pytest.raises(error, match=message):
+            vx.save_model(given[0], tmp_path / given[1], given[2])
+    assert [path.name for path in tmp_path.iterdir()] == ["m.pt2"]
 
 
 def test_what_is_packed_is_not_held_to_find_its_numbers(tmp_path):

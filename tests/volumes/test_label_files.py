@@ -65,10 +65,27 @@ def test_what_is_there_is_kept(organs, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "organs.nii.gz", "parts"]
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.int64])
+def test_labels_of_every_type(tmp_path, dtype):
+    data = (torch.arange(64).reshape(1, 4, 4, 4) % 2).to(dtype)
+    made = vx.split_labels(vx.LabelMap(data), tmp_path / "parts")
+    assert list(made) == ["label-1"]
+    assert torch.equal(made["label-1"].data, data.to(torch.uint8))
+
+
 def test_what_is_no_label_map_is_refused(tmp_path):
-    for image in (vx.ScalarImage(torch.rand(1, 4, 4, 4)), vx.LabelMap(torch.ones(2, 4, 4, 4, dtype=torch.uint8))):
-        with pytest.raises(ModeError, match="of one channel of whole numbers"):
-            vx.split_labels(image, tmp_path / "parts")
+    for data, message in [
+        (torch.rand(1, 4, 4, 4), "this has the value 0."),
+        (torch.full((1, 4, 4, 4), torch.nan), "this has the value nan"),
+        (torch.full((1, 4, 4, 4), torch.inf), "this has the value inf"),
+        (torch.ones(2, 4, 4, 4), "this has 2"),
+    ]:
+        for labels in (None, {"one": 1}):
+            with pytest.raises(ModeError, match=message):
+                vx.split_labels(vx.ScalarImage(data), tmp_path / "parts", labels=labels)
+    for labels in ([1, 2], {"one": "1"}, {1: 1}):
+        with pytest.raises(ModeError, match="give names and whole numbers"):
+            vx.split_labels(vx.LabelMap(torch.ones(1, 4, 4, 4, dtype=torch.uint8)), tmp_path / "parts", labels=labels)
     with pytest.raises(ModeError, match="ending is '.png'"):
         vx.split_labels(vx.LabelMap(torch.ones(1, 4, 4, 4, dtype=torch.uint8)), tmp_path / "parts", ending=".png")
 

@@ -75,6 +75,10 @@ def save_model(model: nn.Module, path: Path | str, spec: ModelSpec, *, overwrite
         (1, 20, 20, 20)
     """
     target = Path(path).expanduser()
+    if not isinstance(model, nn.Module):
+        raise ModelFileError(f"the model is of type {type(model).__name__}: what can be exported is a torch.nn.Module")
+    if not isinstance(spec, ModelSpec):
+        raise SpecError(f"spec is of type {type(spec).__name__}: give a vx.ModelSpec that names channels and patch_size")
     _check_target(target, overwrite)
     with evaluating([model], torch.device("cpu")):
         _write(_exported(model, spec, type(model).__name__), spec, target)

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import re
 import secrets
 import shutil
@@ -97,7 +98,7 @@ def split_labels(
         The images as they were written, by name.
 
     Raises:
-        ModeError: if the image is no label map of one channel, or a name cannot be that of a file.
+        ModeError: if the image is no label map of one channel, or two labels would be one file.
         SaveError: if the folder exists, or cannot be written.
 
     Example:
@@ -109,10 +110,8 @@ def split_labels(
         (['lesion', 'white matter'], 'lesion.nii.gz')
     """
     given, folder = as_image(image), Path(folder).expanduser()
-    if given.num_channels != 1 or given.dtype.is_floating_point:
-        raise ModeError(
-            f"a label map of one channel of whole numbers is needed, but this is {given.dtype} with {given.num_channels} channels"
-        )
+    if given.num_channels != 1:
+        raise ModeError(f"a label map of one channel is needed, but this has {given.num_channels}: reduce='argmax' makes one")
     if ending not in PER_LABEL:
         raise ModeError(f"ending is {ending!r}: it must be {', '.join(PER_LABEL[:-1])} or {PER_LABEL[-1]}")
     if folder.exists() and not (overwrite and _is_split(folder)):
@@ -123,7 +122,8 @@ def split_labels(
     try:
         part.mkdir(parents=True)
         with spooled(given) as source:
-            named = _named([label for label in told if label.value] or _all_labels(source))
+            there = [] if told and not source.dtype.is_floating_point else _all_labels(source)
+            named = _named([label for label in told if label.value] or there)
             with shown_if(progress, "labels written", len(named), "labels") as show:
                 for name, label in named.items():
                     convert(OneLabelSource(source, label.value), part / f"{name}{ending}", labels=True)
@@ -186,16 +186,29 @@ def label_table(labels: Sequence[Label]) -> str:
     return text.getvalue()
 
 
-def _as_labels(given: Mapping[str, int] | Sequence[Label]) -> list[Label]:
-    return [Label(value, name) for name, value in given.items()] if isinstance(given, Mapping) else list(given)
+def _as_labels(given: Any) -> list[Label]:
+    labels = [Label(value, name) for name, value in given.items()] if isinstance(given, Mapping) else list(given)
+    for label in labels:
+        if not isinstance(label, Label) or not isinstance(label.value, int) or not isinstance(label.name, str):
+            raise ModeError(
+                f"labels has {label!r}: give names and whole numbers, such as {{'liver': 5}}, or vx.Label(5, 'liver')"
+            )
+    return labels
 
 
 def _all_labels(source: VolumeSource) -> list[Label]:
-    """Give the numbers that a label map has, but 0."""
+    """Give the numbers that a label map has, but 0.
+
+    Raises:
+        ModeError: if they are not whole.
+    """
     found: set[int] = set()
     most = max(1, BOX_BYTES // source.dtype.itemsize)
     for box in walk(Box((0, 0, 0), source.shape[1:]), source.chunks, most):
-        found.update(np.unique(read_checked(source, box).numpy()).tolist())
+        for value in np.unique(read_checked(source, box).numpy()).tolist():
+            if not math.isfinite(value) or value != int(value):
+                raise ModeError(f"a label map is needed, but this has the value {value:g}: reduce='argmax' makes one of scores")
+            found.add(int(value))
     return [Label(value, f"label-{value}") for value in sorted(found - {0})]
 
 
