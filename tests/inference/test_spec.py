@@ -391,14 +391,14 @@ def test_a_network_is_saved_with_what_it_expects(tmp_path):
     with pytest.raises(TargetExistsError, match="overwrite=True"):
         vx.save_model(nn.Identity(), tmp_path / "m.pt2", spec)
     assert (tmp_path / "m.pt2").read_bytes() == before
-    for given, error, message in [
+    for arguments, error, message in [
         ((lambda batch: batch, "a.pt2", spec), ModelFileError, "a torch.nn.Module"),
         ((model, "a.pt", spec), ModelFileError, "must end in .pt2"),
         ((model, "a.pt2", None), SpecError, "give a vx.ModelSpec"),
         ((model, "a.pt2", vx.ModelSpec(patch_size=8)), SpecError, "must say its channels"),
     ]:
         with pytest.raises(error, match=message):
-            vx.save_model(given[0], tmp_path / given[1], given[2])
+            vx.save_model(arguments[0], tmp_path / arguments[1], arguments[2])
     assert [path.name for path in tmp_path.iterdir()] == ["m.pt2"]
 
 
