@@ -218,3 +218,22 @@ def test_a_small_prediction_does_not_end_what_the_user_asked_for():
         print(json.dumps([*seen, keeps()]))
     """
     assert found(script) == [True, False]
+
+
+def test_outputs_of_an_ensemble_do_not_stay_in_the_gap_that_the_first_has_left():
+    """Where memory is not kept, what was made before that turned out is a gap in the heap, which later outputs may lie in."""
+    script = """
+        from voxloom.runtime.kept_memory import begin_model, judge, kept_for_models
+
+        SIZE = 40 * 2**20
+        seen = []
+        with kept_for_models():
+            for number in range(5):
+                begin_model(has_freed=number > 0)
+                seen.append(resident() - at_rest > SIZE // 2)
+                output = torch.ones(SIZE, dtype=torch.uint8)
+                judge(SIZE)
+                del output
+        print(json.dumps(seen))
+    """
+    assert found(script) == [False] * 5

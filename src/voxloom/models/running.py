@@ -190,7 +190,7 @@ class Models:
         requests: list[OutputRequest] | None = None
         for number, (model, flip) in enumerate(itertools.product(self.models, self.flips)):
             given = _copied(batch, flip) if self.num_passes > 1 else batch
-            begin_model()
+            begin_model(has_freed=number > 0)
             with torch.inference_mode(), torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
                 outputs = outputs_of(model(self.form.given(given)))
             judge(sum(each.numel() * each.element_size() for each in outputs.values() if isinstance(each, Tensor)))

@@ -29,6 +29,9 @@ NAMES = {MMAP_MAX: "mmap_max", MMAP_THRESHOLD: "mmap_threshold", TRIM_THRESHOLD:
 # How many times its outputs a model must use, and how many bytes, for keeping memory to be of use: what is kept of less are gaps
 # between outputs, or would be kept anyway.
 LEAST_USE, LEAST_BYTES = 2, 64 * 2**20
+# Outputs of this many bytes and more leave gaps that are looked at: the outputs of each call may lie in them, and are not given back
+# to the system then. Asking for that takes tenths of a millisecond.
+LEAST_GAP = 8 * 2**20
 # Blocks of fewer bytes than this never come from the system one by one: that would be slow.
 LEAST_MAPPED = 2**20
 # How much more than a model used when it was called first may be kept: some patterns do not fit well into what is there.
@@ -68,6 +71,8 @@ class _User:
     """Whether memory is to be kept for it."""
     leaves_gaps: bool = False
     """Whether what was kept until it turned out to be of no use is still there."""
+    gap_bytes: int = 0
+    """How large the gaps are that stay when it is given back: room in which later outputs may lie."""
 
 
 @dataclass
@@ -161,10 +166,17 @@ def _chosen(parameter: int, usual: int) -> int:
     return number if number <= MOST else -1  # which is without end
 
 
-def begin_model() -> None:
-    """Before a model is called: give back what would count as its use of memory, or what it left if nothing is kept for it."""
+def begin_model(has_freed: bool = False) -> None:
+    """Before a model is called: give back what would count as its use of memory, or what it left if nothing is kept for it.
+
+    Args:
+        has_freed: whether outputs of the same batch have just been freed, such as those of another model.
+    """
     user = _prediction.get()
-    if _library is None or user is None or (user.before_model is not None and not user.leaves_gaps):
+    if _library is None or user is None:
+        return
+    fills_gaps = has_freed and user.gap_bytes >= LEAST_GAP
+    if not (user.before_model is None or user.leaves_gaps or fills_gaps):
         return
     _library.trim(0)
     user.leaves_gaps = False
@@ -184,7 +196,7 @@ def judge(output_bytes: int) -> None:
     with _state.lock:
         user.of_model = _own_bytes() - user.before_model
         if user.of_model <= max(LEAST_USE * output_bytes, LEAST_BYTES):
-            user.is_served, user.leaves_gaps = False, True  # those of the outputs, which are still in use
+            user.is_served, user.leaves_gaps, user.gap_bytes = False, True, output_bytes  # which are still in use
             # Blocks of some size would otherwise leave gaps as large; smaller ones are as quick as ever.
             _follow(_state, min(max(output_bytes // 4, LEAST_MAPPED), USUAL[MMAP_THRESHOLD]))
 
