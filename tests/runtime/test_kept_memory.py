@@ -226,12 +226,13 @@ def test_outputs_of_an_ensemble_do_not_stay_in_the_gap_that_the_first_has_left()
         from voxloom.runtime.kept_memory import begin_model, judge, kept_for_models
 
         SIZE = 40 * 2**20
-        seen = []
+        seen, sums = [], []
         with kept_for_models():
             for number in range(5):
                 begin_model(has_freed=number > 0)
                 seen.append(resident() - at_rest > SIZE // 2)
                 output = torch.ones(SIZE, dtype=torch.uint8)
+                sums.append(torch.ones(2**20))  # above the gap in the heap
                 judge(SIZE)
                 del output
         print(json.dumps(seen))

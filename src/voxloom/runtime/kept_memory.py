@@ -29,8 +29,8 @@ NAMES = {MMAP_MAX: "mmap_max", MMAP_THRESHOLD: "mmap_threshold", TRIM_THRESHOLD:
 # How many times its outputs a model must use, and how many bytes, for keeping memory to be of use: what is kept of less are gaps
 # between outputs, or would be kept anyway.
 LEAST_USE, LEAST_BYTES = 2, 64 * 2**20
-# Outputs of this many bytes and more leave gaps that are looked at: the outputs of each call may lie in them, and are not given back
-# to the system then. Asking for that takes tenths of a millisecond.
+# Outputs of this many bytes and more leave gaps that are looked at: the outputs of each call may lie in them, and are not given
+# back to the system then. Asking for that takes tenths of a millisecond.
 LEAST_GAP = 8 * 2**20
 # Blocks of fewer bytes than this never come from the system one by one: that would be slow.
 LEAST_MAPPED = 2**20
