@@ -16,12 +16,13 @@ from ..core.affines import Affine, shifted
 from ..core.aligned import AlignedMap
 from ..core.boxes import Box
 from ..core.interpolation import Interpolation, SpaceMap, interpolated_dtype
+from ..core.oblique import ObliqueMap
 from ..core.resampling import space_map
-from ..core.splines import cubic_matrix
 from ..core.values import as_number, can_hold
 from ..errors import ImageError, ModeError
 from ..io.protocols import Extent, Json, Space, SpaceCodes, VolumeSource, chunk_bytes, loading_bytes, read_checked
 from ..io.spooling import Packed
+from .cubic import bytes_at_angle, cubic_along_axes, cubic_at_angle
 
 __all__ = ["CroppedSource", "ResampledSource", "TurnedSource", "View", "as_orientation"]
 
@@ -202,7 +203,7 @@ class ResampledSource(View):
             planes.
 
     Raises:
-        ModeError: if there is no such order, or it is 3 and the axes of the grid are not those of the source.
+        ModeError: if there is no such order, or it is 3 along some axes alone and those of the grid lie at an angle to them.
         ImageError: if the result cannot hold the value.
     """
 
@@ -220,8 +221,10 @@ class ResampledSource(View):
         self.dtype = interpolated_dtype(of.dtype, [KINDS[each] for each in orders])
         if not can_hold(self.dtype, fill):
             raise ImageError(f"fill is {fill}, which a volume of {self.dtype} cannot hold: choose another one")
-        if self._is_cubic and not isinstance(self._map, AlignedMap):
-            raise ModeError("order is 3, which is for axes that are only permuted, flipped, scaled and shifted: use order 1")
+        if self._is_cubic and set(orders) != {3} and not isinstance(self._map, AlignedMap):
+            raise ModeError(
+                f"order is {order!r}, but the axes of the grid lie at an angle to those of the image: give one order for all"
+            )
         self._whole: Tensor | None = None
 
     @property
@@ -268,7 +271,10 @@ class ResampledSource(View):
         """See the function `loading_bytes`."""
         if not self._is_cubic:
             return super().loading_bytes
-        return super().loading_bytes + 3 * max(math.prod(each) for each in (self.shape, self.of.shape)) * self.dtype.itemsize
+        source, size = self.of.shape[1:], self.dtype.itemsize
+        if isinstance(self._map, AlignedMap):
+            return super().loading_bytes + 3 * max(math.prod(self.shape), math.prod(self.of.shape)) * size
+        return super().loading_bytes + 2 * math.prod(self.of.shape) * size + bytes_at_angle(source, self.shape[1:], size)
 
     def read(self, box: Box) -> Tensor:
         """See `VolumeSource`."""
@@ -286,26 +292,12 @@ class ResampledSource(View):
     def _cubic(self) -> Tensor:
         """Resample the whole volume."""
         space = self._map
-        assert isinstance(space, AlignedMap)
         values = read_checked(self.of, Box.of_shape(self.of.shape[1:])).to(self.dtype)
         with torch.inference_mode(False), torch.no_grad():
-            # What the nearest are taken of comes last, after all else has been clipped.
-            for axis in sorted(space.sequence, key=lambda axis: self.orders[space.order[axis]] == 0):
-                of = space.order[axis]
-                line = space.axes[axis]
-                if self.orders[of] == 0:
-                    values = line.apply(self._clipped(values), 1 + of, 0, 0, len(line))
-                elif self.orders[of] == 1:
-                    values = line.apply(values, 1 + of, 0, 0, len(line))
-                elif not np.array_equal(line.places, np.arange(self.of.shape[1 + of])):
-                    matrix = torch.from_numpy(cubic_matrix(line.places, self.of.shape[1 + of])).to(self.dtype)
-                    values = torch.tensordot(matrix, values, dims=([1], [1 + of])).movedim(0, 1 + of)
-            if 0 not in self.orders:
-                values = self._clipped(values)
-            values = values.permute(0, *(1 + of for of in space.order)).contiguous()
-            for axis, line in enumerate(space.axes):
-                values[(slice(None),) * (1 + axis) + (torch.from_numpy(~line.is_inside),)] = self.fill
-        return values
+            if isinstance(space, AlignedMap):
+                return cubic_along_axes(values, space, self.orders, self._clipped, self.fill)
+            assert isinstance(space, ObliqueMap)
+            return cubic_at_angle(values, space, self._clipped, self.fill)
 
     def _clipped(self, values: Tensor) -> Tensor:
         """Keep values within the range of the source's, channel by channel, and plane by plane where planes are alone."""
