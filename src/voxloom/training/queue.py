@@ -2,7 +2,6 @@
 
 import copy
 import math
-import warnings
 from collections.abc import Iterator, Mapping, Sized
 from typing import Any
 
@@ -13,7 +12,6 @@ from ..core.schedules import EpochSchedule
 from ..core.sizes import as_int, pretty_bytes
 from ..errors import QueueError, VoxloomError
 from ..volumes.cache import SubjectsCache
-from ..volumes.contents import name_of
 from ..volumes.loading import one_reader
 from ..volumes.subject import Subject
 from ..volumes.transforms import as_transform
@@ -284,7 +282,7 @@ class Queue(IterableDataset[Subject]):
                     self._log("%s", self._progress())
                 if position == len(schedule):  # a loader may ask for no more
                     self._log("epoch %d ends: %.3f s were waited for patches", epoch, supply.idle_seconds - waited)
-                    self._report_skipped()
+                    supply.warn_of_skipped(epoch, self.num_subjects)
                 yield patch
         except GeneratorExit:
             raise
@@ -303,16 +301,6 @@ class Queue(IterableDataset[Subject]):
         if first[0]:
             check_same_keys(*first, *own)
         return first if first[0] else own
-
-    def _report_skipped(self) -> None:
-        if self.skipped:
-            listed = "; ".join(f"{name_of(self.subjects_dataset, index)}: {why}" for index, why in self.skipped.items())
-            warnings.warn(
-                f"{len(self.skipped)} of {self.num_subjects} subjects were skipped in epoch {self._epoch}, and further patches of"
-                f" others stood in for theirs: {listed}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
 
     def close(self) -> None:
         """End the workers. A new pass starts new ones, and is the next epoch."""

@@ -1,5 +1,6 @@
 """Patches of one epoch after the other, made by a pool that is started when they are wanted."""
 
+import warnings
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from ..core.schedules import EpochSchedule
 from ..runtime.forks import in_forked_process
 from ..runtime.memory import BufferPool
-from ..volumes.contents import transforms_of
+from ..volumes.contents import name_of, transforms_of
 from ..volumes.libraries import Transform
 from ..volumes.subject import Subject
 from .epoch_plans import EpochPlanner
@@ -97,6 +98,18 @@ class PatchSupply:
     def skipped_in(self, epoch: int) -> list[SkippedSubject]:
         """Give the subjects that were skipped in an epoch."""
         return [skip for skip in tuple(self._skipped.values()) if skip.epoch == epoch]
+
+    def warn_of_skipped(self, epoch: int, num_subjects: int) -> None:
+        """Warn of the subjects that were skipped in an epoch of so many, if any were."""
+        skipped = {skip.subject: skip.reason for skip in self.skipped_in(epoch)}
+        if skipped:
+            listed = "; ".join(f"{name_of(self._planner.dataset, index)}: {why}" for index, why in skipped.items())
+            warnings.warn(
+                f"{len(skipped)} of {num_subjects} subjects were skipped in epoch {epoch}, and further patches of others stood in"
+                f" for theirs: {listed}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     # Passes
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.affines import Affine, as_affine, shifted
+from ..core.affines import Affine, as_affine
 from ..core.boxes import Box
 from ..errors import ImageError, SubjectError, VoxloomError
 from ..io.addresses import source_at
@@ -21,6 +21,7 @@ from ..io.objects import source_of
 from ..io.protocols import Extent, Json, SpaceCodes, VolumeSource, chunk_bytes, is_source, loading_bytes, read_checked
 from ..io.targets import save_volume
 from .constants import INTENSITY, LABEL
+from .copies import Copies
 from .derived import DerivedValues
 from .entries import RESERVED, ImageEntries
 from .exchange import Exchange
@@ -34,7 +35,7 @@ __all__ = ["Image", "LabelMap", "ScalarImage"]
 TYPES = ("intensity", "label", "sampling_map")
 
 
-class Image(ImageEntries, Exchange, Views):
+class Image(ImageEntries, Exchange, Copies, Views):
     """A volume `(C, I, J, K)` and the RAS+ affine that places it in the world.
 
     An image of a file is lazy: `shape`, `affine`, `spacing` and `orientation` come from the header, `data` is read when it is
@@ -348,24 +349,7 @@ class Image(ImageEntries, Exchange, Views):
         data = self.read(box)[(channels, *(slice(None, None, part) for part in step))]
         return self.part(data.clone(memory_format=torch.contiguous_format), box.start, step)
 
-    # Copies and files
-
-    def new_like(self, data: Any, affine: Any = None) -> Self:
-        """Make an image of the same class, type and metadata with other data, and another affine if one is given."""
-        new = self.without_data()
-        new.set_data(data)
-        new._affine = self.affine.copy() if affine is None else as_affine(affine)
-        return new
-
-    def part(self, data: Tensor, index: tuple[int, ...], step: tuple[int, ...] = (1, 1, 1)) -> Self:
-        """Make an image of a part of this one's data, which begins at a voxel `(I, J, K)` and takes every `step`-th one.
-
-        The index is negative where the part begins in padding. Nothing is checked: a sampler makes thousands of parts.
-        """
-        new = self.without_data()
-        new._data = data
-        new._affine = shifted(self.affine, index, step)
-        return new
+    # Other classes, and files
 
     def of_class(self, image_class: builtins.type["Image"]) -> "Image":
         """Give the same image as one of another class, such as `LabelMap`; it is neither copied nor read."""
@@ -377,35 +361,6 @@ class Image(ImageEntries, Exchange, Views):
     def as_source(self) -> VolumeSource:
         """Give the image as a source of voxels, which it is."""
         return self
-
-    def of_source(self, source: VolumeSource) -> Self:
-        """Make an image of the same class, type and metadata whose voxels come from a source."""
-        new = self.without_data()
-        new._codes, new._origin = None, GivenOrigin(source)
-        return new
-
-    def without_data(self) -> Self:
-        """Make a shallow copy that keeps everything but the data and the affine; for a batch to keep."""
-        new = copy.copy(self)
-        new._codes = self.codes
-        new._data = new._origin = new._affine = None
-        return new
-
-    def __copy__(self) -> Self:
-        new = object.__new__(type(self))
-        new.__dict__.update(self.__dict__)
-        new.metadata, new._origin, new._derived = dict(self.metadata), copy.copy(self._origin), DerivedValues()
-        return new
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        new = object.__new__(type(self))
-        memo[id(self)] = new
-        shared = {"_data", "_origin", "_derived"}
-        for name, value in self.__dict__.items():
-            new.__dict__[name] = value if name in shared else copy.deepcopy(value, memo)
-        new._derived, new._origin = DerivedValues(), copy.copy(self._origin)
-        new._data = None if self._data is None else self._data.clone()
-        return new
 
     def save(self, path: PathLike) -> None:
         """Write the image: NIfTI, MGH, NRRD, MetaImage or Zarr (`.ome.zarr`, `.nii.zarr`, `.zarr`), by the ending of the name.
