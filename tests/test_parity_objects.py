@@ -188,6 +188,39 @@ def test_a_map_of_ones_own_is_made_once_and_checked():
             next(iter(another(subject, 5)))
 
 
+@pytest.mark.parametrize("base", ["WeightedSampler", "LabelSampler"])
+def test_a_sampler_with_an_image_of_its_own_for_a_map(base):
+    made = []
+
+    def make(lib):
+        class Bright(getattr(lib, base)):
+            def get_probability_map_image(self, subject):
+                made.append(lib)
+                return lib.LabelMap(tensor=(subject["t1"].data[:1] > 12_000).float())
+
+        return Bright(4, "absent")
+
+    one, other = both()
+    for lib, subject in ((vx, one), (tio, other)):
+        places = {tuple(int(first) + 2 for first in patch["location"][:3]) for patch in make(lib)(subject, 300)}
+        assert len(places) > 50
+        assert all(DATA[0][place] > 12_000 for place in places)
+    assert made.count(vx) == 1
+    assert make(vx).get_probability_map(one).sum().item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"), [(torch.ones(1, 2, 2, 2), "a Tensor"), (vx.LabelMap(torch.ones(1, 4, 4, 4)), r"an image of \(4, 4, 4\)")]
+)
+def test_an_image_of_ones_own_for_a_map_is_checked(given, reason):
+    class Own(vx.LabelSampler):
+        def get_probability_map_image(self, subject):
+            return given
+
+    with pytest.raises(SamplingError, match=f"Own.get_probability_map_image returned {reason}.*must be an image of"):
+        next(iter(Own(4)(both()[0], 5)))
+
+
 def test_the_map_that_a_sampler_gives_is_what_it_draws_by():
     labels = torch.zeros(1, 20, 30, 40)
     labels[0, 5:8], labels[0, 15] = 1, 3

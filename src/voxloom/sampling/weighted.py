@@ -91,8 +91,7 @@ class _CentredSampler(PatchSampler):
         A class of your own may override it, and then nothing else says where centres are drawn. What it gives need not be
         normalised. It is called once for each subject in memory, and must give the same map each time.
         """
-        name = self._map_name(subject)
-        image = subject.get_image(name)
+        name, image = self._map(subject)
         volume = Box.of_shape(subject.spatial_shape)
         sums, values = self._sums(image, name, volume), image.read(volume)
         result = torch.zeros(subject.spatial_shape, dtype=torch.float64)
@@ -100,6 +99,28 @@ class _CentredSampler(PatchSampler):
         for number, share in shares.items():
             result += self._weights(values, number) * (share / sum(shares.values()) / sums[number].total)
         return result[None]
+
+    def get_probability_map_image(self, subject: Subject) -> Image:
+        """Give the image that is the map.
+
+        A class of your own may override it, and give one of as many voxels that is no image of the subject. It is called once
+        for each subject in memory.
+        """
+        return subject.get_image(self._map_name(subject))
+
+    def _map(self, subject: Subject) -> tuple[str, Image]:
+        """Give the image that is the map, and a name for it."""
+        if type(self).get_probability_map_image is _CentredSampler.get_probability_map_image:
+            name = self._map_name(subject)
+            return name, subject.get_image(name)
+        given = subject.get_first_image().derived((self._token, "image"), lambda: self.get_probability_map_image(subject))
+        if not isinstance(given, Image) or given.spatial_shape != subject.spatial_shape:
+            what = f"an image of {given.spatial_shape} voxels" if isinstance(given, Image) else f"a {type(given).__name__}"
+            raise SamplingError(
+                f"{type(self).__name__}.get_probability_map_image returned {what}: it must be an image of"
+                f" {subject.spatial_shape} voxels, as many as the subject has"
+            )
+        return "get_probability_map_image", given
 
     @property
     def _has_own_map(self) -> bool:
@@ -123,8 +144,7 @@ class _CentredSampler(PatchSampler):
         if self._has_own_map:
             image = subject.get_first_image().derived((self._token, "map"), lambda: self._own_map(subject))
             return image, box, image.derived((self._token, box), lambda: _weight_sums(image, "get_probability_map", box))
-        name = self._map_name(subject)
-        image = subject.get_image(name)
+        name, image = self._map(subject)
         key = (type(self).__name__, self._key(), box)
         return image, box, image.derived(key, lambda: kept_sums(image, key, lambda: self._sums(image, name, box)))
 
@@ -151,8 +171,7 @@ class _CentredSampler(PatchSampler):
                 f"{type(self).__name__}.get_probability_map is 0 wherever a centre of a patch fits ({box.start} to {box.stop}):"
                 " nothing can be drawn from it; on_empty='uniform' or 'skip' allows that, border='clamp' allows all voxels"
             )
-        name, volume = self._map_name(subject), Box.of_shape(subject.spatial_shape)
-        wanted = self._wanted()
+        name, volume, wanted = self._map(subject)[0], Box.of_shape(subject.spatial_shape), self._wanted()
         if box != volume and self._shares(self._sums(image, name, volume)):
             half = max(size // 2 for size in self.patch_size)
             return (
