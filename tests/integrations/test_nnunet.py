@@ -3,6 +3,9 @@
 import json
 import os
 import pickle
+import shutil
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -280,3 +283,42 @@ def test_the_command(folder, tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     assert run("plan", f"nnunet:{folder}", tmp_path / "scans", "--folds", 1) == 1
     assert "no fold 1" in capsys.readouterr().err
+
+
+SMALL_SHARED_MEMORY = """
+mount -t tmpfs -o size=1m tmpfs /dev/shm || exit 77
+"$@" &
+while kill -0 $! 2>/dev/null; do
+    ls /dev/shm
+    pgrep -P $!
+    sleep 0.02
+done
+wait $!
+"""
+
+
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="unshare, of Linux, makes a /dev/shm of one's own")
+def test_a_container_with_little_shared_memory_is_enough(folder, tmp_path):
+    """One process does it all: no workers, and not a byte of shared memory."""
+    write_case(tmp_path / "scans", "case")
+    command = [
+        sys.executable,
+        "-m",
+        "voxloom",
+        "--quiet",
+        "predict",
+        f"nnunet:{folder}",
+        tmp_path / "scans",
+        "-o",
+        tmp_path / "out",
+    ]
+    done = subprocess.run(
+        ["unshare", "--map-root-user", "--mount", "bash", "-c", SMALL_SHARED_MEMORY, "bash", *command],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode in (1, 77) and ("unshare" in done.stderr or "mount" in done.stderr):
+        pytest.skip("this machine does not let a user have a /dev/shm of one's own")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (tmp_path / "out" / "case.nii.gz").exists()
