@@ -301,17 +301,8 @@ wait $!
 def test_a_container_with_little_shared_memory_is_enough(folder, tmp_path):
     """One process does it all: no workers, and not a byte of shared memory."""
     write_case(tmp_path / "scans", "case")
-    command = [
-        sys.executable,
-        "-m",
-        "voxloom",
-        "--quiet",
-        "predict",
-        f"nnunet:{folder}",
-        tmp_path / "scans",
-        "-o",
-        tmp_path / "out",
-    ]
+    options = ("--quiet", "predict", f"nnunet:{folder}", tmp_path / "scans", "-o", tmp_path / "out")
+    command = [sys.executable, "-m", "voxloom", *options]
     done = subprocess.run(
         ["unshare", "--map-root-user", "--mount", "bash", "-c", SMALL_SHARED_MEMORY, "bash", *command],
         capture_output=True,
