@@ -4,6 +4,7 @@ A model is known by its weights, and by the source file of its class. What it fi
 in variables of other modules, is not looked at: `model_name` stands for what a fingerprint cannot tell.
 """
 
+import contextlib
 import functools
 import hashlib
 import inspect
@@ -142,11 +143,12 @@ def _fingerprint_of_parts(value: Any) -> Json:
 
 
 def _source_of(function: Callable) -> str:
-    try:
-        return inspect.getsource(function)
-    except OSError:
-        code = function.__code__
-        return _without_addresses(repr((code.co_code, code.co_names, code.co_consts)))
+    code = function.__code__
+    # Other texts may go by this name too, whose lines would be found: from Python 3.13 on, what `python -c` was given.
+    if code.co_filename != "<string>":
+        with contextlib.suppress(OSError):
+            return inspect.getsource(function)
+    return _without_addresses(repr((code.co_code, code.co_names, code.co_consts)))
 
 
 def _state_of(value: Any) -> bytes:
