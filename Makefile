@@ -7,8 +7,10 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 
 # One thread of PyTorch's for each process of the tests, of which there are two for each core: many tests wait for processes.
 PROCESSES := $(shell expr 2 \* $$(getconf _NPROCESSORS_ONLN))
+# Hundreds of tests start processes: what they import is compiled once, whatever the environment says of that.
+ENVIRONMENT := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
 SECOND := tests/integrations/test_torchio.py tests/integrations/test_lightning.py
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(PROCESSES) --maxprocesses 16 --dist worksteal
+PYTEST := $(ENVIRONMENT) $(BIN)/python -m pytest --numprocesses $(PROCESSES) --maxprocesses 16 --dist worksteal
 
 .PHONY: demo test test-all test-second test-slow docs changelog dist lint format bench fuzz clean
 
@@ -19,7 +21,7 @@ test: $(VENV)/test.installed  ## Run the tests, but for those that take long
 	$(PYTEST) -m "not slow" $(COVERAGE)
 
 test-slow: $(VENV)/test.installed  ## Run those tests that take long
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --numprocesses 2 --dist worksteal
+	$(ENVIRONMENT) $(BIN)/python -m pytest -m slow --numprocesses 2 --dist worksteal
 
 changelog: $(VENV)/python.made  ## Show what the files in changelog.d come to
 	$(PIP) towncrier
@@ -36,8 +38,8 @@ test-all:  ## Run all tests, and say how much of the code they reach
 	$(PYTEST) -m slow --cov voxloom --cov-append --cov-report term:skip-covered
 
 test-second: $(VENV)-second/installed  ## Run the tests that need TorchIO 2 or Lightning, in an environment of their own
-	OMP_NUM_THREADS=1 $(VENV)-second/bin/python -m pytest --numprocesses 2 --dist worksteal $(SECOND)
-	$(VENV)-second/bin/python -m pytest tests/test_documentation.py -k "lightning or torchio"
+	$(ENVIRONMENT) $(VENV)-second/bin/python -m pytest --numprocesses 2 --dist worksteal $(SECOND)
+	$(ENVIRONMENT) $(VENV)-second/bin/python -m pytest tests/test_documentation.py -k "lightning or torchio"
 
 docs: $(VENV)/docs.installed  ## Build the documentation into build/docs; what is wrong with it is an error
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs build/docs
@@ -101,6 +103,4 @@ $(VENV)/docs.installed: $(VENV)/python.made pyproject.toml constraints.txt
 
 $(VENV)/lint.installed: $(VENV)/python.made pyproject.toml constraints.txt
 	$(PIP) --editable ".[plot,datasets,test,lint]"
-	@touch $@
-
 	@touch $@

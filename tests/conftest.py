@@ -1,5 +1,6 @@
 """What several tests use: real images that travel inside libraries, and files in formats of all kinds."""
 
+import sys
 from pathlib import Path
 
 import nilearn
@@ -8,6 +9,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import voxloom as vx
+from voxloom import cli
 
 # Examples that Hypothesis draws are the same in every run, so that a failure is a failure for everyone.
 settings.register_profile("voxloom", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -26,6 +28,21 @@ def mni_path() -> Path:
 def mni_grey_matter_path() -> Path:
     """Probability of grey matter on the same grid."""
     return NILEARN_DATA / "mni_icbm152_gm_tal_nlin_sym_09a_converted.nii.gz"
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run the command in this process: as a person does, but without the seconds that a process takes to begin."""
+
+    def run(*arguments, code=0):
+        monkeypatch.setattr(sys, "argv", ["voxloom", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        captured = capsys.readouterr()
+        assert (caught.value.code or 0) == code, captured.err
+        return captured
+
+    return run
 
 
 @pytest.fixture

@@ -40,6 +40,7 @@ def test_the_benchmark_of_stores_runs(tmp_path):
     assert set(measured["patches"]) >= {"voxloom, Zarr", "voxloom, cache", "tensorstore, Zarr"}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux says what a tree of processes holds")
 def test_the_benchmark_of_efficiency_runs(tmp_path):
     options = "--rounds 1 --sizes tiny --patch 16 --width 2 --steps 1 --systems voxloom --threads 1"
@@ -61,6 +62,7 @@ def test_the_figures_of_scale_follow_from_the_plan(tmp_path, monkeypatch):
     assert found["planning"]["megabytes"] < 50
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux says what the peak of a process was")
 @pytest.mark.parametrize(
     ("name", "options"),

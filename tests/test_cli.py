@@ -49,13 +49,12 @@ def test_the_demonstration_writes_a_volume_and_a_picture_and_says_where(tmp_path
     assert all(panel.std() > 0.01 for panel in panels[:2] + panels[3:])
 
 
-def test_an_image_of_ones_own(tmp_path):
+def test_an_image_of_ones_own(tmp_path, run):
     image = vx.ScalarImage(torch.rand(2, 30, 20, 1), affine=np.diag([1, 2, 3, 1]))
     image.save(tmp_path / "flat.nii.gz")
-    done = voxloom(
-        "demo", "--steps", 0, "--image", tmp_path / "flat.nii.gz", "--output", tmp_path / "a" / "b", "--overlap-mode", "hann"
-    )
-    assert "Greatest difference" in done.stdout
+    output = tmp_path / "a" / "b"
+    done = run("demo", "--steps", 0, "--image", tmp_path / "flat.nii.gz", "--output", output, "--overlap-mode", "hann")
+    assert "Greatest difference" in done.out
     assert vx.ScalarImage(tmp_path / "a" / "b" / "result.nii.gz").shape == (1, 30, 20, 1)
 
 
@@ -69,11 +68,12 @@ def test_an_image_of_ones_own(tmp_path):
         (["--output", "file/sub"], "voxloom: the folder file/sub cannot be made"),
     ],
 )
-def test_mistakes_are_explained_without_a_traceback(tmp_path, arguments, message):
+def test_mistakes_are_explained_without_a_traceback(tmp_path, monkeypatch, run, arguments, message):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("x")
-    done = voxloom("demo", "--size", 24, *arguments, cwd=tmp_path, code=1)
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+    done = run("demo", "--size", 24, *arguments, code=1)
+    assert message in done.err
+    assert "Traceback" not in done.err
 
 
 def test_without_matplotlib_the_extra_is_named(tmp_path):

@@ -28,7 +28,6 @@ import torch
 from torch import nn
 
 import voxloom as vx
-from voxloom.cli import commands as cli
 from voxloom.io import stores
 from voxloom.models import program_check
 from voxloom.models.loading import load_model
@@ -76,19 +75,6 @@ def here(tmp_path, monkeypatch):
     for name in ("a.nii.gz", "b/a.nii", "b/c.mha"):
         vx.ScalarImage((torch.rand(1, 20, 18, 17) * 1000).to(torch.int16)).save(tmp_path / "scans" / name)
     return tmp_path
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    def run(*arguments, code=0):
-        monkeypatch.setattr(sys, "argv", ["voxloom", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        captured = capsys.readouterr()
-        assert (caught.value.code or 0) == code, captured.err
-        return captured
-
-    return run
 
 
 def data_of(path):

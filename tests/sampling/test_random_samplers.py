@@ -173,7 +173,8 @@ def test_the_same_draws_for_every_number_of_workers(start, workers):
     def make():
         return vx.UniformSampler(subject_of(), 3, num_patches=20, seed=3)
 
-    context = {"num_workers": workers, "multiprocessing_context": start}
+    # Processes that are spawned take seconds to begin.
+    context = {"num_workers": workers, "multiprocessing_context": start, "persistent_workers": start == "spawn"}
     alone = make()
     expected = [locations(alone), locations(alone)]
     assert expected[0] != expected[1]
