@@ -572,7 +572,7 @@ def test_a_function_without_a_name_is_not_taken_up(scan, tmp_path):
 
     with pytest.raises(Interrupted):
         vx.predict(model, scan, 8, 4, output=tmp_path / "out.nii")
-    with pytest.raises(RecordError, match="cannot be told of a function: give model_name"):
+    with pytest.raises(RecordError, match="may have been another one: give model_name"):
         vx.predict(model, scan, 8, 4, output=tmp_path / "out.nii")
     vx.predict(model, scan, 8, 4, output=tmp_path / "out.nii", resume=False)
 

@@ -69,7 +69,7 @@ class Accumulator:
             OutputError: if earlier ones had another number or type, or the type is of no use.
         """
         if dtype.is_complex:
-            raise OutputError(f"is {dtype}, which cannot be weighed: give its real and imaginary parts as two outputs")
+            raise OutputError(f"is {dtype}, which cannot be averaged: give its real and imaginary parts as two outputs")
         if not can_hold(self._held(dtype), self.fill):
             raise OutputError(f"is {dtype}, which cannot hold the fill value {self.fill}: choose another one")
         if self._total is None:

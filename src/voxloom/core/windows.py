@@ -92,10 +92,10 @@ class Gaussian:
     def __call__(self, size: int) -> Tensor:
         """Give the weights along an axis, where all have one width."""
         if self.floor:
-            raise ModeError(f"{self} has weights that are no product of one for each axis: it is for predictions only")
+            raise ModeError(f"the weights of {self} are not made axis by axis, as is needed here: only predict can use them")
         if len(self.widths) > 1:
             raise ModeError(
-                f"the Gaussian has the widths {self.widths}, one for each axis, but it is used for one without a number"
+                f"the Gaussian has the widths {self.widths}, one for each axis, so that it must be said which axis is meant"
             )
         return _gaussian(size, self.widths[0])
 

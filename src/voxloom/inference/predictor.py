@@ -444,7 +444,7 @@ def _difference(target: Path, fingerprint: Json) -> str:
     if not is_as_written(target, target, made):
         return f"{beside.name} is not of it as it is now, but of {made.get('written')}"
     if None in fingerprint["models"]:
-        return "whether it is of the same model cannot be told of a function without a name"
+        return "the model is a function without a name, so that it may be another one"
     return "; ".join(differences({key: made.get(key) for key in fingerprint}, fingerprint))
 
 

@@ -185,7 +185,7 @@ class ShardedRun:
                 " with, give another output, or remove it"
             )
         if None in self._fingerprint["models"]:
-            raise RecordError(f"{self.folder}: whether it is of the same model cannot be told of a function: give model_name")
+            raise RecordError(f"{self.folder} was made by a function, which may have been another one: give model_name")
         if shard_size != self.plan.boxes.size or shape != self.plan.boxes.shape:
             # Whoever begins says how large parts are.
             self.plan = replace(self.plan, boxes=ShardGrid(self.plan.boxes.shape, shard_size))

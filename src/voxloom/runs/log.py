@@ -150,7 +150,7 @@ class RunLog:
             )
         if None in now["models"]:
             raise RecordError(
-                f"{self.path} is of an unfinished run, but whether it is of the same model cannot be told of a function: give"
+                f"{self.path} is of an unfinished run of a model that is a function, which may have been another one: give"
                 f" model_name, or {BEGIN_AGAIN}"
             )
         return plan
