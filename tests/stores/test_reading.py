@@ -11,6 +11,7 @@ import sys
 import threading
 import zipfile
 
+import fsspec
 import nibabel as nib
 import numpy as np
 import pytest
@@ -275,6 +276,18 @@ def test_urls(tmp_path, tensor, server, monkeypatch):
     CHUNKS.clear()
     with pytest.raises(ImageFileError, match=r"scan\.ome\.zarr/0/late gave no answer within 0\.2 s, 3 times"):
         source.read(Box((0, 0, 0), (4, 4, 4)))
+
+
+@pytest.mark.parametrize("url", ["memory://{}", "file://{}", "simplecache::memory://{}"])
+def test_urls_of_other_kinds(tmp_path, tensor, url):
+    folder = tmp_path / "scan.ome.zarr"
+    vx.convert(vx.ScalarImage(tensor, affine=AFFINE), folder, chunks=16)
+    memory = fsspec.filesystem("memory")
+    memory.put(str(folder), str(folder), recursive=True)
+    image = vx.ScalarImage(url.format(folder))
+    assert torch.equal(image[:, 3:20].data, tensor[:, 3:20])
+    assert np.array_equal(image.affine, AFFINE)
+    assert torch.equal(vx.predict(torch.nn.Identity(), image, patch_size=16, overlap_mode="crop").data, tensor)
 
 
 # What is read

@@ -14,6 +14,7 @@ from ...errors import ImageFileError, ImageNotFoundError, MissingDependencyError
 
 __all__ = ["FolderStorage", "Storage", "is_url", "storage_at", "zarr_python"]
 
+URL = re.compile(r"([a-z][a-z0-9+.-]+::)*[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 # A URL is asked so many times, with pauses in between of which each is twice as long, before it is given up.
 ATTEMPTS = 3
 PAUSE_SECONDS = 0.5
@@ -53,8 +54,10 @@ def zarr_python() -> Any:
 
 
 def is_url(location: Any) -> bool:
-    """Whether something is given as a URL, such as `https://…` or `s3://…`."""
-    return isinstance(location, str) and re.match(r"[a-z][a-z0-9+.-]+://", location, re.IGNORECASE) is not None
+    """Whether something is given as a URL, such as `https://…` or `s3://…`, or several of fsspec, `simplecache::https://…`."""
+    return (
+        isinstance(location, str) and re.match(r"([a-z][a-z0-9+.-]+::)*[a-z][a-z0-9+.-]+://", location, re.IGNORECASE) is not None
+    )
 
 
 def storage_at(location: str | Path, timeout: float) -> Storage:
