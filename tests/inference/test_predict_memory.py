@@ -37,7 +37,12 @@ SCRIPT = """
         image = f"scan{ending or '.nii.gz'}"
         vx.ScalarImage((values * 1000).to(torch.int16)).save(image)
         del values
+    shards = more.pop("shards", None)
     more = {"dtype": torch.float32} | more
+
+    def target(name=output):
+        return name if shards is None else vx.ZarrStore(name, chunks=shards // 2, shards=shards)
+
     if limit == "least":
         low, limit = 1, vx.plan(model, image, patch, reduce=reduce, output=output, **more).peak_bytes
         while limit - low > limit // 100:
@@ -49,13 +54,13 @@ SCRIPT = """
                 low = middle
     predictor = vx.Predictor(model, patch, reduce=reduce, memory_limit=limit, **more)
     # A small one first, so that code which is loaded late does not count.
-    vx.Predictor(model, 16, reduce=reduce, **more)(torch.rand(channels, 16, 16, 16))
+    vx.Predictor(model, 16, reduce=reduce, **more)(torch.rand(channels, 16, 16, 16), output=shards and target("small.zarr"))
     gc.collect()
     at_rest = resident("VmRSS")
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # forget the peak so far
-    plan = predictor.plan(image, output=output)
-    result = predictor(image, output=output)
+    plan = predictor.plan(image, output=target())
+    result = predictor(image, output=target())
     print(json.dumps({"peak": resident("VmHWM") - at_rest, "planned": plan.peak_bytes, "blocks": plan.num_blocks}))
 """
 
@@ -83,6 +88,8 @@ def measured(tmp_path, **case):
         (MIRRORED | {"more": {"mirror_axes": [0, 1, 2], "batch_size": 2}}, 1),
         (MIRRORED | {"more": {"models": 3, "batch_size": 2}}, 1),
         ({"shape": (128,) * 3, "classes": 2, "patch": 64, "channels": 32, "more": {"models": 2, "batch_size": 4}}, 1),
+        # Shards, of which several copies are made while they are written.
+        ({"shape": (128,) * 3, "classes": 2, "patch": 32, "output": "o.zarr", "more": {"shards": 128}}, 1),
         ({"shape": (128,) * 3, "classes": 60, "patch": 128, "reduce": "argmax", "more": {"is_half": True}}, 1),
     ],
 )

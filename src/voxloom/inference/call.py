@@ -20,9 +20,10 @@ from ..models.outputs import Name
 from ..runs.log import RunLog
 from ..runtime.chunk_cache import CHUNKS
 from ..runtime.progress import shown_if
+from .destinations import Destinations
 from .plan import PredictionPlan
 from .planner import Input
-from .preparing import Preparation, stays_in_memory
+from .preparing import Preparation
 from .provenance import sidecar_of_run
 from .runner import FirstBatch, Runner
 from .sinks import MemorySink, image_class
@@ -96,7 +97,7 @@ class Call:
     def _resumed(self, recorded: Json, log: RunLog) -> tuple[PredictionPlan, Runner]:
         """Make the plan of a run that was interrupted."""
         preparation = self._preparation
-        plan = preparation.planner.restored(recorded, self._given, stays_in_memory(self._target), str(log.path))
+        plan = preparation.planner.restored(recorded, self._given, Destinations(self._target), str(log.path))
         requests, results = preparation.options.resolve([spec.source for spec in plan.outputs], self._target)
         is_alike = len(requests) == len(plan.outputs) and [each.name for each in results] == [each.name for each in plan.results]
         if not is_alike or log.num_done > plan.num_slabs or (log.is_whole and log.num_done < plan.num_slabs):

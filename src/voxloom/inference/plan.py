@@ -46,11 +46,13 @@ class Memory:
     """Chunks of the input that have been decoded, and are kept for the next patch."""
     loading: int = 0
     """What reading the whole input takes beside it, before there is anything else."""
+    writing: int = 0
+    """What a store takes while it writes, such as a shard that is encoded."""
 
     @property
     def peak(self) -> int:
         """All of it."""
-        held = max(self.batches + self.chunks + self.front + self.results, self.loading)
+        held = max(self.batches + self.chunks + self.front + self.results + self.writing, self.loading)
         return self.volume + held + int(GAPS * held) + BASE_BYTES
 
 
@@ -277,6 +279,7 @@ class PredictionPlan:
         copies = self.given_patches - self.trial_patches - self.computed_patches
         beside += f"; {copies} copies fill up batches" if copies else ""
         chunks = f", its chunks {pretty_bytes(memory.chunks)}" if memory.chunks else ""
+        writing = f", writing {pretty_bytes(memory.writing)}" if memory.writing else ""
         loading = f" and {pretty_bytes(memory.loading)} while it is read" if memory.loading else ""
         image = {"image": "; ".join(self.steps)} if self.steps else {}
         plain = "" if self.steps else ", raw intensities, native grid"
@@ -288,8 +291,8 @@ class PredictionPlan:
             "order": f"{parts}, along {order}; an interrupted run repeats at most {self.restart_passes} passes",
             "files": f"reads {pretty_bytes(self.bytes_read)}, writes {pretty_bytes(self.bytes_written)}",
             "memory": f"{pretty_bytes(memory.peak)} at most: input {pretty_bytes(memory.volume)}{loading}{chunks}, batches"
-            f" {pretty_bytes(memory.batches)}, open sums {pretty_bytes(memory.front)}, results {pretty_bytes(memory.results)};"
-            " what the model itself uses is kept for it until the end",
+            f" {pretty_bytes(memory.batches)}, open sums {pretty_bytes(memory.front)}, results {pretty_bytes(memory.results)}"
+            f"{writing}; what the model itself uses is kept for it until the end",
         }
         if self.spooled_bytes:
             lines["disk"] = f"{pretty_bytes(self.spooled_bytes)} for the unpacked input, in the folder for temporary files"

@@ -23,10 +23,11 @@ from ..io.protocols import Json, Space, VolumeSource, chunk_bytes, extent_of, lo
 from ..io.spooling import Packed
 from ..io.stores import BEGIN_AGAIN
 from ..models.forms import CallForm
-from ..models.outputs import Name, OutputSpec
+from ..models.outputs import OutputSpec
 from ..runtime.chunk_cache import CHUNKS
 from ..runtime.limits import free_bytes
 from .delivery import PIECE_BYTES
+from .destinations import Destinations
 from .plan import Memory, PredictionPlan, count_batches
 from .results import ResultSpec, spec_of_result
 
@@ -153,7 +154,7 @@ class Planner:
         given: Input,
         outputs: Sequence[OutputSpec],
         results: Sequence[ResultSpec],
-        in_memory: Callable[[Name], bool],
+        destinations: Destinations,
         blocks: Sequence[Block] | None = None,
     ) -> PredictionPlan:
         """Plan a prediction: find blocks that fit, unless they are given.
@@ -162,7 +163,7 @@ class Planner:
             given: the input.
             outputs: what the model gives.
             results: what is made of it.
-            in_memory: tells of a result, by its name, whether it stays in memory.
+            destinations: where the results go.
             blocks: those of a run that is resumed.
 
         Raises:
@@ -189,7 +190,7 @@ class Planner:
             outputs=tuple(outputs),
             results=tuple(results),
             bytes_read=0,
-            bytes_written=sum(result.volume.num_bytes for result in results if not in_memory(result.name)),
+            bytes_written=sum(result.volume.num_bytes for result in results if not destinations.is_memory(result.name)),
             memory=Memory(0, 0, 0, 0),
             maps=self._maps(given, outputs, traversal.grid),
             kinds=given.kinds,
@@ -197,10 +198,11 @@ class Planner:
             context=settings.context,
             source_affine=source.affine,
         )
-        kept = sum(result.volume.num_bytes for result in results if in_memory(result.name))
+        kept = sum(result.volume.num_bytes for result in results if destinations.is_memory(result.name))
+        writing = max(map(destinations.writing_bytes, results), default=0)  # one store after the other
 
         def memory_of(block: Block, spooled_bytes: int) -> Memory:
-            return self._memory(given, plan, block, kept, spooled_bytes)
+            return replace(self._memory(given, plan, block, kept, spooled_bytes), writing=writing)
 
         chosen, spooled_bytes = self._blocks(given, plan, memory_of, blocks)
         worst = max((memory_of(block, spooled_bytes) for block in chosen), key=lambda memory: memory.peak)
@@ -209,7 +211,7 @@ class Planner:
         patch_bytes = math.prod(settings.input_size) * source.shape[0] * source.dtype.itemsize
         return replace(plan, bytes_read=loaded if loaded > 0 else given.resident_bytes + patch_bytes * plan.computed_patches)
 
-    def restored(self, recorded: Json, given: Input, in_memory: Callable[[Name], bool], where: str) -> PredictionPlan:
+    def restored(self, recorded: Json, given: Input, destinations: Destinations, where: str) -> PredictionPlan:
         """Make the plan of a run that was recorded; today's memory does not matter to it.
 
         Raises:
@@ -240,7 +242,7 @@ class Planner:
             raise RecordError(f"the plan that {where} records is damaged: {BEGIN_AGAIN}") from error
         if num_voxels != math.prod(grid.spatial_shape) or list(traversal.axes) != recorded.get("traversal"):
             raise RecordError(f"the plan that {where} records does not fit {given.name}: {BEGIN_AGAIN}")
-        return self.plan(given, outputs, results, in_memory, blocks)
+        return self.plan(given, outputs, results, destinations, blocks)
 
     def _blocks(
         self,

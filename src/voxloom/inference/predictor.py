@@ -17,10 +17,9 @@ from ..core.values import as_number
 from ..core.windows import OverlapMode
 from ..errors import ModeError, OutputError, RecordError, SaveError, TargetExistsError
 from ..io.fingerprints import differences
-from ..io.protocols import Json, VolumeStore, is_source
+from ..io.protocols import Json, is_source
 from ..io.sidecars import is_as_written, read_sidecar, sidecar_of
-from ..io.stores import Sink, SinkStore
-from ..io.targets import as_target, store_at
+from ..io.targets import as_target
 from ..models.loading import as_loaded
 from ..models.running import Models, as_models
 from ..models.spec import ModelSpec
@@ -29,6 +28,7 @@ from ..runtime.kept_memory import kept_for_models
 from ..runtime.limits import as_bytes
 from ..runtime.progress import shown_if
 from .call import Call, Stores
+from .destinations import as_store
 from .entering import Entrance, Request
 from .launchers import Launcher, ShardJob, as_launcher
 from .options import settings_of, usual_options
@@ -404,24 +404,12 @@ class Predictor:
         given = [each for each in by_name.values() if each is not None]
         if len(set(map(id, given))) < len(given):
             raise OutputError("one output was given for several results: give a dict with one for each")
-        return {name: _as_store(each, overwrite) for name, each in by_name.items() if each is not None}
+        return {name: as_store(each, overwrite) for name, each in by_name.items() if each is not None}
 
 
 def _opened_shards(predictor: Mapping[str, Any], call: Mapping[str, Any]) -> ShardedRun:
     """Make a prediction in parts of all that was said of it."""
     return Predictor(**predictor).shards(**call)
-
-
-def _as_store(given: Any, overwrite: bool) -> VolumeStore:
-    if isinstance(given, str | os.PathLike):
-        return store_at(as_target(given), overwrite)
-    if isinstance(given, VolumeStore):
-        return given
-    if isinstance(given, Sink):
-        return SinkStore(given)
-    raise OutputError(
-        f"output is {given!r}: it must be None, the name of a file, a VolumeStore, or a sink with open, write, close and abort"
-    )
 
 
 def _check_inputs(stores: Stores, given: Input, *others: Any) -> None:

@@ -2,7 +2,7 @@
 
 import contextlib
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -14,18 +14,18 @@ from ..core.grids import PatchGrid
 from ..io.fingerprints import state_of_model
 from ..io.protocols import Json, VolumeSource
 from ..io.spooling import spooled
-from ..models.outputs import Name
 from ..models.running import Models
+from .destinations import Destinations
 from .inputs import padded, read_batch, widened
 from .masks import looks_at_input, needed_patches
 from .outlook import Outlook, Seen
 from .plan import Batch, PredictionPlan
 from .planner import Input, Planner, Settings
 from .provenance import fingerprint_of_models, fingerprint_of_run
-from .results import ResultOptions, of_name, result_specs
+from .results import ResultOptions, result_specs
 from .runner import Executor, FirstBatch
 
-__all__ = ["Preparation", "stays_in_memory"]
+__all__ = ["Preparation"]
 
 
 @dataclass(eq=False)
@@ -155,7 +155,7 @@ class Preparation:
             given.like,
             given.kinds,
         )
-        plan = self.planner.plan(given, seen.outputs, results, stays_in_memory(target))
+        plan = self.planner.plan(given, seen.outputs, results, Destinations(target))
         patches = self._first_patches(given)
         if was_known or patches == next(plan.batches(plan.blocks[0]), ((), 0))[0] != ():
             return plan
@@ -167,8 +167,3 @@ class Preparation:
         if self._fingerprint[0] != state:
             self._fingerprint = state, fingerprint_of_models(self.models, self.model_name)
         return fingerprint_of_run(self._fingerprint[1], self.models, self.settings, self.options, given)
-
-
-def stays_in_memory(target: Any) -> Callable[[Name], bool]:
-    """Give what tells of a result, by its name, whether it stays in memory."""
-    return lambda name: of_name(target, name) is None if isinstance(target, Mapping) else target is None

@@ -27,6 +27,7 @@ __all__ = [
     "is_source",
     "loading_bytes",
     "read_checked",
+    "writing_bytes",
 ]
 
 Json = Any
@@ -200,6 +201,12 @@ def chunk_bytes(source: VolumeSource) -> int:
     return int(getattr(source, "chunk_bytes", 0))
 
 
+def writing_bytes(store: "VolumeStore", spec: "VolumeSpec") -> int:
+    """Memory that a store takes while it writes a result, beside what it is given: that of its method `writing_bytes`, or 0."""
+    method = getattr(store, "writing_bytes", None)
+    return 0 if method is None else int(method(spec))
+
+
 Extent = tuple[tuple[float, float], ...]
 """Where a volume begins and ends along each axis, in voxels: at -0.5 and at their number less 0.5, if it is a stored one."""
 
@@ -232,8 +239,9 @@ class VolumeStore(Protocol):
 
     First comes `check`; then `create`, or `reopen` for a run that was interrupted; then `write`, once for each voxel, in boxes
     that do not overlap, with `flush` in between and at the end; and last `commit`, or after an error `abort`. After `reopen` come
-    those boxes again that were written since the last `flush`. `voxloom.testing.check_store` tests one of your own, and
-    `voxloom.testing.MemoryStore` shows how little there is to it.
+    those boxes again that were written since the last `flush`. A store that takes memory while it writes, beside what it is
+    given, has a method `writing_bytes(spec)` that says how much, for the plan. `voxloom.testing.check_store` tests one of your
+    own, and `voxloom.testing.MemoryStore` shows how little there is to it.
 
     Example:
         >>> import pathlib, tempfile, torch, voxloom as vx

@@ -1,6 +1,7 @@
 """Results in Zarr: OME-Zarr with all its levels, NIfTI-Zarr, or a plain array; each shard is written once, as a whole."""
 
 import json
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -24,6 +25,9 @@ from .source import is_label_of_image, is_zarr, more_than_image
 from .writing import PyramidWriter
 
 __all__ = ["ZarrStore"]
+
+# How many times the bytes of a shard are in memory while it is encoded, at most: as values, turned, in chunks, and as one file.
+SHARD_COPIES = 5.5
 
 
 class ZarrStore:
@@ -110,6 +114,12 @@ class ZarrStore:
             SpaceError, SizeError, ModeError: if it cannot.
         """
         return Layout.of(self.path, spec, self._version, self._chunks, self._shards, self._num_levels)
+
+    def writing_bytes(self, spec: VolumeSpec) -> int:
+        """See the function `writing_bytes`: one shard at a time is encoded, of which there are several copies meanwhile."""
+        layout = self.layout(spec)
+        shard = max(math.prod(sizes) for sizes in layout.units)
+        return int(SHARD_COPIES * spec.shape[0] * shard * layout.dtype.itemsize)
 
     def create(self, spec: VolumeSpec, run: str) -> None:
         """See `VolumeStore`."""

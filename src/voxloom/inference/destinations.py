@@ -1,0 +1,50 @@
+"""Where results go: into memory, or each to a store."""
+
+import os
+from typing import Any
+
+from ..errors import OutputError
+from ..io.protocols import VolumeStore, writing_bytes
+from ..io.stores import Sink, SinkStore
+from ..io.targets import as_target, store_at
+from ..models.outputs import Name
+from .results import ResultSpec, of_name
+
+__all__ = ["Destinations", "as_store"]
+
+
+def as_store(given: Any, overwrite: bool) -> VolumeStore:
+    """Make a store of what was given as an output.
+
+    Raises:
+        OutputError: if it is none, nor the name of a file, nor a sink.
+    """
+    if isinstance(given, str | os.PathLike):
+        return store_at(as_target(given), overwrite)
+    if isinstance(given, VolumeStore):
+        return given
+    if isinstance(given, Sink):
+        return SinkStore(given)
+    raise OutputError(
+        f"output is {given!r}: it must be None, the name of a file, a VolumeStore, or a sink with open, write, close and abort"
+    )
+
+
+class Destinations:
+    """What a plan must know of them.
+
+    Args:
+        target: what was given as an output, for all results or by the name of each.
+    """
+
+    def __init__(self, target: Any) -> None:
+        self._target = target
+
+    def is_memory(self, name: Name) -> bool:
+        """Whether a result stays in memory."""
+        return of_name(self._target, name) is None
+
+    def writing_bytes(self, result: ResultSpec) -> int:
+        """Memory that its store takes while it writes."""
+        given = of_name(self._target, result.name)
+        return 0 if given is None else writing_bytes(as_store(given, True), result.volume)
