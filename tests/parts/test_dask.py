@@ -1,7 +1,9 @@
 """Parts on a Dask cluster of real processes: the same bytes, also where workers are lost, hang, or the client is gone."""
 
+import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -25,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of Dask's own, where worker
 def cluster():
     from distributed import LocalCluster
 
-    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as running:
+    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as running:
         yield running
 
 
@@ -131,3 +133,16 @@ def test_addresses():
     for wrong in ("local:0", "slurm:x"):
         with pytest.raises(ModeError, match="a number of workers must follow"):
             client_of(wrong)
+
+
+@pytest.mark.filterwarnings("error:Port .* is already in use")
+def test_two_clusters_on_one_machine_do_not_get_in_each_others_way():
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        with contextlib.suppress(OSError):  # something else has taken it
+            taken.bind(("", 8787))  # the usual port of a dashboard
+            taken.listen()
+        client = client_of("local:1")
+        assert client.submit(abs, -3).result() == 3
+        client.cluster.close()
+        client.close()

@@ -39,7 +39,7 @@ class DaskLauncher:
     Example:
         >>> from dask.distributed import Client, LocalCluster
         >>> from voxloom.integrations.dask import DaskLauncher
-        >>> with LocalCluster(n_workers=1, processes=False, dashboard_address=None) as cluster, Client(cluster) as client:
+        >>> with LocalCluster(n_workers=1, processes=False, dashboard_address=":0") as cluster, Client(cluster) as client:
         ...     DaskLauncher(client, timeout=600).attempts
         3
     """
@@ -165,7 +165,7 @@ def client_of(address: str) -> Any:
             raise ModeError(f"--dask is {address!r}: a number of workers must follow, such as {kind}:4")
         if kind == "local":
             return distributed.Client(
-                distributed.LocalCluster(n_workers=int(count), threads_per_worker=1, dashboard_address=None)
+                distributed.LocalCluster(n_workers=int(count), threads_per_worker=1, dashboard_address=":0")
             )
         cluster = getattr(imported("dask_jobqueue", "dask"), clusters[kind])()
         cluster.scale(jobs=int(count))
