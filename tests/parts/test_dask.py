@@ -9,6 +9,7 @@ import sys
 import textwrap
 import threading
 import time
+import warnings
 
 import pytest
 import torch
@@ -135,9 +136,9 @@ def test_addresses():
             client_of(wrong)
 
 
-@pytest.mark.filterwarnings("error:Port .* is already in use")
 def test_two_clusters_on_one_machine_do_not_get_in_each_others_way():
-    with socket.socket() as taken:
+    with socket.socket() as taken, warnings.catch_warnings():
+        warnings.filterwarnings("error", "Port .* is already in use")
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         with contextlib.suppress(OSError):  # something else has taken it
             taken.bind(("", 8787))  # the usual port of a dashboard
