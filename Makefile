@@ -92,6 +92,9 @@ $(VENV)/python.made:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or later is needed, and python3 was not found" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or later is needed, not $$($(PYTHON) --version)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/basis.installed: $(VENV)/python.made constraints.txt
 	$(call basis,$(VENV))
 	@touch $@
 
@@ -101,18 +104,18 @@ $(VENV)-second/installed: $(VENV)/python.made pyproject.toml constraints.txt
 	$(call install,$(VENV)-second,second)
 	@touch $@
 
-$(VENV)/plot.installed: $(VENV)/python.made pyproject.toml constraints.txt
+$(VENV)/plot.installed: $(VENV)/basis.installed pyproject.toml constraints.txt
 	$(call install,$(VENV),plot)
 	@touch $@
 
-$(VENV)/test.installed: $(VENV)/python.made pyproject.toml constraints.txt
+$(VENV)/test.installed: $(VENV)/basis.installed pyproject.toml constraints.txt
 	$(call install,$(VENV),$(TESTING))
 	@touch $@
 
-$(VENV)/docs.installed: $(VENV)/python.made pyproject.toml constraints.txt
+$(VENV)/docs.installed: $(VENV)/basis.installed pyproject.toml constraints.txt
 	$(call install,$(VENV),$(DOCUMENTING))
 	@touch $@
 
-$(VENV)/lint.installed: $(VENV)/python.made pyproject.toml constraints.txt
+$(VENV)/lint.installed: $(VENV)/basis.installed pyproject.toml constraints.txt
 	$(call install,$(VENV),$(LINTING))
 	@touch $@

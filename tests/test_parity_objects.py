@@ -209,6 +209,22 @@ def test_a_sampler_with_an_image_of_its_own_for_a_map(base):
     assert make(vx).get_probability_map(one).sum().item() == pytest.approx(1)
 
 
+@pytest.mark.parametrize("method", ["get_probability_map_image", "get_probability_map"])
+def test_maps_of_subjects_that_share_an_image(method):
+    def give(self, subject):
+        return subject["where"] if method.endswith("image") else subject["where"].data
+
+    sampler = type("Own", (vx.WeightedSampler,), {method: give})(2, "absent")
+    shared = vx.ScalarImage(torch.zeros(1, 8, 8, 8))
+    for place in (3, 5, 3):
+        weights = torch.zeros(1, 8, 8, 8)
+        weights[0, place, place, place] = 1
+        subject = vx.Subject(t1=shared, where=vx.ScalarImage(weights))
+        assert next(iter(sampler(subject, 1))).patch_location.index == (place - 1,) * 3
+        subject["where"] = vx.ScalarImage(weights.flip(1))
+        assert next(iter(sampler(subject, 1))).patch_location.index == (6 - place, place - 1, place - 1)
+
+
 @pytest.mark.parametrize(
     ("given", "reason"), [(torch.ones(1, 2, 2, 2), "a Tensor"), (vx.LabelMap(torch.ones(1, 4, 4, 4)), r"an image of \(4, 4, 4\)")]
 )

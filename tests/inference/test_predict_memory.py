@@ -5,7 +5,12 @@ import subprocess
 import sys
 import textwrap
 
+import numpy as np
 import pytest
+import torch
+
+import voxloom as vx
+from voxloom.io.protocols import VolumeSpec
 
 SCRIPT = """
     import gc, json, sys, warnings
@@ -118,3 +123,22 @@ def test_limits_that_just_suffice_are_kept_to(tmp_path, case):
     case = {"shape": (256, 224, 120), "classes": 12, "patch": 64} | case
     found = measured(tmp_path, **case, limit="least")
     assert found["peak"] <= found["planned"]
+
+
+def test_a_plan_makes_nothing_and_looks_for_nothing(tmp_path):
+    network, volume = torch.nn.Conv3d(1, 3, kernel_size=1), torch.rand(1, 20, 20, 20)
+    vx.convert(vx.ScalarImage(volume), tmp_path / "scan.ome.zarr", chunks=16)
+    before = sorted(tmp_path.rglob("*"))
+    for output in ("none/a.nii", "none/a.zarr", "scan.ome.zarr/labels/parts"):
+        assert vx.plan(network, volume, 16, reduce="argmax", output=tmp_path / output).num_patches == 8
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_shards_are_no_larger_than_the_volume():
+    spec = VolumeSpec((4, 255, 63, 100), torch.float32, np.eye(4))
+    for options, voxels in (
+        ({"chunks": 255}, 255 * 63 * 100),
+        ({"chunks": 64}, 64 * 63 * 64),
+        ({"shards": 64, "chunks": 16}, 64 * 63 * 64),
+    ):
+        assert vx.ZarrStore("out.ome.zarr", **options).writing_bytes(spec) == 5.5 * 4 * 4 * voxels

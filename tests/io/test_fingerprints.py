@@ -133,6 +133,13 @@ def test_functions_are_known_by_their_source():
         exec(f"def reduce(block):\n    return {text}", made)
         made[name] = fingerprint_of_option(made["reduce"])
     assert made["a"] != made["b"]
+    for one, other in (("[v * 2 for v in block]", "[v * 3 for v in block]"), ("(lambda v: v > 0)", "(lambda v: v < 0)")):
+        for name, text in (("a", one), ("b", other), ("c", f"\\\n    {one}")):
+            exec(f"def reduce(block):\n    return {text}", made)
+            made[name] = fingerprint_of_option(made["reduce"])
+        assert made["a"] != made["b"]
+        assert made["a"] == made["c"]  # wherever it stands
+    assert fingerprint_of_option(functools.wraps(len)(lambda block: block))
     assert second is not first
 
 

@@ -290,6 +290,15 @@ def test_urls_of_other_kinds(tmp_path, tensor, url):
     assert torch.equal(vx.predict(torch.nn.Identity(), image, patch_size=16, overlap_mode="crop").data, tensor)
 
 
+def test_urls_of_a_folder_in_an_archive(tmp_path, tensor):
+    folder = tmp_path / "all"
+    folder.mkdir()
+    vx.convert(vx.ScalarImage(tensor, affine=AFFINE), folder / "scan.ome.zarr", chunks=16)
+    zipped(folder, tmp_path / "all.zip")
+    image = vx.ScalarImage(f"zip://scan.ome.zarr::file://{tmp_path}/all.zip")
+    assert torch.equal(image[:, 3:20].data, tensor[:, 3:20])
+
+
 # What is read
 
 

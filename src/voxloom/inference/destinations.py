@@ -1,6 +1,7 @@
 """Where results go: into memory, or each to a store."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 from ..errors import OutputError
@@ -47,4 +48,6 @@ class Destinations:
     def writing_bytes(self, result: ResultSpec) -> int:
         """Memory that its store takes while it writes."""
         given = of_name(self._target, result.name)
-        return 0 if given is None else writing_bytes(as_store(given, True), result.volume)
+        if isinstance(given, str | os.PathLike):
+            given = store_at(Path(given).expanduser(), overwrite=True)  # nothing is made, nor looked for, when a plan is made
+        return 0 if given is None else writing_bytes(given, result.volume)

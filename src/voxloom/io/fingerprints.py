@@ -16,6 +16,7 @@ import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import numpy as np
@@ -146,9 +147,18 @@ def _source_of(function: Callable) -> str:
     code = function.__code__
     # Other texts may go by this name too, whose lines would be found: from Python 3.13 on, what `python -c` was given.
     if code.co_filename != "<string>":
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, TypeError):
             return inspect.getsource(function)
-    return _without_addresses(repr((code.co_code, code.co_names, code.co_consts)))
+    return _without_addresses(repr(_described(code)))
+
+
+def _described(part: Any) -> Any:
+    """Describe compiled code, and what is in it, the same in each process and wherever it stands in a text."""
+    if isinstance(part, CodeType):
+        return [part.co_code, part.co_names, [_described(constant) for constant in part.co_consts]]
+    if isinstance(part, frozenset):
+        return sorted(map(repr, part))
+    return [_described(each) for each in part] if isinstance(part, tuple) else part
 
 
 def _state_of(value: Any) -> bytes:

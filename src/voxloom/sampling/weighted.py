@@ -5,7 +5,7 @@ import math
 import operator
 import secrets
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, overload
 
 import numpy as np
@@ -89,7 +89,7 @@ class _CentredSampler(PatchSampler):
         """Give how probable each voxel is as a centre, `(1, I, J, K)`.
 
         A class of your own may override it, and then nothing else says where centres are drawn. What it gives need not be
-        normalised. It is called once for each subject in memory, and must give the same map each time.
+        normalised. It is called once for the same images in memory, and must give the same map each time.
         """
         name, image = self._map(subject)
         volume = Box.of_shape(subject.spatial_shape)
@@ -104,18 +104,24 @@ class _CentredSampler(PatchSampler):
         """Give the image that is the map.
 
         A class of your own may override it, and give one of as many voxels that is no image of the subject. It is called once
-        for each subject in memory.
+        for the same images in memory.
         """
         return subject.get_image(self._map_name(subject))
+
+    def _kept(self, subject: Subject, what: str, make: Callable[[], Any]) -> Any:
+        """Give what is made of a subject's images, which is made once, and kept with the first of them."""
+        images = tuple(subject.images.values())
+        key = (self._token, what, tuple(map(id, images)))
+        return images[0].derived(key, lambda: (images, make()))[1]  # as long as the images are kept, no others have these numbers
 
     def _map(self, subject: Subject) -> tuple[str, Image]:
         """Give the image that is the map, and a name for it."""
         if type(self).get_probability_map_image is _CentredSampler.get_probability_map_image:
             name = self._map_name(subject)
             return name, subject.get_image(name)
-        given = subject.get_first_image().derived((self._token, "image"), lambda: self.get_probability_map_image(subject))
+        given = self._kept(subject, "image", lambda: self.get_probability_map_image(subject))
         if not isinstance(given, Image) or given.spatial_shape != subject.spatial_shape:
-            what = f"an image of {given.spatial_shape} voxels" if isinstance(given, Image) else f"a {type(given).__name__}"
+            what = f"an image of {given.spatial_shape} voxels" if isinstance(given, Image) else f"a {type(given).__qualname__}"
             raise SamplingError(
                 f"{type(self).__name__}.get_probability_map_image returned {what}: it must be an image of"
                 f" {subject.spatial_shape} voxels, as many as the subject has"
@@ -142,7 +148,7 @@ class _CentredSampler(PatchSampler):
     def _classes(self, subject: Subject) -> tuple[Image, Box, Classes]:
         box = self._centres(subject)
         if self._has_own_map:
-            image = subject.get_first_image().derived((self._token, "map"), lambda: self._own_map(subject))
+            image: Image = self._kept(subject, "map", lambda: self._own_map(subject))
             return image, box, image.derived((self._token, box), lambda: _weight_sums(image, "get_probability_map", box))
         name, image = self._map(subject)
         key = (type(self).__name__, self._key(), box)

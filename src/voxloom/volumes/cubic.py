@@ -70,6 +70,7 @@ def cubic_at_angle(values: Tensor, space: ObliqueMap, clip: Callable[[Tensor], T
         image.SetOrigin((-BORDER,) * 3)
         made = resample.Execute(image)  # a view of it does not keep it alive
         target[...] = SimpleITK.GetArrayViewFromImage(made)
+        del image, made
     result = clip(result)
     for plane in range(len(result[0])):  # one at a time, since places take much more memory than values
         box = Box((plane, 0, 0), (plane + 1, *space.target_shape[1:]))
@@ -80,4 +81,4 @@ def cubic_at_angle(values: Tensor, space: ObliqueMap, clip: Callable[[Tensor], T
 def bytes_at_angle(shape: Ints, target_shape: Ints, itemsize: int) -> int:
     """Say what `cubic_at_angle` takes beside the volume and the result: ITK fits splines in float64."""
     padded = math.prod(size + 2 * BORDER for size in shape)
-    return padded * (2 * itemsize + 3 * 8) + math.prod(target_shape) * itemsize
+    return padded * (2 * itemsize + 3 * 8) + 2 * math.prod(target_shape) * itemsize

@@ -274,7 +274,9 @@ class ResampledSource(View):
         source, size = self.of.shape[1:], self.dtype.itemsize
         if isinstance(self._map, AlignedMap):
             return super().loading_bytes + 3 * max(math.prod(self.shape), math.prod(self.of.shape)) * size
-        return super().loading_bytes + 2 * math.prod(self.of.shape) * size + bytes_at_angle(source, self.shape[1:], size)
+        clipped = math.prod(self.shape) * size if self.is_clipped else 0
+        volume = 2 * math.prod(self.of.shape) * size
+        return super().loading_bytes + volume + clipped + bytes_at_angle(source, self.shape[1:], size)
 
     def read(self, box: Box) -> Tensor:
         """See `VolumeSource`."""

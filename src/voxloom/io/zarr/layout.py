@@ -113,6 +113,17 @@ class Layout:
         return tuple(found)
 
     @property
+    def most_voxels(self) -> int:
+        """Voxels of the largest of these, none of which reaches beyond its level."""
+        shape: Ints = self.spec.shape[1:]
+        found = []
+        for number, unit in enumerate(self.units):
+            found.append(math.prod(map(min, unit, shape)))
+            if number < len(self.factors):
+                shape = coarser_shape(shape, self.factors[number])
+        return max(found)
+
+    @property
     def is_plain(self) -> bool:
         """Whether it is an array alone."""
         return not is_label_of_image(self.path) and not self.path.name.lower().endswith((OME, NIFTI))

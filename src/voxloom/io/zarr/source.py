@@ -347,7 +347,9 @@ def _opened(zarr: Any, storage: Storage, inner: str, name: str, is_needed: bool 
 def _storage_of(location: str | Path, timeout: float) -> tuple[Storage, str]:
     """Split a location into where the hierarchy lies, and the path in it."""
     if is_url(location):
-        found = re.match(r"(.*\.(?:zarr|zip|ozx))/(.+)", str(location).rstrip("/"))
+        # In a chain such as `zip://scan.zarr::https://…`, the path is not at the end.
+        is_chain = "://" in str(location).rpartition("::")[0]
+        found = None if is_chain else re.match(r"(.*\.(?:zarr|zip|ozx))/(.+)", str(location).rstrip("/"))
         root, inner = (str(location), "") if found is None else found.groups()
         return storage_at(root, timeout), inner
     path = Path(location)

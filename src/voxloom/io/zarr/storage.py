@@ -55,9 +55,7 @@ def zarr_python() -> Any:
 
 def is_url(location: Any) -> bool:
     """Whether something is given as a URL, such as `https://…` or `s3://…`, or several of fsspec, `simplecache::https://…`."""
-    return (
-        isinstance(location, str) and re.match(r"([a-z][a-z0-9+.-]+::)*[a-z][a-z0-9+.-]+://", location, re.IGNORECASE) is not None
-    )
+    return isinstance(location, str) and URL.match(location) is not None
 
 
 def storage_at(location: str | Path, timeout: float) -> Storage:

@@ -1,7 +1,6 @@
 """Results in Zarr: OME-Zarr with all its levels, NIfTI-Zarr, or a plain array; each shard is written once, as a whole."""
 
 import json
-import math
 import shutil
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -118,8 +117,7 @@ class ZarrStore:
     def writing_bytes(self, spec: VolumeSpec) -> int:
         """See the function `writing_bytes`: one shard at a time is encoded, of which there are several copies meanwhile."""
         layout = self.layout(spec)
-        shard = max(math.prod(sizes) for sizes in layout.units)
-        return int(SHARD_COPIES * spec.shape[0] * shard * layout.dtype.itemsize)
+        return int(SHARD_COPIES * spec.shape[0] * layout.most_voxels * layout.dtype.itemsize)
 
     def create(self, spec: VolumeSpec, run: str) -> None:
         """See `VolumeStore`."""
