@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install $(QUIETLY)
 TESTING := plot,datasets,test
 DOCUMENTING := $(TESTING),docs
 LINTING := $(TESTING),lint
-# In a virtual environment: the package with extras. By uv, in a tenth of the time; by pip, where uv finds no way out.
+# In a virtual environment: the package with extras. By uv, which is quicker; by pip, where uv finds no way out.
 install = $(1)/bin/uv pip install --quiet --compile-bytecode --python $(1)/bin/python --constraint constraints.txt --editable ".[$(2)]" \
 	|| $(1)/bin/python -m pip install $(QUIETLY) --editable ".[$(2)]"
 # By pip, which may have been told where a build of PyTorch is to come from.

@@ -1,6 +1,8 @@
 """Parity with TorchIO 1.2.1 in what objects do: slices, lengths, types of errors and methods that are overridden."""
 
+import gc
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -223,6 +225,11 @@ def test_maps_of_subjects_that_share_an_image(method):
         assert next(iter(sampler(subject, 1))).patch_location.index == (place - 1,) * 3
         subject["where"] = vx.ScalarImage(weights.flip(1))
         assert next(iter(sampler(subject, 1))).patch_location.index == (6 - place, place - 1, place - 1)
+        given = weakref.ref(subject["where"])
+        subject["where"] = vx.ScalarImage(weights)
+        next(iter(sampler(subject, 1)))
+        gc.collect()
+        assert given() is None  # no map is kept that has been replaced
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,7 @@ class _CentredSampler(PatchSampler):
         """Give how probable each voxel is as a centre, `(1, I, J, K)`.
 
         A class of your own may override it, and then nothing else says where centres are drawn. What it gives need not be
-        normalised. It is called once for the same images in memory, and must give the same map each time.
+        normalised. It is kept as long as the images are the same.
         """
         name, image = self._map(subject)
         volume = Box.of_shape(subject.spatial_shape)
@@ -103,16 +103,20 @@ class _CentredSampler(PatchSampler):
     def get_probability_map_image(self, subject: Subject) -> Image:
         """Give the image that is the map.
 
-        A class of your own may override it, and give one of as many voxels that is no image of the subject. It is called once
-        for the same images in memory.
+        A class of your own may override it, and give one of as many voxels that is no image of the subject. What it
+        gives is kept as long as the images are the same.
         """
         return subject.get_image(self._map_name(subject))
 
     def _kept(self, subject: Subject, what: str, make: Callable[[], Any]) -> Any:
-        """Give what is made of a subject's images, which is made once, and kept with the first of them."""
+        """Give what is made of a subject's images: it is kept with the first of them, until that is in a subject with others."""
         images = tuple(subject.images.values())
-        key = (self._token, what, tuple(map(id, images)))
-        return images[0].derived(key, lambda: (images, make()))[1]  # as long as the images are kept, no others have these numbers
+        kept: list[tuple[tuple[Image, ...], Any]] = images[0].derived((self._token, what), list)
+        last = kept[0] if kept else None
+        if last is None or len(last[0]) != len(images) or any(map(operator.is_not, last[0], images)):
+            last = (images, make())
+            kept[:] = [last]
+        return last[1]
 
     def _map(self, subject: Subject) -> tuple[str, Image]:
         """Give the image that is the map, and a name for it."""

@@ -239,7 +239,7 @@ class Queue(IterableDataset[Subject]):
     @property
     def skipped(self) -> dict[int, str]:
         """Subjects that were skipped in the present epoch, or the last one, by their index, and why."""
-        return {skip.subject: skip.reason for skip in self._supply.skipped_in(self._epoch)}
+        return self._supply.reasons_to_skip(self._epoch)
 
     @property
     def _has_transforms(self) -> bool:

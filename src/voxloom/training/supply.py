@@ -99,9 +99,13 @@ class PatchSupply:
         """Give the subjects that were skipped in an epoch."""
         return [skip for skip in tuple(self._skipped.values()) if skip.epoch == epoch]
 
+    def reasons_to_skip(self, epoch: int) -> dict[int, str]:
+        """Say why subjects were skipped in an epoch, by their index."""
+        return {skip.subject: skip.reason for skip in self.skipped_in(epoch)}
+
     def warn_of_skipped(self, epoch: int, num_subjects: int) -> None:
         """Warn of the subjects that were skipped in an epoch of so many, if any were."""
-        skipped = {skip.subject: skip.reason for skip in self.skipped_in(epoch)}
+        skipped = self.reasons_to_skip(epoch)
         if skipped:
             listed = "; ".join(f"{name_of(self._planner.dataset, index)}: {why}" for index, why in skipped.items())
             warnings.warn(
