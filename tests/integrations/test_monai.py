@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from monai import transforms as mt
-from monai.data import CacheDataset, Dataset, MetaTensor, PersistentDataset
+from monai.data import CacheDataset, Dataset, MetaTensor, PersistentDataset, decollate_batch
 
 import voxloom as vx
 from voxloom.integrations.monai import Labelled, as_dict, from_dict
@@ -89,13 +89,24 @@ def test_a_batch_becomes_a_dictionary_of_batched_tensors():
     assert batch["image"].is_batch
     assert torch.equal(batch["image"].affine, AFFINE.expand(3, 4, 4))
     assert batch["age"].tolist() == [0, 1, 2]
-    from monai.data import decollate_batch
-
     parts = decollate_batch(batch["image"])
     assert [torch.equal(part.as_tensor(), item_of(number)["image"].as_tensor()) for number, part in enumerate(parts)] == [
         True
     ] * 3
     assert torch.equal(parts[1].affine, AFFINE)
+
+
+def test_a_batch_of_patches_is_decollated_as_it_is():
+    subjects = vx.SubjectsDataset([from_dict(item_of(number)) for number in range(2)])
+    queue = vx.Queue(subjects, max_length=8, samples_per_volume=4, sampler=vx.UniformSampler(8), seed=0)
+    batch = next(iter(vx.SubjectsLoader(queue, batch_size=3)))
+    parts = decollate_batch(as_dict(batch))
+    assert len(parts) == 3
+    for part, one in zip(parts, batch.unbatch(), strict=True):
+        assert part.keys() == one.keys()
+        assert torch.equal(part["image"].as_tensor(), one.image.data)
+        assert torch.equal(part["image"].affine, torch.from_numpy(one.image.affine))
+        assert part["patch_location"].tolist() == one.patch_location.tolist()
 
 
 # Data sets

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...errors import SubjectError
 from ...io.arrays import affine_of
 from ...volumes.batch import ImagesBatch, SubjectsBatch
-from ...volumes.constants import INTENSITY, LABEL
+from ...volumes.constants import INTENSITY, LABEL, LOCATION, PATCH_LOCATION
 from ...volumes.image import Image, LabelMap, ScalarImage
 from ...volumes.libraries import Transform, as_subject, imported, in_its_type
 from ...volumes.subject import Subject
@@ -51,7 +51,8 @@ def as_dict(thing: Subject | SubjectsBatch) -> dict[str, Any]:
     """Make the dictionary of a subject or a batch that MONAI's transforms, losses and metrics take.
 
     Images become `MetaTensor`s `(C, I, J, K)`, or `(B, C, I, J, K)` of a batch, with their affines, metadata and applied
-    operations; everything else stays as it is. No voxel is copied.
+    operations; everything else stays as it is, but that of a batch of patches `patch_location` becomes a tensor `(B, 6)`, of
+    where each patch begins and ends, which `decollate_batch` can part. No voxel is copied.
 
     Args:
         thing: the subject, or the batch.
@@ -64,7 +65,10 @@ def as_dict(thing: Subject | SubjectsBatch) -> dict[str, Any]:
         ('MetaTensor', 45)
     """
     if isinstance(thing, SubjectsBatch):
-        return {name: _tensor_of_batch(value) if isinstance(value, ImagesBatch) else thing[name] for name, value in thing.items()}
+        found = {
+            name: _tensor_of_batch(value) if isinstance(value, ImagesBatch) else thing[name] for name, value in thing.items()
+        }
+        return found | {PATCH_LOCATION: thing[LOCATION]} if PATCH_LOCATION in found else found
     return {name: _tensor_of(value) if isinstance(value, Image) else value for name, value in thing.items()}
 
 
