@@ -3,6 +3,7 @@
 import contextlib
 import gzip
 import os
+import struct
 import tracemalloc
 import warnings
 import zlib
@@ -91,6 +92,21 @@ def test_a_truncated_stack_of_pages_is_noticed(tmp_path):
             noticed += 1
             assert "x.tif" in str(error)
     assert noticed >= 9
+
+
+@pytest.mark.parametrize("tag", [256, 257, 258, 259, 277])
+def test_a_page_that_says_nothing_of_its_size_is_an_error(tmp_path, tag):
+    path = tmp_path / "x.tif"
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(np.zeros((3, 4, 5), dtype=np.uint8)), str(path))
+    content = bytearray(path.read_bytes())
+    (first,) = struct.unpack("<I", content[4:8])
+    (entries,) = struct.unpack("<H", content[first : first + 2])
+    places = [first + 2 + 12 * number for number in range(entries)]
+    (place,) = [each for each in places if struct.unpack("<H", content[each : each + 2]) == (tag,)]
+    content[place + 4 : place + 8] = bytes(4)  # of how many numbers the entry is
+    path.write_bytes(content)
+    with pytest.raises(CorruptImageError, match=r"x\.tif.*0 numbers"):
+        vx.ScalarImage(path).load()
 
 
 # MetaImage and NRRD, in one part or more, are compared with their headers

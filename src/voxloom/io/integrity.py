@@ -162,7 +162,7 @@ def _tiff_entries(file: IO[bytes], offset: int, order: str, is_big: bool, size: 
         after = file.tell() + inline
         if kind in TIFF_TYPES and tag in TIFF_TAGS:
             layout = f"{length}{TIFF_TYPES[kind]}"
-            if struct.calcsize(order + layout) > size:
+            if not length or struct.calcsize(order + layout) > size:
                 raise EOFError(f"an entry claims {length} numbers")
             if struct.calcsize(order + layout) > inline:
                 file.seek(*unpack(next_type))
