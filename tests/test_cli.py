@@ -24,6 +24,7 @@ def test_version_and_help():
     assert "patch by patch" in voxloom("demo", "--help").stdout
 
 
+@pytest.mark.slow
 def test_the_demonstration_writes_a_volume_and_a_picture_and_says_where(tmp_path):
     done = voxloom("demo", "--size", 48, "--patch-size", 24, "--steps", 2, cwd=tmp_path)
     lines = dict(line.split(":", 1) for line in done.stdout.splitlines() if ":" in line)

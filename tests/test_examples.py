@@ -40,6 +40,7 @@ def check_tissues(folder):
     assert 0.05 < coloured.mean() < 0.5
 
 
+@pytest.mark.slow
 def test_tissues_go_all_the_way_from_training_to_a_picture(tmp_path):
     load("segment_mni152").main(["--folder", str(tmp_path), "--resolution", "2", "--steps", "2"])
     check_tissues(tmp_path)

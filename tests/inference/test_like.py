@@ -35,13 +35,13 @@ def small_pieces(monkeypatch):
     for module in (delivery, planner):
         monkeypatch.setattr(module, "PIECE_BYTES", 2**13)
     for module in (aligned, oblique):
-        monkeypatch.setattr(module, "PART_VOXELS", 6)
+        monkeypatch.setattr(module, "PART_VOXELS", 12)
 
 
 def network(channels=6):
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        return nn.Sequential(nn.Conv3d(1, channels, 3, padding=1), nn.Conv3d(channels, channels, 3, padding=1)).eval()
+        return nn.Sequential(nn.Conv3d(1, channels, 3, padding=1), nn.Conv3d(channels, channels, 1)).eval()
 
 
 def by_hand(scores, like):

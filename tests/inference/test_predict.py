@@ -777,7 +777,7 @@ def test_threads_may_share_modules_and_parts_of_them():
     dropout = nn.Dropout(0.5)
     models = [nn.Sequential(dropout, nn.Identity()).train(), nn.Sequential(nn.Sequential(dropout).eval(), nn.BatchNorm3d(1))]
     dropout.train()
-    data = torch.ones(1, 40, 40, 40)
+    data = torch.ones(1, 24, 24, 24)
     with ThreadPoolExecutor(3) as pool:
         results = list(pool.map(lambda number: vx.predict(models[number % 2], data, 8, 4).data, range(8)))
     for result in results:

@@ -898,6 +898,7 @@ def test_an_input_that_is_truncated_is_named_and_leaves_nothing(scan, tmp_path):
 # A compressed input that is larger than the memory
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_while_a_slab_is_brought_to_the_disk(tmp_path):
     script = """
         import os, sys, time

@@ -297,6 +297,7 @@ wait $!
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("unshare") is None, reason="unshare, of Linux, makes a /dev/shm of one's own")
 def test_a_container_with_little_shared_memory_is_enough(folder, tmp_path):
     """One process does it all: no workers, and not a byte of shared memory."""

@@ -55,6 +55,7 @@ def test_two_processes_train_on_patches_of_their_own(tmp_path):
     assert [sorted(each) for each in drawn] == [sorted(everything[0::2]), sorted(everything[1::2])]
 
 
+@pytest.mark.slow
 def test_two_processes_without_a_common_seed_are_refused(tmp_path):
     for process, _, error in two_ranks(tmp_path, None):
         assert process.returncode != 0

@@ -104,7 +104,10 @@ def no_worker_is_left():
 # The same for any number of workers
 
 
-@pytest.mark.parametrize(("num_workers", "context"), [(1, None), (2, None), (4, None), (2, "spawn"), (2, "forkserver")])
+@pytest.mark.parametrize(
+    ("num_workers", "context"),
+    [(1, None), (2, None), (4, None), pytest.param(2, "spawn", marks=pytest.mark.slow), (2, "forkserver")],
+)
 def test_the_same_patches_bit_for_bit_for_every_number_of_workers(folder, expected, num_workers, context):
     queue = make_queue(folder, num_workers, multiprocessing_context=context, **TRANSFORMS)
     assert [[bits(patch) for patch in queue] for _ in range(3)] == expected
@@ -515,7 +518,9 @@ KILLING = """
 """
 
 
-@pytest.mark.parametrize(("pause", "delay"), [(0.2, 0.5), (0.0, 0.05), (0.0, 0.0)])
+@pytest.mark.parametrize(
+    ("pause", "delay"), [(0.2, 0.5), *(pytest.param(0.0, delay, marks=pytest.mark.slow) for delay in (0.05, 0.0))]
+)
 def test_a_worker_that_is_killed(tmp_path, pause, delay):
     script = tmp_path / "train.py"
     script.write_text(textwrap.dedent(KILLING))
@@ -607,8 +612,9 @@ def is_alive(pid):
 
 @pytest.mark.parametrize(
     ("how", "pause", "context"),
-    [(how, 0.5, "fork") for how in ("end", "SIGINT", "Ctrl-C", "SIGTERM")]
-    + [("SIGKILL", 0.5, context) for context in ("fork", "spawn", "forkserver")]
+    [("end", 0.5, "fork"), ("Ctrl-C", 0.5, "fork"), ("SIGKILL", 0.5, "forkserver")]
+    + [pytest.param(how, 0.5, "fork", marks=pytest.mark.slow) for how in ("SIGINT", "SIGTERM")]
+    + [pytest.param("SIGKILL", 0.5, context, marks=pytest.mark.slow) for context in ("fork", "spawn")]
     + [pytest.param(how, 0.01, "fork", marks=pytest.mark.slow) for how in ("end", "SIGKILL")]
     + [pytest.param("Ctrl-C", 0.5, context, marks=pytest.mark.slow) for context in ("spawn", "forkserver")],
 )
@@ -945,6 +951,7 @@ def test_a_worker_that_exits(folder):
     assert "memory" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_script_without_a_guard_is_told_so(folder, tmp_path):
     script = tmp_path / "train.py"
     script.write_text(
@@ -987,7 +994,7 @@ INTERRUPTED = """
 """
 
 
-@pytest.mark.parametrize(("then", "patches"), [("load", 56), ("go on", 60)])
+@pytest.mark.parametrize(("then", "patches"), [pytest.param("load", 56, marks=pytest.mark.slow), ("go on", 60)])
 def test_an_interrupt_that_was_caught_in_the_training_step(tmp_path, then, patches):
     script = tmp_path / "train.py"
     script.write_text(textwrap.dedent(INTERRUPTED))
@@ -1023,8 +1030,12 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("kind", ["queue", "loader"])
-@pytest.mark.parametrize(("what", "number"), [("descriptors", 3), ("descriptors", 10), ("memory", 0)])
+@pytest.mark.parametrize(
+    ("what", "number", "kind"),
+    [("descriptors", 3, "queue"), ("memory", 0, "loader")]
+    + [pytest.param(*case, marks=pytest.mark.slow) for case in [("descriptors", 3, "loader"), ("memory", 0, "queue")]]
+    + [pytest.param("descriptors", 10, kind, marks=pytest.mark.slow) for kind in ("queue", "loader")],
+)
 def test_what_lacks_is_said_with_a_way_out(tmp_path, kind, what, number):
     (tmp_path / "little.py").write_text(LITTLE)
     done = subprocess.run(

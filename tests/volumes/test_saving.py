@@ -222,7 +222,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
     assert all(vx.ScalarImage(path).data.sum() == 64 for path in paths)
 
 
-@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+@pytest.mark.parametrize("ending", [pytest.param(".nii", marks=pytest.mark.slow), ".nii.gz"])
 def test_a_killed_process_leaves_the_old_file_or_the_new_one(tmp_path, ending):
     path = tmp_path / f"x{ending}"
     vx.ScalarImage(torch.zeros(1, 96, 96, 96)).save(path)
