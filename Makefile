@@ -21,6 +21,8 @@ PROCESSES := $(shell expr 2 \* $$(getconf _NPROCESSORS_ONLN))
 ENVIRONMENT := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
 SECOND := tests/integrations/test_torchio.py tests/integrations/test_lightning.py
 PYTEST := $(ENVIRONMENT) $(BIN)/python -m pytest --numprocesses $(PROCESSES) --maxprocesses 16 --dist worksteal
+# Tests that take long are given out one by one, and none of them beside many others.
+SLOW := $(ENVIRONMENT) $(BIN)/python -m pytest -m slow --numprocesses 3 --dist load --maxschedchunk 1
 
 .PHONY: demo test test-all test-second test-slow docs changelog dist lint format bench fuzz clean
 
@@ -31,7 +33,7 @@ test: $(VENV)/test.installed  ## Run the tests, but for those that take long
 	$(PYTEST) -m "not slow" $(COVERAGE)
 
 test-slow: $(VENV)/test.installed  ## Run those tests that take long
-	$(ENVIRONMENT) $(BIN)/python -m pytest -m slow --numprocesses 2 --dist worksteal
+	$(SLOW)
 
 changelog: $(VENV)/python.made  ## Show what the files in changelog.d come to
 	$(PIP) towncrier
@@ -45,7 +47,7 @@ dist: $(VENV)/python.made  ## Build the wheel and the source distribution into d
 
 test-all:  ## Run all tests, and say how much of the code they reach
 	$(MAKE) test COVERAGE="--cov voxloom --cov-report="
-	$(PYTEST) -m slow --cov voxloom --cov-append --cov-report term:skip-covered
+	$(SLOW) --cov voxloom --cov-append --cov-report term:skip-covered
 
 test-second: $(VENV)-second/installed  ## Run the tests that need TorchIO 2 or Lightning, in an environment of their own
 	$(ENVIRONMENT) $(VENV)-second/bin/python -m pytest --numprocesses 2 --dist worksteal $(SECOND)

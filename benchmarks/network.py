@@ -23,6 +23,7 @@ import statistics
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -71,8 +72,8 @@ def window(size):
     return one[:, None, None] * one[None, :, None] * one[None, None, :]
 
 
-def prepare_bare(options):
-    """What cannot be left out: copy the patches of a batch, call the network, and add them. Nothing is divided."""
+def prepare_bare(options, is_divided=False):
+    """What cannot be left out: copy the patches of a batch, call the network, and add them; dividing is left out unless asked."""
     sides = []
     for length in options.shape:
         starts = range(0, length - options.patch + 1, options.patch - options.overlap)
@@ -82,6 +83,7 @@ def prepare_bare(options):
 
     def run(network, volume):
         output = None
+        sums = torch.zeros(options.shape) if is_divided else None
         with torch.inference_mode():
             for first in range(0, len(boxes), options.batch):
                 some = boxes[first : first + options.batch]
@@ -89,7 +91,9 @@ def prepare_bare(options):
                 output = torch.zeros(made.shape[1], *options.shape) if output is None else output
                 for box, patch in zip(some, made, strict=True):
                     output[box].addcmul_(patch, weights)
-        return output
+                    if is_divided:
+                        sums[box[1:]].add_(weights)
+            return output.div_(sums) if is_divided else output
 
     return run
 
@@ -143,6 +147,7 @@ def prepare_nnunet(options):
 
 SYSTEMS = {
     "bare loop": prepare_bare,
+    "bare loop, divided": partial(prepare_bare, is_divided=True),
     "voxloom by hand": prepare_by_hand,
     "voxloom.predict": prepare_predict,
     "MONAI": prepare_monai,
@@ -222,7 +227,7 @@ def main():
     if options.systems is None:
         options.systems = ["voxloom.predict", "MONAI"] if options.bfloat16 else [*SYSTEMS]
         if not options.bfloat16:
-            options.systems += [f"{name}{KEPT}" for name in ("bare loop", "voxloom by hand", "MONAI")]
+            options.systems += [f"{name}{KEPT}" for name in ("bare loop", "bare loop, divided", "voxloom by hand", "MONAI")]
     print(machine(), flush=True)
     what = "U-Net" if options.network == "unet" else f"1 channel to {options.network}"
     print(

@@ -18,6 +18,14 @@ settings.load_profile("voxloom")
 NILEARN_DATA = Path(nilearn.__file__).parent / "datasets" / "data"
 
 
+# Files of which tests take a minute: they are begun first, so that no process is left with them at the end.
+LONG = ("test_examples.py", "test_predict_memory.py", "test_benchmarks.py", "test_fuzz.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None or item.path.name not in LONG)
+
+
 @pytest.fixture(scope="session")
 def mni_path() -> Path:
     """MNI152 T1 at 1 mm, 197 × 233 × 189, as nilearn brings it."""

@@ -182,13 +182,24 @@ def test_public_names():
 HEAVY = ("matplotlib", "zarr", "dask", "distributed", "torchio", "monai", "nnunetv2", "pooch", "tensorstore", "lightning")
 
 
-def heavy_imports(statement):
-    code = f"import sys; {statement}; print([name for name in {HEAVY!r} if name in sys.modules])"
+def heavy_imports(statement, names=HEAVY):
+    code = f"import sys; {statement}; print([name for name in {names!r} if name in sys.modules])"
     return ast.literal_eval(subprocess.check_output([sys.executable, "-c", code], text=True))
 
 
 def test_a_light_import_stays_light():
     assert heavy_imports("import voxloom, voxloom.cli") == []
+
+
+READERS = ("nibabel", "pydicom", "SimpleITK")
+
+
+def test_libraries_that_read_files_are_imported_when_a_file_is_named():
+    """They take half a second; and where it is named, so that workers which are forked later have them."""
+    use = "import torch, voxloom as vx; vx.Predictor(torch.nn.Identity(), 4)(vx.ScalarImage(torch.zeros(1, 8, 8, 8)))"
+    assert heavy_imports(use, READERS) == []
+    assert "nibabel" in heavy_imports(f"{use}; vx.ScalarImage('missing.nii.gz')", READERS)
+    assert "SimpleITK" in heavy_imports(f"{use}; vx.ScalarImage('missing.nrrd')", READERS)
 
 
 def test_the_test_of_light_imports_can_fail():

@@ -1,11 +1,11 @@
 """Files that are compressed as a whole: `.gz`, `.mgz` and `.bz2`."""
 
+import bz2
 import zlib
 from pathlib import Path
 from typing import IO, Any
 
 from isal import igzip, igzip_lib
-from nibabel.openers import Opener
 
 __all__ = ["GREATEST_GZIP_RATIO", "READ_ERRORS", "compressing", "is_compressed", "open_compressed"]
 
@@ -24,7 +24,10 @@ def is_compressed(path: Path) -> bool:
 
 def open_compressed(path: Path) -> Any:
     """Open a file to read what it holds once it is unpacked; one that is not compressed is read as it is."""
-    return igzip.open(path, "rb") if path.suffix.lower() in BY_GZIP else Opener(str(path))
+    ending = path.suffix.lower()
+    if ending in BY_GZIP:
+        return igzip.open(path, "rb")
+    return bz2.open(path, "rb") if ending in COMPRESSED else path.open("rb")
 
 
 def compressing(file: IO[bytes]) -> Any:

@@ -13,22 +13,19 @@ where they are stored in more than 16 bits.
 | complex                               | an error                                             |
 """
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ..errors import ImageNotFoundError, UnsupportedImageError
 from .blosc import BloscFile
 from .dicom import is_dicom, open_dicom, open_series
 from .files import FileSource
-from .integrity import METAIMAGE, NRRD, TIFF
-from .isolated import IsolatedFile
-from .itk import ItkFile
-from .nifti import NibabelFile
+from .integrity import METAIMAGE, NRRD, TIFF, Integrity
 from .npy import NpyFile
 from .saving import Writer, write_compressed_nifti, write_itk, write_mgh, write_nifti
-from .whole_files import WholeFile
 from .zarr.source import ZarrSource, is_label_of_image, is_zarr
 
 __all__ = [
@@ -36,12 +33,37 @@ __all__ = [
     "Format",
     "endings",
     "format_of",
+    "import_reader",
     "is_folder_target",
     "is_image",
     "is_other_image",
     "open_volume",
     "stem_of",
 ]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Opens files by a module that is imported when the first of them is named: libraries behind it take half a second."""
+
+    module: str
+    name: str
+    integrity: Integrity | None = None
+    """What is checked before the library sees the file."""
+
+    def imported(self) -> Any:
+        """The class that reads them."""
+        return getattr(importlib.import_module(self.module, __package__), self.name)
+
+    def __call__(self, path: Path) -> FileSource:
+        """Open one: only the header is read."""
+        kind = self.imported()
+        opened: FileSource = kind(path) if self.integrity is None else kind.open(path, integrity=self.integrity)
+        return opened
+
+
+NIFTI, WHOLE = Reader(".nifti", "NibabelFile"), Reader(".whole_files", "WholeFile")
+NRRD_FILE, METAIMAGE_FILE, TIFF_FILE = (Reader(".itk", "ItkFile", each) for each in (NRRD, METAIMAGE, TIFF))
 
 
 @dataclass(frozen=True)
@@ -68,26 +90,26 @@ class Format:
 
 
 FORMATS = (
-    Format(".nii", NibabelFile, write_nifti, is_streamed=True),
-    Format(".nii.gz", NibabelFile, write_compressed_nifti, unpacked=".nii", is_streamed=True),
-    Format(".nii.bz2", NibabelFile, unpacked=".nii"),
-    Format(".hdr", NibabelFile),
-    Format(".img", NibabelFile, described_by=".hdr"),
-    Format(".img.gz", NibabelFile, described_by=".hdr"),
-    Format(".mgh", NibabelFile, write_mgh),
-    Format(".mgz", NibabelFile, write_mgh, unpacked=".mgh"),
-    Format(".nrrd", partial(ItkFile.open, integrity=NRRD), write_itk),
-    Format(".seg.nrrd", partial(ItkFile.open, integrity=NRRD), is_streamed=True),
-    Format(".nhdr", partial(ItkFile.open, integrity=NRRD)),
-    Format(".mha", partial(ItkFile.open, integrity=METAIMAGE), write_itk),
-    Format(".mhd", partial(ItkFile.open, integrity=METAIMAGE)),
-    Format(".mnc", WholeFile),
-    Format(".par", WholeFile, data_in=(".rec",)),
-    Format(".head", WholeFile, data_in=(".brik", ".brik.gz")),
-    Format(".brik", WholeFile, described_by=".head"),
-    Format(".brik.gz", WholeFile, described_by=".head"),
-    Format(".tif", partial(ItkFile.open, integrity=TIFF)),
-    Format(".tiff", partial(ItkFile.open, integrity=TIFF)),
+    Format(".nii", NIFTI, write_nifti, is_streamed=True),
+    Format(".nii.gz", NIFTI, write_compressed_nifti, unpacked=".nii", is_streamed=True),
+    Format(".nii.bz2", NIFTI, unpacked=".nii"),
+    Format(".hdr", NIFTI),
+    Format(".img", NIFTI, described_by=".hdr"),
+    Format(".img.gz", NIFTI, described_by=".hdr"),
+    Format(".mgh", NIFTI, write_mgh),
+    Format(".mgz", NIFTI, write_mgh, unpacked=".mgh"),
+    Format(".nrrd", NRRD_FILE, write_itk),
+    Format(".seg.nrrd", NRRD_FILE, is_streamed=True),
+    Format(".nhdr", NRRD_FILE),
+    Format(".mha", METAIMAGE_FILE, write_itk),
+    Format(".mhd", METAIMAGE_FILE),
+    Format(".mnc", WHOLE),
+    Format(".par", WHOLE, data_in=(".rec",)),
+    Format(".head", WHOLE, data_in=(".brik", ".brik.gz")),
+    Format(".brik", WHOLE, described_by=".head"),
+    Format(".brik.gz", WHOLE, described_by=".head"),
+    Format(".tif", TIFF_FILE),
+    Format(".tiff", TIFF_FILE),
     Format(".b2nd", BloscFile),
     Format(".npy", NpyFile),
     Format(".ome.zarr", ZarrSource, is_streamed=True, is_folder=True),
@@ -122,6 +144,13 @@ def endings(which: Callable[[Format], object]) -> tuple[str, ...]:
     return tuple(each.ending for each in FORMATS if which(each))
 
 
+def import_reader(path: Path) -> None:
+    """Import what reads a file, so that processes that are forked later need not do so each."""
+    known = format_of(path)
+    if known is not None and isinstance(known.open, Reader):
+        known.open.imported()
+
+
 def open_volume(path: Path) -> FileSource:
     """Open a file, or a folder that holds a DICOM series: only the header is read.
 
@@ -142,6 +171,9 @@ def open_volume(path: Path) -> FileSource:
     # Names of DICOM files often have no ending, or the last part of an identifier for one.
     if is_dicom(path):
         return open_dicom(path)
+    from .isolated import IsolatedFile
+    from .itk import ItkFile
+
     return ItkFile.open(path) if path.suffix.lower() in PICTURES else IsolatedFile.open(path)
 
 

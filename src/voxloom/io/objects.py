@@ -1,8 +1,8 @@
 """Volumes that other libraries hold, as sources of voxels: of nibabel, of SimpleITK, and whatever can be sliced."""
 
+import sys
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 
 from ..core.affines import lps_to_ras
@@ -26,7 +26,9 @@ def source_of(thing: Any, affine: Any = None) -> VolumeSource | None:
     Raises:
         ImageError: if it has another number of axes, or no voxels.
     """
-    if isinstance(thing, nib.spatialimages.SpatialImage):
+    # Whoever has an image of nibabel's has imported it; for others that would take half a second.
+    nibabel = sys.modules.get("nibabel")
+    if nibabel is not None and isinstance(thing, nibabel.spatialimages.SpatialImage):
         return ArraySource(_ChannelsFirst(thing.dataobj), thing.affine if affine is None else affine)
     if type(thing).__module__.startswith("SimpleITK") and hasattr(thing, "GetDirection"):
         return _of_simpleitk(thing, affine)

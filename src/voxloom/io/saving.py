@@ -8,9 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
-import SimpleITK
 import torch
 from torch import Tensor
 
@@ -172,6 +170,8 @@ def write_compressed_nifti(path: Path, array: np.ndarray, affine: Affine, codes:
 
 def nifti_of(array: np.ndarray, affine: Affine, codes: SpaceCodes) -> Any:
     """Make an image of nibabel's, with both forms in the unit that the original had."""
+    import nibabel as nib
+
     volume = _channels_last(array)
     image_class: Any = nib.Nifti2Image if max(volume.shape) > LARGEST_NIFTI1_SIZE else nib.Nifti1Image
     to_unit = np.diag([*[1 / MILLIMETRES.get(codes.space_unit, 1.0)] * 3, 1.0])
@@ -189,6 +189,8 @@ def nifti_of(array: np.ndarray, affine: Affine, codes: SpaceCodes) -> Any:
 
 def write_mgh(path: Path, array: np.ndarray, affine: Affine, codes: SpaceCodes) -> None:
     """Write `.mgh` or `.mgz`."""
+    import nibabel as nib
+
     known = ("uint8", "int16", "int32", "float32")
     if array.dtype.name not in known:
         raise UnsupportedImageError(
@@ -200,11 +202,15 @@ def write_mgh(path: Path, array: np.ndarray, affine: Affine, codes: SpaceCodes) 
 
 def write_itk(path: Path, array: np.ndarray, affine: Affine, codes: SpaceCodes) -> None:
     """Write what SimpleITK writes by the ending of the name."""
+    import SimpleITK
+
     SimpleITK.WriteImage(simpleitk_of(array, affine), str(path), useCompression=True)
 
 
 def simpleitk_of(array: np.ndarray, affine: Affine) -> Any:
     """Make an image of SimpleITK's; channels become the components of its voxels."""
+    import SimpleITK
+
     is_vector = len(array) > 1
     planes = np.ascontiguousarray(array.transpose(3, 2, 1, 0) if is_vector else array[0].transpose(2, 1, 0))
     image = SimpleITK.GetImageFromArray(planes, isVector=is_vector)

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 import torch
 
@@ -45,6 +44,8 @@ def write_segments(plain: Path, target: Path, labels: Sequence[Label]) -> None:
     Raises:
         OSError: if it cannot be written.
     """
+    import nibabel as nib
+
     image: Any = nib.load(plain)
     voxels = np.asanyarray(image.dataobj)
     extents = _extents(voxels)

@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import SimpleITK
 import torch
 from torch import Tensor
 
@@ -56,6 +55,8 @@ def cubic_at_angle(values: Tensor, space: ObliqueMap, clip: Callable[[Tensor], T
         clip: keeps what splines overshoot within the range of the values.
         fill: value of voxels that lie outside of the volume.
     """
+    import SimpleITK
+
     # ITK names axes in the reverse order of the array's, as it is given here.
     matrix = space.matrix[2::-1, [2, 1, 0, 3]]
     resample = SimpleITK.ResampleImageFilter()

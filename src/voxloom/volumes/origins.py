@@ -6,7 +6,7 @@ from typing import Any
 
 from ..errors import ImageFileError
 from ..io.composed import CustomFile, StackedSource
-from ..io.formats import open_volume
+from ..io.formats import import_reader, open_volume
 from ..io.protocols import VolumeSource, VolumeSpec
 from ..io.spooling import Packed, is_packed, unpack
 
@@ -30,6 +30,9 @@ class FileOrigin:
         self._is_placed = is_placed
         self._spec: VolumeSpec | None = None
         self._source: VolumeSource | None = None
+        if reader is None:
+            for path in paths:
+                import_reader(path)
 
     @property
     def source(self) -> VolumeSource:

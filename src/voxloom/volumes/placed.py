@@ -3,7 +3,6 @@
 import itertools
 from abc import ABC, abstractmethod
 
-import nibabel as nib
 import numpy as np
 import torch
 
@@ -78,5 +77,7 @@ class PlacedVolume(ABC):
     @property
     def orientation(self) -> tuple[str, str, str]:
         """Where each axis points to: one of R, L, A, P, S and I for each."""
+        import nibabel as nib
+
         i, j, k = nib.aff2axcodes(self.affine)
         return i, j, k

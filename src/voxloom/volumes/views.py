@@ -7,7 +7,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 import torch
 from torch import Tensor
@@ -127,6 +126,8 @@ class TurnedSource(View):
     @classmethod
     def to(cls, of: VolumeSource, orientation: Any) -> "TurnedSource":
         """Let the axes point to other directions, such as `"RAS"`; of axes that are oblique, the nearest."""
+        import nibabel as nib
+
         wanted = nib.orientations.axcodes2ornt(as_orientation(orientation))
         turn = nib.orientations.ornt_transform(nib.io_orientation(of.affine), wanted)
         # For each axis of the source where it goes to, and whether it is flipped.

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 import torch
 from torch import Tensor
@@ -26,7 +25,6 @@ from ...errors import (
 )
 from ..arrays import as_tensor, hash_of, torch_dtype
 from ..files import FOLDER_SIDECAR, FileSource
-from ..nifti import NibabelFile
 from ..protocols import Json, SpaceCodes, VolumeSpec
 from .chunks import ChunkedArray
 from .ngff import SPATIAL, Axis, Multiscales, axes_by_names, chosen_level
@@ -319,6 +317,10 @@ def _header_of(group: Any, zarr: Any, name: str) -> Exact | None:
     found = group.get("nifti")
     if not isinstance(found, zarr.Array):
         return None
+    import nibabel as nib
+
+    from ..nifti import NibabelFile
+
     raw = np.asarray(found[...]).tobytes()
     is_second = 540 in (int.from_bytes(raw[:4], "little"), int.from_bytes(raw[:4], "big"))
     try:
