@@ -3,14 +3,15 @@
 VENV := .venv
 PYTHON := $(shell command -v python3.11 || command -v python3)
 BIN := $(VENV)/bin
-QUIETLY := --quiet --disable-pip-version-check --constraint constraints.txt
+CONSTRAINTS := constraints.txt
+QUIETLY := --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 PIP := $(BIN)/python -m pip install $(QUIETLY)
 # Names of extras, which $(call) would part at their commas.
 TESTING := plot,datasets,test
 DOCUMENTING := $(TESTING),docs
 LINTING := $(TESTING),lint
 # In a virtual environment: the package with extras. By uv, which is quicker; by pip, where uv finds no way out.
-install = $(1)/bin/uv pip install --quiet --compile-bytecode --python $(1)/bin/python --constraint constraints.txt --editable ".[$(2)]" \
+install = $(1)/bin/uv pip install --quiet --compile-bytecode --python $(1)/bin/python --constraint $(CONSTRAINTS) --editable ".[$(2)]" \
 	|| $(1)/bin/python -m pip install $(QUIETLY) --editable ".[$(2)]"
 # By pip, which may have been told where a build of PyTorch is to come from.
 basis = $(1)/bin/python -m pip install $(QUIETLY) torch numpy uv
@@ -96,28 +97,28 @@ $(VENV)/python.made:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(VENV)/basis.installed: $(VENV)/python.made constraints.txt
+$(VENV)/basis.installed: $(VENV)/python.made $(CONSTRAINTS)
 	$(call basis,$(VENV))
 	@touch $@
 
-$(VENV)-second/installed: $(VENV)/python.made pyproject.toml constraints.txt
+$(VENV)-second/installed: $(VENV)/python.made pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)-second
 	$(call basis,$(VENV)-second)
 	$(call install,$(VENV)-second,second)
 	@touch $@
 
-$(VENV)/plot.installed: $(VENV)/basis.installed pyproject.toml constraints.txt
+$(VENV)/plot.installed: $(VENV)/basis.installed pyproject.toml $(CONSTRAINTS)
 	$(call install,$(VENV),plot)
 	@touch $@
 
-$(VENV)/test.installed: $(VENV)/basis.installed pyproject.toml constraints.txt
+$(VENV)/test.installed: $(VENV)/basis.installed pyproject.toml $(CONSTRAINTS)
 	$(call install,$(VENV),$(TESTING))
 	@touch $@
 
-$(VENV)/docs.installed: $(VENV)/basis.installed pyproject.toml constraints.txt
+$(VENV)/docs.installed: $(VENV)/basis.installed pyproject.toml $(CONSTRAINTS)
 	$(call install,$(VENV),$(DOCUMENTING))
 	@touch $@
 
-$(VENV)/lint.installed: $(VENV)/basis.installed pyproject.toml constraints.txt
+$(VENV)/lint.installed: $(VENV)/basis.installed pyproject.toml $(CONSTRAINTS)
 	$(call install,$(VENV),$(LINTING))
 	@touch $@

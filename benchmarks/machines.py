@@ -306,7 +306,7 @@ def planned_patches(options):
 
     shape, part = tuple(options.shape), tuple(options.part)
     grid = PatchGrid.cover(shape, (options.patch,) * 3, (options.overlap,) * 3)
-    return grid.num_patches, ShardGrid.of(shape, part, part).computed_patches(grid)
+    return grid.num_patches, ShardGrid(shape, part).computed_patches(grid)
 
 
 def print_speeds(rounds):
