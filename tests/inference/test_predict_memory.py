@@ -70,7 +70,7 @@ SCRIPT = """
 """
 
 
-LARGE = {"shape": (256, 256, 512), "classes": 60, "patch": 96, "reduce": "argmax"}
+LARGE = {"shape": (192, 192, 384), "classes": 60, "patch": 96, "reduce": "argmax"}
 CLASSES = {"shape": (200, 200, 200), "classes": 20, "patch": 64, "reduce": "argmax"}
 CUBE = {"shape": (128, 128, 128), "classes": 2, "patch": 64}
 MIRRORED = {"shape": (96, 96, 96), "classes": 60, "patch": 64, "reduce": "argmax"}
@@ -88,7 +88,7 @@ def measured(tmp_path, **case):
     ("case", "blocks"),
     [
         pytest.param(LARGE, 1, marks=pytest.mark.slow),
-        pytest.param(LARGE | {"limit": "1280MiB", "output": "o.nii.gz"}, 2, marks=pytest.mark.slow),
+        pytest.param(LARGE | {"limit": "800MiB", "output": "o.nii.gz"}, 2, marks=pytest.mark.slow),
         # Outputs that the C library would take from its heap, and not give back.
         (CLASSES | {"limit": "142MiB"}, 3),
         pytest.param(CLASSES | {"classes": 3, "reduce": None, "output": "o.nii"}, 1, marks=pytest.mark.slow),
