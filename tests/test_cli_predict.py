@@ -1185,6 +1185,7 @@ def test_how_patches_lie_on_the_command_line(here, run):
     torch.testing.assert_close(made.data[0], image[0])
     for options, text in (
         (["--mode", "hann:0.2"], "only gaussian has a width"),
+        (["--mode", "hanning"], "--mode is 'hanning': it must be one of crop, average, hann, gaussian, nnunet and monai"),
         (["--mode", "gaussian:wide"], "give a number"),
         (["--mode", "gaussian:-1"], "width of a Gaussian"),
         (["--patch-spacing", "odd"], "patch_spacing is 'odd'"),

@@ -74,7 +74,9 @@ def test_a_window_that_is_none_is_refused_with_what_it_returned(window):
 
 @pytest.mark.parametrize("mode", ["blend", "", None, 3])
 def test_an_unknown_mode_is_refused_with_the_known_ones(mode):
-    with pytest.raises(ModeError, match=r"Overlap mode must be one of 'crop', 'average', 'hann', 'gaussian'.*overlap_mode is"):
+    with pytest.raises(
+        ModeError, match=r"Overlap mode must be one of 'crop', 'average', 'hann', 'gaussian'.*'monai'.*overlap_mode is"
+    ):
         resolve_window(mode)
 
 

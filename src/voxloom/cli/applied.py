@@ -7,7 +7,7 @@ import torch
 
 from ..core.grids import check_patch_spacing
 from ..core.sizes import pretty_sizes
-from ..core.windows import Gaussian, OverlapMode
+from ..core.windows import MODES, Gaussian, OverlapMode
 from ..errors import ModeError, SizeError
 from ..inference import Predictor
 from ..models.loading import LoadedModel, load_model
@@ -104,6 +104,8 @@ def _as_mode(text: str | None) -> OverlapMode | None:
     if text is None:
         return None
     name, colon, width = text.partition(":")
+    if not colon and name not in (*MODES, "monai"):
+        raise ModeError(f"--mode is {text!r}: it must be one of {', '.join(MODES)} and monai, or such as gaussian:0.25")
     if not colon:
         return text
     widths = numbers(width, float, "mode") or []

@@ -63,8 +63,8 @@ class ModelOptions:
     mode: Annotated[
         str | None,
         typer.Option(
-            help="crop, average, hann, gaussian or monai, or gaussian:0.25 for a standard deviation of that part of a patch."
-            "  \\[default: gaussian]"
+            help="crop, average, hann, gaussian, nnunet or monai; or gaussian:0.25 for a standard deviation of that part of a"
+            " patch.  \\[default: gaussian]"
         ),
     ] = None
     context: Annotated[
