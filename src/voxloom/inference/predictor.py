@@ -297,8 +297,7 @@ class Predictor:
         if self._launcher is not None:
             return self._in_parts(self._launcher, request, output, overwrite, progress)
         with contextlib.ExitStack() as stack:
-            if self._preparation.models.device.type == "cpu":
-                stack.enter_context(kept_for_models())
+            stack.enter_context(kept_for_models(self._preparation.models.device))
             stores = self._stores(output, overwrite)
             preparation, given = self._prepared(request, output, stack)
             _check_inputs(stores, given, mask, like)

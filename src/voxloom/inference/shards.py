@@ -46,6 +46,7 @@ from ..runs.parts import (
     records_of,
     traceback_in,
 )
+from ..runtime.kept_memory import kept_for_models
 from .call import Stores
 from .plan import PredictionPlan
 from .planner import Input
@@ -289,7 +290,10 @@ class ShardedRun:
         plan = parts.of(shard)
         if not patches and plan.fill == 0:
             return 0  # the array is 0 where nothing is written
-        with tempfile.TemporaryDirectory(prefix=f".part-{number}-", dir=self.folder) as folder:
+        with (
+            kept_for_models(self._preparation.models.device),
+            tempfile.TemporaryDirectory(prefix=f".part-{number}-", dir=self.folder) as folder,
+        ):
             writers, cuts = [], []
             for result, layout in enumerate(self._layouts):
                 array = layout.arrays(self._array_folder(result, run))[0]

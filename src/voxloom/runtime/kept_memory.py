@@ -17,6 +17,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from .forks import in_forked_process
 
 __all__ = ["Trimmer", "begin_model", "judge", "kept_for_models", "kept_memory"]
@@ -108,8 +110,15 @@ def kept_memory() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def kept_for_models() -> Iterator[None]:
-    """Let memory be kept for a prediction in this thread, for as long as `judge` finds that this is of use."""
+def kept_for_models(device: torch.device) -> Iterator[None]:
+    """Let memory be kept for a prediction in this thread, for as long as `judge` finds that this is of use.
+
+    Args:
+        device: where the model runs; nothing is kept but for the CPU.
+    """
+    if device.type != "cpu":
+        yield
+        return
     with _used() as user:
         before = _prediction.set(user)
         try:
