@@ -22,7 +22,7 @@ PROCESSES := $(shell expr 2 \* $$(getconf _NPROCESSORS_ONLN))
 ENVIRONMENT := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
 SECOND := tests/integrations/test_torchio.py tests/integrations/test_lightning.py
 PYTEST := $(ENVIRONMENT) $(BIN)/python -m pytest --numprocesses $(PROCESSES) --maxprocesses 16 --dist worksteal
-# Tests that take long are given out one by one, and none of them beside many others.
+# Tests that take long are given out one by one, and few at a time.
 SLOW := $(ENVIRONMENT) $(BIN)/python -m pytest -m slow --numprocesses 3 --dist load --maxschedchunk 1
 
 .PHONY: demo test test-all test-second test-slow docs changelog dist lint format bench fuzz clean
@@ -77,6 +77,7 @@ bench: $(VENV)/test.installed  ## Measure aggregation, sampling, training and pr
 	$(BIN)/python benchmarks/stores.py
 	$(BIN)/python benchmarks/efficiency.py
 	$(BIN)/python benchmarks/scale.py
+	$(BIN)/python benchmarks/machines.py
 	$(BIN)/python benchmarks/network.py
 	$(BIN)/python benchmarks/network.py --bfloat16
 	$(BIN)/python benchmarks/network.py --network 4 --shape 256 256 256 --batch 4

@@ -18,7 +18,7 @@ settings.load_profile("voxloom")
 NILEARN_DATA = Path(nilearn.__file__).parent / "datasets" / "data"
 
 
-# Files of which tests take a minute: they are begun first, so that no process is left with them at the end.
+# Files with tests that take a minute: these are begun first, so that no process is left with them at the end.
 LONG = ("test_examples.py", "test_predict_memory.py", "test_benchmarks.py", "test_fuzz.py")
 
 

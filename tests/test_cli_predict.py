@@ -846,7 +846,6 @@ def test_names_of_any_bytes(here, run):
     assert sorted(os.listdir(b"out")) == [b"bad_\xfc.json", b"bad_\xfc.nii.gz"]
 
 
-@pytest.mark.slow
 def test_a_command_that_is_ended_removes_what_it_unpacked(here):
     vx.ScalarImage(torch.rand(1, 24, 24, 20000)).save("long.nii.gz")
     Path("slow.py").write_text("import time\ndef model(batch):\n    time.sleep(0.05)\n    return batch\n")

@@ -5,12 +5,14 @@ import pickle
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 import voxloom as vx
+from voxloom.aggregation.accumulator import Accumulator
 from voxloom.core.boxes import Box
 from voxloom.errors import ImageError, TargetExistsError
 from voxloom.inference import ThreadExecutor
@@ -191,9 +193,25 @@ class Skipping(SerialExecutor):
         return super().run(plan, runner, source, stores, start + 1, **more)
 
 
-def test_the_tests_of_executors_can_fail():
+class Unmasked(SerialExecutor):
+    def run(self, plan, *others, **more):
+        return super().run(replace(plan, needed=None), *others, **more)
+
+
+class Empty(SerialExecutor):
+    """Writes nothing but zeros where a result is on another grid."""
+
+    def _deliver(self, plan, delivery, of, box, total):
+        if plan.maps is None or total.is_empty:
+            return super()._deliver(plan, delivery, of, box, total)
+        empty = Accumulator(total.grid, plan.window, torch.device("cpu"), plan.fill)
+        return super()._deliver(plan, delivery, of, box, empty)
+
+
+@pytest.mark.parametrize("kind", [Skipping, Unmasked, Empty])
+def test_the_tests_of_executors_can_fail(kind):
     with pytest.raises(AssertionError, match="other values"):
-        check_executor(Skipping())
+        check_executor(kind())
 
 
 def test_an_executor_of_the_users_own_resumes_a_run(tmp_path):

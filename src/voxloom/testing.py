@@ -328,24 +328,31 @@ def check_executor(executor: Executor) -> None:
     image = ScalarImage(torch.rand(1, *SHAPE, generator=generator), affine=AFFINE)
     small = image[:, :12, :14, :16]
     mask = torch.zeros(small.spatial_shape, dtype=torch.bool)
-    mask[3:9, 2:7, 5:14] = True
-    turned = np.array([[0.0, 0, 2.9, 9], [1.2, 0, 0, -2], [0, 2.4, 0, 10], [0, 0, 0, 1]])
+    mask[:3, :3, 2:7] = True
+    turned = small.affine @ np.array([[0, 0, 0.8, -1], [-0.9, 0, 0, 13], [0, 1.1, 0, -2], [0, 0, 0, 1]])
     oblique = turned @ np.array([[0.8, -0.6, 0, 4], [0.6, 0.8, 0, -3], [0, 0, 1, 0], [0, 0, 0, 1]])
+    reflected: dict[str, Any] = {"padding_mode": "reflect"}
+    whole = Predictor(_two_channels, 8, patch_overlap=4, **reflected).plan(small)
+    in_blocks = reflected | {"memory_limit": whole.peak_bytes - 1}
     cases: list[tuple[Any, dict[str, Any]]] = [
         (_two_channels, {}),
         (_two_channels, {"overlap_mode": "crop", "batch_size": 3}),
         (_two_channels, {"mirror_axes": (0, 2), "batch_size": 2, "overlap_mode": "gaussian"}),
         (_two_outputs, {"reduce": {"sum": None, "labels": "argmax"}, "full_batches": True, "batch_size": 4}),
         (torch.nn.MaxPool3d(2), {"output_scale": 0.5}),
-        (_two_channels, {"padding_mode": "reflect", "memory_limit": 2**26}),
+        (_two_channels, reflected),
     ]
-    for (model, options), given, like in itertools.product(
-        cases, (None, mask), (None, ((24, 9, 20), turned), ((24, 9, 20), oblique))
-    ):
-        made, expected = (
-            Predictor(model, 8, patch_overlap=4, executor=each, **options)(small, mask=given, like=like)
-            for each in (executor, SerialExecutor())
-        )
+    likes = (None, ((16, 15, 17), turned), ((16, 15, 17), oblique))
+    asked = [*itertools.product(cases, (None, mask), likes), ((_two_channels, in_blocks), None, None)]
+    assert Predictor(_two_channels, 8, patch_overlap=4).plan(small, mask=mask).num_patches < whole.num_patches
+    assert Predictor(_two_channels, 8, patch_overlap=4, **in_blocks).plan(small).num_blocks > 1
+    for (model, options), given, like in asked:
+        with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # of blocks
+            made, expected = (
+                Predictor(model, 8, patch_overlap=4, executor=each, **options)(small, mask=given, like=like)
+                for each in (executor, SerialExecutor())
+            )
+        assert all(each.any() for each in _values_of(expected))
         for one, other in zip(_values_of(made), _values_of(expected), strict=True):
             assert one.shape == other.shape
             assert torch.allclose(one, other, rtol=1e-5, atol=1e-6), f"other values for {options}"
@@ -369,7 +376,7 @@ def _not_a_number(batch: Tensor) -> Tensor:
 
 
 def _two_outputs(batch: Tensor) -> dict[str, Tensor]:
-    return {"sum": batch + 1, "labels": _two_channels(batch)}
+    return {"sum": batch + 1, "labels": torch.cat([batch, 1 - batch], 1)}
 
 
 def _values_of(made: Any) -> list[Tensor]:

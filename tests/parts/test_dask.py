@@ -136,7 +136,6 @@ def test_addresses():
             client_of(wrong)
 
 
-@pytest.mark.slow
 def test_two_clusters_on_one_machine_do_not_get_in_each_others_way():
     with socket.socket() as taken, warnings.catch_warnings():
         warnings.filterwarnings("error", "Port .* is already in use")

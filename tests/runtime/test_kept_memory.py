@@ -67,7 +67,6 @@ def test_memory_is_kept_until_the_end():
     assert found(script) == [False, True, True, False, False]
 
 
-@pytest.mark.slow
 def test_nested_and_after_errors():
     script = """
         seen = []
@@ -83,7 +82,6 @@ def test_nested_and_after_errors():
     assert found(script) == [True, False]
 
 
-@pytest.mark.slow
 def test_several_threads():
     """The last to leave ends it."""
     script = """
@@ -108,7 +106,6 @@ def test_several_threads():
     assert found(script) == [True, True, False]
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_forked_process_does_not_keep_memory():
     script = """
@@ -123,7 +120,6 @@ def test_a_forked_process_does_not_keep_memory():
     assert found(script) == [0, True]
 
 
-@pytest.mark.slow
 def test_what_the_user_has_chosen_comes_back():
     script = """
         with vx.kept_memory():
@@ -227,7 +223,6 @@ def test_a_small_prediction_does_not_end_what_the_user_asked_for():
     assert found(script) == [True, False]
 
 
-@pytest.mark.slow
 def test_outputs_of_an_ensemble_do_not_stay_in_the_gap_that_the_first_has_left():
     """Where memory is not kept, what was made before that turned out is a gap in the heap, which later outputs may lie in."""
     script = """

@@ -951,7 +951,6 @@ def test_a_worker_that_exits(folder):
     assert "memory" not in str(caught.value)
 
 
-@pytest.mark.slow
 def test_a_script_without_a_guard_is_told_so(folder, tmp_path):
     script = tmp_path / "train.py"
     script.write_text(
@@ -1032,8 +1031,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize(
     ("what", "number", "kind"),
-    [("descriptors", 3, "queue"), ("memory", 0, "loader")]
-    + [pytest.param(*case, marks=pytest.mark.slow) for case in [("descriptors", 3, "loader"), ("memory", 0, "queue")]]
+    [("descriptors", 3, "queue"), ("descriptors", 3, "loader"), ("memory", 0, "queue"), ("memory", 0, "loader")]
     + [pytest.param("descriptors", 10, kind, marks=pytest.mark.slow) for kind in ("queue", "loader")],
 )
 def test_what_lacks_is_said_with_a_way_out(tmp_path, kind, what, number):

@@ -258,7 +258,7 @@ def demo(
     patch_overlap: Annotated[
         int, typer.Option(help="Voxels that neighbours share; twice the network's receptive radius, 5, makes 'crop' exact.")
     ] = 10,
-    overlap_mode: Annotated[str, typer.Option(help="crop, average, hann or gaussian.")] = "crop",
+    overlap_mode: Annotated[str, typer.Option(help="crop, average, hann, gaussian or nnunet.")] = "crop",
     steps: Annotated[int, typer.Option(help="Batches that a small U-Net learns from; 0 leaves it out.", min=0)] = 240,
 ) -> None:
     """Show that a filter network gives the same patch by patch as for the whole; then train a U-Net, and label a scan with it."""

@@ -146,7 +146,8 @@ def resolve_window(mode: OverlapMode) -> Window | None:
         return WINDOWS[mode]
     except (KeyError, TypeError):
         raise ModeError(
-            f"Overlap mode must be one of {', '.join(map(repr, MODES))}, in predictions 'monai', or a function of a size,"
+            f"Overlap mode must be one of {', '.join(map(repr, MODES))}, or 'monai' in predictions, or a function that makes"
+            f" a window of a size,"
             f" but overlap_mode is {mode!r}"
         ) from None
 

@@ -2,14 +2,18 @@
 
 import contextlib
 import copy
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from ..core.interpolation import Interpolation
 from ..errors import SubjectError
+from ..io.formats import import_reader
 from ..io.protocols import Space, VolumeSource
 from ..io.spooling import Packed, spooled
+from ..io.zarr.storage import is_url
 from ..models.loading import Preceding
 from ..models.spec import ModelSpec
 from ..volumes.constants import INTENSITY
@@ -21,7 +25,7 @@ from .masks import on_image
 from .planner import SPOOLED_PART, Input
 from .specified import in_model_space, looks_at_volume, named_channels
 
-__all__ = ["Entered", "Entrance", "Request"]
+__all__ = ["Entered", "Entrance", "Request", "import_for"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +38,17 @@ class Request:
     resample_to: str | None = None
     mask: Any = None
     affine: Any = None
+
+
+def import_for(*things: Any) -> None:
+    """Import what reads and writes the files that are named: it would count as memory of the prediction otherwise."""
+    for each in things:
+        if isinstance(each, Mapping):
+            import_for(*each.values())
+        elif isinstance(each, list | tuple):
+            import_for(*each)
+        elif isinstance(each, str | os.PathLike) and not is_url(each):
+            import_reader(Path(each))
 
 
 def placed(image: Image, affine: Any) -> Image:

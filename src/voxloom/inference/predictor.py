@@ -29,7 +29,7 @@ from ..runtime.limits import as_bytes
 from ..runtime.progress import shown_if
 from .call import Call, Stores
 from .destinations import as_store
-from .entering import Entrance, Request
+from .entering import Entrance, Request, import_for
 from .launchers import Launcher, ShardJob, as_launcher
 from .options import settings_of, usual_options
 from .plan import PredictionPlan
@@ -296,6 +296,7 @@ class Predictor:
         request = Request(image, image_name, like, resample_to, mask, affine)
         if self._launcher is not None:
             return self._in_parts(self._launcher, request, output, overwrite, progress)
+        import_for(image, mask, like, output)
         with contextlib.ExitStack() as stack:
             stack.enter_context(kept_for_models(self._preparation.models.device))
             stores = self._stores(output, overwrite)

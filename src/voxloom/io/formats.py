@@ -20,11 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ImageNotFoundError, UnsupportedImageError
-from .blosc import BloscFile
-from .dicom import is_dicom, open_dicom, open_series
+from .dicom import is_dicom
 from .files import FileSource
 from .integrity import METAIMAGE, NRRD, TIFF, Integrity
-from .npy import NpyFile
 from .saving import Writer, write_compressed_nifti, write_itk, write_mgh, write_nifti
 from .zarr.source import ZarrSource, is_label_of_image, is_zarr
 
@@ -44,15 +42,23 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Reader:
-    """Opens files by a module that is imported when the first of them is named: libraries behind it take half a second."""
+    """Opens files by a module that is imported when the first of them is named, since the libraries behind it take their time.
+
+    That is then, and not when a file is opened, so that processes which are forked later need not import them each.
+    """
 
     module: str
     name: str
+    """What the module has for it, a class or a function."""
     integrity: Integrity | None = None
     """What is checked before the library sees the file."""
+    more: tuple[str, ...] = ()
+    """Modules that are imported as well: what only some files of the kind need."""
 
     def imported(self) -> Any:
-        """The class that reads them."""
+        """Give what opens the files."""
+        for each in self.more:
+            importlib.import_module(each, __package__)
         return getattr(importlib.import_module(self.module, __package__), self.name)
 
     def __call__(self, path: Path) -> FileSource:
@@ -64,6 +70,8 @@ class Reader:
 
 NIFTI, WHOLE = Reader(".nifti", "NibabelFile"), Reader(".whole_files", "WholeFile")
 NRRD_FILE, METAIMAGE_FILE, TIFF_FILE = (Reader(".itk", "ItkFile", each) for each in (NRRD, METAIMAGE, TIFF))
+ZARR, NIFTI_ZARR = Reader(".zarr.source", "ZarrSource"), Reader(".zarr.source", "ZarrSource", more=(".nifti",))
+DICOM, SERIES = Reader(".dicom.files", "open_dicom"), Reader(".dicom.files", "open_series")
 
 
 @dataclass(frozen=True)
@@ -71,8 +79,7 @@ class Format:
     """What can be done with files of one ending."""
 
     ending: str
-    open: Callable[[Path], FileSource]
-    """Reads the header."""
+    open: Reader
     write: Writer | None = None
     """Writes a whole volume; None for formats that are only read."""
     unpacked: str | None = None
@@ -110,15 +117,15 @@ FORMATS = (
     Format(".brik.gz", WHOLE, described_by=".head"),
     Format(".tif", TIFF_FILE),
     Format(".tiff", TIFF_FILE),
-    Format(".b2nd", BloscFile),
-    Format(".npy", NpyFile),
-    Format(".ome.zarr", ZarrSource, is_streamed=True, is_folder=True),
-    Format(".nii.zarr", ZarrSource, is_streamed=True, is_folder=True),
-    Format(".zarr", ZarrSource, is_streamed=True, is_folder=True),
-    Format(".zarr.zip", ZarrSource),
-    Format(".ozx", ZarrSource),
-    Format(".dcm", open_dicom, is_dicom=True),
-    Format(".ima", open_dicom, is_dicom=True),
+    Format(".b2nd", Reader(".blosc", "BloscFile")),
+    Format(".npy", Reader(".npy", "NpyFile")),
+    Format(".ome.zarr", ZARR, is_streamed=True, is_folder=True),
+    Format(".nii.zarr", NIFTI_ZARR, is_streamed=True, is_folder=True),
+    Format(".zarr", ZARR, is_streamed=True, is_folder=True),
+    Format(".zarr.zip", ZARR),
+    Format(".ozx", ZARR),
+    Format(".dcm", DICOM, is_dicom=True),
+    Format(".ima", DICOM, is_dicom=True),
 )
 
 
@@ -145,10 +152,9 @@ def endings(which: Callable[[Format], object]) -> tuple[str, ...]:
 
 
 def import_reader(path: Path) -> None:
-    """Import what reads a file, so that processes that are forked later need not do so each."""
+    """Import what reads a file, or a folder: with a name that says nothing, it may be DICOM."""
     known = format_of(path)
-    if known is not None and isinstance(known.open, Reader):
-        known.open.imported()
+    (SERIES if known is None else known.open).imported()
 
 
 def open_volume(path: Path) -> FileSource:
@@ -160,7 +166,7 @@ def open_volume(path: Path) -> FileSource:
         ImageNotFoundError, CorruptImageError, UnsupportedImageError, SeriesError: see `voxloom.errors`.
     """
     if path.is_dir():
-        return ZarrSource(path) if is_zarr(path) else open_series(path)
+        return ZarrSource(path) if is_zarr(path) else SERIES(path)
     if not path.exists():
         raise ImageNotFoundError(f"there is no file {path}")
     if not path.is_file():
@@ -170,7 +176,7 @@ def open_volume(path: Path) -> FileSource:
         return known.open(path)
     # Names of DICOM files often have no ending, or the last part of an identifier for one.
     if is_dicom(path):
-        return open_dicom(path)
+        return DICOM(path)
     from .isolated import IsolatedFile
     from .itk import ItkFile
 

@@ -26,9 +26,9 @@ def source_of(thing: Any, affine: Any = None) -> VolumeSource | None:
     Raises:
         ImageError: if it has another number of axes, or no voxels.
     """
-    # Whoever has an image of nibabel's has imported it; for others that would take half a second.
-    nibabel = sys.modules.get("nibabel")
-    if nibabel is not None and isinstance(thing, nibabel.spatialimages.SpatialImage):
+    # Whoever has an image of nibabel's has imported it, which takes its time; another thread may be about to.
+    image_class = getattr(sys.modules.get("nibabel.spatialimages"), "SpatialImage", None)
+    if image_class is not None and isinstance(thing, image_class):
         return ArraySource(_ChannelsFirst(thing.dataobj), thing.affine if affine is None else affine)
     if type(thing).__module__.startswith("SimpleITK") and hasattr(thing, "GetDirection"):
         return _of_simpleitk(thing, affine)

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...core.locations import PatchLocation
 from ...errors import SubjectError
 from ...io.arrays import affine_of
 from ...volumes.batch import ImagesBatch, SubjectsBatch
@@ -51,8 +52,8 @@ def as_dict(thing: Subject | SubjectsBatch) -> dict[str, Any]:
     """Make the dictionary of a subject or a batch that MONAI's transforms, losses and metrics take.
 
     Images become `MetaTensor`s `(C, I, J, K)`, or `(B, C, I, J, K)` of a batch, with their affines, metadata and applied
-    operations; everything else stays as it is, but that of a batch of patches `patch_location` becomes a tensor `(B, 6)`, of
-    where each patch begins and ends, which `decollate_batch` can part. No voxel is copied.
+    operations; everything else stays as it is, but `patch_location` of a batch of patches becomes a tensor `(B, 6)` of where each
+    begins and ends, which `decollate_batch` can part. No voxel is copied.
 
     Args:
         thing: the subject, or the batch.
@@ -68,7 +69,8 @@ def as_dict(thing: Subject | SubjectsBatch) -> dict[str, Any]:
         found = {
             name: _tensor_of_batch(value) if isinstance(value, ImagesBatch) else thing[name] for name, value in thing.items()
         }
-        return found | {PATCH_LOCATION: thing[LOCATION]} if PATCH_LOCATION in found else found
+        is_placed = all(isinstance(each, PatchLocation) for each in found.get(PATCH_LOCATION, [None]))
+        return found | {PATCH_LOCATION: thing[LOCATION]} if is_placed else found
     return {name: _tensor_of(value) if isinstance(value, Image) else value for name, value in thing.items()}
 
 

@@ -8,9 +8,8 @@ from pathlib import Path
 from torch import Tensor
 
 from ...core.affines import Affine
-from ..files import FileSource
 
-__all__ = ["is_dicom", "open_dicom", "open_series", "stored_dicom"]
+__all__ = ["is_dicom", "stored_dicom"]
 
 MARK_PLACE, MARK = 128, b"DICM"
 
@@ -19,29 +18,6 @@ def is_dicom(path: Path) -> bool:
     """Whether a file says of itself that it is DICOM."""
     with path.open("rb") as file:
         return file.read(MARK_PLACE + len(MARK))[MARK_PLACE:] == MARK
-
-
-def open_dicom(path: Path) -> FileSource:
-    """Open a single file, whose frames are put in the order of their places.
-
-    Raises:
-        SeriesError: if its frames are no volume: one is missing, or repeated, or they are not parallel.
-        CorruptImageError, UnsupportedImageError: see `voxloom.errors`.
-    """
-    from .files import open_dicom
-
-    return open_dicom(path)
-
-
-def open_series(folder: Path) -> FileSource:
-    """Open a folder that holds exactly one series of parallel, evenly spaced slices.
-
-    Raises:
-        SeriesError: if there is no series, more than one, or one with slices missing, repeated or shifted sideways.
-    """
-    from .files import open_series
-
-    return open_series(folder)
 
 
 def stored_dicom(path: Path) -> tuple[Tensor, Affine]:
