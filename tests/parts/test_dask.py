@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -10,6 +11,7 @@ import textwrap
 import threading
 import time
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -134,6 +136,42 @@ def test_addresses():
     for wrong in ("local:0", "slurm:x"):
         with pytest.raises(ModeError, match="a number of workers must follow"):
             client_of(wrong)
+
+
+SUBMIT = """#!/bin/bash
+# Stands for a scheduler that has room: runs the job, a file or what is piped in, and says its number.
+cat "${1:-/dev/stdin}" > job-$$.sh
+setsid bash job-$$.sh > job-$$.log 2>&1 < /dev/null &
+echo $!
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("setsid") is None, reason="jobs are started by setsid, of Linux")
+@pytest.mark.parametrize(("kind", "submit", "cancel"), [("pbs", "qsub", "qdel"), ("lsf", "bsub", "bkill")])
+def test_workers_are_jobs_of_other_schedulers(scan, tmp_path, monkeypatch, kind, submit, cancel):
+    """As dask-jobqueue submits them; the schedulers' own commands are stood in for."""
+    import dask
+    import dask_jobqueue  # noqa: F401 - brings what is usual for each
+
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    for name, text in ((submit, SUBMIT), (cancel, "#!/bin/bash\nkill -- -$1\n")):
+        (commands / name).write_text(text)
+        (commands / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
+    monkeypatch.chdir(tmp_path)
+    job = {"cores": 1, "memory": "1GB", "processes": 1, "interface": "lo", "python": sys.executable, "death-timeout": 60}
+    asked = {f"jobqueue.{kind}.{name}": value for name, value in job.items()}
+    asked |= {"jobqueue.lsf.use-stdin": True, "jobqueue.lsf.lsf-units": "MB"}
+    with dask.config.set(asked), client_of(f"{kind}:2") as client:
+        try:
+            predicted(scan, client)
+            client.wait_for_workers(2, timeout=60)
+            assert len(list(tmp_path.glob("job-*.sh"))) == 2
+        finally:
+            client.cluster.close()
 
 
 def test_two_clusters_on_one_machine_do_not_get_in_each_others_way():
