@@ -16,7 +16,7 @@ import torch
 
 import voxloom as vx
 from parts_models import Hangs, three, two_outputs
-from voxloom.errors import OutputError, RecordError, SaveError, ShardError, SizeError, TargetExistsError
+from voxloom.errors import ModeError, OutputError, RecordError, SaveError, ShardError, SizeError, TargetExistsError
 from voxloom.inference import ProcessLauncher, SerialLauncher
 from voxloom.inference.shard_plan import as_share
 from voxloom.io.zarr import storage
@@ -182,6 +182,20 @@ def test_jobs_that_are_killed_a_hundred_times(scan, tmp_path):
                 run_of(scan, store(target), shard_size=8).published(take_over=True)
         assert hashes(target) == expected
         assert leftovers(tmp_path) == []
+
+
+def test_devices_of_one_machine(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert ProcessLauncher("all").devices == ["cuda:0", "cuda:1", "cuda:2"]
+    assert ProcessLauncher("0, 2").devices == ProcessLauncher([0, "cuda:2"]).devices == ["cuda:0", "cuda:2"]
+    assert ProcessLauncher([torch.device("cpu")] * 2).devices == ["cpu", "cpu"]
+    assert len(ProcessLauncher(2).devices) == 2
+    for wrong in ("", "0,,1", []):
+        with pytest.raises(ModeError, match="name at least one"):
+            ProcessLauncher(wrong)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ModeError, match="no GPU"):
+        ProcessLauncher("all")
 
 
 def test_processes_of_one_machine(scan, tmp_path):

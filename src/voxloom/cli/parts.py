@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..errors import ShardError
-from ..inference.launchers import ProcessLauncher, as_devices
+from ..inference.launchers import ProcessLauncher
 from ..inference.predictor import Predictor
 from ..inference.shard_plan import as_share
 from ..runtime.progress import shown_if
@@ -21,7 +21,7 @@ def launcher(parts: PartsOptions) -> Iterator[Any]:
     """Give what parts are computed by; None for this process."""
     parts.check()
     if parts.devices is not None:
-        yield ProcessLauncher(as_devices(parts.devices), shard_size=_size(parts))
+        yield ProcessLauncher(parts.devices, shard_size=_size(parts))
     elif parts.dask is not None:
         from ..integrations.dask import DaskLauncher, client_of
 

@@ -97,7 +97,8 @@ class ProcessLauncher:
     """Computes parts in processes of this machine, for example one for each GPU.
 
     Args:
-        devices: what each process runs the model on, such as `["cuda:0", "cuda:1"]`; or a number of processes.
+        devices: what each process runs the model on, such as `["cuda:0", "cuda:1"]` or `"0,1"`; `"all"` for all GPUs; or a
+            number of processes.
         timeout: seconds without any part being finished after which the processes are ended, and what they had is tried again.
         shard_size: voxels of a part; see `Launcher`.
 
@@ -106,17 +107,15 @@ class ProcessLauncher:
 
     Example:
         >>> from voxloom.inference.launchers import ProcessLauncher
-        >>> ProcessLauncher(["cpu", "cpu"]).devices
-        ['cpu', 'cpu']
+        >>> ProcessLauncher("cpu,cpu").devices, ProcessLauncher([0, 1]).devices
+        (['cpu', 'cpu'], ['cuda:0', 'cuda:1'])
     """
 
     def __init__(
-        self, devices: int | Sequence[Any], timeout: float | None = None, shard_size: int | Sequence[int] | None = None
+        self, devices: int | str | Sequence[Any], timeout: float | None = None, shard_size: int | Sequence[int] | None = None
     ) -> None:
-        self.devices: list[Any] = [None] * as_int(devices, "devices", 1) if isinstance(devices, int) else list(devices)
+        self.devices: list[Any] = [None] * as_int(devices, "devices", 1) if isinstance(devices, int) else as_devices(devices)
         self.timeout, self.shard_size = timeout, shard_size
-        if not self.devices:
-            raise ModeError("devices is empty: name at least one")
 
     def launch(self, job: ShardJob, numbers: Iterable[int], finished: Callable[[int], object]) -> None:
         """See `Launcher`."""
@@ -197,5 +196,7 @@ def as_devices(given: Any) -> list[str]:
                 "devices is 'all', but this machine has no GPU that PyTorch can use: name the devices, such as cpu,cpu"
             )
         return found
-    names = given.split(",") if isinstance(given, str) else [str(each) for each in given]
-    return [f"cuda:{name}" if name.strip().isdecimal() else name.strip() for name in names]
+    names = [str(each).strip() for each in (given.split(",") if isinstance(given, str) else given)]
+    if not all(names) or not names:
+        raise ModeError(f"devices is {given!r}: name at least one, such as 0,1 or cpu,cpu, or all")
+    return [f"cuda:{name}" if name.isdecimal() else name for name in names]
