@@ -3,7 +3,7 @@
 A small U-Net (one thread for each process) is applied to a Zarr image, and its probabilities go to a Zarr store: in one process,
 by array jobs, by processes of voxloom's own, by a Dask cluster of this machine, and, where a Python is named that has volara and
 volara-torch, by volara's block-wise prediction. Rounds alternate; every shard must be that of the one process. The largest
-difference from the network on the whole volume says what seams there are (volara stores bytes, so that 0.002 of it is rounding).
+difference from the network on the whole volume says what seams there are (volara cuts them off to bytes, by up to 0.004).
 Patches that are computed only to see what the output looks like count too, one for each process. Then, with a model that is free
 and patches that share nothing, many small parts beside few large ones: what is left of the difference is what a part costs.
 

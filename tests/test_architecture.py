@@ -198,7 +198,14 @@ def test_libraries_that_read_files_are_imported_when_a_file_is_named(tmp_path):
     """Workers that are forked later have them then, and need not import them each."""
     use = "import torch, voxloom as vx; vx.Predictor(torch.nn.Identity(), 4)(vx.ScalarImage(torch.zeros(1, 8, 8, 8)))"
     assert heavy_imports(use, READERS) == []
-    (tmp_path / "series").mkdir()
+    for folder in ("series", "zarr", "x.ome.zarr/labels/organs"):
+        (tmp_path / folder).mkdir(parents=True)
+    for folder in ("zarr", "x.ome.zarr"):
+        (tmp_path / folder / "zarr.json").touch()
+    image = "vx.ScalarImage(torch.zeros(1, 8, 8, 8))"
+    assert heavy_imports(use.replace(image, f"vx.Subject(t1={image}, name='x')"), READERS) == []
+    for name in ("zarr", "x.ome.zarr/labels/organs"):
+        assert heavy_imports(f"{use}; vx.ScalarImage({str(tmp_path / name)!r})", READERS) == []
     for name in ("x.nii.gz", "x.nii.zarr", "x.nrrd", "x.dcm", "x.png", "x", "series"):
         (tmp_path / name).exists() or (tmp_path / name).touch()
         found = heavy_imports(f"{use}; vx.ScalarImage({str(tmp_path / name)!r})", READERS)

@@ -138,11 +138,31 @@ def test_addresses():
             client_of(wrong)
 
 
+def ended(groups, seconds):
+    """Wait until groups of processes have ended, and end those that do not; give these."""
+    until, left = time.monotonic() + seconds, groups
+    while left and time.monotonic() < until:
+        time.sleep(0.1)
+        left = [each for each in left if is_there(each)]
+    for each in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(each, signal.SIGKILL)
+    return left
+
+
+def is_there(group):
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 SUBMIT = """#!/bin/bash
 # Stands for a scheduler that has room: runs the job, a file or what is piped in, and says its number.
 cat "${1:-/dev/stdin}" > job-$$.sh
 setsid bash job-$$.sh > job-$$.log 2>&1 < /dev/null &
-echo $!
+echo $! | tee -a jobs
 """
 
 
@@ -169,9 +189,12 @@ def test_workers_are_jobs_of_other_schedulers(scan, tmp_path, monkeypatch, kind,
         try:
             predicted(scan, client)
             client.wait_for_workers(2, timeout=60)
-            assert len(list(tmp_path.glob("job-*.sh"))) == 2
         finally:
             client.cluster.close()
+            jobs = list(map(int, (tmp_path / "jobs").read_text().split()))
+            left = ended(jobs, seconds=20)
+    assert len(jobs) == 2
+    assert left == []
 
 
 def test_two_clusters_on_one_machine_do_not_get_in_each_others_way():

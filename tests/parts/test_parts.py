@@ -190,7 +190,7 @@ def test_devices_of_one_machine(monkeypatch):
     assert ProcessLauncher("0, 2").devices == ProcessLauncher([0, "cuda:2"]).devices == ["cuda:0", "cuda:2"]
     assert ProcessLauncher([torch.device("cpu")] * 2).devices == ["cpu", "cpu"]
     assert len(ProcessLauncher(2).devices) == 2
-    for wrong in ("", "0,,1", []):
+    for wrong in ("", "0,,1", [], ["all"], "0,all"):
         with pytest.raises(ModeError, match="name at least one"):
             ProcessLauncher(wrong)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)

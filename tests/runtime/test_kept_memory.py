@@ -230,7 +230,7 @@ def test_outputs_of_an_ensemble_do_not_stay_in_the_gap_that_the_first_has_left()
 
         SIZE = 40 * 2**20
         seen, sums = [], []
-        with kept_for_models():
+        with kept_for_models(torch.device('cpu')):
             for number in range(5):
                 begin_model(has_freed=number > 0)
                 seen.append(resident() - at_rest > SIZE // 2)

@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from ..core.interpolation import Interpolation
 from ..errors import SubjectError
-from ..io.formats import import_reader
+from ..io.formats import format_of, import_reader
 from ..io.protocols import Space, VolumeSource
 from ..io.spooling import Packed, spooled
 from ..io.zarr.storage import is_url
@@ -40,14 +39,18 @@ class Request:
     affine: Any = None
 
 
-def import_for(*things: Any) -> None:
-    """Import what reads and writes the files that are named: it would count as memory of the prediction otherwise."""
-    for each in things:
-        if isinstance(each, Mapping):
-            import_for(*each.values())
-        elif isinstance(each, list | tuple):
-            import_for(*each)
-        elif isinstance(each, str | os.PathLike) and not is_url(each):
+def import_for(image: Any, output: Any) -> None:
+    """Import what reads and writes files that are named only now: most of it would count as memory of the prediction otherwise.
+
+    Args:
+        image: a path, several of one image, or anything else, which was opened when it was made.
+        output: a path, several by the names of results, or anything else.
+    """
+    for each in image if isinstance(image, list | tuple) else [image]:
+        if isinstance(each, str | Path) and not is_url(each):
+            import_reader(Path(each))
+    for each in output.values() if isinstance(output, Mapping) else [output]:
+        if isinstance(each, str | Path) and format_of(Path(each)) is not None:
             import_reader(Path(each))
 
 

@@ -189,7 +189,7 @@ def as_devices(given: Any) -> list[str]:
     Raises:
         ModeError: if there is none.
     """
-    if given == "all":
+    if isinstance(given, str) and given.strip() == "all":
         found = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
         if not found:
             raise ModeError(
@@ -197,6 +197,6 @@ def as_devices(given: Any) -> list[str]:
             )
         return found
     names = [str(each).strip() for each in (given.split(",") if isinstance(given, str) else given)]
-    if not all(names) or not names:
-        raise ModeError(f"devices is {given!r}: name at least one, such as 0,1 or cpu,cpu, or all")
+    if not all(names) or not names or "all" in names:
+        raise ModeError(f"devices is {given!r}: name at least one, such as 0,1 or cpu,cpu, or all alone")
     return [f"cuda:{name}" if name.isdecimal() else name for name in names]

@@ -296,7 +296,7 @@ class Predictor:
         request = Request(image, image_name, like, resample_to, mask, affine)
         if self._launcher is not None:
             return self._in_parts(self._launcher, request, output, overwrite, progress)
-        import_for(image, mask, like, output)
+        import_for(image, output)
         with contextlib.ExitStack() as stack:
             stack.enter_context(kept_for_models(self._preparation.models.device))
             stores = self._stores(output, overwrite)

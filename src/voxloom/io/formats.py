@@ -154,7 +154,10 @@ def endings(which: Callable[[Format], object]) -> tuple[str, ...]:
 def import_reader(path: Path) -> None:
     """Import what reads a file, or a folder: with a name that says nothing, it may be DICOM."""
     known = format_of(path)
-    (SERIES if known is None else known.open).imported()
+    if known is not None:
+        known.open.imported()
+    elif not (is_zarr(path) or is_label_of_image(path)):
+        SERIES.imported()
 
 
 def open_volume(path: Path) -> FileSource:
