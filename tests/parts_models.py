@@ -1,5 +1,6 @@
 """Models that processes other than that of the tests import."""
 
+import os
 import time
 from pathlib import Path
 
@@ -34,3 +35,17 @@ class Slow:
     def __call__(self, batch):
         time.sleep(0.02)
         return three(batch)
+
+
+def noted(batch):
+    """Notes which process was asked, in the folder that the environment names."""
+    with (Path(os.environ["NOTES"]) / str(os.getpid())).open("a") as notes:
+        notes.write("." * len(batch))
+    return batch * 2
+
+
+def fails_where_large(batch):
+    """Fails for patches that hold a value above 1."""
+    if batch.max() > 1:
+        raise ValueError("too large")
+    return batch

@@ -1,6 +1,7 @@
 """Parts on a Dask cluster of real processes: the same bytes, also where workers are lost, hang, or the client is gone."""
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -67,6 +68,27 @@ def test_another_model_on_the_same_workers(scan, client):
         options = {"patch_size": 12, "model_name": "same", "overlap_mode": "crop", "output": scan.with_name("o.nii")}
         made = vx.predict(model, scan, overwrite=True, executor=client, **options)
         assert torch.equal(made.data, vx.ScalarImage(scan).data * factor)
+
+
+def test_many_images_are_spread_over_the_workers(cluster, client, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NOTES", str(tmp_path))
+    client.run(lambda: os.environ.update(NOTES=str(tmp_path)))
+    (tmp_path / "scans").mkdir()
+    images = [torch.rand(1, 12, 12, 10 + number) for number in range(4)]
+    for number, data in enumerate(images):
+        vx.ScalarImage(data).save(tmp_path / "scans" / f"{number}.nii")
+    options = ["-o", "out", "--patch-size", 8, "--dask", cluster.scheduler_address]
+    states = json.loads(run("predict", "--json", "parts_models:noted", "scans", *options).out)
+    assert [each["state"] for each in states] == ["done"] * 4
+    for number, data in enumerate(images):
+        assert torch.allclose(vx.ScalarImage(tmp_path / "out" / f"{number}.nii.gz").data, data * 2)
+    # What fails where nothing is computed yet is said as well.
+    client.run(lambda: os.environ.pop("NOTES"))
+    failed = json.loads(run("predict", "--json", "parts_models:noted", "scans", *options, "--overwrite", code=1).out)
+    assert all("KeyError: 'NOTES'" in each["error"] for each in failed)
+    computed = {int(path.name) for path in tmp_path.iterdir() if path.name.isdecimal()} - {os.getpid()}
+    assert len(computed) == 2  # both workers
 
 
 @pytest.mark.slow

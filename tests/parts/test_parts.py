@@ -5,10 +5,12 @@ import itertools
 import json
 import multiprocessing
 import os
+import pickle
 import random
 import signal
 import time
 import warnings
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -16,6 +18,8 @@ import torch
 
 import voxloom as vx
 from parts_models import Hangs, three, two_outputs
+from voxloom.cli import parts as cli_parts
+from voxloom.cli import work as cli_work
 from voxloom.errors import ModeError, OutputError, RecordError, SaveError, ShardError, SizeError, TargetExistsError
 from voxloom.inference import ProcessLauncher, SerialLauncher
 from voxloom.inference.shard_plan import as_share
@@ -417,3 +421,70 @@ def test_a_slow_process_that_publishes_is_heard_of(scan, tmp_path, monkeypatch):
     made = first.published()
     assert found == [None]
     assert torch.equal(made.data, vx.predict(three, scan, **OPTIONS).data)
+
+
+# Many images
+
+
+class Recording(SerialLauncher):
+    """Notes what it is asked for, and computes it from what travels."""
+
+    launches: ClassVar[list[int]] = []
+
+    def __init__(self, devices, shard_size=None):
+        super().__init__(shard_size)
+
+    def launch(self, job, numbers, finished):
+        numbers = list(numbers)
+        self.launches.append(len(numbers))
+        super().launch(pickle.loads(pickle.dumps(job)), numbers, finished)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Four scans, the third of which has a value above 1, and a file that is none."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli_parts, "ProcessLauncher", Recording)
+    monkeypatch.setattr(Recording, "launches", [])
+    (tmp_path / "scans").mkdir()
+    for number in range(4):
+        data = torch.rand(1, 14, 12, 10 + number, generator=torch.Generator().manual_seed(number))
+        data[0, 5, 5, 5] = 3 if number == 2 else 0
+        vx.ScalarImage(data).save(tmp_path / "scans" / f"{number}.nii.gz")
+    (tmp_path / "scans" / "bad.nii.gz").write_bytes(b"no image")
+    return tmp_path
+
+
+def test_many_images_are_computed_together(folder, run, monkeypatch):
+    command = ["predict", "--json", "parts_models:three", "scans", "--patch-size", 8]
+    run(*command, "-o", "one", code=1)
+    states = json.loads(run(*command, "-o", "together", "--devices", "cpu,cpu", code=1).out)
+    assert [(each["case"], each["state"]) for each in states] == [
+        ("0.nii.gz", "done"),
+        ("1.nii.gz", "done"),
+        ("2.nii.gz", "done"),
+        ("3.nii.gz", "done"),
+        ("bad.nii.gz", "failed"),
+    ]
+    assert Recording.launches == [4]  # small images, each a part
+    for number in range(4):
+        made, expected = (vx.ScalarImage(folder / name / f"{number}.nii.gz") for name in ("together", "one"))
+        assert torch.equal(made.data, expected.data)
+        assert np.array_equal(made.affine, expected.affine)
+    assert leftovers(folder / "together") == []
+    again = json.loads(run(*command, "-o", "together", "--devices", "cpu,cpu", code=1).out)
+    assert [each["state"] for each in again] == ["complete"] * 4 + ["failed"]
+    assert Recording.launches == [4]
+    # As many at a time as are held on the disk; and what is there is replaced if that is asked for.
+    monkeypatch.setattr(cli_work, "AHEAD", 2)
+    run(*command, "-o", "together", "--devices", "cpu,cpu", "--overwrite", code=1)
+    assert Recording.launches == [4, 2, 2]
+
+
+def test_an_image_that_fails_does_not_stop_the_others(folder, run):
+    command = ["predict", "--json", "parts_models:fails_where_large", "scans", "--patch-size", 8, "-o", "out"]
+    found = json.loads(run(*command, "--devices", "cpu,cpu", code=1).out)
+    assert [each["state"] for each in found] == ["done", "done", "failed", "done", "failed"]
+    assert "too large" in found[2]["error"]
+    assert sorted(path.name for path in (folder / "out").glob("*.nii.gz")) == ["0.nii.gz", "1.nii.gz", "3.nii.gz"]
+    assert Recording.launches == [4]

@@ -3,7 +3,7 @@
 import csv
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import typer
@@ -33,6 +33,10 @@ class Case:
     target: Path
     channels: tuple[str, ...] = ()
     """Names of the channels, where there are any."""
+
+    def from_anywhere(self) -> "Case":
+        """Give the same for processes that may be in another folder."""
+        return replace(self, files=tuple(path.absolute() for path in self.files), target=self.target.absolute())
 
     def subject(self, wanted: Sequence[str] = ()) -> Subject:
         """Make a subject whose images are the channels, in order; nothing is read yet.

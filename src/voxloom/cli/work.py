@@ -1,9 +1,10 @@
 """What the commands do, once it is known what was asked for."""
 
+import contextlib
 import logging
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from tqdm.auto import tqdm
 from ..core.sizes import pretty_sizes
 from ..datasets import HeadPhantom
 from ..errors import MissingDependencyError, ModeError, SaveError, SizeError, TargetExistsError, VoxloomError
-from ..inference import Predictor
+from ..inference import Launcher, Predictor
+from ..inference.predictor import published
+from ..inference.shards import ShardedRun
 from ..io.formats import is_folder_target
 from ..io.labels import Label
 from ..models.loading import LoadedModel, load_model
@@ -33,6 +36,9 @@ from .others import cases_of_other, names_channels
 from .parts import compute_share, launcher
 from .reporting import Report, printable
 from .whole_way import run_whole_way
+
+# So many cases are computed before the first of them is published: workers need something to do, and parts lie on the disk.
+AHEAD = 64
 
 __all__ = ["describe", "make_folder", "pack", "plan_cases", "predict_cases", "show"]
 
@@ -75,10 +81,15 @@ def _predict_cases(
         require_matplotlib()
     if wanted.label_table and not predictor.spec.labels:
         raise ModeError("--label-table: the model's spec names no labels; give a --spec with 'labels', see voxloom info MODEL")
+    ahead: dict[int, ShardedRun] = {}
     for number, case in enumerate(cases):
         began = time.monotonic()
         entry: dict[str, Any] = {"case": case.name, "files": [str(path) for path in case.files], "target": str(case.target)}
+        case = case if executor is None else case.from_anywhere()
         try:
+            if executor is not None and len(cases) > 1 and number % AHEAD == 0:
+                group = dict(enumerate(cases[number : number + AHEAD], number))
+                ahead = _computed_ahead(predictor, model, group, wanted, executor, overwrite, report)
             subject = _subject(case, model, predictor)
             if parts.shard is not None and not _is_made(predictor, subject, case, wanted, may_be_other=overwrite):
                 asked, place = _asked(wanted, subject, case), (number, len(cases))
@@ -86,9 +97,14 @@ def _predict_cases(
                 done += 1
                 report.done(f"{case.name}: {case.target}: {state}", entry | {"state": state})
                 continue
-            if _predict_case(predictor, subject, case, wanted, resume, overwrite, report):
+            if number in ahead:
+                published(ahead.pop(number))
+                is_new = True
+            else:
+                is_new = _predict_case(predictor, subject, case, wanted, resume, overwrite, report)
+            if is_new:
                 done += 1
-                text, entry["state"] = f"{case.name}: {case.target}", "done"
+                text, entry["state"] = f"{case.name}: {entry['target']}", "done"
             else:
                 skipped += 1
                 rest = left_behind(case.target)
@@ -211,6 +227,34 @@ def _predict_case(
     logging.getLogger("voxloom").info("%s", printable(", ".join(map(str, case.files))))
     predictor(subject, **asked, resume=resume, overwrite=overwrite, progress=progress)
     return True
+
+
+def _computed_ahead(
+    predictor: Predictor,
+    model: LoadedModel,
+    cases: Mapping[int, Case],
+    wanted: CaseOptions,
+    executor: Launcher,
+    overwrite: bool,
+    report: Report,
+) -> dict[int, ShardedRun]:
+    """Have the parts of several cases computed, so that all workers have something to do; give what is left to be published.
+
+    What cannot be begun is left to whoever predicts the case, and says why.
+    """
+    calls, runs = [], {}
+    for number, case in cases.items():
+        with contextlib.suppress(Exception):
+            case = case.from_anywhere()
+            subject = _subject(case, model, predictor)
+            is_made = _is_made(predictor, subject, case, wanted, may_be_other=overwrite)
+            if overwrite or not is_made:
+                asked = _asked(wanted, subject, case) | {"overwrite": overwrite, "shard_size": executor.shard_size}
+                call = {"image": subject, **asked}
+                runs[number] = predictor.shards(**call)
+                calls.append(call)
+    predictor.compute_parts(calls, list(runs.values()), progress=not report.quiet and not report.as_json)
+    return runs
 
 
 def _is_made(predictor: Predictor, subject: Subject, case: Case, wanted: CaseOptions, may_be_other: bool = False) -> bool:

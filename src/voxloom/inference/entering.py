@@ -24,7 +24,7 @@ from .masks import on_image
 from .planner import SPOOLED_PART, Input
 from .specified import in_model_space, looks_at_volume, named_channels
 
-__all__ = ["Entered", "Entrance", "Request", "import_for"]
+__all__ = ["Entered", "Entrance", "Request", "from_anywhere", "import_for"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +52,16 @@ def import_for(image: Any, output: Any) -> None:
     for each in output.values() if isinstance(output, Mapping) else [output]:
         if isinstance(each, str | Path) and format_of(Path(each)) is not None:
             import_reader(Path(each))
+
+
+def from_anywhere(thing: Any) -> Any:
+    """Give a path, or several in a list or a dict, such that it means the same in a process that is in another folder."""
+    if isinstance(thing, list | tuple):
+        return [from_anywhere(each) for each in thing]
+    if type(thing) is dict:
+        return {name: from_anywhere(each) for name, each in thing.items()}
+    is_local = isinstance(thing, Path) or (isinstance(thing, str) and not is_url(thing))
+    return Path(thing).expanduser().absolute() if is_local else thing
 
 
 def placed(image: Image, affine: Any) -> Image:

@@ -14,6 +14,7 @@ import torch
 
 from ..core.sizes import as_int
 from ..errors import ModeError
+from .many import ManyRuns
 from .shards import ShardedRun
 
 __all__ = ["Launcher", "ProcessLauncher", "SerialLauncher", "ShardJob", "as_devices", "as_launcher"]
@@ -33,15 +34,15 @@ class ShardJob:
         arguments: what it is called with; it can be pickled.
     """
 
-    open: Callable[..., ShardedRun]
+    open: Callable[..., ShardedRun | ManyRuns]
     arguments: Mapping[str, Any]
-    _run: ShardedRun | None = field(default=None, repr=False)
+    _run: ShardedRun | ManyRuns | None = field(default=None, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"open": self.open, "arguments": self.arguments, "_run": None}
 
     @property
-    def run(self) -> ShardedRun:
+    def run(self) -> ShardedRun | ManyRuns:
         """The run, made once in each process: so a model is loaded once."""
         if self._run is None:
             self._run = self.open(**self.arguments)

@@ -1,6 +1,7 @@
 """A whole volume through a model in one call, in bounded memory."""
 
 import contextlib
+import itertools
 import os
 import weakref
 from collections.abc import Mapping, Sequence
@@ -29,8 +30,9 @@ from ..runtime.limits import as_bytes
 from ..runtime.progress import shown_if
 from .call import Call, Stores
 from .destinations import as_store
-from .entering import Entrance, Request, import_for
+from .entering import Entrance, Request, from_anywhere, import_for
 from .launchers import Launcher, ShardJob, as_launcher
+from .many import ManyRuns
 from .options import settings_of, usual_options
 from .plan import PredictionPlan
 from .planner import Input
@@ -39,7 +41,7 @@ from .results import of_name
 from .shards import ShardedRun
 from .threads import ThreadExecutor
 
-__all__ = ["Predictor", "PredictorOptions", "plan", "predict"]
+__all__ = ["Predictor", "PredictorOptions", "plan", "predict", "published"]
 
 Sizes = int | Sequence[int]
 
@@ -348,20 +350,42 @@ class Predictor:
     def _in_parts(self, launcher: Launcher, request: Request, output: Any, overwrite: bool, progress: bool | str) -> Any:
         """Have the parts of a prediction computed, and publish it."""
         call = {each.name: getattr(request, each.name) for each in fields(request)} | {"output": output, "overwrite": overwrite}
+        # Workers may be in another folder.
+        call |= {name: from_anywhere(call[name]) for name in ("image", "like", "mask", "output")}
         call["shard_size"] = launcher.shard_size
-        job = ShardJob(_opened_shards, {"predictor": self._arguments, "call": call})
-        run = job.run
+        arguments = {"predictor": self._arguments, "call": call}
+        run = _opened_shards(**arguments)
+        job = ShardJob(_opened_shards, arguments, run)
         numbers = list(run.remaining())
         with contextlib.ExitStack() as stack:
             told = stack.enter_context(shown_if(progress, run.plan.plan.name, len(numbers), "parts"))
             launcher.launch(job, numbers, lambda number: told(1))
-        made = run.published()
-        if made is None:
-            raise RecordError(
-                f"another process is publishing the result for {run.plan.plan.name}: wait for it; if it was interrupted, the same"
-                " call takes it up in ten minutes"
-            )
-        return made
+        return published(run)
+
+    def compute_parts(self, calls: Sequence[Mapping[str, Any]], runs: Sequence[ShardedRun], progress: bool | str = False) -> None:
+        """Have the parts of several predictions computed, spread over what this predictor's executor has for workers.
+
+        A part that fails is recorded; `published` says so.
+
+        Args:
+            calls: what each prediction is asked for; see `shards`.
+            runs: what `shards` gave for it.
+            progress: whether, or under which name, to show how far it is.
+
+        Raises:
+            ModeError: if the executor is none that has parts computed elsewhere.
+        """
+        if self._launcher is None:
+            raise ModeError("parts are computed by a Launcher or a client of Dask: give one as executor")
+        counts = [len(run) for run in runs]
+        starts = itertools.accumulate(counts, initial=0)
+        numbers = [start + number for start, run in zip(starts, runs, strict=False) for number in run.remaining()]
+        if not numbers:
+            return
+        job = ShardJob(_opened_many, {"predictor": self._arguments, "calls": list(calls), "counts": counts})
+        with contextlib.ExitStack() as stack:
+            told = stack.enter_context(shown_if(progress, f"{len(runs)} images", len(numbers), "parts"))
+            self._launcher.launch(job, numbers, lambda number: told(1))
 
     def is_made(
         self,
@@ -410,6 +434,27 @@ class Predictor:
 def _opened_shards(predictor: Mapping[str, Any], call: Mapping[str, Any]) -> ShardedRun:
     """Make a prediction in parts of all that was said of it."""
     return Predictor(**predictor).shards(**call)
+
+
+def _opened_many(predictor: Mapping[str, Any], calls: Sequence[Mapping[str, Any]], counts: Sequence[int]) -> ManyRuns:
+    """Make several predictions in parts of all that was said of them."""
+    return ManyRuns(Predictor(**predictor), calls, counts)
+
+
+def published(run: ShardedRun) -> Any:
+    """Publish what all parts of are done.
+
+    Raises:
+        ShardError: if parts are missing; names them, and says why they failed.
+        RecordError: if another process is at it.
+    """
+    made = run.published()
+    if made is None:
+        raise RecordError(
+            f"another process is publishing the result for {run.plan.plan.name}: wait for it; if it was interrupted, the same"
+            " call takes it up in ten minutes"
+        )
+    return made
 
 
 def _check_inputs(stores: Stores, given: Input, *others: Any) -> None:

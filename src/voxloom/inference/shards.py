@@ -272,9 +272,7 @@ class ShardedRun:
         except Exception as error:
             if not records_of(self._first_target).exists():
                 return  # another process has computed it as well, and all is done
-            told = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc(), "host": platform.node()}
-            with contextlib.suppress(OSError, VoxloomError):
-                put_record(self.folder / FAILED / f"{number}.json", told)
+            self.record_failure(number, error)
             raise
         done = {"seconds": time.time() - began, "patches": patches, "host": platform.node()}
         try:
@@ -283,6 +281,13 @@ class ShardedRun:
         except SaveError:
             if records_of(self._first_target).exists():
                 raise
+
+    def record_failure(self, number: int, error: BaseException) -> None:
+        """Record why a part failed."""
+        told = "".join(traceback.format_exception(error))
+        record = {"error": f"{type(error).__name__}: {error}", "traceback": told, "host": platform.node()}
+        with contextlib.suppress(OSError, VoxloomError):
+            put_record(self.folder / FAILED / f"{number}.json", record)
 
     def _computed(self, number: int, run: str, progress: Callable[[int], object]) -> int:
         shard, parts = self.plan[number], self.plan

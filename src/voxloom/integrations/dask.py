@@ -91,11 +91,14 @@ class DaskLauncher:
             for future in [each for each in flying if each.done() or each.cancelled()]:
                 number, _ = flying.pop(future)
                 is_done = future.status == "finished"
+                error = future.exception() if future.status == "error" else None
                 future.release()
                 if not is_done and tried[number] < self.attempts:
                     again.append(number)
-                else:
-                    finished(number)
+                    continue
+                if error is not None:  # it may have come before anything was computed, when nobody could record it
+                    job.run.record_failure(number, error)
+                finished(number)
             more()
 
     def _end_late(self, flying: Mapping[Any, tuple[int, float]]) -> None:
@@ -122,7 +125,7 @@ def _saved(job: ShardJob) -> Path:
     """Write down how a prediction is made, where workers find it."""
     import cloudpickle
 
-    path = job.run.folder / f"job-{job.run.run}.pkl"  # a worker that lives on must not take it for that of another run
+    path = job.run.folder.absolute() / f"job-{job.run.run}.pkl"  # a worker that lives on must not take it for that of another run
     try:
         path.write_bytes(cloudpickle.dumps(job))
     except OSError as error:
