@@ -15,8 +15,8 @@ from ..core.sizes import pretty_sizes
 from ..datasets import HeadPhantom
 from ..errors import MissingDependencyError, ModeError, SaveError, SizeError, TargetExistsError, VoxloomError
 from ..inference import Launcher, Predictor
-from ..inference.predictor import published
 from ..inference.shards import ShardedRun
+from ..inference.spreading import published
 from ..io.formats import is_folder_target
 from ..io.labels import Label
 from ..models.loading import LoadedModel, load_model

@@ -1,7 +1,6 @@
 """A whole volume through a model in one call, in bounded memory."""
 
 import contextlib
-import itertools
 import os
 import weakref
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from ..core.grids import PatchSpacing
 from ..core.interpolation import as_interpolation
 from ..core.values import as_number
 from ..core.windows import OverlapMode
-from ..errors import ModeError, OutputError, RecordError, SaveError, TargetExistsError
+from ..errors import ModeError, OutputError, SaveError, TargetExistsError
 from ..io.fingerprints import differences
 from ..io.protocols import Json, is_source
 from ..io.sidecars import is_as_written, read_sidecar, sidecar_of
@@ -27,21 +26,20 @@ from ..models.spec import ModelSpec
 from ..runs.log import RunLog, is_to_be_published, remove_leftovers
 from ..runtime.kept_memory import kept_for_models
 from ..runtime.limits import as_bytes
-from ..runtime.progress import shown_if
 from .call import Call, Stores
 from .destinations import as_store
-from .entering import Entrance, Request, from_anywhere, import_for
-from .launchers import Launcher, ShardJob, as_launcher
-from .many import ManyRuns
+from .entering import Entrance, Request, import_for
+from .launchers import as_launcher
 from .options import settings_of, usual_options
 from .plan import PredictionPlan
 from .planner import Input
 from .preparing import Preparation
 from .results import of_name
 from .shards import ShardedRun
+from .spreading import compute_together, predicted_in_parts
 from .threads import ThreadExecutor
 
-__all__ = ["Predictor", "PredictorOptions", "plan", "predict", "published"]
+__all__ = ["Predictor", "PredictorOptions", "plan", "predict"]
 
 Sizes = int | Sequence[int]
 
@@ -297,7 +295,11 @@ class Predictor:
         """
         request = Request(image, image_name, like, resample_to, mask, affine)
         if self._launcher is not None:
-            return self._in_parts(self._launcher, request, output, overwrite, progress)
+            call = {each.name: getattr(request, each.name) for each in fields(request)} | {
+                "output": output,
+                "overwrite": overwrite,
+            }
+            return predicted_in_parts(self._launcher, self._arguments, call, progress)
         import_for(image, output)
         with contextlib.ExitStack() as stack:
             stack.enter_context(kept_for_models(self._preparation.models.device))
@@ -347,25 +349,10 @@ class Predictor:
         weakref.finalize(run, stack.close)  # what was unpacked for it
         return run
 
-    def _in_parts(self, launcher: Launcher, request: Request, output: Any, overwrite: bool, progress: bool | str) -> Any:
-        """Have the parts of a prediction computed, and publish it."""
-        call = {each.name: getattr(request, each.name) for each in fields(request)} | {"output": output, "overwrite": overwrite}
-        # Workers may be in another folder.
-        call |= {name: from_anywhere(call[name]) for name in ("image", "like", "mask", "output")}
-        call["shard_size"] = launcher.shard_size
-        arguments = {"predictor": self._arguments, "call": call}
-        run = _opened_shards(**arguments)
-        job = ShardJob(_opened_shards, arguments, run)
-        numbers = list(run.remaining())
-        with contextlib.ExitStack() as stack:
-            told = stack.enter_context(shown_if(progress, run.plan.plan.name, len(numbers), "parts"))
-            launcher.launch(job, numbers, lambda number: told(1))
-        return published(run)
-
     def compute_parts(self, calls: Sequence[Mapping[str, Any]], runs: Sequence[ShardedRun], progress: bool | str = False) -> None:
         """Have the parts of several predictions computed, spread over what this predictor's executor has for workers.
 
-        A part that fails is recorded; `published` says so.
+        A part that fails is recorded, which is said when the result is published.
 
         Args:
             calls: what each prediction is asked for; see `shards`.
@@ -377,15 +364,7 @@ class Predictor:
         """
         if self._launcher is None:
             raise ModeError("parts are computed by a Launcher or a client of Dask: give one as executor")
-        counts = [len(run) for run in runs]
-        starts = itertools.accumulate(counts, initial=0)
-        numbers = [start + number for start, run in zip(starts, runs, strict=False) for number in run.remaining()]
-        if not numbers:
-            return
-        job = ShardJob(_opened_many, {"predictor": self._arguments, "calls": list(calls), "counts": counts})
-        with contextlib.ExitStack() as stack:
-            told = stack.enter_context(shown_if(progress, f"{len(runs)} images", len(numbers), "parts"))
-            self._launcher.launch(job, numbers, lambda number: told(1))
+        compute_together(self._launcher, self._arguments, calls, runs, progress)
 
     def is_made(
         self,
@@ -429,32 +408,6 @@ class Predictor:
         if len(set(map(id, given))) < len(given):
             raise OutputError("one output was given for several results: give a dict with one for each")
         return {name: as_store(each, overwrite) for name, each in by_name.items() if each is not None}
-
-
-def _opened_shards(predictor: Mapping[str, Any], call: Mapping[str, Any]) -> ShardedRun:
-    """Make a prediction in parts of all that was said of it."""
-    return Predictor(**predictor).shards(**call)
-
-
-def _opened_many(predictor: Mapping[str, Any], calls: Sequence[Mapping[str, Any]], counts: Sequence[int]) -> ManyRuns:
-    """Make several predictions in parts of all that was said of them."""
-    return ManyRuns(Predictor(**predictor), calls, counts)
-
-
-def published(run: ShardedRun) -> Any:
-    """Publish what all parts of are done.
-
-    Raises:
-        ShardError: if parts are missing; names them, and says why they failed.
-        RecordError: if another process is at it.
-    """
-    made = run.published()
-    if made is None:
-        raise RecordError(
-            f"another process is publishing the result for {run.plan.plan.name}: wait for it; if it was interrupted, the same"
-            " call takes it up in ten minutes"
-        )
-    return made
 
 
 def _check_inputs(stores: Stores, given: Input, *others: Any) -> None:
