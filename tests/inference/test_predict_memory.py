@@ -58,8 +58,9 @@ SCRIPT = """
             except vx.errors.SizeError:
                 low = middle
     predictor = vx.Predictor(model, patch, reduce=reduce, memory_limit=limit, **more)
-    # A small one first, so that code which is loaded late does not count.
-    vx.Predictor(model, 16, reduce=reduce, **more)(torch.rand(channels, 16, 16, 16), output=shards and target("small.zarr"))
+    # A small one first, so that code and libraries that are loaded late do not count.
+    small = output and target(output.replace("o.", "small."))
+    vx.Predictor(model, 16, reduce=reduce, **more)(torch.rand(channels, 16, 16, 16), output=small)
     gc.collect()
     at_rest = resident("VmRSS")
     with open("/proc/self/clear_refs", "w") as file:
