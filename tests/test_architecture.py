@@ -1,6 +1,8 @@
 """Rooms import one way, the public names are known, and a light import stays light."""
 
 import ast
+import json
+import os
 import pickle
 import subprocess
 import sys
@@ -182,8 +184,8 @@ def test_public_names():
 HEAVY = ("matplotlib", "zarr", "dask", "distributed", "torchio", "monai", "nnunetv2", "pooch", "tensorstore", "lightning")
 
 
-def heavy_imports(statement, names=HEAVY):
-    code = f"import sys; {statement}; print([name for name in {names!r} if name in sys.modules])"
+def heavy_imports(statement):
+    code = f"import sys; {statement}; print([name for name in {HEAVY!r} if name in sys.modules])"
     return ast.literal_eval(subprocess.check_output([sys.executable, "-c", code], text=True))
 
 
@@ -191,25 +193,47 @@ def test_a_light_import_stays_light():
     assert heavy_imports("import voxloom, voxloom.cli") == []
 
 
-READERS = ("nibabel", "pydicom", "SimpleITK")
+NAMING = """
+import json, os, sys, torch, voxloom as vx
+
+readers = ("nibabel", "pydicom", "SimpleITK")
+image = vx.ScalarImage(torch.zeros(1, 8, 8, 8))
+vx.Predictor(torch.nn.Identity(), 4)(image)
+vx.Predictor(torch.nn.Identity(), 4)(vx.Subject(t1=image, name="x"))
+for name in ["", *sys.argv[1:]]:
+    sys.stdout.flush()
+    if not os.fork():
+        if name:
+            vx.ScalarImage(name)
+        print(json.dumps([name, [each for each in readers if each in sys.modules]]), flush=True)
+        os._exit(0)
+    os.wait()
+"""
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a process for each name is forked")
 def test_libraries_that_read_files_are_imported_when_a_file_is_named(tmp_path):
     """Workers that are forked later have them then, and need not import them each."""
-    use = "import torch, voxloom as vx; vx.Predictor(torch.nn.Identity(), 4)(vx.ScalarImage(torch.zeros(1, 8, 8, 8)))"
-    assert heavy_imports(use, READERS) == []
-    for folder in ("series", "zarr", "x.ome.zarr/labels/organs"):
+    folders = ("series", "zarr", "x.ome.zarr/labels/organs")
+    for folder in folders:
         (tmp_path / folder).mkdir(parents=True)
     for folder in ("zarr", "x.ome.zarr"):
         (tmp_path / folder / "zarr.json").touch()
-    image = "vx.ScalarImage(torch.zeros(1, 8, 8, 8))"
-    assert heavy_imports(use.replace(image, f"vx.Subject(t1={image}, name='x')"), READERS) == []
-    for name in ("zarr", "x.ome.zarr/labels/organs"):
-        assert heavy_imports(f"{use}; vx.ScalarImage({str(tmp_path / name)!r})", READERS) == []
-    for name in ("x.nii.gz", "x.nii.zarr", "x.nrrd", "x.dcm", "x.png", "x", "series"):
-        (tmp_path / name).exists() or (tmp_path / name).touch()
-        found = heavy_imports(f"{use}; vx.ScalarImage({str(tmp_path / name)!r})", READERS)
-        assert set(found) == ({"nibabel", "pydicom"} if ".nii" in name else {"SimpleITK"} if "nrrd" in name else set(READERS[1:]))
+    files = ("x.nii.gz", "x.nii.zarr", "x.nrrd", "x.dcm", "x.png", "x")
+    for name in files:
+        (tmp_path / name).touch()
+    command = [sys.executable, "-c", NAMING, *files, *folders]
+    told = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    found = dict(map(json.loads, told.splitlines()))
+    nibabel, itk = ["nibabel", "pydicom"], ["SimpleITK"]
+    assert found == {
+        "": [],
+        "x.nii.gz": nibabel,
+        "x.nii.zarr": nibabel,
+        "x.nrrd": itk,
+        **{name: ["pydicom", *itk] for name in ("x.dcm", "x.png", "x", "series")},
+        **{name: [] for name in ("zarr", "x.ome.zarr/labels/organs")},
+    }
 
 
 def test_the_test_of_light_imports_can_fail():

@@ -73,6 +73,7 @@ def test_another_model_on_the_same_workers(scan, client):
 def test_many_images_are_spread_over_the_workers(cluster, client, run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NOTES", str(tmp_path))
+    client.wait_for_workers(2, timeout=60)
     client.run(lambda: os.environ.update(NOTES=str(tmp_path)))
     (tmp_path / "scans").mkdir()
     images = [torch.rand(1, 12, 12, 10 + number) for number in range(4)]
