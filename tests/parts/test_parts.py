@@ -22,6 +22,7 @@ from voxloom.cli import parts as cli_parts
 from voxloom.cli import work as cli_work
 from voxloom.errors import ModeError, OutputError, RecordError, SaveError, ShardError, SizeError, TargetExistsError
 from voxloom.inference import ProcessLauncher, SerialLauncher
+from voxloom.inference import predictor as predictor_module
 from voxloom.inference.shard_plan import as_share
 from voxloom.io.zarr import storage
 from voxloom.runs import parts
@@ -200,6 +201,17 @@ def test_devices_of_one_machine(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(ModeError, match="no GPU"):
         ProcessLauncher("all")
+
+
+def test_devices_in_place_of_an_executor(scan, tmp_path, monkeypatch):
+    monkeypatch.setattr(predictor_module, "ProcessLauncher", lambda devices: asked.append(devices) or SerialLauncher(16))
+    asked = []
+    expected = vx.predict(three, scan, **OPTIONS).data
+    made = vx.predict(three, scan, output=store(tmp_path / "parts.ome.zarr"), devices="cpu,cpu", **OPTIONS)
+    assert torch.equal(made.data, expected)
+    assert asked == ["cpu,cpu"]
+    with pytest.raises(ModeError, match="leave one out"):
+        vx.Predictor(three, 8, devices="cpu", executor=SerialLauncher())
 
 
 def test_processes_of_one_machine(scan, tmp_path):

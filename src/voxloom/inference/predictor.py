@@ -29,7 +29,7 @@ from ..runtime.limits import as_bytes
 from .call import Call, Stores
 from .destinations import as_store
 from .entering import Entrance, Request, import_for
-from .launchers import as_launcher
+from .launchers import ProcessLauncher, as_launcher
 from .options import settings_of, usual_options
 from .plan import PredictionPlan
 from .planner import Input
@@ -66,6 +66,7 @@ class PredictorOptions(TypedDict, total=False):
     full_batches: bool
     model_name: str | None
     executor: Any
+    devices: Any
 
 
 class Predictor:
@@ -116,6 +117,8 @@ class Predictor:
         model_name: what stands for the model in records of runs, in place of the hash of its weights and its code.
         executor: what carries plans out; None for threads of this process. Or what has parts of results computed elsewhere: a
             client of Dask, or a `Launcher` such as `ProcessLauncher`; results go to files or to Zarr then.
+        devices: several devices of this machine, a process each, as `ProcessLauncher` takes them: `"all"` GPUs, `"0,1"`, or
+            `["cpu", "cpu"]`; in place of an executor.
 
     Raises:
         SizeError, ModeError, ScaleError: if an argument cannot be used.
@@ -155,8 +158,12 @@ class Predictor:
         full_batches: bool = False,
         model_name: str | None = None,
         executor: Any = None,
+        devices: Any = None,
     ) -> None:
-        self._arguments = {name: value for name, value in locals().items() if name not in ("self", "executor")}
+        self._arguments = {name: value for name, value in locals().items() if name not in ("self", "executor", "devices")}
+        if devices is not None and executor is not None:
+            raise ModeError("devices and executor were given, and either says where parts are computed: leave one out")
+        executor = executor if devices is None else ProcessLauncher(devices)
         self._launcher = as_launcher(executor)
         loaded = as_loaded(model)
         spec = loaded.spec if spec is None else spec
