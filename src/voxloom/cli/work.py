@@ -97,12 +97,10 @@ def _predict_cases(
                 done += 1
                 report.done(f"{case.name}: {case.target}: {state}", entry | {"state": state})
                 continue
-            if number in ahead:
+            is_ahead = number in ahead
+            if is_ahead:
                 published(ahead.pop(number))
-                is_new = True
-            else:
-                is_new = _predict_case(predictor, subject, case, wanted, resume, overwrite, report)
-            if is_new:
+            if is_ahead or _predict_case(predictor, subject, case, wanted, resume, overwrite, report):
                 done += 1
                 text, entry["state"] = f"{case.name}: {entry['target']}", "done"
             else:
@@ -114,7 +112,8 @@ def _predict_cases(
                 others = write_labels(case.target, wanted, predictor.spec.labels, entry["state"] == "done", overwrite)
                 text, entry["labels"] = "; ".join([text, *map(str, others)]), [str(path) for path in others]
             if with_pages:
-                seconds = time.monotonic() - began if entry["state"] == "done" else None
+                # What was computed together with others took no time of its own.
+                seconds = time.monotonic() - began if entry["state"] == "done" and not is_ahead else None
                 page = _write_page(case, subject, predictor, wanted, seconds)
                 pages[case.name] = os.path.relpath(page, wanted.output if wanted.output.is_dir() else wanted.output.parent)
                 text, entry["report"] = f"{text}; {page}", str(page)
