@@ -485,6 +485,16 @@ def test_subjects_without_foreground_are_left_to_the_sampler(folder):
     assert 6 not in subjects
 
 
+def test_a_worker_that_is_killed_says_at_which_subject(folder):
+    def end(subject):
+        if subject["name"] == "s6":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return subject
+
+    with pytest.raises(WorkerError, match="was killed by SIGKILL while it was making patches of subject 6"):
+        list(make_queue(folder, 2, transform=end))
+
+
 KILLING = """
     import multiprocessing, os, signal, sys, threading, time
     import torch
@@ -532,8 +542,6 @@ def test_a_worker_that_is_killed(tmp_path, pause, delay):
     assert pid in message
     assert kind == "WorkerError"
     assert f"worker process {pid} was killed by SIGKILL" in message
-    if pause:  # the queue was being waited for
-        assert "while it was making patches of subject" in message
     position, rest = map(int, last.split())
     assert position + rest == 160
 
