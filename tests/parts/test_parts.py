@@ -19,7 +19,7 @@ import torch
 import voxloom as vx
 from parts_models import Hangs, three, two_outputs
 from voxloom.cli import parts as cli_parts
-from voxloom.cli import work as cli_work
+from voxloom.cli import predicting
 from voxloom.errors import ModeError, OutputError, RecordError, SaveError, ShardError, SizeError, TargetExistsError
 from voxloom.inference import ProcessLauncher, SerialLauncher
 from voxloom.inference import predictor as predictor_module
@@ -488,7 +488,7 @@ def test_many_images_are_computed_together(folder, run, monkeypatch):
     assert [each["state"] for each in again] == ["complete"] * 4 + ["failed"]
     assert Recording.launches == [4]
     # As many at a time as are held on the disk; and what is there is replaced if that is asked for.
-    monkeypatch.setattr(cli_work, "AHEAD", 2)
+    monkeypatch.setattr(predicting, "TOGETHER", 2)
     run(*command, "-o", "together", "--devices", "cpu,cpu", "--overwrite", code=1)
     assert Recording.launches == [4, 2, 2]
 

@@ -14,7 +14,18 @@ from ..io.zarr.source import is_label_of_image, is_zarr
 from ..volumes.image import ScalarImage
 from ..volumes.subject import Subject
 
-__all__ = ["DEFAULT_ENDING", "TARGETS", "Case", "Results", "as_ending", "beside", "cases_of", "cases_of_table", "checked"]
+__all__ = [
+    "DEFAULT_ENDING",
+    "TARGETS",
+    "Case",
+    "Results",
+    "as_ending",
+    "beside",
+    "cases_of",
+    "cases_of_table",
+    "checked",
+    "make_folder",
+]
 
 IMAGES = endings(lambda each: not each.is_dicom and each.described_by is None)
 DICOM = endings(lambda each: each.is_dicom)
@@ -302,3 +313,15 @@ def beside(target: Path, ending: str) -> Path:
         store = target.parent.parent
         return store.with_name(f"{stem_of(store)}-{stem_of(target)}{ending}")
     return target.with_name(f"{stem_of(target)}{ending}")
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder for results.
+
+    Raises:
+        SaveError: if it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SaveError(f"the folder {path} cannot be made: {error.strerror}; give another one with --output") from error

@@ -83,7 +83,8 @@ def predict(
 
     What is interrupted goes on from there when the same command is given again; what is complete is left out.
     """
-    from .work import plan_cases, predict_cases
+    from .predicting import predict_cases
+    from .work import plan_cases
 
     reporting.as_json = as_json
     if dry_run:

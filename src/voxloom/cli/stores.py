@@ -22,9 +22,8 @@ from ..volumes.cache import SubjectsCache
 from ..volumes.converting import convert
 from ..volumes.image import LabelMap
 from ..volumes.subject import Subject
-from .cases import Results, as_ending, cases_of
+from .cases import Results, as_ending, cases_of, make_folder
 from .reporting import Report, printable
-from .work import make_folder
 
 __all__ = ["convert_cases", "index_labels", "keep_subjects", "tell_status", "try_again"]
 

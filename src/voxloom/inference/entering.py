@@ -4,15 +4,12 @@ import contextlib
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from ..core.interpolation import Interpolation
 from ..errors import SubjectError
-from ..io.formats import format_of, import_reader
 from ..io.protocols import Space, VolumeSource
 from ..io.spooling import Packed, spooled
-from ..io.zarr.storage import is_url
 from ..models.loading import Preceding
 from ..models.spec import ModelSpec
 from ..volumes.constants import INTENSITY
@@ -24,7 +21,7 @@ from .masks import on_image
 from .planner import SPOOLED_PART, Input
 from .specified import in_model_space, looks_at_volume, named_channels
 
-__all__ = ["Entered", "Entrance", "Request", "from_anywhere", "import_for"]
+__all__ = ["Entered", "Entrance", "Request"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,31 +34,6 @@ class Request:
     resample_to: str | None = None
     mask: Any = None
     affine: Any = None
-
-
-def import_for(image: Any, output: Any) -> None:
-    """Import what reads and writes files that are named only now: most of it would count as memory of the prediction otherwise.
-
-    Args:
-        image: a path, several of one image, or anything else, which was opened when it was made.
-        output: a path, several by the names of results, or anything else.
-    """
-    for each in image if isinstance(image, list | tuple) else [image]:
-        if isinstance(each, str | Path) and not is_url(each):
-            import_reader(Path(each))
-    for each in output.values() if isinstance(output, Mapping) else [output]:
-        if isinstance(each, str | Path) and format_of(Path(each)) is not None:
-            import_reader(Path(each))
-
-
-def from_anywhere(thing: Any) -> Any:
-    """Give a path, or several in a list or a dict, such that it means the same in a process that is in another folder."""
-    if isinstance(thing, list | tuple):
-        return [from_anywhere(each) for each in thing]
-    if type(thing) is dict:
-        return {name: from_anywhere(each) for name, each in thing.items()}
-    is_local = isinstance(thing, Path) or (isinstance(thing, str) and not is_url(thing))
-    return Path(thing).expanduser().absolute() if is_local else thing
 
 
 def placed(image: Image, affine: Any) -> Image:

@@ -2,19 +2,22 @@
 
 import contextlib
 import importlib
+import itertools
 import multiprocessing
 import pickle
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 
 from ..core.sizes import as_int
 from ..errors import ModeError
-from .many import ManyRuns
+from ..io.zarr.storage import is_url
 from .shards import ShardedRun
 
 __all__ = ["Launcher", "ProcessLauncher", "SerialLauncher", "ShardJob", "as_devices", "as_launcher"]
@@ -27,35 +30,94 @@ POLL_SECONDS = 0.5
 
 @dataclass(eq=False)
 class ShardJob:
-    """All that another process needs to compute parts of a prediction: how it is made, and not the thing itself.
+    """All that another process needs to compute parts of predictions: how they are made, and not the thing itself.
+
+    Parts are numbered one prediction after the other, so that many small images are spread over workers as one large one is.
 
     Args:
-        open: makes the run, in whichever process it is called.
-        arguments: what it is called with; it can be pickled.
+        predictor: arguments of the `Predictor`.
+        calls: what it is asked for, for each prediction; see `Predictor.shards`.
+        counts: how many parts each has.
+        opened: those predictions that are open in this process, by their number.
     """
 
-    open: Callable[..., ShardedRun | ManyRuns]
-    arguments: Mapping[str, Any]
-    _run: ShardedRun | ManyRuns | None = field(default=None, repr=False)
+    predictor: Mapping[str, Any]
+    calls: Sequence[Mapping[str, Any]]
+    counts: Sequence[int]
+    opened: dict[int, ShardedRun] = field(default_factory=dict, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"open": self.open, "arguments": self.arguments, "_run": None}
-
-    @property
-    def run(self) -> ShardedRun | ManyRuns:
-        """The run, made once in each process: so a model is loaded once."""
-        if self._run is None:
-            self._run = self.open(**self.arguments)
-        return self._run
+        # Workers may be in another folder.
+        calls = [{name: _from_anywhere(value) if name in PATHS else value for name, value in call.items()} for call in self.calls]
+        return {"predictor": self.predictor, "calls": calls, "counts": self.counts, "opened": {}}
 
     def on(self, device: Any) -> "ShardJob":
         """Give the same on another device."""
-        options = {**self.arguments["predictor"], "device": device}
-        return ShardJob(self.open, {**self.arguments, "predictor": options})
+        return ShardJob({**self.predictor, "device": device}, self.calls, self.counts)
+
+    @property
+    def folder(self) -> Path:
+        """Where there is room for what all parts have in common, for as long as they are computed."""
+        return self._run(0).folder
+
+    @property
+    def name(self) -> str:
+        """Tells these parts from those of other runs."""
+        return self._run(0).run
+
+    def remaining(self) -> list[int]:
+        """Give the parts that are not done."""
+        return [start + number for which, start in self._starts() for number in self._run(which).remaining()]
+
+    def done(self) -> set[int]:
+        """Give the parts that are recorded as done."""
+        return {start + number for which, start in self._starts() for number in self._run(which).done()}
 
     def compute(self, number: int) -> None:
-        """Compute a part in this process."""
-        self.run.compute(number)
+        """Compute a part in this process; its prediction is opened with its first part, and the model loaded once.
+
+        Raises:
+            Exception: whatever the model, reading or writing raises.
+        """
+        run, own = self._place(number)
+        run.compute(own)
+
+    def record_failure(self, number: int, error: BaseException) -> None:
+        """Record why a part failed."""
+        run, own = self._place(number)
+        run.record_failure(own, error)
+
+    def _starts(self) -> Iterator[tuple[int, int]]:
+        return zip(range(len(self.counts)), itertools.accumulate(self.counts, initial=0), strict=False)
+
+    def _place(self, number: int) -> tuple[ShardedRun, int]:
+        which, start = max(each for each in self._starts() if each[1] <= number)
+        return self._run(which), number - start
+
+    def _run(self, which: int) -> ShardedRun:
+        if which not in self.opened:
+            self.opened[which] = self._predictor.shards(**self.calls[which])
+        return self.opened[which]
+
+    @cached_property
+    def _predictor(self) -> Any:
+        from .predictor import Predictor
+
+        return Predictor(**self.predictor)
+
+
+PATHS = ("image", "like", "mask", "output")
+"""What may be a path in what a predictor is asked for."""
+
+
+def _from_anywhere(thing: Any) -> Any:
+    """Give a path, or several in a list or a dict, such that it means the same in a process that is in another folder."""
+    if isinstance(thing, list | tuple):
+        return [_from_anywhere(each) for each in thing]
+    if type(thing) is dict:
+        return {name: _from_anywhere(each) for name, each in thing.items()}
+    is_local = isinstance(thing, Path) or (isinstance(thing, str) and not is_url(thing))
+    return Path(thing).expanduser().absolute() if is_local else thing
 
 
 @runtime_checkable
@@ -123,7 +185,7 @@ class ProcessLauncher:
         wanted = set(numbers)
         told: set[int] = set()
         for _ in range(ATTEMPTS):
-            left = sorted(wanted - job.run.done())
+            left = sorted(wanted - job.done())
             if not left:
                 break
             processes = self._started(job, left)
@@ -156,7 +218,7 @@ class ProcessLauncher:
         count, since = -1, time.monotonic()
         while True:
             has_ended = not any(process.is_alive() for process in processes)
-            done = job.run.done()
+            done = job.done()
             yield done
             if len(done) > count:
                 count, since = len(done), time.monotonic()

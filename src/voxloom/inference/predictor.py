@@ -26,17 +26,17 @@ from ..models.spec import ModelSpec
 from ..runs.log import RunLog, is_to_be_published, remove_leftovers
 from ..runtime.kept_memory import kept_for_models
 from ..runtime.limits import as_bytes
+from ..runtime.progress import shown_if
 from .call import Call, Stores
 from .destinations import as_store
-from .entering import Entrance, Request, import_for
-from .launchers import ProcessLauncher, as_launcher
+from .entering import Entrance, Request
+from .launchers import ProcessLauncher, ShardJob, as_launcher
 from .options import settings_of, usual_options
 from .plan import PredictionPlan
 from .planner import Input
 from .preparing import Preparation
 from .results import of_name
 from .shards import ShardedRun
-from .spreading import compute_together, predicted_in_parts
 from .threads import ThreadExecutor
 
 __all__ = ["Predictor", "PredictorOptions", "plan", "predict"]
@@ -302,17 +302,17 @@ class Predictor:
         """
         request = Request(image, image_name, like, resample_to, mask, affine)
         if self._launcher is not None:
-            call = {each.name: getattr(request, each.name) for each in fields(request)} | {
-                "output": output,
-                "overwrite": overwrite,
-            }
-            return predicted_in_parts(self._launcher, self._arguments, call, progress)
-        import_for(image, output)
+            asked = {each.name: getattr(request, each.name) for each in fields(request)}
+            call = asked | {"output": output, "overwrite": overwrite, "shard_size": self._launcher.shard_size}
+            run = self.shards(**call)
+            self.compute_parts([call], [run], progress)
+            return run.publish()
         with contextlib.ExitStack() as stack:
-            stack.enter_context(kept_for_models(self._preparation.models.device))
             stores = self._stores(output, overwrite)
             preparation, given = self._prepared(request, output, stack)
             _check_inputs(stores, given, mask, like)
+            # What reads and writes the files has been imported by now, which would count as memory of the prediction.
+            stack.enter_context(kept_for_models(preparation.models.device))
             with_path = {name: store for name, store in stores.items() if store.path is not None}
             log = stack.enter_context(contextlib.closing(RunLog(with_path))) if with_path else None
             return Call(preparation, given, output, stores, log).run(resume, progress)
@@ -371,7 +371,14 @@ class Predictor:
         """
         if self._launcher is None:
             raise ModeError("parts are computed by a Launcher or a client of Dask: give one as executor")
-        compute_together(self._launcher, self._arguments, calls, runs, progress)
+        job = ShardJob(self._arguments, calls, [len(run) for run in runs], dict(enumerate(runs)))
+        numbers = job.remaining()
+        if not numbers:
+            return
+        name = runs[0].plan.plan.name if len(runs) == 1 else f"{len(runs)} images"
+        with contextlib.ExitStack() as stack:
+            told = stack.enter_context(shown_if(progress, name, len(numbers), "parts"))
+            self._launcher.launch(job, numbers, lambda number: told(1))
 
     def is_made(
         self,

@@ -356,6 +356,21 @@ class ShardedRun:
         with heartbeat(publishing):
             return self._put_in_place(run, publishing)
 
+    def publish(self) -> Any:
+        """Publish as `published` does, for one who is alone at it.
+
+        Raises:
+            ShardError: if parts are missing.
+            RecordError: if another process is at it.
+        """
+        made = self.published()
+        if made is None:
+            raise RecordError(
+                f"another process is publishing the result for {self.plan.plan.name}: wait for it; if it was interrupted, the"
+                " same call takes it up in ten minutes"
+            )
+        return made
+
     def _put_in_place(self, run: str, publishing: Path) -> Any:
         fingerprint = {key: value for key, value in self._fingerprint.items() if key != "targets"}
         sidecar = sidecar_of_run(fingerprint, self._given, self.plan.plan, self._preparation.models, [])

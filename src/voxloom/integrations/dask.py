@@ -67,7 +67,7 @@ class DaskLauncher:
 
         def send(number: int) -> None:
             tried[number] = tried.get(number, 0) + 1
-            key = f"voxloom-{job.run.run}-{number}-{tried[number]}"
+            key = f"voxloom-{job.name}-{number}-{tried[number]}"
             future = self.client.submit(
                 _compute, str(path), number, key=key, pure=False, retries=0, resources=self.resources or None
             )
@@ -97,7 +97,7 @@ class DaskLauncher:
                     again.append(number)
                     continue
                 if error is not None:  # it may have come before anything was computed, when nobody could record it
-                    job.run.record_failure(number, error)
+                    job.record_failure(number, error)
                 finished(number)
             more()
 
@@ -125,7 +125,7 @@ def _saved(job: ShardJob) -> Path:
     """Write down how a prediction is made, where workers find it."""
     import cloudpickle
 
-    path = job.run.folder.absolute() / f"job-{job.run.run}.pkl"  # a worker that lives on must not take it for that of another run
+    path = job.folder.absolute() / f"job-{job.name}.pkl"  # a worker that lives on must not take it for that of another run
     try:
         path.write_bytes(cloudpickle.dumps(job))
     except OSError as error:

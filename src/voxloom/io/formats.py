@@ -31,7 +31,7 @@ __all__ = [
     "Format",
     "endings",
     "format_of",
-    "import_reader",
+    "import_for",
     "is_folder_target",
     "is_image",
     "is_other_image",
@@ -151,8 +151,8 @@ def endings(which: Callable[[Format], object]) -> tuple[str, ...]:
     return tuple(each.ending for each in FORMATS if which(each))
 
 
-def import_reader(path: Path) -> None:
-    """Import what reads a file, or a folder: with a name that says nothing, it may be DICOM."""
+def import_for(path: Path) -> None:
+    """Import what reads, and writes, a file or a folder: with a name that says nothing, it may be DICOM."""
     known = format_of(path)
     if known is not None:
         known.open.imported()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..core.affines import Affine
 from ..errors import SaveError, UnsupportedImageError
-from .formats import endings, format_of, is_folder_target
+from .formats import endings, format_of, import_for, is_folder_target
 from .protocols import SpaceCodes, VolumeSpec, VolumeStore
 from .saving import atomic_write, storable
 from .stores import NiftiStore
@@ -21,6 +21,7 @@ __all__ = ["as_target", "save_volume", "store_at"]
 
 def store_at(target: Path, overwrite: bool) -> VolumeStore:
     """Give the store that writes a target; see `as_target`."""
+    import_for(target)
     return ZarrStore(target, overwrite) if is_folder_target(target) else NiftiStore(target, overwrite)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..errors import ImageFileError
 from ..io.composed import CustomFile, StackedSource
-from ..io.formats import import_reader, open_volume
+from ..io.formats import import_for, open_volume
 from ..io.protocols import VolumeSource, VolumeSpec
 from ..io.spooling import Packed, is_packed, unpack
 
@@ -32,7 +32,7 @@ class FileOrigin:
         self._source: VolumeSource | None = None
         if reader is None:
             for path in paths:
-                import_reader(path)
+                import_for(path)
 
     @property
     def source(self) -> VolumeSource:
