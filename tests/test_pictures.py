@@ -1,6 +1,7 @@
 """Pictures show what is there, where it is; and nothing prints an address."""
 
 import copy
+import importlib
 import re
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ import torch
 
 import voxloom as vx
 from voxloom.errors import MissingDependencyError, ModeError, SizeError, SubjectError
+from voxloom.inference import ProcessLauncher
 from voxloom.io.labels import Label
 from voxloom.plotting import planes, plans
 from voxloom.plotting.report import CaseReport, write_index, write_report
@@ -182,10 +184,20 @@ def test_nothing_prints_an_address():
         vx.ModelSpec(),
         vx.Gaussian(),
         vx.Regions((1, 2)),
+        vx.ZarrStore("out.zarr"),
+        ProcessLauncher("cpu,cpu"),
     ]
     for thing in things:
         assert " object at 0x" not in repr(thing), repr(thing)
     assert "patches:" in repr(vx.plan(model, head.t1, 16))
+
+
+@pytest.mark.parametrize("room", ["", ".inference", ".testing", ".integrations.dask", ".integrations.monai"])
+def test_no_public_class_is_shown_by_its_address(room):
+    module = importlib.import_module(f"voxloom{room}")
+    classes = [each for each in (getattr(module, name) for name in module.__all__) if isinstance(each, type)]
+    assert classes
+    assert [each for each in classes if each.__repr__ is object.__repr__ and not getattr(each, "_is_protocol", False)] == []
 
 
 @pytest.fixture

@@ -109,6 +109,9 @@ class MemoryStore:
         self._at: tuple[Path, str] | None = None
         self._waiting: list[tuple[Box, Tensor]] = []
 
+    def __repr__(self) -> str:
+        return f"MemoryStore({str(self.path)!r})"
+
     def check(self) -> None:
         """See `VolumeStore`."""
 
@@ -252,6 +255,9 @@ class SerialExecutor:
     """Carries out plans in the plainest way: patch by patch, with whole sums in memory; see `Executor`."""
 
     kept_bytes = 0
+
+    def __repr__(self) -> str:
+        return "SerialExecutor()"
 
     def run(
         self,

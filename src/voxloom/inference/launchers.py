@@ -148,6 +148,9 @@ class SerialLauncher:
     def __init__(self, shard_size: int | Sequence[int] | None = None) -> None:
         self.shard_size = shard_size
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(shard_size={self.shard_size})"
+
     def launch(self, job: ShardJob, numbers: Iterable[int], finished: Callable[[int], object]) -> None:
         """See `Launcher`."""
         for number in numbers:
@@ -179,6 +182,9 @@ class ProcessLauncher:
     ) -> None:
         self.devices: list[Any] = [None] * as_int(devices, "devices", 1) if isinstance(devices, int) else as_devices(devices)
         self.timeout, self.shard_size = timeout, shard_size
+
+    def __repr__(self) -> str:
+        return f"ProcessLauncher({self.devices}, timeout={self.timeout}, shard_size={self.shard_size})"
 
     def launch(self, job: ShardJob, numbers: Iterable[int], finished: Callable[[int], object]) -> None:
         """See `Launcher`."""

@@ -126,6 +126,9 @@ class ShardedRun:
         )
         self._source = preparation.readable(given)
 
+    def __repr__(self) -> str:
+        return f"ShardedRun({len(self)} parts of {str(self._first_target)!r})"
+
     def _store_of(self, plan: PredictionPlan, name: Name) -> VolumeStore:
         found = next(iter(self._by_name.values())) if list(self._by_name) == [None] else self._by_name.get(name)
         if found is None or (list(self._by_name) == [None] and len(plan.results) > 1):

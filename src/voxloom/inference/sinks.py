@@ -19,6 +19,9 @@ def image_class(spec: VolumeSpec) -> type[Image]:
 class MemorySink:
     """Keeps a result in memory, as an `Image` with the affine of the input; see `Sink`."""
 
+    def __repr__(self) -> str:
+        return "MemorySink()"
+
     def open(self, form: VolumeSpec) -> None:
         """See `Sink`."""
         self._spec = form

@@ -53,6 +53,9 @@ class ThreadExecutor:
     def __init__(self) -> None:
         self._pool = BufferPool(0)
 
+    def __repr__(self) -> str:
+        return f"ThreadExecutor({self.kept_bytes} bytes kept)"
+
     @property
     def kept_bytes(self) -> int:
         """See `Executor`."""

@@ -55,6 +55,9 @@ class DaskLauncher:
         self.client, self.attempts, self.timeout = client, attempts, timeout
         self.resources, self.shard_size = dict(resources or {}), shard_size
 
+    def __repr__(self) -> str:
+        return f"DaskLauncher({self.client}, attempts={self.attempts}, timeout={self.timeout}, shard_size={self.shard_size})"
+
     def launch(self, job: ShardJob, numbers: Iterable[int], finished: Callable[[int], object]) -> None:
         """See `Launcher`."""
         wait: Any = _distributed().wait

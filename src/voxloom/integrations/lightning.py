@@ -62,6 +62,9 @@ class PatchDataModule(_base("LightningDataModule")):  # type: ignore[misc]
         self._loaders: dict[str, Any] = {}
         self._state: Mapping[str, Any] | None = None
 
+    def __repr__(self) -> str:
+        return f"PatchDataModule(train={self._makers['train']}, val={self._makers['val']})"
+
     def _loader(self, which: str) -> Any:
         if which not in self._loaders:
             made = self._makers[which]
@@ -116,6 +119,9 @@ class ResumeLoaders(_base("Callback")):  # type: ignore[misc]
     def __init__(self) -> None:
         super().__init__()
         self._states: list[Mapping[str, Any]] = []
+
+    def __repr__(self) -> str:
+        return "ResumeLoaders()"
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Mapping[str, Any]) -> None:
         """Remember the states of the checkpoint."""
@@ -204,6 +210,11 @@ class VolumeValidation(_base("Callback")):  # type: ignore[misc]
         self.patch_size, self.patch_overlap, self.image, self.labels = patch_size, patch_overlap, image, labels
         self.metric, self.every_n_epochs, self.network, self.prefix = metric, every_n_epochs, network, prefix
         self.options = {"reduce": "argmax", **options}
+
+    def __repr__(self) -> str:
+        return (
+            f"VolumeValidation({len(self.subjects)} subjects, patch_size={self.patch_size}, patch_overlap={self.patch_overlap})"
+        )
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Validate."""

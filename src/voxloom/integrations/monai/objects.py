@@ -143,6 +143,9 @@ class Labelled:
         self.dataset, self.labels = dataset, tuple(labels)
         self.transform = getattr(dataset, "transform", None)  # which is seeded, where it has a generator of its own
 
+    def __repr__(self) -> str:
+        return f"Labelled({type(self.dataset).__name__} of {len(self)}, labels={self.labels})"
+
     def __len__(self) -> int:
         return len(self.dataset)
 

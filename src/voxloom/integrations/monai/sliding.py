@@ -396,6 +396,9 @@ class VoxloomInferer(_inferer()):  # type: ignore[misc]
         self.sw_device, self.device, self.progress, self.cpu_thresh = sw_device, device, progress, cpu_thresh
         self.with_coord, self.reduce, self.memory_limit = with_coord, reduce, memory_limit
 
+    def __repr__(self) -> str:
+        return f"VoxloomInferer({self.roi_size}, overlap={self.overlap}, mode={self.mode!r}, reduce={self.reduce!r})"
+
     def __call__(self, inputs: Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Apply a network to a batch; see `sliding_window_inference`."""
         device = kwargs.pop("device", self.device)

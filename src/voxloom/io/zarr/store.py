@@ -81,6 +81,9 @@ class ZarrStore:
         self._writer: PyramidWriter | None = None
         self._layout: Layout | None = None
 
+    def __repr__(self) -> str:
+        return f"ZarrStore({str(self.path)!r}, version={self._version!r}, chunks={self._chunks}, shards={self._shards})"
+
     @property
     def chunk_shape(self) -> tuple[int, int, int] | None:
         """A shard, once it is known what is written; see `VolumeStore`."""
