@@ -35,6 +35,11 @@ def labelled(batch):
     return torch.cat([batch, 1.1 - batch, (batch - 0.5).abs() * 2], 1)
 
 
+def one_hot(batch):
+    """Scores of the classes 0, 1 and 2 of which a batch is made."""
+    return torch.cat([(batch == number).float() for number in range(3)], 1)
+
+
 def hashes(folder):
     """The hash of each file of a store, but for the note of how it was made."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "voxloom.json")
@@ -145,6 +150,34 @@ def test_labels_are_put_beside_their_image(tmp_path):
 
     ome_zarr_models.open_ome_zarr(group["labels/organs"])
     assert ome_zarr_models.open_ome_zarr(group).labels is not None
+
+
+@pytest.mark.parametrize("jobs", [False, True])
+def test_labels_have_the_levels_of_an_image_that_rounds_down(tmp_path, jobs):
+    """Halved by another program, which drops what is left over at the end of an axis; and in one step by three."""
+    labels = vx.LabelMap(torch.randint(0, 3, (1, 33, 17, 20), dtype=torch.uint8))
+    group = zarr.create_group(tmp_path / "scan.ome.zarr")
+    scales = [(1, 1, 1), (2, 2, 2), (4, 4, 4), (12, 4, 8)]
+    shapes = [(33, 17, 20), (16, 8, 10), (8, 4, 5), (2, 4, 2)]
+    for number, shape in enumerate(shapes):
+        group.create_array(str(number), shape=shape[::-1], dtype="u1")
+    steps = [[{"type": "scale", "scale": scale[::-1]}] for scale in scales]
+    datasets = [{"path": str(number), "coordinateTransformations": each} for number, each in enumerate(steps)]
+    axes = [{"name": name, "type": "space", "unit": "millimeter"} for name in "zyx"]
+    group.attrs["ome"] = {"version": "0.5", "multiscales": [{"axes": axes, "datasets": datasets}]}
+    image, path = vx.ScalarImage(tmp_path / "scan.ome.zarr"), tmp_path / "scan.ome.zarr/labels/organs"
+    whole = vx.LabelMap(labels.data, affine=image.affine)
+    if jobs:
+        options = {"reduce": "argmax", "model_name": "one_hot", "devices": "cpu,cpu"}
+        vx.predict(one_hot, whole, 16, 0, "crop", output=vx.ZarrStore(path, chunks=8, shards=16), **options)
+    else:
+        vx.convert(whole, path, chunks=8, shards=16)
+    levels = [vx.open_zarr(path, level=number) for number in range(4)]
+    assert [level.shape[1:] for level in levels] == shapes
+    expected = labels.data.numpy()
+    for level, factors, shape in zip(levels[1:], [(2, 2, 2), (2, 2, 2), (3, 1, 2)], shapes[1:], strict=True):
+        expected = coarser(expected, factors, is_labels=True)[(slice(None), *map(slice, shape))]
+        assert torch.equal(vx.LabelMap(level).data, torch.from_numpy(expected))
 
 
 def test_labels_are_of_the_version_of_their_image(tmp_path):
@@ -384,7 +417,15 @@ def test_boxes_in_any_order_make_whole_shards_once(tmp_path):
     def writer(is_new):
         places = [put(0), put(1)]
         return PyramidWriter(
-            tmp_path / "parts", places, values.shape, values.dtype, [(8, 8, 8), (8, 4, 8)], [(2, 2, 2)], False, is_new
+            tmp_path / "parts",
+            places,
+            len(values),
+            [level.shape[1:] for level in levels],
+            values.dtype,
+            [(8, 8, 8), (8, 4, 8)],
+            [(2, 2, 2)],
+            False,
+            is_new,
         )
 
     current = writer(True)

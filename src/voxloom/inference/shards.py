@@ -415,7 +415,15 @@ def _make_coarser(layout: Layout, folder: Path, parts: Path) -> None:
 
     levels: list[Callable[[Box, np.ndarray], object]] = [lambda box, values: None, *map(into, coarser)]
     writer = PyramidWriter(
-        parts, levels, layout.spec.shape, layout.dtype, layout.units, layout.factors, layout.spec.is_labels, is_new=True
+        parts,
+        levels,
+        layout.spec.shape[0],
+        layout.shapes,
+        layout.dtype,
+        layout.units,
+        layout.factors,
+        layout.spec.is_labels,
+        is_new=True,
     )
     boxes = ShardGrid(layout.spec.shape[1:], layout.units[0])
     for number in range(len(boxes)):

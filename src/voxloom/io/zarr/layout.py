@@ -45,6 +45,7 @@ class Layout:
         dtype: type of the elements.
         chunks: voxels of a chunk, for each level.
         shards: the same of a shard.
+        shapes: voxels of each level.
         factors: by which the axes of each level but the first are shorter.
         version: of OME-Zarr.
     """
@@ -54,6 +55,7 @@ class Layout:
     dtype: np.dtype
     chunks: tuple[Ints, ...]
     shards: tuple[Ints, ...]
+    shapes: tuple[Ints, ...]
     factors: tuple[Ints, ...]
     version: str
 
@@ -75,9 +77,11 @@ class Layout:
             ModeError: if shards are asked for in a version that has none.
         """
         is_plain = not is_label_of_image(path) and not path.name.lower().endswith((OME, NIFTI))
-        factors: Sequence[Ints] = [] if is_plain else factors_of_levels(spec.shape[1:], spec.affine, num_levels)
         if is_label_of_image(path):
-            version, factors = _of_image(path.parent.parent, spec)
+            version, shapes, factors = _of_image(path.parent.parent, spec)
+        else:
+            factors = [] if is_plain else factors_of_levels(spec.shape[1:], spec.affine, num_levels)
+            shapes = list(itertools.accumulate(factors, coarser_shape, initial=spec.shape[1:]))
         stored = {torch.bool: np.uint8, torch.bfloat16: np.float32}
         dtype = np.dtype(stored.get(spec.dtype) or torch.empty(0, dtype=spec.dtype).numpy().dtype)
         if spec.stored is not None:
@@ -85,9 +89,7 @@ class Layout:
         if dtype == np.float16 and path.name.lower().endswith(NIFTI):
             dtype = np.dtype(np.float32)  # which NIfTI lacks
         inner, outer = [], []
-        shape: Ints = spec.shape[1:]
-        for step in [None, *factors]:
-            shape = shape if step is None else coarser_shape(shape, step)
+        for shape in shapes:
             chunk, shard = chunks_for(shape, dtype.itemsize, chunks)
             if version == "0.4":
                 if shards is not None:
@@ -101,7 +103,7 @@ class Layout:
                 raise SizeError(f"shards of {shard} voxels are not made of whole chunks of {chunk}: choose multiples")
             inner.append(chunk)
             outer.append(shard)
-        return cls(path, spec, dtype, tuple(inner), tuple(outer), tuple(factors), version)
+        return cls(path, spec, dtype, tuple(inner), tuple(outer), tuple(shapes), tuple(factors), version)
 
     @property
     def units(self) -> tuple[Ints, ...]:
@@ -115,13 +117,7 @@ class Layout:
     @property
     def most_voxels(self) -> int:
         """Voxels of the largest of these, none of which reaches beyond its level."""
-        shape: Ints = self.spec.shape[1:]
-        found = []
-        for number, unit in enumerate(self.units):
-            found.append(math.prod(map(min, unit, shape)))
-            if number < len(self.factors):
-                shape = coarser_shape(shape, self.factors[number])
-        return max(found)
+        return max(math.prod(map(min, unit, shape)) for unit, shape in zip(self.units, self.shapes, strict=True))
 
     @property
     def is_plain(self) -> bool:
@@ -167,9 +163,6 @@ class Layout:
 
     def _create_array(self, create: Any, number: int, level: int, attributes: dict[str, Json], **more: Any) -> None:
         zarr = zarr_python()
-        shape = self.spec.shape[1:]
-        for step in self.factors[:level]:
-            shape = coarser_shape(shape, step)  # type: ignore[assignment]
         shuffled = "shuffle" if self.dtype.itemsize > 1 else "noshuffle"
         if number == 2:
             import numcodecs
@@ -187,7 +180,7 @@ class Layout:
             if self.shards[level] != self.chunks[level]:
                 more["shards"] = self._of_arrays(self.shards[level], self.spec.shape[0])
         create(
-            shape=self._of_arrays(shape, self.spec.shape[0]),
+            shape=self._of_arrays(self.shapes[level], self.spec.shape[0]),
             chunks=self._of_arrays(self.chunks[level], 1),
             dtype=self.dtype,
             fill_value=0,
@@ -241,8 +234,10 @@ def put_shard(array: Any, has_channels: bool, box: Box, values: np.ndarray) -> N
             bring_to_disk(root / array.metadata.encode_chunk_key(place))
 
 
-def _of_image(folder: Path, spec: VolumeSpec) -> tuple[str, list[Ints]]:
-    """Give the version of an image that labels are put beside, and the factors of its levels.
+def _of_image(folder: Path, spec: VolumeSpec) -> tuple[str, list[Ints], list[Ints]]:
+    """Give the version of an image that labels are put beside, and the shapes of its levels with the factors between them.
+
+    Where an axis of an odd length is halved, some have a voxel of what is left over, and others have none.
 
     Raises:
         SpaceError: if the labels are not on the image's grid.
@@ -253,14 +248,20 @@ def _of_image(folder: Path, spec: VolumeSpec) -> tuple[str, list[Ints]]:
     distance = corner_displacement(image.affine, spec.affine, spec.shape[1:])
     if not distance <= SPACE_TOLERANCE * min(spacing_of(spec.affine)):
         raise SpaceError(f"the labels lie up to {distance:.3g} mm away from {folder}: they must be on its grid")
-    multiscales = image.multiscales
-    assert multiscales is not None
-    sizes = [level.affine for level in multiscales.levels]
-    factors = []
-    for before, after in itertools.pairwise(sizes):
-        ratio = np.array(spacing_of(after)) / np.array(spacing_of(before))
-        factors.append(tuple(max(1, round(each)) for each in ratio))
-    return image.version, factors
+    assert image.multiscales is not None
+    levels = [ZarrSource(folder, level=number, time=0, channel=0) for number in range(len(image.multiscales.levels))]
+    shapes, factors = [levels[0].shape[1:]], []
+    for before, after in itertools.pairwise(levels):
+        ratios = np.array(spacing_of(after.affine)) / np.array(spacing_of(before.affine))
+        step = tuple(_factor(*each) for each in zip(ratios, shapes[-1], after.shape[1:], strict=True))
+        shapes.append(tuple(map(min, coarser_shape(shapes[-1], step), after.shape[1:])))  # type: ignore[arg-type]
+        factors.append(step)
+    return image.version, shapes, factors
+
+
+def _factor(ratio: float, size: int, coarser_size: int) -> int:
+    """By which whole number an axis is made shorter, such that the next level lacks no voxel that it has in the image."""
+    return next((each for each in range(round(ratio), 1, -1) if -(-size // each) >= coarser_size), 1)
 
 
 def describe_labels(folder: Path, labels: Sequence[Label]) -> None:

@@ -147,7 +147,8 @@ class ZarrStore:
         self._writer = PyramidWriter(
             self._at(run, ".parts"),
             [partial(put_shard, array, layout.has_channels) for array in arrays],
-            spec.shape,
+            spec.shape[0],
+            layout.shapes,
             layout.dtype,
             layout.units,
             layout.factors,

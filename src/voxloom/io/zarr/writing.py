@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ...core.boxes import Box
-from ...core.pyramids import coarser, coarser_shape
+from ...core.pyramids import coarser
 from ...core.sizes import Ints
 from ...errors import RecordError
 from ..protocols import Json
@@ -166,7 +166,8 @@ class PyramidWriter:
     Args:
         folder: for the files of parts, and for what is recorded of them.
         levels: for each level what writes a whole shard of it.
-        shape: `(C, I, J, K)` of the finest level.
+        channels: number of channels.
+        shapes: voxels of each level.
         dtype: type of the values.
         shards: voxels of a shard, for each level.
         factors: by which the axes of each level but the first are shorter than those of the level before.
@@ -181,22 +182,21 @@ class PyramidWriter:
         self,
         folder: Path,
         levels: Sequence[Callable[[Box, np.ndarray], object]],
-        shape: Sequence[int],
+        channels: int,
+        shapes: Sequence[Ints],
         dtype: np.dtype,
         shards: Sequence[Ints],
         factors: Sequence[Ints],
         is_labels: bool,
         is_new: bool,
     ) -> None:
-        self._folder, self._factors, self._is_labels = folder, factors, is_labels
+        self._folder, self._shapes, self._factors, self._is_labels = folder, shapes, factors, is_labels
         self._levels: list[ShardWriter] = []
-        channels, sizes = shape[0], tuple(shape[1:])
-        for number, (put, shard) in enumerate(zip(levels, shards, strict=True)):
+        for number, (put, shape, shard) in enumerate(zip(levels, shapes, shards, strict=True)):
             part = folder / str(number)
             if is_new:
                 part.mkdir(parents=True)
-            self._levels.append(ShardWriter(part, (channels, *sizes), dtype, shard, partial(self._put, number, put)))
-            sizes = coarser_shape(sizes, factors[number]) if number < len(factors) else sizes
+            self._levels.append(ShardWriter(part, (channels, *shape), dtype, shard, partial(self._put, number, put)))
         if is_new:
             self._record()
         else:
@@ -225,7 +225,10 @@ class PyramidWriter:
             factors = self._factors[number]
             start = tuple(at // factor for at, factor in zip(box.start, factors, strict=True))
             made = coarser(values, factors, self._is_labels)
-            self._levels[number + 1].write(Box(start, tuple(map(int.__add__, start, made.shape[1:]))), made)
+            # What is left over at the end of an axis may be no voxel of the next level.
+            target = Box.of_shape(made.shape[1:], start) & Box.of_shape(self._shapes[number + 1])
+            if target.numel:
+                self._levels[number + 1].write(target, made[(slice(None), *target.relative_to(start).slices)])
 
     def write(self, box: Box, values: np.ndarray) -> None:
         """Take a box of the finest level, `(C, *box.shape)`."""
