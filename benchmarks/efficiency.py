@@ -6,7 +6,7 @@ grid and aggregator; the last two scale, resample and bring back by their own tr
 0.1 s: memory (private, and a share of what is shared), processor time, and /dev/shm. So start-up counts: importing, loading,
 planning. What a bare loop over the same number of patches takes, and holds, is the limit.
 
-    python benchmarks/efficiency.py [--rounds 5] [--kind ResidualEncoderUNet] [--sizes small mni thick] [--width 8] [--patch 64]
+    python benchmarks/efficiency.py [--rounds 5] [--kind ResidualEncoderUNet] [--sizes small thick mni mni-2mm mni-thick]
 """
 
 import argparse
@@ -234,15 +234,19 @@ def dice(one, other):
 # What they are applied to
 
 
+HEADS = {"mni": (1, 1, 1), "mni-2mm": (2, 2, 2), "mni-thick": (0.8, 0.8, 4)}
+
+
 def scan_of(size, path):
-    """Write a scan: a phantom, or the MNI152 head."""
+    """Write a scan: a phantom, or the MNI152 head at some spacing in millimetres."""
     import voxloom as vx
 
-    if size == "mni":
+    if size in HEADS:
         from nilearn.datasets import load_mni152_template
 
         template = load_mni152_template(resolution=1)
         image = vx.ScalarImage(np.asarray(template.dataobj, dtype=np.float32) * 500 - 100, affine=template.affine)
+        image = image.resampled(HEADS[size])
     else:
         shapes = {"tiny": (48, 44, 40), "small": (128, 128, 96), "thick": (200, 200, 40), "large": (512, 512, 600)}
         spacings = {"tiny": (1.4, 1.4, 1.4), "small": (1.2, 1.2, 1.2), "thick": (0.9, 0.9, 5.0), "large": (0.8, 0.8, 1.0)}
@@ -293,7 +297,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser()
     parser.add_argument("--run", nargs=4)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--sizes", nargs="+", default=["small", "thick", "mni"])
+    parser.add_argument("--sizes", nargs="+", default=["small", "thick", *HEADS])
     parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), choices=SYSTEMS)
     parser.add_argument("--kind", default="PlainConvUNet", choices=["PlainConvUNet", "ResidualEncoderUNet"])
     for name, default in {"width": 8, "patch": 64, "steps": 10, "threads": 2}.items():

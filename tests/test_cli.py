@@ -77,16 +77,12 @@ def test_mistakes_are_explained_without_a_traceback(tmp_path, monkeypatch, run, 
     assert "Traceback" not in done.err
 
 
-def test_without_matplotlib_the_extra_is_named(tmp_path):
-    script = """
-import sys
-from voxloom.cli import main
-sys.modules["matplotlib"] = None
-sys.argv = ["voxloom", "demo", "--size", "24", "--patch-size", "16", "--steps", "1"]
-main()
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "Picture: none: pictures need matplotlib: pip install 'voxloom[plot]'" in done.stdout
+def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch, run):
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    done = run("demo", "--size", 24, "--patch-size", 16, "--steps", 1)
+    assert "Picture: none: pictures need matplotlib: pip install 'voxloom[plot]'" in done.out
     assert (tmp_path / "demo" / "result.nii.gz").exists()
     assert not (tmp_path / "demo" / "result.png").exists()

@@ -79,6 +79,7 @@ def test_a_training_that_is_resumed_goes_on_as_it_would_have(train_unet, tmp_pat
     assert vx.LabelMap(tmp_path / "two" / "prediction.nii.gz").spatial_shape == (32, 32, 32)
 
 
+@pytest.mark.slow
 def test_from_dicom_to_segments_of_a_model_that_knows_what_it_expects(tmp_path):
     dice = load("dicom_to_segments").main(tmp_path / "out", steps=30)
     assert dice > 0.7

@@ -828,10 +828,10 @@ def test_threads_keep_their_number_of_torch_threads():
     counts = []
 
     def run(_):
-        vx.predict(lambda batch: batch, torch.ones(1, 20, 20, 20), 8)
+        vx.predict(lambda batch: batch, torch.ones(1, 12, 12, 12), 8)
         counts.append(torch.get_num_threads())
 
-    for _ in range(4):
+    for _ in range(2):
         running = [threading.Thread(target=run, args=(number,)) for number in range(6)]
         for thread in running:
             thread.start()

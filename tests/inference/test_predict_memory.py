@@ -91,7 +91,7 @@ def measured(tmp_path, **case):
         pytest.param(LARGE, 1, marks=pytest.mark.slow),
         pytest.param(LARGE | {"limit": "800MiB", "output": "o.nii.gz"}, 2, marks=pytest.mark.slow),
         # Outputs that the C library would take from its heap, and not give back.
-        (CLASSES | {"limit": "142MiB"}, 3),
+        pytest.param(CLASSES | {"limit": "142MiB"}, 3, marks=pytest.mark.slow),
         pytest.param(CLASSES | {"classes": 3, "reduce": None, "output": "o.nii"}, 1, marks=pytest.mark.slow),
         pytest.param(MIRRORED | {"more": {"mirror_axes": [0, 1, 2], "batch_size": 2}}, 1, marks=pytest.mark.slow),
         pytest.param(MIRRORED | {"more": {"models": 3, "batch_size": 2}}, 1, marks=pytest.mark.slow),

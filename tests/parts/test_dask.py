@@ -220,6 +220,7 @@ def test_workers_are_jobs_of_other_schedulers(scan, tmp_path, monkeypatch, kind,
     assert left == []
 
 
+@pytest.mark.slow
 def test_two_clusters_on_one_machine_do_not_get_in_each_others_way():
     with socket.socket() as taken, warnings.catch_warnings():
         warnings.filterwarnings("error", "Port .* is already in use")

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 import voxloom as vx
 from voxloom.errors import LocationError, ModeError, NoSuchKeyError, SamplingError, SizeError, SpaceError, SubjectError
 
-DRAWS = 4000
+DRAWS = 2500
 # Seeds are fixed, so that these tests never fail by chance; a wrong distribution gives a far smaller probability.
 LEAST_PROBABILITY = 1e-3
 
@@ -167,7 +167,7 @@ def test_every_voxel_of_a_large_volume_can_be_reached():
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 @pytest.mark.parametrize(
     ("workers", "start"),
-    [(0, None), (1, "fork"), (4, "fork"), (2, "spawn"), pytest.param(4, "spawn", marks=pytest.mark.slow)],
+    [(0, None), (1, "fork"), (4, "fork"), *(pytest.param(number, "spawn", marks=pytest.mark.slow) for number in (2, 4))],
 )
 def test_the_same_draws_for_every_number_of_workers(start, workers):
     def make():

@@ -114,8 +114,11 @@ def test_the_same_patches_bit_for_bit_for_every_number_of_workers(folder, expect
     queue.close()
 
 
-@pytest.mark.parametrize("max_length", [1, 2, 5, 100])
-@pytest.mark.parametrize("samples", [1, 9])
+@pytest.mark.parametrize(
+    ("max_length", "samples"),
+    [(1, 9), (2, 1), (5, 9), (100, 1)]
+    + [pytest.param(*each, marks=pytest.mark.slow) for each in ((1, 1), (2, 9), (5, 1), (100, 9))],
+)
 def test_the_same_for_every_length(folder, max_length, samples):
     alone, shared = (make_queue(folder, number, max_length, samples) for number in (0, 3))
     for _ in range(2):
@@ -1039,8 +1042,16 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize(
     ("what", "number", "kind"),
-    [("descriptors", 3, "queue"), ("descriptors", 3, "loader"), ("memory", 0, "queue"), ("memory", 0, "loader")]
-    + [pytest.param("descriptors", 10, kind, marks=pytest.mark.slow) for kind in ("queue", "loader")],
+    [("descriptors", 3, "queue"), ("memory", 0, "loader")]
+    + [
+        pytest.param(*each, marks=pytest.mark.slow)
+        for each in (
+            ("descriptors", 3, "loader"),
+            ("memory", 0, "queue"),
+            ("descriptors", 10, "queue"),
+            ("descriptors", 10, "loader"),
+        )
+    ],
 )
 def test_what_lacks_is_said_with_a_way_out(tmp_path, kind, what, number):
     (tmp_path / "little.py").write_text(LITTLE)

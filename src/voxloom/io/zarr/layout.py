@@ -80,8 +80,9 @@ class Layout:
         if is_label_of_image(path):
             version, shapes, factors = _of_image(path.parent.parent, spec)
         else:
-            factors = [] if is_plain else factors_of_levels(spec.shape[1:], spec.affine, num_levels)
-            shapes = list(itertools.accumulate(factors, coarser_shape, initial=spec.shape[1:]))
+            shapes, factors = [spec.shape[1:]], [] if is_plain else factors_of_levels(spec.shape[1:], spec.affine, num_levels)
+            for step in factors:
+                shapes.append(coarser_shape(shapes[-1], step))
         stored = {torch.bool: np.uint8, torch.bfloat16: np.float32}
         dtype = np.dtype(stored.get(spec.dtype) or torch.empty(0, dtype=spec.dtype).numpy().dtype)
         if spec.stored is not None:
@@ -250,11 +251,12 @@ def _of_image(folder: Path, spec: VolumeSpec) -> tuple[str, list[Ints], list[Int
         raise SpaceError(f"the labels lie up to {distance:.3g} mm away from {folder}: they must be on its grid")
     assert image.multiscales is not None
     levels = [ZarrSource(folder, level=number, time=0, channel=0) for number in range(len(image.multiscales.levels))]
-    shapes, factors = [levels[0].shape[1:]], []
+    shapes: list[Ints] = [levels[0].shape[1:]]
+    factors: list[Ints] = []
     for before, after in itertools.pairwise(levels):
         ratios = np.array(spacing_of(after.affine)) / np.array(spacing_of(before.affine))
         step = tuple(_factor(*each) for each in zip(ratios, shapes[-1], after.shape[1:], strict=True))
-        shapes.append(tuple(map(min, coarser_shape(shapes[-1], step), after.shape[1:])))  # type: ignore[arg-type]
+        shapes.append(tuple(map(min, coarser_shape(shapes[-1], step), after.shape[1:])))
         factors.append(step)
     return image.version, shapes, factors
 
