@@ -87,51 +87,82 @@ class AxisMap:
         first, end = np.searchsorted(upper, (start, stop)).tolist()
         return range(len(self) - end, len(self) - first) if self._is_reversed else range(first, end)
 
-    def support(self, start: int, stop: int) -> tuple[int, int]:
-        """The voxels of the source that some of the target need, as the first and one past the last."""
-        return int(self.lower[start:stop].min()), int(self.upper[start:stop].max()) + 1
-
     def inside(self, start: int, stop: int) -> range:
         """Those voxels of the target from `start` to `stop` that lie in the source."""
         found = np.flatnonzero(self.is_inside[start:stop])
         return range(start + int(found[0]), start + int(found[-1]) + 1) if len(found) else range(start, start)
 
-    def apply(self, values: Tensor, dim: int, first: int, start: int, stop: int) -> Tensor:
-        """Interpolate along one dimension.
+    def segment(self, start: int, stop: int) -> "_Segment":
+        """Give some voxels of the target, with what is known of them once for all parts of a volume."""
+        if (start, stop) not in self._segments:
+            self._segments[start, stop] = _Segment.of(self, start, stop)
+        return self._segments[start, stop]
 
-        Args:
-            values: of the source, the first of which is voxel `first` along the dimension.
-            dim: the dimension.
-            first: see above.
-            start: first voxel of the target.
-            stop: one past the last.
-        """
-        lower, upper, weight = self.lower[start:stop], self.upper[start:stop], self.weight[start:stop]
-        if dim == values.ndim - 1 and not (_is_run(lower) and _is_run(upper)):
+    @cached_property
+    def _segments(self) -> "dict[tuple[int, int], _Segment]":
+        return {}
+
+    def apply(self, values: Tensor, dim: int) -> Tensor:
+        """Interpolate a whole source along one dimension."""
+        whole = self.segment(0, len(self))
+        first, stop = whole.support
+        return whole.apply(values.narrow(dim, first, stop - first), dim)
+
+
+@dataclass(frozen=True, eq=False)
+class _Segment:
+    """Voxels of the target along an axis, and where they lie among those of the source that they need."""
+
+    support: tuple[int, int]
+    """These, as the first and one past the last."""
+    lower: "_Indices"
+    upper: "_Indices"
+    weight: Tensor
+    is_on_voxels: bool
+
+    @classmethod
+    def of(cls, axis: AxisMap, start: int, stop: int) -> "_Segment":
+        lower, upper, weight = axis.lower[start:stop], axis.upper[start:stop], axis.weight[start:stop]
+        first, last = int(lower.min()), int(upper.max())
+        indices = _Indices.of(lower - first), _Indices.of(upper - first)
+        return cls((first, last + 1), *indices, torch.from_numpy(weight), not weight.any())
+
+    def apply(self, values: Tensor, dim: int) -> Tensor:
+        """Interpolate along one dimension, on which all that is needed lies, and nothing else."""
+        if dim == values.ndim - 1 and not (self.lower.is_run and self.upper.is_run):
             # Taking single values from rows takes ten times as long as taking rows.
             turned = values.transpose(dim, dim - 1).contiguous()
-            return self.apply(turned, dim - 1, first, start, stop).transpose(dim, dim - 1).contiguous()
-        before = _taken(values, dim, lower - first)
-        if not weight.any():
+            return self.apply(turned, dim - 1).transpose(dim, dim - 1).contiguous()
+        before = self.lower.taken(values, dim)
+        if self.is_on_voxels:
             return before
-        behind = _taken(values, dim, upper - first)
+        behind = self.upper.taken(values, dim)
         shape = [1] * values.ndim
         shape[dim] = -1
-        factors = torch.from_numpy(weight).to(values.device, values.dtype).view(shape)
+        factors = self.weight.to(values.device, values.dtype).view(shape)
         # One rounding each, whatever the shape is, so that bits do not depend on it; and where both are equal, so is the result.
-        difference = behind - before if _is_run(upper) else behind.sub_(before)
+        difference = behind - before if self.upper.is_run else behind.sub_(before)
         return difference.mul_(factors).add_(before)
 
 
-def _is_run(indices: np.ndarray) -> bool:
-    return bool((np.diff(indices) == 1).all())
+@dataclass(frozen=True, eq=False)
+class _Indices:
+    """Voxels along an axis: a run, or one after the other."""
 
+    first: int
+    numbers: Tensor
+    is_run: bool
 
-def _taken(values: Tensor, dim: int, indices: np.ndarray) -> Tensor:
-    """Take some voxels along a dimension: a view where they follow one another, or else a copy."""
-    if _is_run(indices):
-        return values.narrow(dim, int(indices[0]), len(indices))
-    return values.index_select(dim, torch.from_numpy(np.ascontiguousarray(indices)).to(values.device))
+    @classmethod
+    def of(cls, indices: np.ndarray) -> "_Indices":
+        is_run = bool((np.diff(indices) == 1).all())
+        return cls(int(indices[0]), torch.from_numpy(np.ascontiguousarray(indices)), is_run)
+
+    def taken(self, values: Tensor, dim: int) -> Tensor:
+        """Take them along a dimension: a view where they follow one another, or else a copy."""
+        if self.is_run:
+            return values.narrow(dim, self.first, len(self.numbers))
+        return values.index_select(dim, self.numbers.to(values.device))
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,17 +243,18 @@ class AlignedPart:
     @cached_property
     def support(self) -> Box:
         """See `Part`."""
-        ends = zip(self.space.axes, self.space.order, self.box.start, self.box.stop, strict=True)
-        of = {number: axis.support(start, stop) for axis, number, start, stop in ends}
-        return Box(tuple(of[number][0] for number in range(3)), tuple(of[number][1] for number in range(3)))
+        ends = {number: each.support for number, each in zip(self.space.order, self._segments, strict=True)}
+        return Box(tuple(ends[number][0] for number in range(3)), tuple(ends[number][1] for number in range(3)))
+
+    @cached_property
+    def _segments(self) -> list[_Segment]:
+        return [axis.segment(*ends) for axis, *ends in zip(self.space.axes, self.box.start, self.box.stop, strict=True)]
 
     def apply(self, values: Tensor) -> Tensor:
         """See `Part`."""
         order = self.space.order
         for axis in self.space.sequence:
-            of = order[axis]
-            ends = self.box.start[axis], self.box.stop[axis]
-            values = self.space.axes[axis].apply(values, 1 + of, self.support.start[of], *ends)
+            values = self._segments[axis].apply(values, 1 + order[axis])
         return values.permute(0, *(1 + of for of in order))
 
     def put(self, piece: Tensor, origin: Ints, values: Tensor) -> None:

@@ -168,10 +168,10 @@ class Delivery:
         if covered is not None and not bool((covered >= 0.5).any()):
             return torch.full((spec.volume.shape[0], *part.shape), self._plan.fill, dtype=spec.volume.dtype)
         values = tile.read(part.support)
-        values = values.to(interpolated_dtype(values.dtype, self._plan.kinds)).contiguous()
+        dtype = interpolated_dtype(values.dtype, self._plan.kinds)
 
         def interpolate(values: Tensor) -> Tensor:
-            found = part.apply(values)
+            found = part.apply(values.to(dtype).contiguous())  # as few channels as a reduction needs
             return found if covered is None else found / covered.clamp(min=torch.finfo(covered.dtype).tiny)
 
         shape = (len(values), *part.shape)

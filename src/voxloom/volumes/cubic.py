@@ -32,9 +32,9 @@ def cubic_along_axes(
     for axis in sorted(space.sequence, key=lambda axis: orders[space.order[axis]] == 0):
         of, line = space.order[axis], space.axes[axis]
         if orders[of] == 0:
-            values = line.apply(clip(values), 1 + of, 0, 0, len(line))
+            values = line.apply(clip(values), 1 + of)
         elif orders[of] == 1:
-            values = line.apply(values, 1 + of, 0, 0, len(line))
+            values = line.apply(values, 1 + of)
         elif not np.array_equal(line.places, np.arange(values.shape[1 + of])):
             matrix = torch.from_numpy(cubic_matrix(line.places, values.shape[1 + of])).to(values.dtype)
             values = torch.tensordot(matrix, values, dims=([1], [1 + of])).movedim(0, 1 + of)
