@@ -60,7 +60,7 @@ def exporter(name, path, scan, model):
         def export():
             # In slabs, as the scores lie in their file: no voxel is read twice.
             made = vx.predict(
-                torch.nn.Identity(), source, (8, -1, -1), 0, "crop", like=(shape, affine), reduce="argmax", dtype=torch.float32
+                torch.nn.Identity(), source, (16, -1, -1), 0, "crop", like=(shape, affine), reduce="argmax", dtype=torch.float32
             )
             return made.data[0].numpy()
 

@@ -3,7 +3,8 @@
 Patches of 64³ and 96³ voxels at random places of an image of float32, from `.nii`, `.nii.gz`, Zarr and the cache for training,
 and from the same Zarr by tensorstore and by zarr-python; each with nothing kept between patches. An epoch of a queue of subjects
 in `.nii.gz`, in the cache, and in nnU-Net's preprocessed form (Blosc2, as nnU-Net lays it out). And a model that is free, on
-patches that share half, from Zarr to Zarr, against MONAI's `ZarrAvgMerger` with the same chunks, and the same in memory.
+patches that share half, from Zarr to Zarr, against MONAI's `ZarrAvgMerger` with the same chunks, and the same in memory; then a
+small network, of three layers, in its place.
 Each system is a process of its own; rounds alternate. Peak memory is beyond what the process had.
 
     python benchmarks/stores.py [--size 256] [--patches 40] [--patch 64] [--rounds 5] [--subjects 6]
@@ -152,18 +153,24 @@ def labels_of(scores):
     return torch.cat([500 - scores, scores - 500], 1)
 
 
-def predictor_of(options):
+def network():
+    """A model that costs something."""
+    torch.manual_seed(0)
+    layers = [(1, 8), (8, 8), (8, 2)]
+    parts = [part for layer in layers for part in (torch.nn.Conv3d(*layer, 3, padding=1), torch.nn.ReLU())]
+    return torch.nn.Sequential(*parts[:-1]).eval()
+
+
+def predictor_of(model, options):
     import voxloom as vx
 
-    return vx.Predictor(labels_of, options.patch, patch_overlap=0.5, batch_size=4, overlap_mode="average", model_name="labels")
+    return vx.Predictor(model, options.patch, patch_overlap=0.5, batch_size=4, overlap_mode="average", model_name="labels")
 
 
-def predict_voxloom(folder, options):
+def predict_voxloom(model, folder, options):
     import voxloom as vx
 
-    predictor = vx.Predictor(
-        labels_of, options.patch, patch_overlap=0.5, batch_size=4, overlap_mode="average", model_name="labels"
-    )
+    predictor = predictor_of(model, options)
     source = vx.ScalarImage(folder / "image.zarr")
 
     def run():
@@ -173,12 +180,10 @@ def predict_voxloom(folder, options):
     return run
 
 
-def predict_voxloom_in_memory(folder, options):
+def predict_voxloom_in_memory(model, folder, options):
     import voxloom as vx
 
-    predictor = vx.Predictor(
-        labels_of, options.patch, patch_overlap=0.5, batch_size=4, overlap_mode="average", model_name="labels"
-    )
+    predictor = predictor_of(model, options)
     volume = vx.ScalarImage(folder / "image.nii").data
 
     def run():
@@ -187,7 +192,7 @@ def predict_voxloom_in_memory(folder, options):
     return run
 
 
-def predict_monai(folder, options):
+def predict_monai(model, folder, options):
     import zarr
     from monai.inferers import PatchInferer, SlidingWindowSplitter, ZarrAvgMerger
 
@@ -204,7 +209,8 @@ def predict_monai(folder, options):
             store=zarr.storage.LocalStore(folder / "monai.zarr"),
             chunks=chunks,
         )
-        inferer(volume, labels_of)
+        with torch.inference_mode():
+            inferer(volume, model)
 
     return run
 
@@ -216,11 +222,11 @@ PREDICTIONS = {
 }
 
 
-def serve_predictions(name, folder, options, connection):
+def serve_predictions(name, folder, options, connection, model=labels_of):
     """Predict whenever it is asked for, and answer with seconds and megabytes."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(options.threads)
-    run = PREDICTIONS[name](folder, options)
+    run = PREDICTIONS[name](model, folder, options)
     connection.send("ready")
     while connection.recv():
         gc.collect()
@@ -230,6 +236,11 @@ def serve_predictions(name, folder, options, connection):
         run()
         seconds = time.perf_counter() - began
         connection.send({"seconds": seconds, "megabytes": (memory_in_kilobytes("VmHWM") - before) / 1024})
+
+
+def serve_networks(name, folder, options, connection):
+    """The same with a network."""
+    serve_predictions(name, folder, options, connection, network())
 
 
 # What they are applied to
@@ -269,7 +280,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser()
     for name, default in {"size": 256, "patches": 40, "patch": 64, "rounds": 5, "subjects": 6, "draws": 4, "threads": 2}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--parts", nargs="+", default=["patches", "epochs", "predictions"])
+    parser.add_argument("--parts", nargs="+", default=["patches", "epochs", "predictions", "networks"])
     parser.add_argument("--patch-sizes", type=int, nargs="+", default=[64, 96])
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as path:
@@ -279,6 +290,7 @@ def main(arguments=None):
             "patches": (list(READERS), serve_patches),
             "epochs": ([".nii.gz", "the cache", "nnU-Net's cases"], serve_epochs),
             "predictions": (list(PREDICTIONS), serve_predictions),
+            "networks": (list(PREDICTIONS), serve_networks),
         }
         results = {
             part: side_by_side(names, options.rounds, serve, folder, options)
@@ -290,7 +302,8 @@ def main(arguments=None):
     for part, (head, keys) in {
         "patches": (f"random patches, ms for each | {' | '.join(f'{size}³' for size in sizes)}", sizes),
         "epochs": ("an epoch | s", ["seconds"]),
-        "predictions": ("a prediction | s | MB", ["seconds", "megabytes"]),
+        "predictions": ("a prediction by a model that is free | s | MB", ["seconds", "megabytes"]),
+        "networks": ("a prediction by a network | s | MB", ["seconds", "megabytes"]),
     }.items():
         if part in results:
             print(f"\n| {head} |\n|---|{'---|' * len(keys)}")

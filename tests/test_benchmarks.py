@@ -36,7 +36,7 @@ def test_the_benchmark_of_stores_runs(tmp_path):
     options = "--size 64 --patches 2 --patch 24 --patch-sizes 16 --rounds 1 --subjects 2 --draws 2"
     subprocess.run([sys.executable, BENCHMARKS / "stores.py", *options.split()], cwd=tmp_path, check=True, timeout=300)
     measured = json.loads((tmp_path / "bench" / "stores.json").read_text())["results"]
-    assert set(measured) == {"patches", "epochs", "predictions"}
+    assert set(measured) == {"patches", "epochs", "predictions", "networks"}
     assert set(measured["patches"]) >= {"voxloom, Zarr", "voxloom, cache", "tensorstore, Zarr"}
 
 

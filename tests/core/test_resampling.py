@@ -156,6 +156,11 @@ def test_tiles_give_each_voxel_once_and_the_bits_of_the_whole(tiling, most):
             assert piece.numel <= most
             made = torch.full((2, *piece.shape), torch.nan)
             for part in space.parts(piece, own):
+                given = values[(slice(None), *part.support.slices)]
+                assert torch.equal(tile.read(part.support), given)
+                assert torch.equal(tile.read(part.support, [1]), given[1:])
+                views = [view for _, view in tile.views(part.support)]
+                assert torch.equal(torch.stack([view.amax((1, 2, 3)) for view in views]).amax(0), given.amax((1, 2, 3)))
                 part.put(made, piece.start, part.apply(tile.read(part.support)))
             for box in space.boxes(piece, own):
                 times[box.slices] += 1

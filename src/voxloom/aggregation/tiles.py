@@ -1,6 +1,6 @@
 """Tiles with what lies before them: a voxel between two tiles is interpolated from both."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,20 +35,25 @@ class ExtendedTile:
         """All voxels that can be read."""
         return Box(tuple(start - (axis in self.faces) for axis, start in enumerate(self.tile.start)), self.tile.stop)
 
-    def read(self, box: Box) -> Tensor:
-        """Give a box of voxels: a view of the tile, if they are in it."""
+    def views(self, box: Box) -> list[tuple[Box, Tensor]]:
+        """Give what a box of voxels consists of, without a copy; what it has twice is the same."""
+        faces = [each for axis, each in self.faces.items() if box.start[axis] < self.tile.start[axis]]
+        views = []
+        for each in (_Face(self.tile, self.values), *faces):
+            part = box & each.box
+            if part.numel:
+                views.append((part, each.values[(slice(None), *part.relative_to(each.box.start).slices)]))
+        return views
+
+    def read(self, box: Box, channels: Sequence[int] | None = None) -> Tensor:
+        """Give some channels of a box of voxels, or all: a view of the tile, if they are all, and in it."""
+        chosen = None if channels is None else torch.tensor(channels, device=self.values.device)
+        parts = [(part, values if chosen is None else values.index_select(0, chosen)) for part, values in self.views(box)]
         if box in self.tile:
-            return self.values[(slice(None), *box.relative_to(self.tile.start).slices)]
-        out = self.values.new_empty((len(self.values), *box.shape))
-        own = box & self.tile
-        out[(slice(None), *own.relative_to(box.start).slices)] = self.values[
-            (slice(None), *own.relative_to(self.tile.start).slices)
-        ]
-        for axis, face in self.faces.items():
-            if box.start[axis] < self.tile.start[axis]:
-                part = box & face.box
-                values = face.values[(slice(None), *part.relative_to(face.box.start).slices)]
-                out[(slice(None), *part.relative_to(box.start).slices)] = values
+            return parts[0][1]
+        out = self.values.new_empty((len(parts[0][1]), *box.shape))
+        for part, values in parts:
+            out[(slice(None), *part.relative_to(box.start).slices)] = values
         return out
 
     def face(self, axis: int) -> _Face:

@@ -17,7 +17,7 @@ from ..io.protocols import VolumeStore
 from ..models.running import is_out_of_memory
 from ..runtime.sharing import Share
 from .plan import PredictionPlan
-from .reductions import Function, Reduction
+from .reductions import Function, Reduction, Surroundings
 from .results import ResultSpec
 
 __all__ = ["PIECE_BYTES", "Delivery"]
@@ -74,7 +74,7 @@ class Delivery:
         if finished.values is None:
             return torch.full(shape, self._plan.fill, dtype=dtype)
         values = finished.values.clone() if spec.needs_copy else finished.values
-        block = self._made(number, spec, values, finished.values.shape, lambda made, values: made(values))
+        block = self._made(number, spec, finished.values.shape, lambda reduction, moved: reduction(moved(values)))
         if finished.uncovered is not None:
             block = block.masked_fill(finished.uncovered.to(block.device), self._plan.fill)
         return block.cpu()
@@ -84,18 +84,24 @@ class Delivery:
         self,
         number: int,
         spec: ResultSpec,
-        values: Tensor,
         shape: Sequence[int],
-        make: Callable[[Reduction, Tensor], Tensor],
+        make: Callable[[Reduction, Callable[[Tensor], Tensor]], Tensor],
     ) -> Tensor:
-        """Make a block of a result, and check it."""
+        """Make a block of a result, and check it.
+
+        Args:
+            number: of the result.
+            spec: of it.
+            shape: of the block `(C, i, j, k)`, before it is reduced.
+            make: makes the block by a reduction, of values that it moves by the function that it is given.
+        """
         reduction = self._reductions[number]
         try:
-            block = make(reduction, values)
+            block = make(reduction, lambda values: values)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            block = make(reduction, values.cpu())
+            block = make(reduction, Tensor.cpu)
         expected, dtype = (spec.volume.shape[0], *shape[1:]), spec.volume.dtype
         if tuple(block.shape) != expected or block.dtype != dtype:
             raise OutputError(
@@ -167,17 +173,21 @@ class Delivery:
         covered = None if covered is None or bool(covered.all()) else part.apply(covered)
         if covered is not None and not bool((covered >= 0.5).any()):
             return torch.full((spec.volume.shape[0], *part.shape), self._plan.fill, dtype=spec.volume.dtype)
-        values = tile.read(part.support)
-        dtype = interpolated_dtype(values.dtype, self._plan.kinds)
+        dtype = interpolated_dtype(tile.values.dtype, self._plan.kinds)
 
         def interpolate(values: Tensor) -> Tensor:
-            found = part.apply(values.to(dtype).contiguous())  # as few channels as a reduction needs
+            found = part.apply(values.contiguous())
             return found if covered is None else found / covered.clamp(min=torch.finfo(covered.dtype).tiny)
 
-        shape = (len(values), *part.shape)
-        block = self._made(
-            number, spec, values, shape, lambda made, values: made.of_interpolated(values, interpolate, part.shape)
-        )
+        def make(reduction: Reduction, moved: Callable[[Tensor], Tensor]) -> Tensor:
+            views = [moved(values) for _, values in tile.views(part.support)]
+
+            def read(channels: Sequence[int] | None) -> Tensor:
+                return moved(tile.read(part.support, channels)).to(dtype)
+
+            return reduction.of_interpolated(Surroundings(views, read, interpolate, part.shape))
+
+        block = self._made(number, spec, (len(tile.values), *part.shape), make)
         return block if covered is None else block.masked_fill(covered < 0.5, self._plan.fill)
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, Literal, Protocol
 
@@ -15,13 +15,27 @@ from ..core.values import as_number, sum_dtype
 from ..errors import ModeError, OutputError, SizeError
 from ..models.outputs import ACTIVATIONS
 
-__all__ = ["AfterSum", "AfterSumStep", "Function", "Reduction", "Regions", "as_reduction"]
+__all__ = ["AfterSum", "AfterSumStep", "Function", "Reduction", "Regions", "Surroundings", "as_reduction"]
 
 # Voxels of a channel that are compared at a time: few enough to stay in the processor's cache, and enough for the thread to be
 # left alone by others, with which it shares Python's lock between one step and the next.
 CHUNK_VOXELS = 2**18
 # Channels whose mean is looked at to find those that may be the largest: more than meet in most places.
 MOST_CONTENDING = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Surroundings:
+    """What some voxels of another grid are interpolated from, of which a reduction reads the channels that it needs."""
+
+    views: Sequence[Tensor]
+    """Tensors `(C, ...)` that hold all of it, which are not to be written to."""
+    read: Callable[[Sequence[int] | None], Tensor]
+    """Gives some channels, or all, as `(c, i, j, k)`; it may be a view, which is not to be written to."""
+    interpolate: Callable[[Tensor], Tensor]
+    """Makes `(c, *shape)` of any of these; it may be a view of them."""
+    shape: Ints
+    """Voxels of the result."""
 
 
 class Reduction(Protocol):
@@ -46,14 +60,8 @@ class Reduction(Protocol):
         """Reduce a tensor `(C, i, j, k)` to one `(C', i, j, k)`."""
         ...
 
-    def of_interpolated(self, values: Tensor, interpolate: Callable[[Tensor], Tensor], shape: Ints) -> Tensor:
-        """Reduce what is interpolated.
-
-        Args:
-            values: tensor `(C, i, j, k)`, which is not to be written to.
-            interpolate: makes one `(c, *shape)` of any of its channels; it may be a view of them.
-            shape: voxels of the result.
-        """
+    def of_interpolated(self, around: Surroundings) -> Tensor:
+        """Reduce what is interpolated to `(C', *around.shape)`."""
         ...
 
 
@@ -64,9 +72,9 @@ class _OfAll:
         """See `Reduction`."""
         raise NotImplementedError
 
-    def of_interpolated(self, values: Tensor, interpolate: Callable[[Tensor], Tensor], shape: Ints) -> Tensor:
+    def of_interpolated(self, around: Surroundings) -> Tensor:
         """See `Reduction`."""
-        return self(interpolate(values))
+        return self(around.interpolate(around.read(None)))
 
 
 @dataclass(frozen=True)
@@ -92,39 +100,43 @@ class ArgMax:
 
     def __call__(self, block: Tensor) -> Tensor:
         """See `Reduction`."""
-        flat = block.reshape(len(block), -1)
-        labels = torch.zeros(flat.shape[1], dtype=label_dtype(len(block) - 1), device=block.device)
-        for start in range(0, len(labels), CHUNK_VOXELS):
-            part, found = flat[:, start : start + CHUNK_VOXELS], labels[start : start + CHUNK_VOXELS]
-            if block.device.type == "cpu":
-                _find_largest(map(_as_array, part), found.numpy())
-            else:
-                found.copy_(part.argmax(0))
-        return labels.view(1, *block.shape[1:])
+        return _largest(block, range(len(block)), label_dtype(len(block) - 1))
 
-    def of_interpolated(self, values: Tensor, interpolate: Callable[[Tensor], Tensor], shape: Ints) -> Tensor:
+    def of_interpolated(self, around: Surroundings) -> Tensor:
         """See `Reduction`: channels that are the largest nowhere between the voxels are left out."""
-        chosen = _contending(values)
+        first = around.views[0]
+        chosen, dtype = _contending(around.views), label_dtype(len(first) - 1)
         if len(chosen) == 1:
-            return torch.full((1, *shape), chosen[0], dtype=label_dtype(len(values) - 1), device=values.device)
-        if len(chosen) == len(values):
-            return self(interpolate(values))
-        names = torch.tensor(chosen, dtype=label_dtype(len(values) - 1), device=values.device)
-        return names[self(interpolate(values[chosen])).int()]
+            return torch.full((1, *around.shape), chosen[0], dtype=dtype, device=first.device)
+        return _largest(around.interpolate(around.read(chosen)), chosen, dtype)
 
 
-def _contending(values: Tensor) -> list[int]:
-    """Give the channels that may be the largest somewhere between the voxels of a block.
+def _largest(block: Tensor, names: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Say which channel is the largest, by names that rise from channel to channel."""
+    flat = block.reshape(len(block), -1)
+    labels = torch.full(flat.shape[1:], names[0], dtype=dtype, device=block.device)
+    for start in range(0, len(labels), CHUNK_VOXELS):
+        part, found = flat[:, start : start + CHUNK_VOXELS], labels[start : start + CHUNK_VOXELS]
+        if block.device.type == "cpu":
+            _find_largest(map(_as_array, part), names, found.numpy())
+        else:
+            found.copy_(torch.tensor(names, device=block.device)[part.argmax(0)])
+    return labels.view(1, *block.shape[1:])
+
+
+def _contending(views: Sequence[Tensor]) -> list[int]:
+    """Give the channels that may be the largest somewhere between the voxels of tensors `(C, i, j, k)`.
 
     At each place the largest is at least the mean of some channels, whichever these are. What is interpolated of a channel is not
     above its largest value, and of the mean not below its least.
     """
-    most = values.amax((1, 2, 3))
-    ranked = most.argsort(descending=True)[:MOST_CONTENDING].tolist()
-    sums = values[ranked[0]].to(sum_dtype(values.dtype), copy=True)
-    least = float(sums.min())
+    most = torch.stack([view.amax((1, 2, 3)) for view in views]).amax(0)
+    ranked = most.topk(min(MOST_CONTENDING, len(most)))[1].tolist()
+    sums = [view[ranked[0]].to(sum_dtype(view.dtype), copy=True) for view in views]
+    means = [[float(each.min()) for each in sums]]
     for count, channel in enumerate(ranked[1:], start=2):
-        least = max(least, float(sums.add_(values[channel]).min()) / count)
+        means.append([float(each.add_(view[channel]).min()) / count for each, view in zip(sums, views, strict=True)])
+    least = max(map(min, means))
     rounding = 8 * torch.finfo(torch.float32).eps * max(1.0, float(most.abs().max()), abs(least))
     return torch.nonzero(most >= least - rounding).flatten().tolist() or ranked[:1]
 
@@ -135,8 +147,8 @@ def _as_array(values: Tensor) -> np.ndarray:
     return (values.float() if is_half else values).numpy()
 
 
-def _find_largest(channels: Iterator[np.ndarray], labels: np.ndarray) -> None:
-    """Set labels, which are 0, to the first channel with the largest value.
+def _find_largest(channels: Iterator[np.ndarray], names: Sequence[int], labels: np.ndarray) -> None:
+    """Set labels, which are the first name, to that of the first channel with the largest value.
 
     One pass over the channels with what was best so far takes an eighth of the time of NumPy's `argmax`, and in one thread a
     twelfth of PyTorch's. NumPy does it in this thread alone: others would be in the way of the model's.
@@ -144,10 +156,10 @@ def _find_largest(channels: Iterator[np.ndarray], labels: np.ndarray) -> None:
     best = next(channels).copy()
     is_better = np.empty(best.shape, dtype=bool)
     label = np.empty_like(labels)
-    for number, channel in enumerate(channels, start=1):
+    for name, channel in zip(names[1:], channels, strict=True):
         np.greater(channel, best, out=is_better)
-        np.multiply(is_better, labels.dtype.type(number), out=label)
-        np.maximum(labels, label, out=labels)  # channels come in order, so the last one that was better is the largest
+        np.multiply(is_better, labels.dtype.type(name), out=label)
+        np.maximum(labels, label, out=labels)  # names rise, so the last one that was better is the largest
         np.maximum(best, channel, out=best)
 
 
@@ -233,9 +245,9 @@ class Variance(_OfAll):
         # Rounding may make it less than 0.
         return (squares - mean.square()).clamp_(min=0).sum(0, keepdim=True).float()
 
-    def of_interpolated(self, values: Tensor, interpolate: Callable[[Tensor], Tensor], shape: Ints) -> Tensor:
+    def of_interpolated(self, around: Surroundings) -> Tensor:
         """See `Reduction`: the variance itself is interpolated, since a slope of the mean is none."""
-        return interpolate(self(values))
+        return around.interpolate(self(around.read(None)))
 
 
 @dataclass(frozen=True)
@@ -249,14 +261,18 @@ class Channels:
 
     def __call__(self, block: Tensor) -> Tensor:
         """See `Reduction`."""
-        wrong = [index for index in self.indices if index >= len(block)]
-        if wrong:
-            raise OutputError(f"channel {wrong[0]} was chosen, but the output has {len(block)} channels")
+        self._check(len(block))
         return block[list(self.indices)]
 
-    def of_interpolated(self, values: Tensor, interpolate: Callable[[Tensor], Tensor], shape: Ints) -> Tensor:
+    def _check(self, channels: int) -> None:
+        wrong = [index for index in self.indices if index >= channels]
+        if wrong:
+            raise OutputError(f"channel {wrong[0]} was chosen, but the output has {channels} channels")
+
+    def of_interpolated(self, around: Surroundings) -> Tensor:
         """See `Reduction`."""
-        return interpolate(self(values))
+        self._check(len(around.views[0]))
+        return around.interpolate(around.read(self.indices))
 
 
 @dataclass(frozen=True)
@@ -279,9 +295,9 @@ class Function(_OfAll):
             )
         return result
 
-    def of_interpolated(self, values: Tensor, interpolate: Callable[[Tensor], Tensor], shape: Ints) -> Tensor:
+    def of_interpolated(self, around: Surroundings) -> Tensor:
         """See `Reduction`: a copy, since it may write to what it is given."""
-        return self(interpolate(values).clone())
+        return self(around.interpolate(around.read(None)).clone())
 
 
 AfterSumStep = Literal["softmax", "sigmoid", "divide"]
@@ -324,9 +340,14 @@ class AfterSum:
         """See `Reduction`."""
         return self.reduction(self._turned(block))
 
-    def of_interpolated(self, values: Tensor, interpolate: Callable[[Tensor], Tensor], shape: Ints) -> Tensor:
+    def of_interpolated(self, around: Surroundings) -> Tensor:
         """See `Reduction`: what comes of the sums is interpolated, and not the sums."""
-        return self.reduction.of_interpolated(self._turned(values), interpolate, shape)
+        turned = self._turned(around.read(None))
+
+        def read(channels: Sequence[int] | None) -> Tensor:
+            return turned if channels is None else turned[list(channels)]
+
+        return self.reduction.of_interpolated(replace(around, views=[turned], read=read))
 
 
 NAMED: dict[str, Reduction] = {"argmax": ArgMax(), "entropy": Entropy(), "variance": Variance(), "scores": Everything()}
