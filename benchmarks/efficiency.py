@@ -7,6 +7,7 @@ grid and aggregator; the last two scale, resample and bring back by their own tr
 planning. What a bare loop over the same number of patches takes, and holds, is the limit.
 
     python benchmarks/efficiency.py [--rounds 5] [--kind ResidualEncoderUNet] [--sizes small thick mni mni-2mm mni-thick]
+        [--width 8] [--patch 64]
 """
 
 import argparse

@@ -50,3 +50,8 @@ def test_a_level_fills_the_space_of_the_one_before():
     made = coarser_affine(affine, (2, 1, 2))
     assert np.allclose(made @ [-0.5, -0.5, -0.5, 1], affine @ [-0.5, -0.5, -0.5, 1])
     assert np.allclose(made @ [9.5, 9.5, 9.5, 1], affine @ [19.5, 9.5, 19.5, 1])
+
+
+def test_of_many_voxels_most_are_counted():
+    values = np.repeat(np.array([1, 2, 0], dtype=np.uint8), (300, 200, 12)).reshape(1, 8, 8, 8)
+    assert coarser(values, (8, 8, 8), is_labels=True).tolist() == [[[[1]]]]

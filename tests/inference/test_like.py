@@ -94,6 +94,18 @@ def test_the_bits_do_not_depend_on_memory(image, name, small_pieces):
     assert len(num_blocks) >= 2
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.uint16, torch.int64, torch.float16])
+@pytest.mark.parametrize("interpolation", ["linear", "nearest"])
+def test_scores_of_every_type(image, dtype, interpolation):
+    def model(batch):
+        return torch.cat([batch < 0.3, batch > 0.5, batch > 0.7, batch > 2], 1).to(dtype)
+
+    options = {"patch_overlap": 0, "overlap_mode": "crop", "like": LIKE["oblique"], "interpolation": interpolation}
+    scores = vx.predict(lambda batch: model(batch).double(), image, 8, **options).data
+    labels = vx.predict(model, image, 8, reduce="argmax", **options).data
+    assert torch.equal(labels.long(), scores.argmax(0, keepdim=True))
+
+
 @pytest.mark.parametrize("name", LIKE)
 @pytest.mark.parametrize("in_blocks", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_what_is_interrupted_is_resumed(image, name, in_blocks, tmp_path, small_pieces):

@@ -1065,6 +1065,11 @@ def test_a_reduction_that_the_device_has_no_room_for_is_made_on_the_host():
 
     data = torch.rand(1, 24, 24, 24)
     torch.testing.assert_close(vx.predict(nn.Identity(), data, 8, 4, reduce=reduce).data, data * 2)
+    calls.clear()
+    options = {"like": ((30, 20, 24), np.diag([0.8, 1.2, 1, 1])), "mask": data[0] > 0.9}
+    found = vx.predict(nn.Identity(), data, 8, 4, reduce=reduce, **options).data
+    assert len(calls) > 5
+    torch.testing.assert_close(found, vx.predict(nn.Identity(), data, 8, 4, reduce=lambda block: block * 2, **options).data)
 
 
 # The plan

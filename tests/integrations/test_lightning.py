@@ -140,3 +140,9 @@ def test_accelerate_saves_and_loads_the_state_of_a_loader(tmp_path):
     accelerator.load_state(str(tmp_path))
     for one, other in zip(whole, begun + [batch.t1.data for batch in loader], strict=True):
         assert torch.equal(one, other)
+
+
+def test_nothing_is_shown_by_its_address():
+    validation = lightning.VolumeValidation([], 12, image="t1", labels="labels")
+    for shown in (lightning.PatchDataModule(queue()), lightning.ResumeLoaders(), validation):
+        assert "object at 0x" not in repr(shown)

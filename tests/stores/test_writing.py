@@ -180,6 +180,24 @@ def test_labels_have_the_levels_of_an_image_that_rounds_down(tmp_path, jobs):
         assert torch.equal(vx.LabelMap(level).data, torch.from_numpy(expected))
 
 
+@pytest.mark.parametrize(("size", "coarser_size"), [(24, 16), (24, 17), (40, 16)])
+def test_no_label_is_lost_beside_levels_of_another_ratio(tmp_path, size, coarser_size):
+    group, ratio = zarr.create_group(tmp_path / "scan.ome.zarr"), size / coarser_size
+    for number, length in enumerate((size, coarser_size)):
+        group.create_array(str(number), shape=(length,) * 3, dtype="u1")
+    steps = [[{"type": "scale", "scale": [each] * 3}] for each in (1, ratio)]
+    datasets = [{"path": str(number), "coordinateTransformations": each} for number, each in enumerate(steps)]
+    axes = [{"name": name, "type": "space", "unit": "millimeter"} for name in "zyx"]
+    group.attrs["ome"] = {"version": "0.5", "multiscales": [{"axes": axes, "datasets": datasets}]}
+    labels = torch.zeros(1, size, size, size, dtype=torch.uint8)
+    labels[:, -4:, -4:, -4:] = 1
+    path = tmp_path / "scan.ome.zarr/labels/corner"
+    vx.convert(vx.LabelMap(labels, affine=vx.ScalarImage(tmp_path / "scan.ome.zarr").affine), path, chunks=8)
+    coarse = vx.LabelMap(vx.open_zarr(path, level=1))
+    assert coarse.data[0, -1, -1, -1] == 1
+    assert np.prod(coarse.spacing) * coarse.data.sum() >= 4**3
+
+
 def test_labels_are_of_the_version_of_their_image(tmp_path):
     vx.convert(SCAN, tmp_path / "scan.ome.zarr", version="0.4", levels=2)
     predicted(tmp_path / "scan.ome.zarr/labels/organs")

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..core.boxes import Box
 from ..core.sizes import Ints
 
-__all__ = ["ExtendedTile", "TileEdges"]
+__all__ = ["ExtendedTile", "TileEdges", "joined"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,20 +47,25 @@ class ExtendedTile:
 
     def read(self, box: Box, channels: Sequence[int] | None = None) -> Tensor:
         """Give some channels of a box of voxels, or all: a view of the tile, if they are all, and in it."""
-        chosen = None if channels is None else torch.tensor(channels, device=self.values.device)
-        parts = [(part, values if chosen is None else values.index_select(0, chosen)) for part, values in self.views(box)]
-        if box in self.tile:
-            return parts[0][1]
-        out = self.values.new_empty((len(parts[0][1]), *box.shape))
-        for part, values in parts:
-            out[(slice(None), *part.relative_to(box.start).slices)] = values
-        return out
+        return joined(self.views(box), box, channels)
 
     def face(self, axis: int) -> _Face:
         """Copy the last voxels along an axis, with what lies before them along the others."""
         start = tuple(self.tile.stop[axis] - 1 if axis == other else first for other, first in enumerate(self.box.start))
         box = Box(start, self.tile.stop)
         return _Face(box, self.read(box).clone())
+
+
+def joined(views: Sequence[tuple[Box, Tensor]], box: Box, channels: Sequence[int] | None = None) -> Tensor:
+    """Put a box of voxels together, of some channels or of all: the view itself, where all channels are in one."""
+    first, values = views[0]
+    chosen = None if channels is None else torch.tensor(channels, device=values.device)
+    if first == box:
+        return values if chosen is None else values.index_select(0, chosen)
+    out = values.new_empty((len(values) if channels is None else len(channels), *box.shape))
+    for part, each in views:
+        out[(slice(None), *part.relative_to(box.start).slices)] = each if chosen is None else each.index_select(0, chosen)
+    return out
 
 
 class TileEdges:

@@ -93,14 +93,8 @@ class AxisMap:
         return range(start + int(found[0]), start + int(found[-1]) + 1) if len(found) else range(start, start)
 
     def segment(self, start: int, stop: int) -> "_Segment":
-        """Give some voxels of the target, with what is known of them once for all parts of a volume."""
-        if (start, stop) not in self._segments:
-            self._segments[start, stop] = _Segment.of(self, start, stop)
-        return self._segments[start, stop]
-
-    @cached_property
-    def _segments(self) -> "dict[tuple[int, int], _Segment]":
-        return {}
+        """Give some voxels of the target, with where they lie among those that they need."""
+        return _Segment.of(self, start, stop)
 
     def apply(self, values: Tensor, dim: int) -> Tensor:
         """Interpolate a whole source along one dimension."""

@@ -101,8 +101,8 @@ def _mode(parts: Sequence[np.ndarray]) -> np.ndarray:
         return result
     # Most voxels are of one label alone, so that few are left to be counted.
     found = np.sort(np.stack([part[differ] for part in parts]), axis=0)
-    best, count = found[0].copy(), np.zeros(found.shape[1], dtype=np.int8)
-    run = np.zeros(found.shape[1], dtype=np.int8)
+    best, count = found[0].copy(), np.zeros(found.shape[1], dtype=np.int32)
+    run = np.zeros(found.shape[1], dtype=np.int32)
     for number, value in enumerate(found):
         run = np.where(value == found[number - 1], run + 1, 1) if number else np.ones_like(run)
         is_better = run >= count

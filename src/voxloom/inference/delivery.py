@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..aggregation.streaming import FinishedTile
-from ..aggregation.tiles import ExtendedTile, TileEdges
+from ..aggregation.tiles import ExtendedTile, TileEdges, joined
 from ..core.boxes import Box
 from ..core.interpolation import Part, SpaceMap, interpolated_dtype
 from ..core.traversal import Block
@@ -96,12 +96,14 @@ class Delivery:
             make: makes the block by a reduction, of values that it moves by the function that it is given.
         """
         reduction = self._reductions[number]
+        block = None
         try:
             block = make(reduction, lambda values: values)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            block = make(reduction, Tensor.cpu)
+        if block is None:  # what failed has been freed by now
+            block = make(reduction, _on_host)
         expected, dtype = (spec.volume.shape[0], *shape[1:]), spec.volume.dtype
         if tuple(block.shape) != expected or block.dtype != dtype:
             raise OutputError(
@@ -177,18 +179,26 @@ class Delivery:
 
         def interpolate(values: Tensor) -> Tensor:
             found = part.apply(values.contiguous())
-            return found if covered is None else found / covered.clamp(min=torch.finfo(covered.dtype).tiny)
+            return found if covered is None else found / covered.to(found.device).clamp(min=torch.finfo(covered.dtype).tiny)
 
         def make(reduction: Reduction, moved: Callable[[Tensor], Tensor]) -> Tensor:
-            views = [moved(values) for _, values in tile.views(part.support)]
+            views = [(box, moved(values)) for box, values in tile.views(part.support)]
 
             def read(channels: Sequence[int] | None) -> Tensor:
-                return moved(tile.read(part.support, channels)).to(dtype)
+                return joined(views, part.support, channels).to(dtype)
 
-            return reduction.of_interpolated(Surroundings(views, read, interpolate, part.shape))
+            return reduction.of_interpolated(Surroundings([values for _, values in views], read, interpolate, part.shape))
 
         block = self._made(number, spec, (len(tile.values), *part.shape), make)
-        return block if covered is None else block.masked_fill(covered < 0.5, self._plan.fill)
+        return block if covered is None else block.masked_fill(covered.to(block.device) < 0.5, self._plan.fill)
+
+
+def _on_host(values: Tensor) -> Tensor:
+    """Copy values `(C, i, j, k)` channel by channel, since the device may have no room for another copy of them all."""
+    out = torch.empty(values.shape, dtype=values.dtype)
+    for one, other in zip(out, values, strict=True):
+        one.copy_(other)
+    return out
 
 
 def _edges(space: SpaceMap) -> TileEdges:

@@ -130,6 +130,7 @@ def _contending(views: Sequence[Tensor]) -> list[int]:
     At each place the largest is at least the mean of some channels, whichever these are. What is interpolated of a channel is not
     above its largest value, and of the mean not below its least.
     """
+    views = [view if view.is_floating_point() else view.to(sum_dtype(view.dtype)) for view in views]
     # A view is read plane by plane first, which takes half as long: its rows are short.
     most = torch.stack([view.amax(1).flatten(1).amax(1) for view in views]).amax(0)
     ranked = most.topk(min(MOST_CONTENDING, len(most)))[1].tolist()

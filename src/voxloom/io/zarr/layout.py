@@ -241,6 +241,7 @@ def _of_image(folder: Path, spec: VolumeSpec) -> tuple[str, list[Ints], list[Int
     Where an axis of an odd length is halved, some have a voxel of what is left over, and others have none.
 
     Raises:
+        ImageError: if a level of the image cannot be read.
         SpaceError: if the labels are not on the image's grid.
     """
     image = ZarrSource(folder, time=0, channel=0)  # whatever more there is of it
@@ -255,15 +256,12 @@ def _of_image(folder: Path, spec: VolumeSpec) -> tuple[str, list[Ints], list[Int
     factors: list[Ints] = []
     for before, after in itertools.pairwise(levels):
         ratios = np.array(spacing_of(after.affine)) / np.array(spacing_of(before.affine))
-        step = tuple(_factor(*each) for each in zip(ratios, shapes[-1], after.shape[1:], strict=True))
-        shapes.append(tuple(map(min, coarser_shape(shapes[-1], step), after.shape[1:])))
+        step = tuple(max(1, round(ratio)) for ratio in ratios.tolist())
+        # Nothing is left out but a voxel that is left over: at another ratio the levels have sizes of their own.
+        sizes = zip(shapes[-1], step, coarser_shape(shapes[-1], step), after.shape[1:], strict=True)
+        shapes.append(tuple(own if size // factor == own else most for size, factor, most, own in sizes))
         factors.append(step)
     return image.version, shapes, factors
-
-
-def _factor(ratio: float, size: int, coarser_size: int) -> int:
-    """By which whole number an axis is made shorter, such that the next level lacks no voxel that it has in the image."""
-    return next((each for each in range(round(ratio), 1, -1) if -(-size // each) >= coarser_size), 1)
 
 
 def describe_labels(folder: Path, labels: Sequence[Label]) -> None:
