@@ -143,6 +143,6 @@ def test_accelerate_saves_and_loads_the_state_of_a_loader(tmp_path):
 
 
 def test_nothing_is_shown_by_its_address():
-    validation = lightning.VolumeValidation([], 12, image="t1", labels="labels")
-    for shown in (lightning.PatchDataModule(queue()), lightning.ResumeLoaders(), validation):
-        assert "object at 0x" not in repr(shown)
+    validation = lightning.VolumeValidation([vx.datasets.HeadPhantom(24)], 12, image="t1", labels="labels")
+    for shown in (lightning.PatchDataModule(queue), lightning.PatchDataModule(queue()), lightning.ResumeLoaders(), validation):
+        assert " at 0x" not in repr(shown)

@@ -63,7 +63,8 @@ class PatchDataModule(_base("LightningDataModule")):  # type: ignore[misc]
         self._state: Mapping[str, Any] | None = None
 
     def __repr__(self) -> str:
-        return f"PatchDataModule(train={self._makers['train']}, val={self._makers['val']})"
+        shown = {which: getattr(made, "__qualname__", made) for which, made in self._makers.items()}  # functions by their name
+        return f"PatchDataModule(train={shown['train']}, val={shown['val']})"
 
     def _loader(self, which: str) -> Any:
         if which not in self._loaders:
