@@ -117,7 +117,7 @@ def test_workers_that_are_killed(scan, cluster, client):
 
 @pytest.mark.slow
 def test_a_worker_that_hangs(scan, client, tmp_path):
-    predicted(scan, DaskLauncher(client, timeout=5, shard_size=16), Hangs(str(tmp_path / "hung")))
+    predicted(scan, DaskLauncher(client, timeout=20, shard_size=16), Hangs(str(tmp_path / "hung")))
     assert (tmp_path / "hung").exists()
 
 

@@ -90,8 +90,9 @@ class DaskLauncher:
         while flying:
             with contextlib.suppress(TimeoutError):
                 wait(list(flying), timeout=POLL_SECONDS, return_when="FIRST_COMPLETED")
-            self._end_late(flying)
-            for future in [each for each in flying if each.done() or each.cancelled()]:
+            late = self._end_late(flying)
+            # Those that are late are not waited for any more: the cluster may never say that they were cancelled.
+            for future in [each for each in flying if each in late or each.done() or each.cancelled()]:
                 number, _ = flying.pop(future)
                 is_done = future.status == "finished"
                 error = future.exception() if future.status == "error" else None
@@ -104,19 +105,19 @@ class DaskLauncher:
                 finished(number)
             more()
 
-    def _end_late(self, flying: Mapping[Any, tuple[int, float]]) -> None:
-        """Start workers anew that have been at a part for too long."""
+    def _end_late(self, flying: Mapping[Any, tuple[int, float]]) -> list[Any]:
+        """Start workers anew that have been at a part for too long, and say which parts these were."""
         if self.timeout is None:
-            return
-        late = {future.key for future, (_, since) in flying.items() if time.monotonic() - since > self.timeout}
-        if not late:
-            return
-        hanging = [worker for worker, keys in self.client.processing().items() if late.intersection(keys)]
-        for future in flying:
-            if future.key in late:
+            return []
+        late = [future for future, (_, since) in flying.items() if time.monotonic() - since > self.timeout]
+        if late:
+            keys = {future.key for future in late}
+            hanging = [worker for worker, own in self.client.processing().items() if keys.intersection(own)]
+            for future in late:
                 future.cancel(force=True)
-        if hanging:
-            self.client.restart_workers(hanging, raise_for_error=False)
+            if hanging:
+                self.client.restart_workers(hanging, raise_for_error=False)
+        return late
 
 
 def launcher_of(client: Any) -> Launcher:
