@@ -13,6 +13,7 @@ import threading
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from test_parts import OPTIONS, fails, hashes, leftovers, store
 import voxloom as vx
 from parts_models import Hangs, Slow, three
 from voxloom.errors import ModeError, ShardError
+from voxloom.integrations import dask
 from voxloom.integrations.dask import DaskLauncher, client_of
 from voxloom.runs.parts import status_of
 
@@ -119,6 +121,53 @@ def test_workers_that_are_killed(scan, cluster, client):
 def test_a_worker_that_hangs(scan, client, tmp_path):
     predicted(scan, DaskLauncher(client, timeout=20, shard_size=16), Hangs(str(tmp_path / "hung")))
     assert (tmp_path / "hung").exists()
+
+
+class Sent:
+    """A part that is answered, or of which nothing is ever heard."""
+
+    def __init__(self, key, is_answered):
+        self.key, self.status, self.was_ended = key, "finished" if is_answered else "pending", False
+
+    def done(self):
+        return self.status == "finished"
+
+    def cancelled(self):
+        return False
+
+    def cancel(self, force):
+        self.was_ended = True
+
+    def release(self):
+        pass
+
+
+class Silent:
+    """A client that answers for a part only when it is sent again, and never says that one was cancelled."""
+
+    def __init__(self):
+        self.numbers, self.sent = [], []
+
+    def scheduler_info(self, n_workers):
+        return {"workers": {"only": {}}}
+
+    def processing(self):
+        return {}
+
+    def submit(self, function, path, number, *, key, **options):
+        self.sent.append(Sent(key, is_answered=number in self.numbers))
+        self.numbers.append(number)
+        return self.sent[-1]
+
+
+def test_a_part_whose_cancelling_is_never_told_is_sent_again(tmp_path, monkeypatch):
+    client, finished = Silent(), []
+    job = SimpleNamespace(folder=tmp_path, name="job")
+    monkeypatch.setattr(dask, "_distributed", lambda: SimpleNamespace(wait=lambda *arguments, **options: time.sleep(0.01)))
+    DaskLauncher(client, timeout=0.05).launch(job, [0, 1], finished.append)
+    assert client.numbers == [0, 0, 1, 1]
+    assert [each.was_ended for each in client.sent] == [True, False, True, False]
+    assert finished == [0, 1]
 
 
 def test_a_part_that_fails_everywhere(scan, client):

@@ -92,13 +92,9 @@ class AxisMap:
         found = np.flatnonzero(self.is_inside[start:stop])
         return range(start + int(found[0]), start + int(found[-1]) + 1) if len(found) else range(start, start)
 
-    def segment(self, start: int, stop: int) -> "_Segment":
-        """Give some voxels of the target, with where they lie among those that they need."""
-        return _Segment.of(self, start, stop)
-
     def apply(self, values: Tensor, dim: int) -> Tensor:
         """Interpolate a whole source along one dimension."""
-        whole = self.segment(0, len(self))
+        whole = _Segment.of(self, 0, len(self))
         first, stop = whole.support
         return whole.apply(values.narrow(dim, first, stop - first), dim)
 
@@ -242,7 +238,7 @@ class AlignedPart:
 
     @cached_property
     def _segments(self) -> list[_Segment]:
-        return [axis.segment(*ends) for axis, *ends in zip(self.space.axes, self.box.start, self.box.stop, strict=True)]
+        return [_Segment.of(axis, *ends) for axis, *ends in zip(self.space.axes, self.box.start, self.box.stop, strict=True)]
 
     def apply(self, values: Tensor) -> Tensor:
         """See `Part`."""
