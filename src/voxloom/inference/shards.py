@@ -38,12 +38,17 @@ from ..runs.parts import (
     DONE,
     FAILED,
     RUN,
+    beginning_of,
+    beginnings_of,
     heartbeat,
     is_taken_over,
+    is_without_run,
     numbers_in,
     publishing_of,
     put_record,
+    read_run,
     records_of,
+    remove_records,
     traceback_in,
 )
 from ..runtime.kept_memory import kept_for_models
@@ -125,6 +130,7 @@ class ShardedRun:
             )
         )
         self._source = preparation.readable(given)
+        self._run: str | None = None
 
     def __repr__(self) -> str:
         return f"ShardedRun({len(self)} parts of {str(self._first_target)!r})"
@@ -160,54 +166,73 @@ class ShardedRun:
     @property
     def folder(self) -> Path:
         """Where the records are; under another name while results are published."""
-        publishing = publishing_of(self._first_target)
-        return publishing if publishing.exists() else records_of(self._first_target)
+        return self._publishing if (self._publishing / RUN).exists() else self._records
+
+    @property
+    def _records(self) -> Path:
+        return records_of(self._first_target)
+
+    @property
+    def _publishing(self) -> Path:
+        return publishing_of(self._first_target)
 
     @property
     def run(self) -> str:
-        """Name of the run, which all that take part in it have in common.
+        """Name of the run, which all that take part in it have in common; it is begun if it is not.
 
         Raises:
             RecordError: if the records are damaged, or of something else.
         """
-        folder = self.folder
-        try:
-            told = json.loads((folder / RUN).read_text())
-            recorded, name = told["fingerprint"], str(told["run"])
-            shard_size, shape = tuple(told["shard_size"]), tuple(told["shape"])
-        except FileNotFoundError:
-            if self.folder != folder or (folder / RUN).exists():
-                return self.run  # another process has just begun, has begun to publish, or has ended
-            if folder.exists():
-                raise RecordError(f"{self.folder} has no {RUN}: remove it, and begin again") from None
-            return self._begun()
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            raise RecordError(f"{self.folder / RUN} is damaged: remove {self.folder}, and begin again") from error
-        if what := differences(recorded, self._fingerprint):
+        while not self._joined():
+            if is_without_run(self._records):
+                raise RecordError(f"{self._records} has no {RUN}: remove it, and begin again")
+            self._begin()
+        assert self._run is not None
+        return self._run
+
+    def _joined(self) -> bool:
+        """Take part in a run that has been begun; whether there is one."""
+        if self._run is not None:
+            return True
+        # In this order, since the one becomes the other.
+        folder, told = next(
+            ((each, told) for each in (self._records, self._publishing) if (told := read_run(each))), (None, None)
+        )
+        if told is None:
+            return False
+        if what := differences(told["fingerprint"], self._fingerprint):
             raise RecordError(
-                f"{self.folder} is of a prediction in parts of something else: {'; '.join(what)}. Go on with what it was begun"
+                f"{folder} is of a prediction in parts of something else: {'; '.join(what)}. Go on with what it was begun"
                 " with, give another output, or remove it"
             )
         if None in self._fingerprint["models"]:
-            raise RecordError(f"{self.folder} was made by a function, which may have been another one: give model_name")
-        if shard_size != self.plan.boxes.size or shape != self.plan.boxes.shape:
+            raise RecordError(f"{folder} was made by a function, which may have been another one: give model_name")
+        if told["shard_size"] != self.plan.boxes.size or told["shape"] != self.plan.boxes.shape:
             # Whoever begins says how large parts are.
-            self.plan = replace(self.plan, boxes=ShardGrid(self.plan.boxes.shape, shard_size))
-        return name
+            self.plan = replace(self.plan, boxes=ShardGrid(self.plan.boxes.shape, told["shard_size"]))
+        self._run = told["run"]
+        return True
 
-    def _begun(self) -> str:
+    def _is_open(self) -> bool:
+        """Whether parts of this run may be missing still: its records have another name once all are done, and then none."""
+        told = read_run(self._records)
+        return told is not None and told["run"] == self._run
+
+    def _begin(self) -> None:
         """Make the records and the stores, beside where they will be, and put them there, unless another process was quicker."""
         name = secrets.token_hex(8)
-        folder = records_of(self._first_target)
-        made = folder.with_name(f"{folder.name}.{name}")
+        made = beginning_of(self._records, name)
         for store in self._stores:
             store.check()
+        if not (self._publishing / RUN).exists():
+            shutil.rmtree(self._publishing, ignore_errors=True)  # what a late part wrote into it while it was removed
         try:
-            with saving(folder):
-                for number, layout in enumerate(self._layouts):
-                    layout.create(self._array_folder(number, name))
+            with saving(self._records):
+                # First, as a sign of whose the arrays are.
                 for part in (made, made / DONE, made / FAILED):
                     part.mkdir()
+                for number, layout in enumerate(self._layouts):
+                    layout.create(self._array_folder(number, name))
                 told = {
                     "run": name,
                     "fingerprint": self._fingerprint,
@@ -218,17 +243,20 @@ class ShardedRun:
                 }
                 write_safely(made / RUN, json.dumps(told))
                 try:
-                    made.rename(folder)
+                    made.rename(self._records)
                 except OSError as error:
-                    if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                    if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOENT):
                         raise
                     # Another process has been quicker.
         finally:
             if made.exists():
-                shutil.rmtree(made, ignore_errors=True)
-                for number in range(len(self._layouts)):
-                    shutil.rmtree(self._array_folder(number, name), ignore_errors=True)
-        return self.run
+                self._remove_beginning(name)
+
+    def _remove_beginning(self, name: str) -> None:
+        """Remove what was made for a run that was not begun."""
+        for number in range(len(self._layouts)):
+            shutil.rmtree(self._array_folder(number, name), ignore_errors=True)
+        shutil.rmtree(beginning_of(self._records, name), ignore_errors=True)
 
     def _array_folder(self, number: int, run: str) -> Path:
         path = self._stores[number].path
@@ -237,7 +265,8 @@ class ShardedRun:
 
     def done(self) -> set[int]:
         """Numbers of the parts that are done."""
-        return numbers_in(self.folder / DONE)
+        numbers = numbers_in(self._records / DONE)
+        return numbers if self._run is None or self._is_open() else set(range(len(self)))
 
     def failed(self) -> dict[int, str]:
         """Give the tracebacks of the parts that failed, by their numbers."""
@@ -259,7 +288,7 @@ class ShardedRun:
         first, step = share
         _ = self.run  # whoever began says how many parts there are
         for number in range(first, len(self), step):
-            if not (self.folder / DONE / f"{number}.json").exists():
+            if not (self._records / DONE / f"{number}.json").exists() and self._is_open():
                 yield number
 
     def compute(self, number: int, progress: Callable[[int], object] = lambda patches: None) -> None:
@@ -273,7 +302,7 @@ class ShardedRun:
         try:
             patches = self._computed(number, run, progress)
         except Exception as error:
-            if not records_of(self._first_target).exists():
+            if not self._is_open():
                 return  # another process has computed it as well, and all is done
             self.record_failure(number, error)
             raise
@@ -282,7 +311,7 @@ class ShardedRun:
             put_record(self.folder / DONE / f"{number}.json", done)
             (self.folder / FAILED / f"{number}.json").unlink(missing_ok=True)
         except SaveError:
-            if records_of(self._first_target).exists():
+            if self._is_open():
                 raise
 
     def record_failure(self, number: int, error: BaseException) -> None:
@@ -343,17 +372,16 @@ class ShardedRun:
         Raises:
             ShardError: if parts are missing; names them, and says why they failed.
         """
-        records, publishing = records_of(self._first_target), publishing_of(self._first_target)
-        if not records.exists() and not publishing.exists():
+        if not self._joined():
             return None  # it has been published
-        run = self.run
-        self.check_whole()
-        if publishing.exists():
+        run, publishing = self.run, self._publishing
+        if (publishing / RUN).exists():
             if not is_taken_over(publishing, at_once=take_over):
                 return None
         else:
+            self.check_whole()
             try:
-                records.rename(publishing)  # one alone can do that
+                self._records.rename(publishing)  # one alone can do that
             except FileNotFoundError:
                 return None
         with heartbeat(publishing):
@@ -388,7 +416,9 @@ class ShardedRun:
                 store.commit(sidecar, run)
             assert store.path is not None
             made.append(image_class(layout.spec)(store.path))
-        shutil.rmtree(publishing, ignore_errors=True)
+        for name in beginnings_of(self._records, before=publishing):
+            self._remove_beginning(name)
+        remove_records(publishing)
         by_name = {result.name: image for result, image in zip(self.plan.plan.results, made, strict=True)}
         return by_name[None] if list(by_name) == [None] else by_name
 

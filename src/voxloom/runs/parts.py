@@ -1,19 +1,24 @@
 """The records of a prediction in parts: a folder beside its first result, with a file for each part. There are no locks.
 
-What appears does so by renaming. The folder has another name while results are published, so that one process alone begins that.
+What appears does so by renaming. The folder has another name while results are published, so that one process alone begins that;
+it has it only when all parts are done. What the run is stands in a file that is there until all else is removed.
 """
 
 import contextlib
+import glob
 import json
 import os
 import secrets
+import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..core.shards import ShardGrid
+from ..core.sizes import Ints
 from ..errors import RecordError
 from ..io.formats import stem_of
 from ..io.protocols import Json
@@ -24,13 +29,18 @@ __all__ = [
     "FAILED",
     "RUN",
     "ShardStatus",
+    "beginning_of",
+    "beginnings_of",
     "forget_failures",
     "heartbeat",
     "is_taken_over",
+    "is_without_run",
     "numbers_in",
     "publishing_of",
     "put_record",
+    "read_run",
     "records_of",
+    "remove_records",
     "status_of",
     "traceback_in",
 ]
@@ -48,6 +58,26 @@ def records_of(target: Path) -> Path:
 def publishing_of(target: Path) -> Path:
     """Name that folder while a process puts the results under their names."""
     return target.with_name(f".{stem_of(target)}.publishing")
+
+
+def beginning_of(records: Path, run: str) -> Path:
+    """Name the folder in which records are until they are whole."""
+    return records.with_name(f"{records.name}.{run}")
+
+
+def beginnings_of(records: Path, before: Path) -> list[str]:
+    """Give the names of runs whose records were never whole: who made them was killed, or was not the first.
+
+    Args:
+        records: the folder of whole records.
+        before: the folder of a run that is published: what began later than that is not counted.
+    """
+    began, found = _last_heard(before), []
+    for path in records.parent.glob(f"{glob.escape(records.name)}.{'[0-9a-f]' * 16}"):
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_mtime < began:
+                found.append(path.suffix[1:])
+    return found
 
 
 @dataclass(frozen=True)
@@ -80,34 +110,79 @@ def status_of(target: Path) -> ShardStatus | None:
     Raises:
         RecordError: if they are damaged.
     """
-    folder = next((each for each in (publishing_of(target), records_of(target)) if each.is_dir()), None)
-    if folder is None:
-        return None
-    try:
-        return _status_in(folder, is_published=folder == publishing_of(target))
-    except FileNotFoundError:
-        if folder.is_dir():
-            raise RecordError(f"{folder} is not whole: remove it, and begin again") from None
-        return status_of(target)  # it has been put elsewhere meanwhile
+    records, publishing = records_of(target), publishing_of(target)
+    # In this order, which is that of their names: what is being renamed is found under one of them.
+    status = _status_in(records, is_published=False) or _status_in(publishing, is_published=True)
+    if status is None and is_without_run(records):
+        raise RecordError(f"{records} has no {RUN}: remove it, and begin again")
+    return status
 
 
-def _status_in(folder: Path, is_published: bool) -> ShardStatus:
+def read_run(folder: Path) -> dict[str, Any] | None:
+    """Give what is recorded of a run as a whole; None where there is nothing.
+
+    Raises:
+        RecordError: if it is damaged.
+    """
     try:
         told = json.loads((folder / RUN).read_text())
-        boxes = ShardGrid(tuple(told["shape"]), tuple(told["shard_size"]))
-        began = float(told["began"])
-    except FileNotFoundError:
-        raise
+        of_each: dict[str, Callable[[Any], Any]] = {
+            "run": str,
+            "fingerprint": dict,
+            "shape": _sizes,
+            "shard_size": _sizes,
+            "began": float,
+        }
+        return {name: kind(told[name]) for name, kind in of_each.items()}
+    except (FileNotFoundError, NotADirectoryError):
+        return None
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise RecordError(f"{folder / RUN} is damaged: remove {folder}, and begin again") from error
+
+
+def _sizes(told: list[int]) -> Ints:
+    first, second, third = map(int, told)
+    if min(first, second, third) < 1:
+        raise ValueError(told)
+    return first, second, third
+
+
+def is_without_run(records: Path) -> bool:
+    """Whether there are records that do not say of what they are."""
+    # Asked twice, since they may be renamed between.
+    return records.is_dir() and not (records / RUN).exists() and records.is_dir()
+
+
+def remove_records(folder: Path) -> None:
+    """Remove records; until the last step, whoever finds them can take up what was begun with them."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name != RUN:
+            path.unlink(missing_ok=True)
+    (folder / RUN).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # a process that comes late may write into it still
+        folder.rmdir()
+
+
+def _status_in(folder: Path, is_published: bool) -> ShardStatus | None:
+    told = read_run(folder)
+    if told is None:
+        return None
+    boxes = ShardGrid(told["shape"], told["shard_size"])
     done = numbers_in(folder / DONE)
     failed = {number: traceback_in(folder / FAILED / f"{number}.json") for number in sorted(numbers_in(folder / FAILED) - done)}
-    took = 0.0
+    took, last = 0.0, told["began"]
     for number in done:
+        path = folder / DONE / f"{number}.json"
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-            took += float(json.loads((folder / DONE / f"{number}.json").read_text())["seconds"])
-    last = max(((folder / DONE / f"{number}.json").stat().st_mtime for number in done), default=began)
-    return ShardStatus(len(boxes), len(done), failed, is_published, last - began, took, boxes, frozenset(done))
+            took += float(json.loads(path.read_text())["seconds"])
+            last = max(last, path.stat().st_mtime)
+    if is_published:
+        done, failed = set(range(len(boxes))), {}  # which is where publishing begins
+    elif not (folder / RUN).exists():
+        return None  # it has been put elsewhere meanwhile
+    return ShardStatus(len(boxes), len(done), failed, is_published, last - told["began"], took, boxes, frozenset(done))
 
 
 def forget_failures(target: Path) -> int:
@@ -137,8 +212,8 @@ def is_taken_over(publishing: Path, at_once: bool) -> bool:
     try:
         alive.touch(exist_ok=False)  # it was lost before it made a sign
         return True
-    except FileExistsError:
-        return False
+    except (FileExistsError, FileNotFoundError):
+        return False  # another one has been quicker, or all is published
 
 
 @contextlib.contextmanager
