@@ -229,6 +229,7 @@ class ShardedRun:
         try:
             with saving(self._records):
                 # First, as a sign of whose the arrays are.
+                made.parent.mkdir(parents=True, exist_ok=True)
                 for part in (made, made / DONE, made / FAILED):
                     part.mkdir()
                 for number, layout in enumerate(self._layouts):
