@@ -1,17 +1,11 @@
 """Predictions in parts: the same bytes, whoever computes them, in whatever order, however often they are killed."""
 
-import hashlib
 import itertools
 import json
 import multiprocessing
-import os
 import pickle
 import random
-import shutil
-import signal
-import time
 import warnings
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -20,45 +14,19 @@ import torch
 
 import voxloom as vx
 from parts_models import Hangs, three, two_outputs
+from parts_runs import OPTIONS, hashes, leftovers, run_of, share, store
 from voxloom.cli import parts as cli_parts
 from voxloom.cli import predicting
 from voxloom.errors import ModeError, OutputError, RecordError, SaveError, ShardError, SizeError, TargetExistsError
-from voxloom.inference import ProcessLauncher, SerialLauncher, shards
+from voxloom.inference import ProcessLauncher, SerialLauncher
 from voxloom.inference import predictor as predictor_module
 from voxloom.inference.shard_plan import as_share
 from voxloom.io.zarr import storage
-from voxloom.runs import parts
 from voxloom.runs.parts import forget_failures, records_of, status_of
 
 AFFINE = np.array([[0.0, 2, 0, -30], [-1.5, 0, 0, 4], [0, 0, 3, 5], [0, 0, 0, 1]])
 TURNED = np.array([[0.0, 0, 2.9, 9], [1.2, 0, 0, -2], [0, 2.4, 0, 10], [0, 0, 0, 1]])
 OBLIQUE = TURNED @ np.array([[0.8, -0.6, 0, 4], [0.6, 0.8, 0, -3], [0, 0, 1, 0], [0, 0, 0, 1]])
-OPTIONS = {"patch_size": 16, "patch_overlap": 8, "reduce": "argmax", "model_name": "three"}
-
-
-@pytest.fixture
-def scan(tmp_path):
-    data = torch.rand(1, 34, 30, 28, generator=torch.Generator().manual_seed(0))
-    image = vx.ScalarImage(data, affine=AFFINE)
-    image.save(tmp_path / "scan.nii")
-    return tmp_path / "scan.nii"
-
-
-def store(path, **options):
-    return vx.ZarrStore(path, **{"chunks": 16, "levels": 2, **options})
-
-
-def hashes(folder):
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in ("voxloom.json", "zarr.json"))
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
-def leftovers(folder):
-    return [path.name for path in folder.iterdir() if path.name.startswith(".")]
-
-
-def run_of(scan, target, model=three, shard_size=16, **options):
-    return vx.Predictor(model, **{**OPTIONS, **options}).shards(scan, output=target, shard_size=shard_size)
 
 
 @pytest.mark.parametrize("shard_size", [pytest.param(8, marks=pytest.mark.slow), (16, 24, 8), 40, -1, None])
@@ -128,18 +96,6 @@ def test_labels_beside_an_image(scan, tmp_path):
 # Many processes
 
 
-def share(scan, target, number, count, seed, shard_size=16):
-    """What a job of an array does."""
-    torch.set_num_threads(1)
-    run = run_of(scan, store(target), shard_size=shard_size)
-    numbers = list(run.remaining((number, count)))
-    random.Random(seed).shuffle(numbers)
-    for each in numbers:
-        run.compute(each)
-    if run.is_whole():
-        run.published()
-
-
 def test_jobs_in_any_order_at_once_and_twice(scan, tmp_path):
     vx.predict(three, scan, output=store(tmp_path / "serial.ome.zarr"), **OPTIONS)
     target = tmp_path / "parts.ome.zarr"
@@ -162,35 +118,6 @@ def test_jobs_in_any_order_at_once_and_twice(scan, tmp_path):
     assert hashes(target) == hashes(tmp_path / "serial.ome.zarr")
     assert leftovers(tmp_path) == []
     assert status_of(target) is None
-
-
-@pytest.mark.slow
-def test_jobs_that_are_killed_a_hundred_times(scan, tmp_path):
-    vx.predict(three, scan, output=store(tmp_path / "serial.ome.zarr"), **OPTIONS)
-    expected = hashes(tmp_path / "serial.ome.zarr")
-    rng, context, kills, rounds = random.Random(0), multiprocessing.get_context("fork"), 0, 0
-    while kills < 100:
-        target = tmp_path / f"{rounds}.ome.zarr"
-        rounds += 1
-        while not target.exists():
-            jobs = [context.Process(target=share, args=(scan, target, number, 2, kills, 8)) for number in range(2)]
-            for job in jobs:
-                job.start()
-            time.sleep(rng.uniform(0.02, 0.6))
-            before = status_of(target)
-            for job in jobs:
-                if job.is_alive() and kills < 100:
-                    os.kill(job.pid, signal.SIGKILL)
-                    kills += 1
-            for job in jobs:
-                job.join()
-            after = status_of(target)
-            if not target.exists() and before is not None:
-                assert after.done >= before.done  # what was recorded is never lost
-            if after is not None and after.is_published:
-                run_of(scan, store(target), shard_size=8).published(take_over=True)
-        assert hashes(target) == expected
-        assert leftovers(tmp_path) == []
 
 
 def test_devices_of_one_machine(monkeypatch):
@@ -233,156 +160,6 @@ def test_a_process_that_hangs_is_given_up(scan, tmp_path):
     made = vx.predict(model, scan, output=store(tmp_path / "parts.zarr"), executor=launcher, **OPTIONS)
     assert torch.equal(made.data, vx.predict(three, scan, **OPTIONS).data)
     assert (tmp_path / "hung").exists()
-
-
-def dying(function):
-    """Let a process be killed after a call."""
-
-    def call(*arguments, **more):
-        function(*arguments, **more)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    return call
-
-
-def interrupted(scan, target, place):
-    """Publish, and be killed on the way."""
-    module, name = {"levels": (shards, "_make_coarser"), "file": (shards, "_write_file"), "rename": (shards.Path, "rename")}[
-        place
-    ]
-    setattr(module, name, dying(getattr(module, name)))
-    run_of(scan, target).published()
-
-
-@pytest.mark.parametrize(
-    ("ending", "place"), [(".ome.zarr", "rename"), (".ome.zarr", "levels"), (".nii.gz", "file"), (".nii", "rename")]
-)
-def test_publishing_that_is_interrupted_is_taken_up(scan, tmp_path, ending, place):
-    path = tmp_path / f"parts{ending}"
-    target = store(path) if ending == ".ome.zarr" else path
-    run = run_of(scan, target)
-    for number in list(run.remaining()):
-        run.compute(number)
-    process = multiprocessing.get_context("fork").Process(target=interrupted, args=(scan, target, place))
-    process.start()
-    process.join(60)
-    assert process.exitcode == -signal.SIGKILL
-    assert status_of(path).is_published
-    assert run_of(scan, target).published() is None  # it may still be at it
-    with pytest.raises(RecordError, match="another process is publishing"):
-        vx.predict(three, scan, output=target, executor=SerialLauncher(16), **OPTIONS)
-    folder = run.folder
-    for each in (folder, folder / "alive"):
-        if each.exists():
-            os.utime(each, (0, 0))
-    run_of(scan, target).published()
-    assert torch.equal(vx.LabelMap(path).data, vx.predict(three, scan, **OPTIONS).data)
-    assert leftovers(tmp_path) == []
-
-
-def stopping_at(step, patch):
-    """Interrupt the removal of records at one of its steps."""
-    steps = itertools.count()
-
-    def stopping(function):
-        def call(path, *arguments, **more):
-            if ".publishing" in str(path) and next(steps) == step:
-                raise KeyboardInterrupt
-            return function(path, *arguments, **more)
-
-        return call
-
-    for owner, name in [(Path, "unlink"), (Path, "rmdir"), (shutil, "rmtree")]:
-        patch.setattr(owner, name, stopping(getattr(owner, name)))
-
-
-def test_publishing_that_is_interrupted_at_any_step_of_its_end(scan, tmp_path):
-    made = []
-    target = store(tmp_path / "parts.ome.zarr")
-    for step in itertools.count():
-        run = run_of(scan, target, shard_size=-1)
-        for number in list(run.remaining()):
-            run.compute(number)
-        with pytest.MonkeyPatch.context() as patch:
-            stopping_at(step, patch)
-            try:
-                run.published()
-                break
-            except KeyboardInterrupt:
-                pass
-        # All is in its place, and nobody is told that a part is missing.
-        status, late = status_of(target.path), run_of(scan, target)
-        assert status is None or (status.is_published and status.done == status.total)
-        assert (late.published(take_over=True) is None) == (status is None)
-        assert run.is_whole()
-        assert list(run.remaining()) == []
-        assert run.published() is None
-        assert not [name for name in leftovers(tmp_path) if (tmp_path / name / "run.json").exists()]
-        made.append(hashes(target.path))
-        shutil.rmtree(target.path)
-    assert step > 4
-    assert all(each == hashes(target.path) for each in made)
-    assert leftovers(tmp_path) == []
-
-
-def test_who_asks_while_the_records_go_is_told_of_no_damage(scan, tmp_path):
-    target = store(tmp_path / "parts.ome.zarr")
-    shutil_rmtree, seen = shutil.rmtree, []
-    run, other = run_of(scan, target), run_of(scan, target)
-    for number in list(run.remaining()):
-        run.compute(number)
-    assert list(other.remaining()) == []
-
-    def asking(path, *arguments, **more):
-        shutil_rmtree(path, *arguments, **more)
-        seen.append((status_of(target.path), other.is_whole(), other.published(), run_of(scan, target).published()))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parts.shutil, "rmtree", asking)
-        assert run.published() is not None
-    assert len(seen) >= 2
-    assert all(status is None or (status.is_published and not status.failed) for status, *_ in seen)
-    assert all(each[1:] == (True, None, None) for each in seen)
-    # A part that comes when all is in its place begins nothing anew.
-    other.compute(0)
-    assert other.published() is None
-    assert leftovers(tmp_path) == []
-
-
-def killed_at_the_beginning(scan, target, place):
-    owner, name = {"folder": (Path, "mkdir"), "array": (shards.Layout, "create"), "run": (shards, "write_safely")}[place]
-    setattr(owner, name, dying(getattr(owner, name)))
-    list(run_of(scan, target).remaining())
-
-
-@pytest.mark.parametrize("place", ["folder", "array", "run"])
-def test_nothing_is_left_of_who_was_killed_while_it_began(scan, tmp_path, place):
-    target = store(tmp_path / "parts.ome.zarr")
-    process = multiprocessing.get_context("fork").Process(target=killed_at_the_beginning, args=(scan, target, place))
-    process.start()
-    process.join(60)
-    assert process.exitcode == -signal.SIGKILL
-    assert len(leftovers(tmp_path)) == (1 if place == "folder" else 2)
-    share(scan, target.path, 0, 1, 0)
-    assert leftovers(tmp_path) == []
-    assert torch.equal(vx.LabelMap(target.path).data, vx.predict(three, scan, **OPTIONS).data)
-
-
-def test_who_begins_while_another_publishes_begins_anew(scan, tmp_path):
-    target = store(tmp_path / "parts.ome.zarr")
-    rename, other = Path.rename, run_of(scan, target)
-
-    def late(path, *arguments):
-        if path.name.startswith(".parts.shards."):
-            patch.undo()
-            share(scan, target.path, 0, 1, 0)
-        return rename(path, *arguments)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Path, "rename", late)
-        with pytest.raises(TargetExistsError):
-            list(other.remaining())
-    assert leftovers(tmp_path) == []
 
 
 # Failures
@@ -496,7 +273,7 @@ def test_nothing_is_read_of_parts_without_a_patch(scan, tmp_path):
     finally:
         storage.FolderStorage.get = before
     assert reads == []
-    assert json.loads((run.folder / "done" / f"{far}.json").read_text())["patches"] == 0
+    assert json.loads(next(run.folder.glob(f"*/done/{far}.json")).read_text())["patches"] == 0
 
 
 def test_results_of_other_chunks_and_names_of_one_stem(scan, tmp_path):
@@ -521,26 +298,6 @@ def test_records_without_their_beginning_and_jobs_that_come_late(scan, tmp_path)
     share(scan, tmp_path / "other.zarr", 0, 1, 0)
     assert late.published() is None
     assert sorted(leftovers(tmp_path)) == [".parts.shards"]
-
-
-def test_a_slow_process_that_publishes_is_heard_of(scan, tmp_path, monkeypatch):
-    monkeypatch.setattr(parts, "SILENT_SECONDS", 0.6)
-    monkeypatch.setattr(parts, "BEAT_SECONDS", 0.05)
-    slow = shards._make_coarser
-    first, second = (run_of(scan, tmp_path / "parts.nii") for _ in range(2))
-    for number in list(first.remaining()):
-        first.compute(number)
-    found = []
-
-    def meanwhile(*arguments):
-        time.sleep(1.5)
-        found.append(second.published())
-        slow(*arguments)
-
-    monkeypatch.setattr(shards, "_make_coarser", meanwhile)
-    made = first.published()
-    assert found == [None]
-    assert torch.equal(made.data, vx.predict(three, scan, **OPTIONS).data)
 
 
 # Many images

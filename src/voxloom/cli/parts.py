@@ -87,5 +87,6 @@ def compute_share(
             f"{len(failed)} of {len(share)} parts failed: {', '.join(map(str, failed))}. The same command tries again"
         )
     if run.is_whole():
-        return "done" if run.published() is not None else "done; another job puts it in its place"
+        run.publish()
+        return "done"
     return f"{len(share)} parts computed; {len(run.done())} of {len(run)} are done"

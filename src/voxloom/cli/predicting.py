@@ -19,6 +19,7 @@ from ..models.loading import LoadedModel
 from ..plotting.comparison import require_matplotlib
 from ..plotting.report import CaseReport, write_index, write_report
 from ..runs.log import left_behind
+from ..runs.parts import is_being_published
 from ..volumes.image import LabelMap, ScalarImage
 from ..volumes.subject import Subject
 from .applied import predictor_of
@@ -157,14 +158,13 @@ class Predictions:
         subject = subject_of(case, self.model, self.predictor)
         entry: dict[str, Any] = {"case": case.name, "files": [str(path) for path in case.files], "target": str(case.target)}
         text = f"{case.name}: {case.target}"
-        if self.parts.shard is not None and not self._is_made(subject, case, may_be_other=self.overwrite):
-            state = self._share(number, subject, case)
+        if self.parts.shard is not None and (state := self._share(number, subject, case)) is not None:
             self.done += 1
             self.report.done(f"{text}: {state}", entry | {"state": state})
             return
         # What was computed together with others took no time of its own.
         is_timed = number not in self.together
-        is_new = self._predicted(number, subject, case)
+        is_new = self.parts.shard is None and self._predicted(number, subject, case)
         if is_new:
             self.done += 1
         else:
@@ -181,10 +181,17 @@ class Predictions:
             text, entry["report"] = f"{text}; {page}", str(page)
         self.report.done(text, entry)
 
-    def _share(self, number: int, subject: Subject, case: Case) -> str:
-        """Compute a job's share of a case, and say how far it is."""
+    def _share(self, number: int, subject: Subject, case: Case) -> str | None:
+        """Compute a job's share of a case, and say how far it is; None where the result is there."""
+        if self._is_made(subject, case, may_be_other=self.overwrite):
+            return None
         asked, place = asked_of(self.wanted, subject, case), (number, len(self.cases))
-        return compute_share(self.predictor, subject, asked, self.parts, place, self.overwrite, self.report, case.name)
+        try:
+            return compute_share(self.predictor, subject, asked, self.parts, place, self.overwrite, self.report, case.name)
+        except TargetExistsError:  # made by other jobs meanwhile
+            if not self._is_made(subject, case):
+                raise
+            return None
 
     def _predicted(self, number: int, subject: Subject, case: Case) -> bool:
         """Predict a case, or publish what has been computed of it; whether that was needed."""
@@ -197,12 +204,16 @@ class Predictions:
         progress = printable(case.name) if self._shows_progress else False
         logging.getLogger("voxloom").info("%s", printable(", ".join(map(str, case.files))))
         asked = asked_of(self.wanted, subject, case)
-        self.predictor(subject, **asked, resume=self.resume, overwrite=self.overwrite, progress=progress)
+        if is_being_published(case.target):
+            self.predictor.shards(subject, **asked, overwrite=self.overwrite).publish()
+        else:
+            self.predictor(subject, **asked, resume=self.resume, overwrite=self.overwrite, progress=progress)
         return True
 
     def _compute_together(self, numbers: range, executor: Launcher) -> None:
         """Have the parts of several cases computed, so that all workers have something to do."""
         calls = []
+        self.together.clear()
         for number in numbers:
             case = self.cases[number]
             # What cannot be begun fails once more when its turn comes, and is reported then.
@@ -211,7 +222,9 @@ class Predictions:
                 if not self._is_made(subject, case, may_be_other=self.overwrite) or self.overwrite:
                     asked = asked_of(self.wanted, subject, case)
                     call = {"image": subject, **asked, "overwrite": self.overwrite, "shard_size": executor.shard_size}
-                    self.together[number] = self.predictor.shards(**call)
+                    run = self.predictor.shards(**call)
+                    run.join()
+                    self.together[number] = run
                     calls.append(call)
         self.predictor.compute_parts(calls, list(self.together.values()), progress=self._shows_progress)
 

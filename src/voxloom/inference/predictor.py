@@ -24,6 +24,7 @@ from ..models.loading import as_loaded
 from ..models.running import Models, as_models
 from ..models.spec import ModelSpec
 from ..runs.log import RunLog, is_to_be_published, remove_leftovers
+from ..runs.parts import is_being_published
 from ..runtime.kept_memory import kept_for_models
 from ..runtime.limits import as_bytes
 from ..runtime.progress import shown_if
@@ -371,6 +372,8 @@ class Predictor:
         """
         if self._launcher is None:
             raise ModeError("parts are computed by a Launcher or a client of Dask: give one as executor")
+        for run in runs:
+            run.join()  # whoever began says how many parts there are
         job = ShardJob(self._arguments, calls, [len(run) for run in runs], dict(enumerate(runs)))
         numbers = job.remaining()
         if not numbers:
@@ -397,7 +400,7 @@ class Predictor:
             TargetExistsError: if the file is there, but was made of another image, or by another model or option.
         """
         target = as_target(output)
-        if is_to_be_published(target):
+        if is_to_be_published(target) or is_being_published(target):
             return False
         remove_leftovers(target)
         if not target.exists():

@@ -1,8 +1,7 @@
 """A prediction in parts that are computed anywhere, in any order, by whoever sees the folder of its results."""
 
-import contextlib
-import errno
 import json
+import logging
 import math
 import platform
 import secrets
@@ -22,11 +21,12 @@ from torch import Tensor
 from ..core.boxes import Box
 from ..core.shards import ShardGrid
 from ..core.sizes import Ints, as_sizes
-from ..errors import OutputError, RecordError, SaveError, ShardError, VoxloomError
+from ..errors import OutputError, RecordError, SaveError, ShardError
+from ..io.files import sidecar_in
 from ..io.fingerprints import differences
 from ..io.formats import stem_of
-from ..io.protocols import Json, VolumeStore
-from ..io.saving import saving, write_safely
+from ..io.protocols import VolumeStore
+from ..io.saving import saving
 from ..io.sidecars import read_sidecar, sidecar_of
 from ..io.stores import NiftiStore
 from ..io.zarr.layout import Layout, put_shard
@@ -34,23 +34,8 @@ from ..io.zarr.source import ZarrSource
 from ..io.zarr.store import ZarrStore
 from ..io.zarr.writing import PyramidWriter, ShardWriter
 from ..models.outputs import Name
-from ..runs.parts import (
-    DONE,
-    FAILED,
-    RUN,
-    beginning_of,
-    beginnings_of,
-    heartbeat,
-    is_taken_over,
-    is_without_run,
-    numbers_in,
-    publishing_of,
-    put_record,
-    read_run,
-    records_of,
-    remove_records,
-    traceback_in,
-)
+from ..runs.claim import Claim
+from ..runs.parts import PartsRecords, PartsState, records_of
 from ..runtime.kept_memory import kept_for_models
 from .call import Stores
 from .plan import PredictionPlan
@@ -62,6 +47,10 @@ from .shard_plan import ShardPlan
 from .sinks import image_class
 
 __all__ = ["ShardedRun"]
+
+_logger = logging.getLogger("voxloom.predict")
+# How often it is looked whether another process has put the results in their place.
+WAIT_SECONDS = 1.0
 
 
 class _Cut:
@@ -130,7 +119,7 @@ class ShardedRun:
             )
         )
         self._source = preparation.readable(given)
-        self._run: str | None = None
+        self._records: PartsRecords | None = None
 
     def __repr__(self) -> str:
         return f"ShardedRun({len(self)} parts of {str(self._first_target)!r})"
@@ -165,115 +154,109 @@ class ShardedRun:
 
     @property
     def folder(self) -> Path:
-        """Where the records are; under another name while results are published."""
-        return self._publishing if (self._publishing / RUN).exists() else self._records
-
-    @property
-    def _records(self) -> Path:
+        """Where the records are."""
         return records_of(self._first_target)
 
     @property
-    def _publishing(self) -> Path:
-        return publishing_of(self._first_target)
-
-    @property
     def run(self) -> str:
-        """Name of the run, which all that take part in it have in common; it is begun if it is not.
+        """Name of the run, which all that take part in it have in common; see `join`."""
+        return self._joined().run
+
+    def join(self) -> None:
+        """Take part in the run, which is begun if it is not; whoever begins says how large parts are.
 
         Raises:
             RecordError: if the records are damaged, or of something else.
+            TargetExistsError: if the run is to be begun, and there is a result that is not to be replaced.
         """
-        while not self._joined():
-            if is_without_run(self._records):
-                raise RecordError(f"{self._records} has no {RUN}: remove it, and begin again")
-            self._begin()
-        assert self._run is not None
-        return self._run
+        self._joined()
 
-    def _joined(self) -> bool:
-        """Take part in a run that has been begun; whether there is one."""
-        if self._run is not None:
+    def _joined(self) -> PartsRecords:
+        while self._records is None and not self._has_joined():
+            self._begin()
+        assert self._records is not None
+        return self._records
+
+    def _has_joined(self) -> bool:
+        """Take part in a run if one has been begun; whether that is so."""
+        if self._records is not None:
             return True
-        # In this order, since the one becomes the other.
-        folder, told = next(
-            ((each, told) for each in (self._records, self._publishing) if (told := read_run(each))), (None, None)
-        )
-        if told is None:
+        found = PartsRecords.found(self.folder)
+        if found is None:
             return False
-        if what := differences(told["fingerprint"], self._fingerprint):
+        if what := differences(found.told["fingerprint"], self._fingerprint):
             raise RecordError(
-                f"{folder} is of a prediction in parts of something else: {'; '.join(what)}. Go on with what it was begun"
-                " with, give another output, or remove it"
+                f"{self.folder} is of a prediction in parts of something else: {'; '.join(what)}. Go on with what it was begun"
+                f" with, give another output, or remove it, and {', '.join(each.name for each in self._arrays(found.run))}"
             )
         if None in self._fingerprint["models"]:
-            raise RecordError(f"{folder} was made by a function, which may have been another one: give model_name")
-        if told["shard_size"] != self.plan.boxes.size or told["shape"] != self.plan.boxes.shape:
+            raise RecordError(f"{self.folder} was made by a function, which may have been another one: give model_name")
+        if (found.told["shape"], found.told["shard_size"]) != (self.plan.boxes.shape, self.plan.boxes.size):
             # Whoever begins says how large parts are.
-            self.plan = replace(self.plan, boxes=ShardGrid(self.plan.boxes.shape, told["shard_size"]))
-        self._run = told["run"]
+            self.plan = replace(self.plan, boxes=ShardGrid(self.plan.boxes.shape, found.told["shard_size"]))
+        self._records = found
         return True
 
-    def _is_open(self) -> bool:
-        """Whether parts of this run may be missing still: its records have another name once all are done, and then none."""
-        told = read_run(self._records)
-        return told is not None and told["run"] == self._run
-
     def _begin(self) -> None:
-        """Make the records and the stores, beside where they will be, and put them there, unless another process was quicker."""
-        name = secrets.token_hex(8)
-        made = beginning_of(self._records, name)
+        told = {
+            "fingerprint": self._fingerprint,
+            "shard_size": list(self.plan.boxes.size),
+            "shape": list(self.plan.boxes.shape),
+            "parts": len(self.plan),
+            "began": time.time(),
+        }
+        made = PartsRecords(self.folder, secrets.token_hex(8), told)
         for store in self._stores:
             store.check()
-        if not (self._publishing / RUN).exists():
-            shutil.rmtree(self._publishing, ignore_errors=True)  # what a late part wrote into it while it was removed
+
+        def make_arrays() -> None:
+            for array, layout in zip(self._arrays(made.run), self._layouts, strict=True):
+                layout.create(array)
+
         try:
-            with saving(self._records):
-                # First, as a sign of whose the arrays are.
-                made.parent.mkdir(parents=True, exist_ok=True)
-                for part in (made, made / DONE, made / FAILED):
-                    part.mkdir()
-                for number, layout in enumerate(self._layouts):
-                    layout.create(self._array_folder(number, name))
-                told = {
-                    "run": name,
-                    "fingerprint": self._fingerprint,
-                    "shard_size": list(self.plan.boxes.size),
-                    "shape": list(self.plan.boxes.shape),
-                    "parts": len(self.plan),
-                    "began": time.time(),
-                }
-                write_safely(made / RUN, json.dumps(told))
-                try:
-                    made.rename(self._records)
-                except OSError as error:
-                    if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOENT):
-                        raise
-                    # Another process has been quicker.
+            with saving(self.folder):
+                made.begin(make_arrays)
         finally:
-            if made.exists():
-                self._remove_beginning(name)
+            if made.state is PartsState.ENDED:
+                self._forget_other(made, made.run)
 
-    def _remove_beginning(self, name: str) -> None:
-        """Remove what was made for a run that was not begun."""
-        for number in range(len(self._layouts)):
-            shutil.rmtree(self._array_folder(number, name), ignore_errors=True)
-        shutil.rmtree(beginning_of(self._records, name), ignore_errors=True)
+    def _forget_other(self, records: PartsRecords, run: str) -> None:
+        """Remove what was made for a run that was not begun, or is of no more use."""
+        for array in self._arrays(run):
+            shutil.rmtree(array, ignore_errors=True)
+        records.forget_other(run)
 
-    def _array_folder(self, number: int, run: str) -> Path:
-        path = self._stores[number].path
-        assert path is not None
-        return path.with_name(f".{stem_of(path)}.{run}.zarr")
+    def _arrays(self, run: str) -> list[Path]:
+        """Name where the voxels are until all parts are done."""
+        paths = [store.path for store in self._stores]
+        return [path.with_name(f".{stem_of(path)}.{run}.parts.zarr") for path in paths if path is not None]
+
+    def _is_open(self) -> bool:
+        """Whether parts may be missing still.
+
+        Raises:
+            RecordError: if the records were removed, and the results are not there.
+        """
+        records = self._joined()
+        state = records.state
+        if state is PartsState.ENDED and not self._is_in_place():
+            raise RecordError(
+                f"what {self.folder} recorded of this run is gone, and its results are not in their place: the same call begins"
+                " anew, or goes on with what is there now"
+            )
+        return state is PartsState.OPEN
+
+    def _is_in_place(self) -> bool:
+        """Whether all results of the run are under their names."""
+        return all(store.path is not None and _run_of(store.path) == self.run for store in self._stores)
 
     def done(self) -> set[int]:
         """Numbers of the parts that are done."""
-        numbers = numbers_in(self._records / DONE)
-        return numbers if self._run is None or self._is_open() else set(range(len(self)))
+        return self._joined().done(len(self)) if self._has_joined() else set()
 
     def failed(self) -> dict[int, str]:
         """Give the tracebacks of the parts that failed, by their numbers."""
-        return {
-            number: traceback_in(self.folder / FAILED / f"{number}.json") for number in sorted(numbers_in(self.folder / FAILED))
-        }
+        return self._joined().failed() if self._has_joined() else {}
 
     # Work
 
@@ -285,44 +268,45 @@ class ShardedRun:
 
         Args:
             share: number of the share, from 0 on, and how many there are.
+
+        Raises:
+            RecordError: if the records are damaged, of something else, or were removed while there is no result.
         """
         first, step = share
-        _ = self.run  # whoever began says how many parts there are
+        records = self._joined()  # whoever began says how many parts there are
         for number in range(first, len(self), step):
-            if not (self._records / DONE / f"{number}.json").exists() and self._is_open():
+            if not self._is_open():
+                return
+            if not records.is_done(number):
                 yield number
 
     def compute(self, number: int, progress: Callable[[int], object] = lambda patches: None) -> None:
-        """Compute a part, and record that it is done; or record why it failed.
+        """Compute a part, and record that it is done; or record why it failed. Nothing is computed if it is done.
 
         Raises:
             Exception: whatever the model, reading or writing raises.
         """
-        run = self.run
+        records = self._joined()
+        if not self._is_open() or records.is_done(number):
+            return
         began = time.time()
         try:
-            patches = self._computed(number, run, progress)
+            patches = self._computed(number, records, progress)
         except Exception as error:
             if not self._is_open():
                 return  # another process has computed it as well, and all is done
             self.record_failure(number, error)
             raise
-        done = {"seconds": time.time() - began, "patches": patches, "host": platform.node()}
-        try:
-            put_record(self.folder / DONE / f"{number}.json", done)
-            (self.folder / FAILED / f"{number}.json").unlink(missing_ok=True)
-        except SaveError:
-            if self._is_open():
-                raise
+        records.put_done(number, {"seconds": time.time() - began, "patches": patches, "host": platform.node()})
+        self._is_open()  # or the records were removed, which is an error
 
     def record_failure(self, number: int, error: BaseException) -> None:
         """Record why a part failed."""
         told = "".join(traceback.format_exception(error))
         record = {"error": f"{type(error).__name__}: {error}", "traceback": told, "host": platform.node()}
-        with contextlib.suppress(OSError, VoxloomError):
-            put_record(self.folder / FAILED / f"{number}.json", record)
+        self._joined().put_failed(number, record)
 
-    def _computed(self, number: int, run: str, progress: Callable[[int], object]) -> int:
+    def _computed(self, number: int, records: PartsRecords, progress: Callable[[int], object]) -> int:
         shard, parts = self.plan[number], self.plan
         patches = parts.num_patches(number)
         plan = parts.of(shard)
@@ -330,11 +314,11 @@ class ShardedRun:
             return 0  # the array is 0 where nothing is written
         with (
             kept_for_models(self._preparation.models.device),
-            tempfile.TemporaryDirectory(prefix=f".part-{number}-", dir=self.folder) as folder,
+            tempfile.TemporaryDirectory(prefix=f".part-{number}-", dir=records.work) as folder,
         ):
             writers, cuts = [], []
-            for result, layout in enumerate(self._layouts):
-                array = layout.arrays(self._array_folder(result, run))[0]
+            for result, (layout, whole) in enumerate(zip(self._layouts, self._arrays(records.run), strict=True)):
+                array = layout.arrays(whole)[0]
                 place = Path(folder) / str(result)
                 place.mkdir()
 
@@ -359,68 +343,101 @@ class ShardedRun:
         """Whether all parts are done."""
         return len(self.done()) == len(self.plan)
 
-    def published(self, take_over: bool = False) -> Any:
-        """Make the coarser levels, and put all results under their names.
+    # Publishing
 
-        One process does that. Where it was interrupted, another one takes it up when nothing has been heard of it for a while.
+    def published(self, take_over: bool = False) -> Any:
+        """Make the coarser levels, and put all results under their names, unless another process is at it, or has done it.
+
+        One process does that. Where it was interrupted, another one takes it up: at once if it was of this machine, or when
+        nothing has been heard of it for three minutes.
 
         Args:
-            take_over: take it up at once.
+            take_over: take it up at once, whoever is at it.
 
         Returns:
-            The image, or a dict of images; None if another process was quicker.
+            The image, or a dict of images; None if another process is at it, or was quicker.
 
         Raises:
             ShardError: if parts are missing; names them, and says why they failed.
         """
-        if not self._joined():
+        if not self._has_joined():
             return None  # it has been published
-        run, publishing = self.run, self._publishing
-        if (publishing / RUN).exists():
-            if not is_taken_over(publishing, at_once=take_over):
-                return None
-        else:
-            self.check_whole()
-            try:
-                self._records.rename(publishing)  # one alone can do that
-            except FileNotFoundError:
-                return None
-        with heartbeat(publishing):
-            return self._put_in_place(run, publishing)
+        self._is_open()  # or the records were removed, which is an error
+        self.check_whole()
+        records = self._joined()
+        records.begin_publishing()
+        return self._published(records, Claim(records.publishing), take_over)
 
     def publish(self) -> Any:
-        """Publish as `published` does, for one who is alone at it.
+        """Publish as `published` does; where another process is at it, wait until the results are there.
 
         Raises:
             ShardError: if parts are missing.
-            RecordError: if another process is at it.
+            RecordError: if the records were removed, and the results are not there.
         """
-        made = self.published()
-        if made is None:
-            raise RecordError(
-                f"another process is publishing the result for {self.plan.plan.name}: wait for it; if it was interrupted, the"
-                " same call takes it up in ten minutes"
-            )
-        return made
+        self.check_whole()
+        records = self._joined()
+        records.begin_publishing()
+        claim, is_told = Claim(records.publishing), False
+        while True:
+            made = self._published(records, claim, at_once=False)
+            if made is not None:
+                return made
+            if not self._is_open() and records.state is PartsState.ENDED:
+                return self._images()
+            if not is_told:
+                is_told = True
+                _logger.info("another process is publishing the result for %s: waiting for it", self.plan.plan.name)
+            time.sleep(WAIT_SECONDS)
 
-    def _put_in_place(self, run: str, publishing: Path) -> Any:
+    def _published(self, records: PartsRecords, claim: Claim, at_once: bool) -> Any:
+        if not claim.lay(at_once):
+            return None
+        with claim:
+            try:
+                self._put_in_place(records, claim)
+            except Exception:
+                if claim.is_held:
+                    raise
+                return None  # it was taken for lost, and another process is at it
+            return self._images()
+
+    def _put_in_place(self, records: PartsRecords, claim: Claim) -> None:
+        """Put all results under their names; whatever has been done of that is not done again."""
         fingerprint = {key: value for key, value in self._fingerprint.items() if key != "targets"}
         sidecar = sidecar_of_run(fingerprint, self._given, self.plan.plan, self._preparation.models, [])
-        made = []
-        for number, (store, layout) in enumerate(zip(self._stores, self._layouts, strict=True)):
-            folder = self._array_folder(number, run)
-            if folder.exists():
-                _make_coarser(layout, folder, publishing / f"levels-{number}")
-                if isinstance(store, NiftiStore):
-                    _write_file(folder, store, layout, sidecar, run)
-            if isinstance(store, ZarrStore):
-                store.commit(sidecar, run)
+        for number, (store, parts) in enumerate(zip(self._stores, self._arrays(records.run), strict=True)):
             assert store.path is not None
-            made.append(image_class(layout.spec)(store.path))
-        for name in beginnings_of(self._records, before=publishing):
-            self._remove_beginning(name)
-        remove_records(publishing)
-        by_name = {result.name: image for result, image in zip(self.plan.plan.results, made, strict=True)}
+            whole = store.path.with_name(f".{stem_of(store.path)}.{records.run}.zarr")
+            if _run_of(store.path) != records.run:
+                self._make_ready(whole, parts, records, number)
+                if not claim.is_held:
+                    raise RecordError(f"another process publishes what {self.folder} records: nothing was heard of this one")
+            store.commit(sidecar, records.run)
+            shutil.rmtree(whole, ignore_errors=True)
+            shutil.rmtree(parts, ignore_errors=True)
+        for other in records.others_that_began(before=claim.since):
+            self._forget_other(records, other)
+        records.end()
+
+    def _make_ready(self, whole: Path, parts: Path, records: PartsRecords, number: int) -> None:
+        """Let a store find a result, of which all but the coarser levels is in an array."""
+        store, layout = self._stores[number], self._layouts[number]
+        if not whole.exists():
+            try:
+                parts.rename(whole)  # so that a part that comes late finds nothing to write into
+            except FileNotFoundError:
+                raise RecordError(f"{parts} is gone: remove {self.folder}, and begin again") from None
+        if not sidecar_in(whole).exists():
+            _make_coarser(layout, whole, records.publishing / f"levels-{number}")
+        if isinstance(store, NiftiStore) and not store.is_ready(records.run):
+            _write_file(whole, store, layout, records.run)
+
+    def _images(self) -> Any:
+        by_name = {}
+        for result, store, layout in zip(self.plan.plan.results, self._stores, self._layouts, strict=True):
+            assert store.path is not None
+            by_name[result.name] = image_class(layout.spec)(store.path)
         return by_name[None] if list(by_name) == [None] else by_name
 
     def check_whole(self) -> None:
@@ -467,20 +484,21 @@ def _make_coarser(layout: Layout, folder: Path, parts: Path) -> None:
     shutil.rmtree(parts, ignore_errors=True)
 
 
-def _write_file(folder: Path, store: NiftiStore, layout: Layout, sidecar: Json, run: str) -> None:
-    """Make a file of a whole array, and remove that; if it was interrupted, it is made anew unless it is there already."""
-    if (read_sidecar(sidecar_of(store.path)) or {}).get("run") != run:
+def _write_file(folder: Path, store: NiftiStore, layout: Layout, run: str) -> None:
+    """Make a file of a whole array."""
+    store.discard(run)
+    source = ZarrSource(folder)
+    try:
+        store.create(layout.spec, run)
+        boxes = ShardGrid(layout.spec.shape[1:], layout.shards[0])
+        for number in range(len(boxes)):
+            store.write(boxes[number], source.read(boxes[number]).to(layout.spec.dtype))
+        store.flush()
+    except BaseException:
         store.discard(run)
-        source = ZarrSource(folder)
-        try:
-            store.create(layout.spec, run)
-            boxes = ShardGrid(layout.spec.shape[1:], layout.shards[0])
-            for number in range(len(boxes)):
-                store.write(boxes[number], source.read(boxes[number]).to(layout.spec.dtype))
-            store.flush()
-            store.commit(sidecar, run)
-        except BaseException:
-            store.abort()
-            store.discard(run)
-            raise
-    shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _run_of(path: Path) -> str | None:
+    """Name of the run that a result was made by."""
+    return (read_sidecar(sidecar_of(path)) or {}).get("run")

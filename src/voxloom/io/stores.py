@@ -191,6 +191,10 @@ class NiftiStore:
         for ending in (".nii", self._ending, ".json"):
             self._part(run, ending).unlink(missing_ok=True)
 
+    def is_ready(self, run: str) -> bool:
+        """Whether the file is whole, and only to be put under its name."""
+        return self._part(run, ".json").exists()
+
     def commit(self, sidecar: Mapping[str, Json], run: str) -> Path:
         """See `VolumeStore`."""
         self.abort()

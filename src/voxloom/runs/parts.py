@@ -1,53 +1,46 @@
 """The records of a prediction in parts: a folder beside its first result, with a file for each part. There are no locks.
 
-What appears does so by renaming. The folder has another name while results are published, so that one process alone begins that;
-it has it only when all parts are done. What the run is stands in a file that is there until all else is removed.
+    .STEM.shards/run.json         what the run is
+    .STEM.shards/RUN.parts/       done/N.json and failed/N.json, and what is being computed
+    .STEM.shards/RUN.publishing/  the same folder, once all parts are done
+
+What appears does so by renaming, and goes so. All that is recorded has the name of its run in its path, so that a process of an
+older run, whose records were removed, does nothing to those of a newer one.
 """
 
 import contextlib
 import glob
 import json
-import os
 import secrets
 import shutil
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from ..core.shards import ShardGrid
 from ..core.sizes import Ints
-from ..errors import RecordError
+from ..errors import RecordError, SaveError
 from ..io.formats import stem_of
 from ..io.protocols import Json
 from ..io.saving import write_safely
+from .claim import make_free
 
-__all__ = [
-    "DONE",
-    "FAILED",
-    "RUN",
-    "ShardStatus",
-    "beginning_of",
-    "beginnings_of",
-    "forget_failures",
-    "heartbeat",
-    "is_taken_over",
-    "is_without_run",
-    "numbers_in",
-    "publishing_of",
-    "put_record",
-    "read_run",
-    "records_of",
-    "remove_records",
-    "status_of",
-    "traceback_in",
-]
+__all__ = ["PartsRecords", "PartsState", "ShardStatus", "forget_failures", "is_being_published", "records_of", "status_of"]
 
-RUN, DONE, FAILED, ALIVE = "run.json", "done", "failed", "alive"
-# A process that publishes is taken for lost when nothing has been heard of it for so long.
-SILENT_SECONDS, BEAT_SECONDS = 600.0, 20.0
+RUN, DONE, FAILED = "run.json", "done", "failed"
+
+
+def _sizes(told: list[int]) -> Ints:
+    first, second, third = map(int, told)
+    if min(first, second, third) < 1:
+        raise ValueError(told)
+    return first, second, third
+
+
+KINDS: dict[str, Callable[[Any], Any]] = {"fingerprint": dict, "shape": _sizes, "shard_size": _sizes, "began": float}
+"""What is recorded of a run."""
 
 
 def records_of(target: Path) -> Path:
@@ -55,29 +48,175 @@ def records_of(target: Path) -> Path:
     return target.with_name(f".{stem_of(target)}.shards")
 
 
-def publishing_of(target: Path) -> Path:
-    """Name that folder while a process puts the results under their names."""
-    return target.with_name(f".{stem_of(target)}.publishing")
+class PartsState(Enum):
+    """How far a run is."""
+
+    OPEN = "parts may be missing"
+    PUBLISHING = "all are done, and the results are being put under their names, or were until an interruption"
+    ENDED = "there are no records: the results are in place, or someone has removed the records"
 
 
-def beginning_of(records: Path, run: str) -> Path:
-    """Name the folder in which records are until they are whole."""
-    return records.with_name(f"{records.name}.{run}")
-
-
-def beginnings_of(records: Path, before: Path) -> list[str]:
-    """Give the names of runs whose records were never whole: who made them was killed, or was not the first.
+class PartsRecords:
+    """What is recorded of a run.
 
     Args:
-        records: the folder of whole records.
-        before: the folder of a run that is published: what began later than that is not counted.
+        folder: where all is.
+        run: name of the run.
+        told: what the run is.
     """
-    began, found = _last_heard(before), []
-    for path in records.parent.glob(f"{glob.escape(records.name)}.{'[0-9a-f]' * 16}"):
+
+    def __init__(self, folder: Path, run: str, told: Json) -> None:
+        self.folder, self.run, self.told = folder, run, told
+
+    @staticmethod
+    def found(folder: Path) -> "PartsRecords | None":
+        """Give the records in a folder; None if there is nothing.
+
+        Raises:
+            RecordError: if they are damaged.
+        """
+        try:
+            told = json.loads((folder / RUN).read_text())
+            return PartsRecords(folder, str(told["run"]), {name: kind(told[name]) for name, kind in KINDS.items()})
+        except FileNotFoundError:
+            # Asked twice, since they may go meanwhile.
+            if folder.is_dir() and not (folder / RUN).exists() and folder.is_dir():
+                raise RecordError(f"{folder} has no {RUN}: remove it, and begin again") from None
+            return None
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise RecordError(f"{folder / RUN} is damaged: remove {folder}, and begin again") from error
+
+    def begin(self, make: Callable[[], object]) -> None:
+        """Make the records beside where they will be, and put them there, unless another process has been quicker.
+
+        Args:
+            make: makes the arrays, once there is a sign of whose they are.
+        """
+        made = self.folder.with_name(f"{self.folder.name}.{self.run}")
+        made.parent.mkdir(parents=True, exist_ok=True)
+        made.mkdir()
+        parts = made / self._parts.name
+        try:
+            for each in (parts, parts / DONE, parts / FAILED):
+                each.mkdir()
+            make_free(parts)
+            make()
+            write_safely(made / RUN, json.dumps({"run": self.run, **self.told}))
+            made.rename(self.folder)
+        except Exception:
+            # Unless another process has been quicker, or has ended meanwhile and removed what was of no more use.
+            if made.exists() and not self.folder.exists():
+                raise
+
+    @property
+    def _parts(self) -> Path:
+        return self.folder / f"{self.run}.parts"
+
+    @property
+    def publishing(self) -> Path:
+        """Where all is once all parts are done."""
+        return self.folder / f"{self.run}.publishing"
+
+    @property
+    def state(self) -> PartsState:
+        """How far the run is."""
+        # In the order in which they come, so that a change in between is seen as one or the other.
+        if self._parts.is_dir():
+            return PartsState.OPEN
+        return PartsState.PUBLISHING if self.publishing.is_dir() else PartsState.ENDED
+
+    @property
+    def work(self) -> Path:
+        """Room for what is being computed. It has another path once all parts are done, so that what comes late has none."""
+        return self._parts
+
+    def done(self, total: int) -> set[int]:
+        """Give the numbers of the parts that are done, of so many."""
+        numbers = _numbers_in(self._parts / DONE)
+        return numbers if self.state is PartsState.OPEN else set(range(total))
+
+    def is_done(self, number: int) -> bool:
+        """Whether a part is done."""
+        return (self._parts / DONE / f"{number}.json").exists() or self.state is not PartsState.OPEN
+
+    def failed(self) -> dict[int, str]:
+        """Give the tracebacks of the parts that failed, by their numbers."""
+        folder = self._parts / FAILED
+        return {number: _traceback_in(folder / f"{number}.json") for number in sorted(_numbers_in(folder))}
+
+    def forget_failure(self, number: int) -> None:
+        """A part is to be tried again."""
+        (self._parts / FAILED / f"{number}.json").unlink(missing_ok=True)
+
+    def put_done(self, number: int, told: Json) -> None:
+        """Record that a part is done; nothing is recorded where all are.
+
+        Raises:
+            SaveError: if it cannot be recorded.
+        """
+        try:
+            self._put(self._parts / DONE / f"{number}.json", told)
+            self.forget_failure(number)
+        except SaveError:
+            if self.state is PartsState.OPEN:
+                raise
+
+    def put_failed(self, number: int, told: Json) -> None:
+        """Record that a part failed, if that can be recorded."""
+        with contextlib.suppress(OSError, SaveError):
+            self._put(self._parts / FAILED / f"{number}.json", told)
+
+    def _put(self, path: Path, told: Json) -> None:
+        # As a whole, whoever else writes it at the same time.
+        write_safely(path, json.dumps(told), f".{secrets.token_hex(4)}")
+
+    def begin_publishing(self) -> None:
+        """All parts are done."""
+        with contextlib.suppress(FileNotFoundError):  # another process has been quicker
+            self._parts.rename(self.publishing)
+
+    def others_that_began(self, before: float) -> list[str]:
+        """Give the names of other runs whose records were never whole, or no longer are: of a process that was killed meanwhile.
+
+        Args:
+            before: those of which something is newer than that are not counted.
+        """
+        found = []
+        for path in self.folder.parent.glob(f"{glob.escape(self.folder.name)}.{'[0-9a-f]' * 16}"):
+            with contextlib.suppress(FileNotFoundError):
+                if path.stat().st_mtime < before:
+                    found.append(path.suffix[1:])
+        return found
+
+    def forget_other(self, run: str) -> None:
+        """Remove what is left of such a run."""
+        shutil.rmtree(self.folder.with_name(f"{self.folder.name}.{run}"), ignore_errors=True)
+
+    def end(self) -> None:
+        """Remove the records; until the last step, whoever finds them can take up what was begun with them."""
+        for path in self.publishing.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+        gone = self.folder.with_name(f"{self.folder.name}.{self.run}")
         with contextlib.suppress(FileNotFoundError):
-            if path.stat().st_mtime < began:
-                found.append(path.suffix[1:])
-    return found
+            self.folder.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+    def status(self) -> "ShardStatus":
+        """Say how far it is."""
+        boxes, began = ShardGrid(self.told["shape"], self.told["shard_size"]), self.told["began"]
+        folder = self._parts if self.state is PartsState.OPEN else self.publishing
+        took, last = 0.0, began
+        for number in _numbers_in(folder / DONE):
+            path = folder / DONE / f"{number}.json"
+            with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+                took += float(json.loads(path.read_text())["seconds"])
+                last = max(last, path.stat().st_mtime)
+        failed = self.failed()
+        done = self.done(len(boxes))  # last, since it is all of them as soon as all are done
+        failed = {number: text for number, text in failed.items() if number not in done}
+        is_published = self.state is not PartsState.OPEN
+        return ShardStatus(len(boxes), len(done), failed, is_published, last - began, took, boxes, frozenset(done))
 
 
 @dataclass(frozen=True)
@@ -110,141 +249,37 @@ def status_of(target: Path) -> ShardStatus | None:
     Raises:
         RecordError: if they are damaged.
     """
-    records, publishing = records_of(target), publishing_of(target)
-    # In this order, which is that of their names: what is being renamed is found under one of them.
-    status = _status_in(records, is_published=False) or _status_in(publishing, is_published=True)
-    if status is None and is_without_run(records):
-        raise RecordError(f"{records} has no {RUN}: remove it, and begin again")
-    return status
-
-
-def read_run(folder: Path) -> dict[str, Any] | None:
-    """Give what is recorded of a run as a whole; None where there is nothing.
-
-    Raises:
-        RecordError: if it is damaged.
-    """
-    try:
-        told = json.loads((folder / RUN).read_text())
-        of_each: dict[str, Callable[[Any], Any]] = {
-            "run": str,
-            "fingerprint": dict,
-            "shape": _sizes,
-            "shard_size": _sizes,
-            "began": float,
-        }
-        return {name: kind(told[name]) for name, kind in of_each.items()}
-    except (FileNotFoundError, NotADirectoryError):
+    records = PartsRecords.found(records_of(target))
+    if records is None:
         return None
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise RecordError(f"{folder / RUN} is damaged: remove {folder}, and begin again") from error
+    if records.state is PartsState.ENDED:
+        again = PartsRecords.found(records_of(target))
+        if again is None or again.run != records.run:
+            return None
+        raise RecordError(f"{records.folder} is not whole: remove it, and begin again")
+    return records.status()
 
 
-def _sizes(told: list[int]) -> Ints:
-    first, second, third = map(int, told)
-    if min(first, second, third) < 1:
-        raise ValueError(told)
-    return first, second, third
-
-
-def is_without_run(records: Path) -> bool:
-    """Whether there are records that do not say of what they are."""
-    # Asked twice, since they may be renamed between.
-    return records.is_dir() and not (records / RUN).exists() and records.is_dir()
-
-
-def remove_records(folder: Path) -> None:
-    """Remove records; until the last step, whoever finds them can take up what was begun with them."""
-    for path in folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        elif path.name != RUN:
-            path.unlink(missing_ok=True)
-    (folder / RUN).unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # a process that comes late may write into it still
-        folder.rmdir()
-
-
-def _status_in(folder: Path, is_published: bool) -> ShardStatus | None:
-    told = read_run(folder)
-    if told is None:
-        return None
-    boxes = ShardGrid(told["shape"], told["shard_size"])
-    done = numbers_in(folder / DONE)
-    failed = {number: traceback_in(folder / FAILED / f"{number}.json") for number in sorted(numbers_in(folder / FAILED) - done)}
-    took, last = 0.0, told["began"]
-    for number in done:
-        path = folder / DONE / f"{number}.json"
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-            took += float(json.loads(path.read_text())["seconds"])
-            last = max(last, path.stat().st_mtime)
-    if is_published:
-        done, failed = set(range(len(boxes))), {}  # which is where publishing begins
-    elif not (folder / RUN).exists():
-        return None  # it has been put elsewhere meanwhile
-    return ShardStatus(len(boxes), len(done), failed, is_published, last - told["began"], took, boxes, frozenset(done))
+def is_being_published(target: Path) -> bool:
+    """Whether a prediction in parts is being put under its name, or was until an interruption."""
+    return any(records_of(target).glob("*.publishing"))
 
 
 def forget_failures(target: Path) -> int:
-    """Forget which parts of a prediction failed, and say how many they were: the next process tries them again."""
-    folder = records_of(target) / FAILED
-    numbers = numbers_in(folder)
+    """Forget which parts of a prediction failed, and say how many they were: the next process tries them again.
+
+    Raises:
+        RecordError: if the records are damaged.
+    """
+    records = PartsRecords.found(records_of(target))
+    numbers = {} if records is None else records.failed()
     for number in numbers:
-        (folder / f"{number}.json").unlink(missing_ok=True)
+        assert records is not None
+        records.forget_failure(number)
     return len(numbers)
 
 
-def is_taken_over(publishing: Path, at_once: bool) -> bool:
-    """Take over what another process has left, if nothing has been heard of it for a while; of several that try, one can.
-
-    Args:
-        publishing: the folder.
-        at_once: do not wait.
-    """
-    if not at_once and time.time() - _last_heard(publishing) < SILENT_SECONDS:
-        return False
-    alive = publishing / ALIVE
-    try:
-        alive.rename(alive.with_name(f"{ALIVE}.{secrets.token_hex(4)}"))
-        return True
-    except FileNotFoundError:
-        pass
-    try:
-        alive.touch(exist_ok=False)  # it was lost before it made a sign
-        return True
-    except (FileExistsError, FileNotFoundError):
-        return False  # another one has been quicker, or all is published
-
-
-@contextlib.contextmanager
-def heartbeat(publishing: Path) -> Iterator[None]:
-    """Let others see that this process is at it, however long a step takes."""
-    path, stopping = publishing / ALIVE, threading.Event()
-
-    def beat() -> None:
-        while not stopping.wait(BEAT_SECONDS):
-            with contextlib.suppress(OSError):
-                os.utime(path)
-
-    path.touch()
-    thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stopping.set()
-        thread.join()
-
-
-def _last_heard(publishing: Path) -> float:
-    """Say when the process that publishes was heard of last."""
-    for path in (publishing / ALIVE, publishing):
-        with contextlib.suppress(OSError):
-            return path.stat().st_mtime
-    return 0.0
-
-
-def numbers_in(folder: Path) -> set[int]:
+def _numbers_in(folder: Path) -> set[int]:
     """Give the numbers of the parts that have a record in a folder; none where there is no folder."""
     try:
         return {int(path.stem) for path in folder.iterdir() if path.suffix == ".json" and path.stem.isdecimal()}
@@ -252,14 +287,9 @@ def numbers_in(folder: Path) -> set[int]:
         return set()
 
 
-def traceback_in(path: Path) -> str:
+def _traceback_in(path: Path) -> str:
     """Give what a record of a failure tells; it may have been cut off by the failure itself."""
     try:
         return str(json.loads(path.read_text())["traceback"])
     except (OSError, ValueError, LookupError, TypeError):
         return "(its record is damaged)"
-
-
-def put_record(path: Path, told: Json) -> None:
-    """Let a record appear as a whole, whoever else writes it at the same time."""
-    write_safely(path, json.dumps(told), f".{secrets.token_hex(4)}")

@@ -1,6 +1,7 @@
 """How a result lies in a Zarr hierarchy: its arrays, their chunks and shards, its levels, and what is said of it."""
 
 import contextlib
+import functools
 import io
 import itertools
 import math
@@ -208,7 +209,9 @@ class Layout:
         """
         zarr = zarr_python()
         try:
-            node = zarr.open(store=zarr.storage.LocalStore(folder), mode="r+")
+            if not folder.exists():
+                raise FileNotFoundError("it is gone")
+            node = zarr.open(store=_existing_folder()(folder), mode="r+")
             arrays = [node] if self.is_plain else [node[str(level)] for level in range(len(self.shards))]
             is_alike = (
                 arrays[0].shape == self._of_arrays(self.spec.shape[1:], self.spec.shape[0]) and arrays[0].dtype == self.dtype
@@ -218,6 +221,26 @@ class Layout:
         if not is_alike:
             raise RecordError(f"the unfinished folder {folder} is of another volume")
         return arrays
+
+
+@functools.cache
+def _existing_folder() -> Any:
+    """Give a store of zarr-python's that makes no folder anew which is gone, for whoever comes late."""
+
+    class ExistingFolder(zarr_python().storage.LocalStore):  # type: ignore[misc]
+        def _check(self) -> None:
+            if not self.root.exists():
+                raise FileNotFoundError(f"{self.root} is gone")
+
+        async def set(self, key: str, value: Any) -> None:
+            self._check()
+            await super().set(key, value)
+
+        def set_sync(self, key: str, value: Any) -> None:
+            self._check()
+            super().set_sync(key, value)
+
+    return ExistingFolder
 
 
 def put_shard(array: Any, has_channels: bool, box: Box, values: np.ndarray) -> None:

@@ -204,8 +204,9 @@ class ZarrStore:
             raise RecordError(
                 f"{parts} holds shards of which a part was never written: start over with resume=False (--no-resume)"
             )
-        for unfinished in whole.rglob("*.partial"):  # of a process that was killed while it wrote a shard
-            unfinished.unlink(missing_ok=True)
+        for ending in ("partial", "unfinished"):  # of a process that was killed while it wrote a shard, or what is said of it
+            for unfinished in whole.rglob(f"*.{ending}"):
+                unfinished.unlink(missing_ok=True)
         labels = [Label(**each) for each in sidecar.get("labels", ())]
         if labels:
             describe_labels(whole, labels)

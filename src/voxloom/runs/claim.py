@@ -1,0 +1,118 @@
+"""Who of several processes does what one alone may do.
+
+A file in a folder says who by its name, and by its time when that was last heard of. It changes hands by renaming, which one
+process alone can do. There are no locks.
+"""
+
+import contextlib
+import functools
+import hashlib
+import os
+import platform
+import secrets
+import threading
+import time
+from pathlib import Path
+from typing import Self
+
+__all__ = ["Claim", "is_claimed", "make_free"]
+
+FREE, HELD = "free", "held"
+# A process is taken for lost when nothing has been heard of it for so long.
+SILENT_SECONDS, BEAT_SECONDS = 180.0, 20.0
+
+
+def make_free(folder: Path) -> None:
+    """Let a claim be laid on a folder, which is new."""
+    (folder / FREE).touch()
+
+
+def is_claimed(folder: Path) -> bool:
+    """Whether a process holds a folder, or did when it was killed."""
+    return any(folder.glob(f"{HELD}.*"))
+
+
+class Claim:
+    """The claim on a folder, which one process alone holds.
+
+    While it is kept, a thread lets others see that this process is at it, however long a step takes. It is given back after an
+    error.
+
+    Args:
+        folder: where its file is.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._path = folder / f"{HELD}.{_here()}.{os.getpid()}.{secrets.token_hex(4)}"
+        self._watched: tuple[Path, float, float] | None = None
+        self._stopping = threading.Event()
+        self.since = 0.0
+        """When it was laid, by the clock of the file system."""
+
+    def lay(self, at_once: bool = False) -> bool:
+        """Take the folder, if it is free, or if whoever holds it is gone or has been silent for long; whether that was so.
+
+        Args:
+            at_once: take it, whoever holds it.
+        """
+        for path in [self._folder / FREE, *self._folder.glob(f"{HELD}.*")]:
+            with contextlib.suppress(FileNotFoundError):  # another one was quicker
+                if path.name == FREE or at_once or _is_gone(path) or self._is_silent(path):
+                    os.utime(path)
+                    path.rename(self._path)
+                    self.since = self._path.stat().st_mtime
+                    return True
+        return False
+
+    def _is_silent(self, path: Path) -> bool:
+        """Whether nothing is heard: by the file's time, or, since clocks differ, for as long as this object has been looking."""
+        heard, now = path.stat().st_mtime, time.monotonic()
+        if self._watched is None or self._watched[:2] != (path, heard):
+            self._watched = (path, heard, now)
+        return time.time() - heard >= SILENT_SECONDS or now - self._watched[2] >= SILENT_SECONDS
+
+    @property
+    def is_held(self) -> bool:
+        """Whether it is this process's still, and no other's that took it for lost."""
+        return self._path.exists()
+
+    def __enter__(self) -> Self:
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+        self._thread.start()
+        return self
+
+    def _beat(self) -> None:
+        while not self._stopping.wait(BEAT_SECONDS):
+            with contextlib.suppress(OSError):
+                os.utime(self._path)
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self._stopping.set()
+        self._thread.join()
+        if kind is not None:
+            with contextlib.suppress(OSError):
+                self._path.rename(self._folder / FREE)
+
+
+def _is_gone(path: Path) -> bool:
+    """Whether a process of this machine held a folder, and has ended."""
+    _, here, number, _ = path.name.split(".")
+    if here != _here():
+        return False
+    try:
+        os.kill(int(number), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
+@functools.cache
+def _here() -> str:
+    """Name what the numbers of processes are of: a machine, from when it was started, and its part that this process sees."""
+    seen = platform.node()
+    with contextlib.suppress(OSError):
+        seen += Path("/proc/sys/kernel/random/boot_id").read_text() + str(Path("/proc/self/ns/pid").readlink())
+    return hashlib.sha256(seen.encode()).hexdigest()[:12]
