@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import voxloom as vx
+from ended import is_ended_at
 from parts_models import three
 from parts_runs import OPTIONS, dying, hashes, leftovers, run_of, share, store
 from voxloom.cli import parts as cli_parts
@@ -66,28 +67,6 @@ def test_jobs_that_are_killed_a_hundred_times(scan, tmp_path):
 
 # A process that is killed while it publishes
 
-CHANGES = ("rename", "replace", "link", "unlink", "rmdir", "mkdir", "utime")
-
-
-def ended_at(step, run):
-    """Publish, and be gone before some change of the file system; without any cleaning up, as after a kill."""
-    count = 0
-
-    def until(function):
-        def call(*arguments, **more):
-            nonlocal count
-            if count == step:
-                os._exit(9)
-            count += 1
-            return function(*arguments, **more)
-
-        return call
-
-    for name in CHANGES:
-        setattr(os, name, until(getattr(os, name)))
-    run.published()
-    os._exit(0)
-
 
 KINDS = ["parts.ome.zarr", "parts.zarr", "parts.nii.gz", "parts.nii", "scan.ome.zarr/labels/parts"]
 SOME = [(kind, kind in ("parts.zarr", "parts.nii.gz"), 11) for kind in KINDS]
@@ -114,12 +93,8 @@ def test_publishing_that_is_interrupted_anywhere_is_taken_up(tmp_path, kind, rep
     expected = None
     for step in range(1, 1000, every):
         shutil.copytree(kept, folder)
-        process = FORK.Process(target=ended_at, args=(step, asked()))
-        process.start()
-        process.join(60)
-        if process.exitcode == 0:
+        if not is_ended_at(step, asked().published):
             break
-        assert process.exitcode == 9
         status = status_of(path)
         assert status is None or status.done == status.total
         assert predictor.is_made(image, output=path) == (status is None)

@@ -152,13 +152,13 @@ class Call:
                 self._given = replace(self._given, unpacked=stack.enter_context(spooled(self._given.source)))
             opened: list[VolumeStore] = []
             try:
+                if log is not None:
+                    log.begin(fingerprint, plan.to_json())
                 for store, result in zip(stores, plan.results, strict=True):
                     opened.append(store)
                     if not start and log is not None:
                         store.discard(self._run_name)  # of a run that was interrupted before any slab was finished
                     (store.reopen if start else store.create)(result.volume, self._run_name)
-                if log is not None:
-                    log.begin(fingerprint, plan.to_json())
                 self._notes += self._preparation.executor.run(
                     plan,
                     runner,

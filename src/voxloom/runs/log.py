@@ -165,7 +165,7 @@ class RunLog:
             path.unlink(missing_ok=True)
 
     def begin(self, fingerprint: Json, plan: Json) -> None:
-        """Record a run, now that all its results are there; or, if it has begun already, leave out a line without an end."""
+        """Record a run, before anything is made for its results; or, if it has begun already, leave out a line without an end."""
         if not self.is_recorded:
             return
         if self.num_done or self.is_whole:

@@ -94,6 +94,9 @@ class ShardWriter:
             part = self._part(name)
             if not part.exists() or part.stat().st_size != self._num_bytes(self._box_of(name)):
                 raise RecordError(f"the unfinished part {part} is gone or damaged")
+        for part in self._folder.glob("*.raw"):
+            if part.stem not in self._waiting:  # given away, and not removed; or begun, and not recorded
+                part.unlink()
 
     def _box_of(self, name: str) -> Box:
         numbers = [int(part) for part in name.split(".")]
