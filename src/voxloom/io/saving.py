@@ -3,7 +3,7 @@
 import contextlib
 import errno
 import os
-import secrets
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..core.affines import Affine
 from ..errors import SaveError, UnsupportedImageError, VoxloomError
+from ..runtime.marks import left_by_dead, new_mark
 from .compression import compressing
 from .protocols import MILLIMETRES, SpaceCodes
 
@@ -62,7 +63,10 @@ def atomic_write(path: Path, write: Callable[[Path], None], ending: str) -> None
         target = path.resolve()
         if target.exists() and not os.access(target, os.W_OK):
             raise SaveError(f"{path} is write-protected: save under another name, or make it writable")
-        unfinished = target.parent / f".{path.name[:40]}.{secrets.token_hex(4)}.unfinished{ending}"
+        before, after = f".{path.name[:40]}.", f".unfinished{ending}"
+        for _, left in left_by_dead(target.parent, before, re.escape(after)):
+            left.unlink(missing_ok=True)
+        unfinished = target.parent / f"{before}{new_mark()}{after}"
         try:
             write(unfinished)
             with unfinished.open("rb+") as file:

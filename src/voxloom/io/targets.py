@@ -1,6 +1,5 @@
 """Where a volume goes that is written to a path, whole or block by block: by which store, or in which format."""
 
-import secrets
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +8,15 @@ from torch import Tensor
 
 from ..core.affines import Affine
 from ..errors import SaveError, UnsupportedImageError
-from .formats import endings, format_of, import_for, is_folder_target
+from ..runtime.marks import left_by_dead, new_mark
+from .formats import endings, format_of, import_for, is_folder_target, stem_of
 from .protocols import SpaceCodes, VolumeSpec, VolumeStore
 from .saving import atomic_write, storable
 from .stores import NiftiStore
 from .zarr.source import is_zarr
 from .zarr.store import ZarrStore
 
-__all__ = ["as_target", "save_volume", "store_at"]
+__all__ = ["as_target", "discard_dead", "save_volume", "store_at"]
 
 
 def store_at(target: Path, overwrite: bool) -> VolumeStore:
@@ -75,11 +75,19 @@ def save_volume(path: Path, data: Tensor, affine: Affine, codes: SpaceCodes, is_
     atomic_write(path, lambda target: write(target, array, affine, codes), known.ending)
 
 
+def discard_dead(store: VolumeStore) -> None:
+    """Remove what processes that were killed have left of a result for a store; of runs that no log is kept of."""
+    if store.path is not None:
+        for run, _ in left_by_dead(store.path.parent, f".{stem_of(store.path)}.", r"\..*"):
+            store.discard(run)
+
+
 def _save_folder(path: Path, data: Tensor, affine: Affine, codes: SpaceCodes, is_labels: bool) -> None:
     values = torch.from_numpy(storable(data))
     c, i, j, k = values.shape
     spec = VolumeSpec((c, i, j, k), values.dtype, affine, codes, is_labels)
-    store, run = ZarrStore(as_target(path), overwrite=True), secrets.token_hex(8)
+    store, run = ZarrStore(as_target(path), overwrite=True), new_mark()
+    discard_dead(store)
     store.check()
     try:
         store.create(spec, run)

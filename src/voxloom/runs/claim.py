@@ -5,15 +5,13 @@ process alone can do. There are no locks.
 """
 
 import contextlib
-import functools
-import hashlib
 import os
-import platform
-import secrets
 import threading
 import time
 from pathlib import Path
 from typing import Self
+
+from ..runtime.marks import is_of_dead, new_mark
 
 __all__ = ["Claim", "is_claimed", "make_free"]
 
@@ -44,7 +42,7 @@ class Claim:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._path = folder / f"{HELD}.{_here()}.{os.getpid()}.{secrets.token_hex(4)}"
+        self._path = folder / f"{HELD}.{new_mark()}"
         self._watched: tuple[Path, float, float] | None = None
         self._stopping = threading.Event()
         self.since = 0.0
@@ -58,7 +56,7 @@ class Claim:
         """
         for path in [self._folder / FREE, *self._folder.glob(f"{HELD}.*")]:
             with contextlib.suppress(FileNotFoundError):  # another one was quicker
-                if path.name == FREE or at_once or _is_gone(path) or self._is_silent(path):
+                if path.name == FREE or at_once or is_of_dead(path.suffix[1:]) or self._is_silent(path):
                     os.utime(path)
                     path.rename(self._path)
                     self.since = self._path.stat().st_mtime
@@ -93,26 +91,3 @@ class Claim:
         if kind is not None:
             with contextlib.suppress(OSError):
                 self._path.rename(self._folder / FREE)
-
-
-def _is_gone(path: Path) -> bool:
-    """Whether a process of this machine held a folder, and has ended."""
-    _, here, number, _ = path.name.split(".")
-    if here != _here():
-        return False
-    try:
-        os.kill(int(number), 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        pass
-    return False
-
-
-@functools.cache
-def _here() -> str:
-    """Name what the numbers of processes are of: a machine, from when it was started, and its part that this process sees."""
-    seen = platform.node()
-    with contextlib.suppress(OSError):
-        seen += Path("/proc/sys/kernel/random/boot_id").read_text() + str(Path("/proc/self/ns/pid").readlink())
-    return hashlib.sha256(seen.encode()).hexdigest()[:12]

@@ -4,7 +4,6 @@ import contextlib
 import copy
 import itertools
 import json
-import secrets
 import shutil
 import time
 import zlib
@@ -27,6 +26,7 @@ from ..io.fingerprints import fingerprint_of_code, fingerprint_of_option
 from ..io.protocols import Json, SpaceCodes
 from ..io.saving import as_save_error, bring_to_disk, write_safely
 from ..runtime.limits import as_bytes
+from ..runtime.marks import left_by_dead, new_mark
 from ..runtime.seeding import reseed, seeded
 from .contents import dry_subjects_of, name_of, transforms_of
 from .image import Image, LabelMap, ScalarImage
@@ -94,6 +94,8 @@ class SubjectsCache(Dataset[Subject]):
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise as_save_error(self.folder, error) from error
+        for _, left in left_by_dead(self.folder, ".", r"\..*\.unfinished"):
+            shutil.rmtree(left, ignore_errors=True)
 
     def _transforms(self) -> Json:
         """Say what the subjects are made by, whatever random numbers the transforms have at the moment."""
@@ -188,7 +190,7 @@ class SubjectsCache(Dataset[Subject]):
         size = sum(image.memory for image in subject.images.values())
         if self.size_limit is not None and not self._has_room(size):
             return subject
-        unfinished = self.folder / f".{key}.{secrets.token_hex(4)}.unfinished"
+        unfinished = self.folder / f".{new_mark()}.{key}.unfinished"
         try:
             unfinished.mkdir()
             images = {name: _written(unfinished / f"{name}.b2nd", image) for name, image in subject.images.items()}
@@ -217,7 +219,7 @@ class SubjectsCache(Dataset[Subject]):
             for last_used, each, path in sorted(entries):
                 if used + size <= self.size_limit or time.time() - last_used < IN_USE_SECONDS:
                     break
-                gone = path.with_name(f".{path.name}.{secrets.token_hex(4)}.unfinished")
+                gone = path.with_name(f".{new_mark()}.{path.name}.unfinished")
                 with contextlib.suppress(OSError):
                     path.rename(gone)
                     shutil.rmtree(gone, ignore_errors=True)

@@ -1,7 +1,6 @@
 """Writing an image in another format, box by box, so that it need never be in memory as a whole."""
 
 import contextlib
-import secrets
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,10 @@ from ..errors import SaveError, VoxloomError
 from ..io.formats import format_of, is_folder_target
 from ..io.protocols import VolumeSpec, VolumeStore, is_source, read_checked
 from ..io.spooling import spooled
-from ..io.targets import as_target, save_volume, store_at
+from ..io.targets import as_target, discard_dead, save_volume, store_at
 from ..io.zarr.source import is_label_of_image
 from ..io.zarr.store import ZarrStore
+from ..runtime.marks import new_mark
 from ..runtime.progress import shown_if
 from .constants import LABEL
 from .image import Image, LabelMap, ScalarImage
@@ -115,8 +115,9 @@ def _stored_dtype(image: Image) -> str | None:
 
 
 def _copied(image: Image, store: VolumeStore, spec: VolumeSpec, progress: bool | str) -> Any:
+    discard_dead(store)
     store.check()
-    run = secrets.token_hex(8)
+    run = new_mark()
     try:
         with contextlib.ExitStack() as stack:
             source = stack.enter_context(spooled(image))

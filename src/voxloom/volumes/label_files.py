@@ -5,7 +5,6 @@ import io
 import json
 import math
 import re
-import secrets
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from ..io.protocols import Json, VolumeSource, read_checked
 from ..io.saving import atomic_write
 from ..io.sidecars import read_sidecar, sidecar_of, written
 from ..io.spooling import spooled
+from ..runtime.marks import left_by_dead, new_mark
 from ..runtime.progress import shown_if
 from .converting import convert
 from .image import LabelMap
@@ -118,7 +118,9 @@ def split_labels(
         way = "remove it, or choose another name" if overwrite else "remove it, or give overwrite=True (--overwrite)"
         raise SaveError(f"{folder} exists, and is kept: {way}")
     told = _as_labels(labels) if labels is not None else known_labels(given.paths[0]) if given.paths else []
-    part = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.part")
+    for _, left in left_by_dead(folder.parent, f".{folder.name}.", r"\.part"):
+        shutil.rmtree(left, ignore_errors=True)
+    part = folder.with_name(f".{folder.name}.{new_mark()}.part")
     try:
         part.mkdir(parents=True)
         with spooled(given) as source:
