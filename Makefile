@@ -28,7 +28,7 @@ SLOW := $(ENVIRONMENT) $(BIN)/python -m pytest -m slow --numprocesses 3 --dist l
 .PHONY: demo test test-all test-second test-slow docs changelog dist lint format bench fuzz clean
 
 demo: $(VENV)/plot.installed  ## Apply a network to a synthetic head, whole and patch by patch, and draw the result
-	$(BIN)/voxloom demo --output demo
+	$(BIN)/voxloom demo --output demo $(DEMO)
 
 test: $(VENV)/test.installed  ## Run the tests, but for those that take long
 	$(PYTEST) -m "not slow" $(COVERAGE)

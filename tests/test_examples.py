@@ -41,12 +41,6 @@ def check_tissues(folder):
 
 
 @pytest.mark.slow
-def test_tissues_go_all_the_way_from_training_to_a_picture(tmp_path):
-    load("segment_mni152").main(["--folder", str(tmp_path), "--resolution", "2", "--steps", "2"])
-    check_tissues(tmp_path)
-
-
-@pytest.mark.slow
 def test_tissues_are_found_by_the_command_line_where_they_were_not_learned(tmp_path):
     scores = load("segment_mni152").main(["--folder", str(tmp_path), "--resolution", "2", "--steps", "60"])
     assert min(scores["grey matter"], scores["white matter"]) > 0.7
@@ -55,7 +49,9 @@ def test_tissues_are_found_by_the_command_line_where_they_were_not_learned(tmp_p
 
 
 @pytest.mark.slow
-def test_a_network_learns_the_labels_of_heads_on_disk(train_unet, tmp_path):
+def test_a_network_learns_the_labels_of_heads_on_disk(train_unet, tmp_path, monkeypatch):
+    for name, size in (("HEAD", 40), ("FIELD", 48), ("PATCH", 24)):
+        monkeypatch.setattr(train_unet, name, size)
     losses, dice = train_unet.main(["--folder", str(tmp_path), "--subjects", "4", "--epochs", "6", "--workers", "2"])
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < 0.6 * losses[0]
@@ -112,6 +108,5 @@ def test_two_processes_train_on_patches_of_their_own_and_go_on_with_the_same_los
         places = [{tuple(place) for place in step["patches"]} for step in steps]
         assert not places[0] & places[1]
         assert steps[0]["loss"] != steps[1]["loss"]
-    for stop in (5, 6):  # in mid-epoch, and at its end
-        train_ddp(tmp_path / str(stop), "--stop-after", str(stop))
-        assert train_ddp(tmp_path / str(stop)) == whole
+    train_ddp(tmp_path / "parts", "--stop-after", "5")  # in mid-epoch
+    assert train_ddp(tmp_path / "parts") == whole

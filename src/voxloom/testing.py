@@ -349,7 +349,9 @@ def check_executor(executor: Executor) -> None:
         (_two_channels, reflected),
     ]
     likes = (None, ((16, 15, 17), turned), ((16, 15, 17), oblique))
-    asked = [*itertools.product(cases, (None, mask), likes), ((_two_channels, in_blocks), None, None)]
+    # Another grid with each kind of model; what else is asked for makes no difference there.
+    kinds = itertools.product([cases[0], cases[3], cases[4]], (None, mask), likes[1:])
+    asked = [*itertools.product(cases, (None, mask), likes[:1]), *kinds, ((_two_channels, in_blocks), None, None)]
     assert Predictor(_two_channels, 8, patch_overlap=4).plan(small, mask=mask).num_patches < whole.num_patches
     assert Predictor(_two_channels, 8, patch_overlap=4, **in_blocks).plan(small).num_blocks > 1
     for (model, options), given, like in asked:

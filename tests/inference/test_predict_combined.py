@@ -101,7 +101,7 @@ def defined(model, data, patch, overlap, mode, mirror_axes, mask, fill):
     return reference.crop(shape, patches) if mode == "crop" else reference.blend(shape, patches, mode, fill)
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(geometries(largest=8, may_exceed=True), cases())
 def test_whatever_is_asked_for_is_what_the_definition_says(geometry, case):
     shape, patch, overlap = geometry

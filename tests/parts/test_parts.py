@@ -65,7 +65,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_parts_of_every_kind_of_prediction(scan, tmp_path, case):
-    options = {**OPTIONS, **CASES[case]}
+    options = {**OPTIONS, "patch_overlap": 4, **CASES[case]}
     more = {name: options.pop(name) for name in ("mask", "like") if name in options}
     model = torch.nn.AvgPool3d(2) if "output_scale" in options else three
     with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
@@ -155,7 +155,7 @@ def test_processes_of_one_machine(scan, tmp_path):
 
 @pytest.mark.slow
 def test_a_process_that_hangs_is_given_up(scan, tmp_path):
-    launcher = ProcessLauncher(1, timeout=30, shard_size=16)
+    launcher = ProcessLauncher(1, timeout=20, shard_size=16)
     model = Hangs(str(tmp_path / "hung"))
     made = vx.predict(model, scan, output=store(tmp_path / "parts.zarr"), executor=launcher, **OPTIONS)
     assert torch.equal(made.data, vx.predict(three, scan, **OPTIONS).data)

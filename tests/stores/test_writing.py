@@ -62,8 +62,8 @@ def store(path, **options):
     [
         (".ome.zarr", "0.4", None),
         (".ome.zarr", "0.5", 16),
-        (".ome.zarr", "0.6", (16, 8, 32)),
-        (".nii.zarr", "0.5", 16),
+        pytest.param(".ome.zarr", "0.6", (16, 8, 32), marks=pytest.mark.slow),
+        pytest.param(".nii.zarr", "0.5", 16, marks=pytest.mark.slow),
         (".zarr", "0.5", None),
     ],
 )
@@ -471,8 +471,7 @@ def test_chunks_suit_the_size_of_a_voxel():
 # What was found out by reading
 
 
-@pytest.mark.parametrize("chunks", [(16, 16, 1), 15, 7, (5, 40, 3)])
-@pytest.mark.parametrize("version", ["0.4", "0.5"])
+@pytest.mark.parametrize(("chunks", "version"), [((16, 16, 1), "0.4"), (15, "0.5"), (7, "0.4"), ((5, 40, 3), "0.5")])
 def test_levels_are_right_for_odd_chunks(tmp_path, chunks, version):
     image = vx.ScalarImage(torch.rand(1, 32, 33, 20))
     whole, parts = tmp_path / "whole.ome.zarr", tmp_path / "parts.ome.zarr"
