@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from isal import igzip
 from torch import nn
 
+import fresh
 import voxloom as vx
 from reductions import Scaling, scaling
 from voxloom.core.boxes import Box
@@ -777,23 +778,18 @@ def test_a_process_that_is_killed_again_and_again_ends_with_the_same_file(scan, 
 
 
 def test_a_full_disk_shows_before_anything_is_computed_and_loses_nothing(scan, tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(
-        textwrap.dedent(
-            """
-            import resource, torch, voxloom as vx
-            calls = []
-            resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
-            try:
-                vx.predict(lambda batch: (calls.append(1), batch)[1], "scan.nii.gz", 10, 4, output="out.nii")
-            except vx.errors.SaveError as error:
-                print(len(calls), error)
-            """
-        )
-    )
-    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert re.match(r"\d+ out.nii could not be written", done.stdout), done.stdout
-    assert names(tmp_path) == ["scan.nii.gz", "script.py"]
+    script = """
+        import resource, torch, voxloom as vx
+        calls = []
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+        try:
+            vx.predict(lambda batch: (calls.append(1), batch)[1], "scan.nii.gz", 10, 4, output="out.nii")
+        except vx.errors.SaveError as error:
+            print(len(calls), error)
+    """
+    said = fresh.printed(script, cwd=tmp_path)
+    assert re.match(r"\d+ out.nii could not be written", said), said
+    assert names(tmp_path) == ["scan.nii.gz"]
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -868,7 +864,6 @@ def test_an_input_that_is_truncated_is_named_and_leaves_nothing(scan, tmp_path):
 # A compressed input that is larger than the memory
 
 
-@pytest.mark.slow
 def test_a_process_that_is_killed_while_a_slab_is_brought_to_the_disk(tmp_path):
     script = """
         import os, sys, time
@@ -894,13 +889,11 @@ def test_a_process_that_is_killed_while_a_slab_is_brought_to_the_disk(tmp_path):
         print(plan.forward_passes + plan.restart_passes, flush=True)
         vx.predict(model, torch.zeros(1, 48, 16, 64), 16, 0, **options)
     """
-    (tmp_path / "script.py").write_text(textwrap.dedent(script))
     for kill_at in (5, 8):
         for calls in (kill_at, 0):
-            command = [sys.executable, "-W", "ignore", "script.py", str(calls)]
-            done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-            assert done.returncode == (-signal.SIGKILL if calls else 0), done.stderr
-        assert len((tmp_path / "calls").read_text()) <= int(done.stdout)
+            code, said, errors = fresh.run(script, calls, cwd=tmp_path)
+            assert code == (-signal.SIGKILL if calls else 0), errors
+        assert len((tmp_path / "calls").read_text()) <= int(said)
         for name in ("calls", "out.nii", "out.json"):
             (tmp_path / name).unlink()
 

@@ -1,14 +1,13 @@
 """The peak that a plan states is kept to, also where it follows from a limit: measured in processes of their own."""
 
 import json
-import subprocess
 import sys
-import textwrap
 
 import numpy as np
 import pytest
 import torch
 
+import fresh
 import voxloom as vx
 from voxloom.io.protocols import VolumeSpec
 
@@ -80,8 +79,7 @@ MIRRORED = {"shape": (96, 96, 96), "classes": 60, "patch": 64, "reduce": "argmax
 def measured(tmp_path, **case):
     options = [case.get(name) for name in ("shape", "classes", "patch", "limit", "output", "reduce")]
     options += [case.get("channels", 1), case.get("more", {}), case.get("ending")]
-    command = [sys.executable, "-c", textwrap.dedent(SCRIPT), json.dumps(options)]
-    return json.loads(subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout)
+    return json.loads(fresh.printed(SCRIPT, json.dumps(options), cwd=tmp_path))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux says what the peak of a process was")

@@ -1,13 +1,10 @@
-import subprocess
-import sys
-import textwrap
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import fresh
 import voxloom as vx
 from voxloom.errors import ModeError, SizeError, SpaceError, SubjectError
 from voxloom.sampling import padded
@@ -145,7 +142,7 @@ def test_padding_makes_no_copy_of_the_volume():
             sampler[number]
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     """
-    grown = subprocess.check_output([sys.executable, "-c", textwrap.dedent(script)], text=True)
+    grown = fresh.printed(script)
     assert int(grown) * 1024 < 20e6
 
 
