@@ -1,5 +1,6 @@
 """Predictions in parts, whoever is killed, comes late, twice, or at the same time: nothing false is said, and nothing left."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -218,6 +219,51 @@ def test_a_process_that_was_taken_for_lost_leaves_the_rest_to_the_other(scan, tm
     assert torch.equal(found[0].data, expected_of(scan))
     assert first.publish().path == path
     assert leftovers(tmp_path) == []
+
+
+def test_a_claim_that_someone_has_removed_is_made_anew(scan, tmp_path, monkeypatch):
+    path = tmp_path / "parts.zarr"
+    run = computed(run_of(scan, store(path)))
+    next((tmp_path / ".parts.shards").glob("*.parts/free")).unlink()
+    assert run.published() is None
+    monkeypatch.setattr(claim, "SILENT_SECONDS", 1)
+    monkeypatch.setattr(shards, "WAIT_SECONDS", 0.1)
+    run.publish()
+    assert leftovers(tmp_path) == []
+
+
+def test_clocks_may_differ(tmp_path, monkeypatch):
+    claim.make_free(tmp_path)
+    first = Claim(tmp_path)
+    assert first.lay()
+    clock = time.time
+    monkeypatch.setattr(time, "time", lambda: clock() + 1e6)
+    monkeypatch.setattr(marks, "_here", lambda: "e" * 12)
+    assert not Claim(tmp_path).lay()
+
+
+def test_a_claim_is_kept_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(claim, "BEAT_SECONDS", 0.05)
+    claim.make_free(tmp_path)
+    one = Claim(tmp_path)
+    for _ in range(2):
+        assert one.lay()
+        with contextlib.suppress(KeyError), one:
+            (held,) = tmp_path.glob("held.*")
+            os.utime(held, (0, 0))
+            until = time.monotonic() + 20
+            while held.stat().st_mtime == 0 and time.monotonic() < until:
+                time.sleep(0.05)
+            assert held.stat().st_mtime > 0
+            raise KeyError
+
+
+def test_publishing_where_nothing_is_recorded_is_an_error(scan, tmp_path):
+    path = tmp_path / "parts.zarr"
+    late = run_of(scan, store(path))
+    share(scan, path, 0, 1, 0)
+    with pytest.raises(RecordError, match="the results have been published, or were not begun"):
+        late.publish()
 
 
 def test_a_slow_process_that_publishes_is_heard_of(scan, tmp_path, monkeypatch):
@@ -482,6 +528,38 @@ def test_a_job_that_another_one_overtakes_is_complete(scans, run, monkeypatch):
 
     monkeypatch.setattr(Predictor, "shards", overtaken)
     assert states(run(*COMMAND, "--shard", "0/1")) == ["complete"] * 4
+
+
+def test_a_command_finds_that_another_has_ended_what_it_would_take_up(scans, run, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "_write_file", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+        run(*COMMAND, "--shard", "0/1", code=130)
+    shards_of = Predictor.shards
+
+    def overtaken(self, *arguments, **more):
+        monkeypatch.setattr(Predictor, "shards", shards_of)
+        made = shards_of(self, *arguments, **more)
+        run(*COMMAND, "--shard", "0/1")
+        return made
+
+    monkeypatch.setattr(Predictor, "shards", overtaken)
+    assert states(run(*COMMAND)) == ["complete"] * 4
+
+
+def test_a_job_waits_for_others_when_it_has_nothing_else_to_do(scans, run, monkeypatch):
+    published, late = shards.ShardedRun.published, []
+
+    def busy(self, *arguments):
+        if "0.nii.gz" in repr(self):
+            late.append(self)
+            return None
+        return published(self, *arguments)
+
+    monkeypatch.setattr(shards.ShardedRun, "published", busy)
+    found = json.loads(run(*COMMAND, "--shard", "0/1").out)
+    assert [(each["case"][0], each["state"]) for each in found] == [(number, "done") for number in "1230"]
+    assert len(late) == 1
+    assert (scans / "out" / "0.nii.gz").exists()
 
 
 @pytest.mark.parametrize("way", [["--shard", "0/1"], ["--devices", "cpu,cpu"], []])

@@ -8,6 +8,7 @@ from ..errors import ShardError
 from ..inference.launchers import ProcessLauncher
 from ..inference.predictor import Predictor
 from ..inference.shard_plan import as_share
+from ..inference.shards import ShardedRun
 from ..runtime.progress import shown_if
 from ..volumes.subject import Subject
 from .options import PartsOptions, numbers
@@ -48,8 +49,8 @@ def compute_share(
     overwrite: bool,
     report: Report,
     name: str,
-) -> str:
-    """Compute the parts of a case that are a job's share, and publish the result if all parts are done; say how far it is.
+) -> tuple[int, ShardedRun]:
+    """Compute the parts of a case that are a job's share, and say how many these are, and of what.
 
     Args:
         predictor: the model, and how it is applied.
@@ -86,7 +87,4 @@ def compute_share(
         raise ShardError(
             f"{len(failed)} of {len(share)} parts failed: {', '.join(map(str, failed))}. The same command tries again"
         )
-    if run.is_whole():
-        run.publish()
-        return "done"
-    return f"{len(share)} parts computed; {len(run.done())} of {len(run)} are done"
+    return len(share), run

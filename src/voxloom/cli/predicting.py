@@ -4,14 +4,14 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import typer
 
-from ..errors import ModeError, SizeError, TargetExistsError, VoxloomError
+from ..errors import ModeError, RecordError, SizeError, TargetExistsError, VoxloomError
 from ..inference import Launcher, Predictor
 from ..inference.shards import ShardedRun
 from ..io.formats import is_folder_target
@@ -130,20 +130,21 @@ class Predictions:
     pages: dict[str, str] = field(default_factory=dict)
     together: dict[int, ShardedRun] = field(default_factory=dict)
     """What has been computed together, and is still to be published, by the numbers of the cases."""
+    waited_for: dict[str, tuple[ShardedRun, str, dict[str, Any]]] = field(default_factory=dict)
+    """What other jobs are publishing, which is waited for when there is nothing else to do; and what is said of it then."""
 
     def make(self) -> None:
         """Predict all of them, and say in the end how many failed, also by the exit code."""
         for number, case in enumerate(self.cases):
-            try:
+            with self._reporting(case.name):
                 if self.executor is not None and len(self.cases) > 1 and number % TOGETHER == 0:
                     self._compute_together(range(number, min(number + TOGETHER, len(self.cases))), self.executor)
                 self._make(number, case)
-            except KeyboardInterrupt:
-                self.report.warn(f"{case.name}: interrupted; the same command goes on from what is finished")
-                raise typer.Exit(130) from None
-            except Exception as error:  # noqa: BLE001 - one case that fails, by whatever, must not stop the others
-                self.failed.append(case.name)
-                self.report.failed(case.name, error, isinstance(error, VoxloomError | OSError))
+        for name, (run, text, entry) in self.waited_for.items():
+            with self._reporting(name):
+                run.publish()
+                self.done += 1
+                self.report.done(text, entry)
         if len(self.pages) > 1:
             write_index(self.wanted.output / "index.html", self.pages)
         if len(self.cases) > 1:
@@ -153,12 +154,29 @@ class Predictions:
         if self.failed:
             raise typer.Exit(1)
 
+    @contextlib.contextmanager
+    def _reporting(self, name: str) -> Iterator[None]:
+        """Report what happens to a case: one that fails must not stop the others."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            self.report.warn(f"{name}: interrupted; the same command goes on from what is finished")
+            raise typer.Exit(130) from None
+        except Exception as error:  # noqa: BLE001 - by whatever
+            self.failed.append(name)
+            self.report.failed(name, error, isinstance(error, VoxloomError | OSError))
+
     def _make(self, number: int, case: Case) -> None:
         began = time.monotonic()
         subject = subject_of(case, self.model, self.predictor)
         entry: dict[str, Any] = {"case": case.name, "files": [str(path) for path in case.files], "target": str(case.target)}
         text = f"{case.name}: {case.target}"
-        if self.parts.shard is not None and (state := self._share(number, subject, case)) is not None:
+        if self.parts.shard is not None and (share := self._share(number, subject, case)) is not None:
+            computed, run = share
+            if run.is_whole() and run.published() is None:
+                self.waited_for[case.name] = run, f"{text}: done", entry | {"state": "done"}
+                return
+            state = "done" if run.is_whole() else f"{computed} parts computed; {len(run.done())} of {len(run)} are done"
             self.done += 1
             self.report.done(f"{text}: {state}", entry | {"state": state})
             return
@@ -181,8 +199,8 @@ class Predictions:
             text, entry["report"] = f"{text}; {page}", str(page)
         self.report.done(text, entry)
 
-    def _share(self, number: int, subject: Subject, case: Case) -> str | None:
-        """Compute a job's share of a case, and say how far it is; None where the result is there."""
+    def _share(self, number: int, subject: Subject, case: Case) -> tuple[int, ShardedRun] | None:
+        """Compute a job's share of a case; None where the result is there."""
         if self._is_made(subject, case, may_be_other=self.overwrite):
             return None
         asked, place = asked_of(self.wanted, subject, case), (number, len(self.cases))
@@ -204,10 +222,15 @@ class Predictions:
         progress = printable(case.name) if self._shows_progress else False
         logging.getLogger("voxloom").info("%s", printable(", ".join(map(str, case.files))))
         asked = asked_of(self.wanted, subject, case)
-        if is_being_published(case.target):
-            self.predictor.shards(subject, **asked, overwrite=self.overwrite).publish()
-        else:
+        if not is_being_published(case.target):
             self.predictor(subject, **asked, resume=self.resume, overwrite=self.overwrite, progress=progress)
+            return True
+        try:
+            self.predictor.shards(subject, **asked, overwrite=self.overwrite).publish()
+        except RecordError:
+            if not self._is_made(subject, case):
+                raise
+            return False  # another process has ended it meanwhile
         return True
 
     def _compute_together(self, numbers: range, executor: Launcher) -> None:

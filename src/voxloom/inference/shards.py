@@ -273,12 +273,9 @@ class ShardedRun:
             RecordError: if the records are damaged, of something else, or were removed while there is no result.
         """
         first, step = share
-        records = self._joined()  # whoever began says how many parts there are
-        for number in range(first, len(self), step):
-            if not self._is_open():
-                return
-            if not records.is_done(number):
-                yield number
+        self._is_open()  # whoever began says how many parts there are
+        done = self.done()
+        yield from (number for number in range(first, len(self), step) if number not in done)
 
     def compute(self, number: int, progress: Callable[[int], object] = lambda patches: None) -> None:
         """Compute a part, and record that it is done; or record why it failed. Nothing is computed if it is done.
@@ -375,6 +372,8 @@ class ShardedRun:
             ShardError: if parts are missing.
             RecordError: if the records were removed, and the results are not there.
         """
+        if not self._has_joined():
+            raise RecordError(f"there is no {self.folder}: the results have been published, or were not begun")
         self.check_whole()
         records = self._joined()
         records.begin_publishing()
@@ -407,10 +406,11 @@ class ShardedRun:
         fingerprint = {key: value for key, value in self._fingerprint.items() if key != "targets"}
         sidecar = sidecar_of_run(fingerprint, self._given, self.plan.plan, self._preparation.models, [])
         for number, (store, parts) in enumerate(zip(self._stores, self._arrays(records.run), strict=True)):
-            assert store.path is not None
+            assert isinstance(store, ZarrStore | NiftiStore)
             whole = store.path.with_name(f".{stem_of(store.path)}.{records.run}.zarr")
             if _run_of(store.path) != records.run:
                 self._make_ready(whole, parts, records, number)
+                store.make_ready(sidecar, records.run)
                 if not claim.is_held:
                     raise RecordError(f"another process publishes what {self.folder} records: nothing was heard of this one")
             store.commit(sidecar, records.run)

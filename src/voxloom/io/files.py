@@ -1,7 +1,10 @@
 """What all sources of files have in common."""
 
+import contextlib
+import errno
 import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ __all__ = [
     "files_in",
     "fingerprint_of_files",
     "hash_of_path",
+    "if_there",
     "sidecar_in",
     "size_of_path",
 ]
@@ -99,6 +103,16 @@ def files_in(paths: tuple[Path, ...]) -> list[Path]:
     for path in paths:
         files += sorted(part for part in path.iterdir() if part.is_file()) if path.is_dir() else [path]
     return list(dict.fromkeys(files))
+
+
+@contextlib.contextmanager
+def if_there() -> Iterator[None]:
+    """Pass over what another process has removed or renamed meanwhile, which network file systems say in a way of their own."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE):
+            raise
 
 
 def sidecar_in(folder: Path) -> Path:

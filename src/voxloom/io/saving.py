@@ -65,7 +65,8 @@ def atomic_write(path: Path, write: Callable[[Path], None], ending: str) -> None
             raise SaveError(f"{path} is write-protected: save under another name, or make it writable")
         before, after = f".{path.name[:40]}.", f".unfinished{ending}"
         for _, left in left_by_dead(target.parent, before, re.escape(after)):
-            left.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # it may be another user's
+                left.unlink()
         unfinished = target.parent / f"{before}{new_mark()}{after}"
         try:
             write(unfinished)

@@ -195,6 +195,17 @@ class NiftiStore:
         """Whether the file is whole, and only to be put under its name."""
         return self._part(run, ".json").exists()
 
+    def make_ready(self, sidecar: Mapping[str, Json], run: str) -> None:
+        """Let nothing be missing but the name: what was written is compressed, and known by its hash."""
+        if self.is_ready(run):
+            return
+        self.abort()
+        whole = self._part(run, self._ending)
+        with saving(self.path):
+            self._make_whole(self._part(run, ".nii"), whole, [Label(**each) for each in sidecar.get("labels", ())])
+            told = {**sidecar, "run": run, "written": written(whole, self.path)}
+            write_safely(self._part(run, ".json"), json.dumps(told, indent=1))
+
     def commit(self, sidecar: Mapping[str, Json], run: str) -> Path:
         """See `VolumeStore`."""
         self.abort()
@@ -211,8 +222,7 @@ class NiftiStore:
                 plain.unlink(missing_ok=True)
                 return self.path
             if not described.exists():
-                self._make_whole(plain, whole, [Label(**each) for each in sidecar.get("labels", ())])
-                write_safely(described, json.dumps({**sidecar, "run": run, "written": written(whole, self.path)}, indent=1))
+                self.make_ready(sidecar, run)
             elif not is_as_written(whole if whole.exists() else self.path, self.path, read_sidecar(described)):
                 raise RecordError(f"the result that was ready to be put at {self.path} is gone or damaged: {BEGIN_AGAIN}")
             beside = sidecar_of(self.path)

@@ -1,5 +1,6 @@
 """Where a volume goes that is written to a path, whole or block by block: by which store, or in which format."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +77,13 @@ def save_volume(path: Path, data: Tensor, affine: Affine, codes: SpaceCodes, is_
 
 
 def discard_dead(store: VolumeStore) -> None:
-    """Remove what processes that were killed have left of a result for a store; of runs that no log is kept of."""
+    """Remove what killed processes have left of images that they saved or converted; other runs have a log, and go on."""
     if store.path is not None:
-        for run, _ in left_by_dead(store.path.parent, f".{stem_of(store.path)}.", r"\..*"):
-            store.discard(run)
+        names = {stem_of(store.path), store.path.name}
+        found = {run for name in names for run, _ in left_by_dead(store.path.parent, f".{name}.", r"\..*")}
+        for run in found:
+            with contextlib.suppress(OSError):  # it may be another user's
+                store.discard(run)
 
 
 def _save_folder(path: Path, data: Tensor, affine: Affine, codes: SpaceCodes, is_labels: bool) -> None:

@@ -6,14 +6,16 @@ process alone can do. There are no locks.
 
 import contextlib
 import os
+import tempfile
 import threading
 import time
 from pathlib import Path
 from typing import Self
 
+from ..io.files import if_there
 from ..runtime.marks import is_of_dead, new_mark
 
-__all__ = ["Claim", "is_claimed", "make_free"]
+__all__ = ["Claim", "make_free"]
 
 FREE, HELD = "free", "held"
 # A process is taken for lost when nothing has been heard of it for so long.
@@ -23,11 +25,6 @@ SILENT_SECONDS, BEAT_SECONDS = 180.0, 20.0
 def make_free(folder: Path) -> None:
     """Let a claim be laid on a folder, which is new."""
     (folder / FREE).touch()
-
-
-def is_claimed(folder: Path) -> bool:
-    """Whether a process holds a folder, or did when it was killed."""
-    return any(folder.glob(f"{HELD}.*"))
 
 
 class Claim:
@@ -44,7 +41,6 @@ class Claim:
         self._folder = folder
         self._path = folder / f"{HELD}.{new_mark()}"
         self._watched: tuple[Path, float, float] | None = None
-        self._stopping = threading.Event()
         self.since = 0.0
         """When it was laid, by the clock of the file system."""
 
@@ -54,9 +50,14 @@ class Claim:
         Args:
             at_once: take it, whoever holds it.
         """
-        for path in [self._folder / FREE, *self._folder.glob(f"{HELD}.*")]:
-            with contextlib.suppress(FileNotFoundError):  # another one was quicker
-                if path.name == FREE or at_once or is_of_dead(path.suffix[1:]) or self._is_silent(path):
+        free = self._folder / FREE
+        with if_there():  # or another one was quicker
+            found = [path for path in self._folder.iterdir() if path == free or path.name.startswith(f"{HELD}.")]
+            if not found and (at_once or self._is_silent(self._folder)):
+                free.touch()  # someone has removed it
+                found = [free]
+            for path in found:
+                if path == free or at_once or is_of_dead(path.suffix[1:]) or self._is_silent(path):
                     os.utime(path)
                     path.rename(self._path)
                     self.since = self._path.stat().st_mtime
@@ -64,11 +65,14 @@ class Claim:
         return False
 
     def _is_silent(self, path: Path) -> bool:
-        """Whether nothing is heard: by the file's time, or, since clocks differ, for as long as this object has been looking."""
+        """Whether nothing is heard: by the clock of the file system, and for as long as this object has been looking."""
         heard, now = path.stat().st_mtime, time.monotonic()
         if self._watched is None or self._watched[:2] != (path, heard):
             self._watched = (path, heard, now)
-        return time.time() - heard >= SILENT_SECONDS or now - self._watched[2] >= SILENT_SECONDS
+        if now - self._watched[2] >= SILENT_SECONDS:
+            return True
+        with tempfile.TemporaryFile(dir=self._folder.parent) as file:
+            return os.fstat(file.fileno()).st_mtime - heard >= SILENT_SECONDS
 
     @property
     def is_held(self) -> bool:
@@ -76,6 +80,7 @@ class Claim:
         return self._path.exists()
 
     def __enter__(self) -> Self:
+        self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
         self._thread.start()
         return self

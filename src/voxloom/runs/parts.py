@@ -22,6 +22,7 @@ from typing import Any
 from ..core.shards import ShardGrid
 from ..core.sizes import Ints
 from ..errors import RecordError, SaveError
+from ..io.files import if_there
 from ..io.formats import stem_of
 from ..io.protocols import Json
 from ..io.saving import write_safely
@@ -75,16 +76,19 @@ class PartsRecords:
         Raises:
             RecordError: if they are damaged.
         """
+        text = None
         try:
-            told = json.loads((folder / RUN).read_text())
-            return PartsRecords(folder, str(told["run"]), {name: kind(told[name]) for name, kind in KINDS.items()})
-        except FileNotFoundError:
-            # Asked twice, since they may go meanwhile.
-            if folder.is_dir() and not (folder / RUN).exists() and folder.is_dir():
-                raise RecordError(f"{folder} has no {RUN}: remove it, and begin again") from None
-            return None
+            with if_there():
+                text = (folder / RUN).read_text()
+            told = {} if text is None else json.loads(text)
+            if text is not None:
+                return PartsRecords(folder, str(told["run"]), {name: kind(told[name]) for name, kind in KINDS.items()})
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise RecordError(f"{folder / RUN} is damaged: remove {folder}, and begin again") from error
+        # Asked twice, since they may go meanwhile.
+        if _is_folder(folder) and not (folder / RUN).exists() and _is_folder(folder):
+            raise RecordError(f"{folder} has no {RUN}: remove it, and begin again")
+        return None
 
     def begin(self, make: Callable[[], object]) -> None:
         """Make the records beside where they will be, and put them there, unless another process has been quicker.
@@ -121,9 +125,9 @@ class PartsRecords:
     def state(self) -> PartsState:
         """How far the run is."""
         # In the order in which they come, so that a change in between is seen as one or the other.
-        if self._parts.is_dir():
+        if _is_folder(self._parts):
             return PartsState.OPEN
-        return PartsState.PUBLISHING if self.publishing.is_dir() else PartsState.ENDED
+        return PartsState.PUBLISHING if _is_folder(self.publishing) else PartsState.ENDED
 
     @property
     def work(self) -> Path:
@@ -281,10 +285,15 @@ def forget_failures(target: Path) -> int:
 
 def _numbers_in(folder: Path) -> set[int]:
     """Give the numbers of the parts that have a record in a folder; none where there is no folder."""
-    try:
+    with if_there():
         return {int(path.stem) for path in folder.iterdir() if path.suffix == ".json" and path.stem.isdecimal()}
-    except FileNotFoundError:
-        return set()
+    return set()
+
+
+def _is_folder(path: Path) -> bool:
+    with if_there():
+        return path.is_dir()
+    return False
 
 
 def _traceback_in(path: Path) -> str:

@@ -1,5 +1,6 @@
 """A label map as people hand it on: a file for each of its labels, and a table of what its numbers mean."""
 
+import contextlib
 import csv
 import io
 import json
@@ -20,6 +21,7 @@ from ..errors import ModeError, SaveError
 from ..io.formats import endings
 from ..io.labels import Label, color_of
 from ..io.protocols import Json, VolumeSource, read_checked
+from ..io.replacing import forget_old, replace_folder, restore_old
 from ..io.saving import atomic_write
 from ..io.sidecars import read_sidecar, sidecar_of, written
 from ..io.spooling import spooled
@@ -118,9 +120,12 @@ def split_labels(
         way = "remove it, or choose another name" if overwrite else "remove it, or give overwrite=True (--overwrite)"
         raise SaveError(f"{folder} exists, and is kept: {way}")
     told = _as_labels(labels) if labels is not None else known_labels(given.paths[0]) if given.paths else []
-    for _, left in left_by_dead(folder.parent, f".{folder.name}.", r"\.part"):
-        shutil.rmtree(left, ignore_errors=True)
-    part = folder.with_name(f".{folder.name}.{new_mark()}.part")
+    for mark in {mark for mark, _ in left_by_dead(folder.parent, f".{folder.name}.", r"\.(part|old)(\.gone)?")}:
+        with contextlib.suppress(OSError):  # it may be another user's
+            restore_old(folder.with_name(f".{folder.name}.{mark}.old"), folder)
+        shutil.rmtree(folder.with_name(f".{folder.name}.{mark}.part"), ignore_errors=True)
+    mark = new_mark()
+    part, old = (folder.with_name(f".{folder.name}.{mark}.{ending}") for ending in ("part", "old"))
     try:
         part.mkdir(parents=True)
         with spooled(given) as source:
@@ -132,7 +137,8 @@ def split_labels(
                     show(1)
         write_label_table(list(named.values()), part / TABLE)
         (part / RECORD).write_text(_record_of(given.paths))
-        _put(part, folder)
+        replace_folder(part, folder, old)
+        forget_old(old)
     except OSError as error:
         raise SaveError(f"{folder} cannot be written: {error.strerror or error}") from error
     finally:
@@ -241,18 +247,3 @@ def _record_of(paths: Sequence[Path]) -> str:
 def _is_split(folder: Path) -> bool:
     """Whether `split_labels` made a folder."""
     return (folder / RECORD).is_file() and (folder / TABLE).is_file()
-
-
-def _put(part: Path, folder: Path) -> None:
-    """Let a finished folder take the place of one that was made before, if there is one."""
-    if not folder.exists():
-        part.rename(folder)
-        return
-    old = part.with_name(f"{part.name}.old")
-    folder.rename(old)
-    try:
-        part.rename(folder)
-    except OSError:
-        old.rename(folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

@@ -16,6 +16,7 @@ from ..files import sidecar_in
 from ..formats import stem_of
 from ..labels import Label
 from ..protocols import Json, VolumeSpec
+from ..replacing import forget_old, replace_folder, restore_old
 from ..saving import saving, write_safely
 from ..sidecars import written
 from .layout import Layout, describe_labels, put_shard, register_label
@@ -92,6 +93,10 @@ class ZarrStore:
 
     def _at(self, run: str, ending: str) -> Path:
         return self.path.with_name(f".{stem_of(self.path)}.{run}{ending}")
+
+    def _old(self, run: str) -> Path:
+        """Name what was there before, while it is replaced: by its whole name, since others may have the same stem."""
+        return self.path.with_name(f".{self.path.name}.{run}.old")
 
     def check(self) -> None:
         """See `VolumeStore`."""
@@ -176,26 +181,32 @@ class ZarrStore:
 
     def discard(self, run: str) -> None:
         """See `VolumeStore`."""
-        _put_back(self._at(run, ".old"), self.path)
-        for ending in (".zarr", ".parts", ".old"):
+        restore_old(self._old(run), self.path)
+        for ending in (".zarr", ".parts"):
             shutil.rmtree(self._at(run, ending), ignore_errors=True)
 
     # Publishing
 
+    def make_ready(self, sidecar: Mapping[str, Json], run: str) -> None:
+        """Let nothing be missing but the name."""
+        whole = self._at(run, ".zarr")
+        with saving(self.path):
+            if whole.exists() and not sidecar_in(whole).exists():
+                self._complete(whole, self._at(run, ".parts"), sidecar, run)
+
     def commit(self, sidecar: Mapping[str, Json], run: str) -> Path:
         """See `VolumeStore`."""
-        whole, parts, old = (self._at(run, ending) for ending in (".zarr", ".parts", ".old"))
+        self.make_ready(sidecar, run)
+        whole, old = self._at(run, ".zarr"), self._old(run)
         with saving(self.path):
             if whole.exists():
-                if not sidecar_in(whole).exists():
-                    self._complete(whole, parts, sidecar, run)
                 self._put(whole, old)
             elif _run_of(self.path) != run:
                 raise RecordError(f"the result that was ready to be put at {self.path} is gone: start over with resume=False")
             if is_label_of_image(self.path):
                 register_label(self.path)
-            for path in (parts, old):
-                shutil.rmtree(path, ignore_errors=True)
+            shutil.rmtree(self._at(run, ".parts"), ignore_errors=True)
+            forget_old(old)
         return self.path
 
     def _complete(self, whole: Path, parts: Path, sidecar: Mapping[str, Json], run: str) -> None:
@@ -215,25 +226,12 @@ class ZarrStore:
 
     def _put(self, whole: Path, old: Path) -> None:
         """Put the folder under its name; what is there is only replaced if it may be."""
-        if self.path.exists():
-            if not self.overwrite:
-                raise TargetExistsError(
-                    f"{self.path} has appeared while its result was made, and is kept. The result is in {whole.name}: the same"
-                    " call with overwrite=True (--overwrite) puts it there, and so does this one once the folder is gone"
-                )
-            shutil.rmtree(old, ignore_errors=True)
-            self.path.rename(old)
-        try:
-            whole.rename(self.path)
-        except BaseException:
-            _put_back(old, self.path)
-            raise
-
-
-def _put_back(old: Path, path: Path) -> None:
-    """Put what was there before under its name again, if nothing has taken its place."""
-    if old.exists() and not path.exists():
-        old.rename(path)
+        if self.path.exists() and not self.overwrite:
+            raise TargetExistsError(
+                f"{self.path} has appeared while its result was made, and is kept. The result is in {whole.name}: the same"
+                " call with overwrite=True (--overwrite) puts it there, and so does this one once the folder is gone"
+            )
+        replace_folder(whole, self.path, old)
 
 
 def _run_of(path: Path) -> str | None:
