@@ -76,12 +76,9 @@ class PartsRecords:
         Raises:
             RecordError: if they are damaged.
         """
-        text = None
         try:
             with if_there():
-                text = (folder / RUN).read_text()
-            told = {} if text is None else json.loads(text)
-            if text is not None:
+                told = json.loads((folder / RUN).read_text())
                 return PartsRecords(folder, str(told["run"]), {name: kind(told[name]) for name, kind in KINDS.items()})
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise RecordError(f"{folder / RUN} is damaged: remove {folder}, and begin again") from error
