@@ -400,6 +400,13 @@ def test_records_of_something_else_are_named_with_their_voxels(scan, tmp_path):
         run_of(scan, store(tmp_path / "parts.ome.zarr"), patch_overlap=4).join()
 
 
+def test_a_file_in_place_of_the_records_is_named(scan, tmp_path):
+    (tmp_path / ".parts.shards").write_text("of someone else")
+    with pytest.raises(RecordError, match=r"\.parts\.shards/run\.json is damaged: remove"):
+        run_of(scan, store(tmp_path / "parts.zarr")).join()
+    assert leftovers(tmp_path) == [".parts.shards"]
+
+
 def test_arrays_that_are_gone_are_named(scan, tmp_path):
     run = computed(run_of(scan, store(tmp_path / "parts.ome.zarr")))
     shutil.rmtree(tmp_path / f".parts.{run.run}.parts.zarr")

@@ -111,7 +111,7 @@ def if_there() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE):
+        if error.errno not in (errno.ENOENT, errno.ESTALE):
             raise
 
 

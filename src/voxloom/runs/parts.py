@@ -83,7 +83,7 @@ class PartsRecords:
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise RecordError(f"{folder / RUN} is damaged: remove {folder}, and begin again") from error
         # Asked twice, since they may go meanwhile.
-        if _is_folder(folder) and not (folder / RUN).exists() and _is_folder(folder):
+        if _is_there(folder) and not _is_there(folder / RUN) and _is_there(folder):
             raise RecordError(f"{folder} has no {RUN}: remove it, and begin again")
         return None
 
@@ -122,9 +122,9 @@ class PartsRecords:
     def state(self) -> PartsState:
         """How far the run is."""
         # In the order in which they come, so that a change in between is seen as one or the other.
-        if _is_folder(self._parts):
+        if _is_there(self._parts):
             return PartsState.OPEN
-        return PartsState.PUBLISHING if _is_folder(self.publishing) else PartsState.ENDED
+        return PartsState.PUBLISHING if _is_there(self.publishing) else PartsState.ENDED
 
     @property
     def work(self) -> Path:
@@ -138,7 +138,7 @@ class PartsRecords:
 
     def is_done(self, number: int) -> bool:
         """Whether a part is done."""
-        return (self._parts / DONE / f"{number}.json").exists() or self.state is not PartsState.OPEN
+        return _is_there(self._parts / DONE / f"{number}.json") or self.state is not PartsState.OPEN
 
     def failed(self) -> dict[int, str]:
         """Give the tracebacks of the parts that failed, by their numbers."""
@@ -287,9 +287,9 @@ def _numbers_in(folder: Path) -> set[int]:
     return set()
 
 
-def _is_folder(path: Path) -> bool:
+def _is_there(path: Path) -> bool:
     with if_there():
-        return path.is_dir()
+        return path.exists()
     return False
 
 
