@@ -356,6 +356,7 @@ class ShardedRun:
 
         Raises:
             ShardError: if parts are missing; names them, and says why they failed.
+            RecordError: if the records were removed, and the results are not there.
         """
         if not self._has_joined():
             return None  # it has been published
