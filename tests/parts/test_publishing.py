@@ -524,7 +524,8 @@ def test_jobs_that_start_when_all_is_made_compute_nothing(scans, run):
     assert all(path.stat().st_ino != inode for path, inode in before.items())
 
 
-def test_a_job_that_another_one_overtakes_is_complete(scans, run, monkeypatch):
+def overtake(monkeypatch, run):
+    """Let another job do everything as soon as the next one has planned its first case."""
     shards_of = Predictor.shards
 
     def overtaken(self, *arguments, **more):
@@ -534,6 +535,10 @@ def test_a_job_that_another_one_overtakes_is_complete(scans, run, monkeypatch):
         return made
 
     monkeypatch.setattr(Predictor, "shards", overtaken)
+
+
+def test_a_job_that_another_one_overtakes_is_complete(scans, run, monkeypatch):
+    overtake(monkeypatch, run)
     assert states(run(*COMMAND, "--shard", "0/1")) == ["complete"] * 4
 
 
@@ -541,15 +546,7 @@ def test_a_command_finds_that_another_has_ended_what_it_would_take_up(scans, run
     with monkeypatch.context() as patch:
         patch.setattr(shards, "_write_file", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
         run(*COMMAND, "--shard", "0/1", code=130)
-    shards_of = Predictor.shards
-
-    def overtaken(self, *arguments, **more):
-        monkeypatch.setattr(Predictor, "shards", shards_of)
-        made = shards_of(self, *arguments, **more)
-        run(*COMMAND, "--shard", "0/1")
-        return made
-
-    monkeypatch.setattr(Predictor, "shards", overtaken)
+    overtake(monkeypatch, run)
     assert states(run(*COMMAND)) == ["complete"] * 4
 
 

@@ -89,6 +89,25 @@ def test_what_is_replaced_is_whole_until_the_new_one_is_in_place(tmp_path, other
     assert step > 60
 
 
+def test_labels_that_were_being_replaced_come_back_and_are_kept(tmp_path):
+    """A process was killed that might replace them; the next call may not."""
+    folder = tmp_path / "folder"
+    labels = vx.LabelMap((VALUES % 3).to(torch.uint8))
+    for step in range(200):
+        folder.mkdir()
+        vx.split_labels(labels, folder / "parts")
+        before = (folder / "parts" / "labels.json").stat().st_ino
+        if not is_ended_at(step, lambda: vx.split_labels(labels, folder / "parts", overwrite=True)):
+            break
+        is_replaced = (folder / "parts").exists() and (folder / "parts" / "labels.json").stat().st_ino != before
+        with pytest.raises(vx.errors.SaveError, match="exists, and is kept"):
+            vx.split_labels(labels, folder / "parts")
+        assert is_replaced or (folder / "parts" / "labels.json").stat().st_ino == before
+        assert [path.name for path in folder.iterdir()] == ["parts"]
+        shutil.rmtree(folder)
+    assert step > 10
+
+
 def test_what_cannot_be_removed_does_not_stop_a_save(tmp_path):
     mark = new_mark()
     dead = f"{mark[:12]}{2**31 - 1:08x}{mark[20:]}"

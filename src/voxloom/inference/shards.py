@@ -27,7 +27,7 @@ from ..io.fingerprints import differences
 from ..io.formats import stem_of
 from ..io.protocols import VolumeStore
 from ..io.saving import saving
-from ..io.sidecars import read_sidecar, sidecar_of
+from ..io.sidecars import run_of
 from ..io.stores import NiftiStore
 from ..io.zarr.layout import Layout, put_shard
 from ..io.zarr.source import ZarrSource
@@ -248,7 +248,7 @@ class ShardedRun:
 
     def _is_in_place(self) -> bool:
         """Whether all results of the run are under their names."""
-        return all(store.path is not None and _run_of(store.path) == self.run for store in self._stores)
+        return all(store.path is not None and run_of(store.path) == self.run for store in self._stores)
 
     def done(self) -> set[int]:
         """Numbers of the parts that are done."""
@@ -409,7 +409,7 @@ class ShardedRun:
         for number, (store, parts) in enumerate(zip(self._stores, self._arrays(records.run), strict=True)):
             assert isinstance(store, ZarrStore | NiftiStore)
             whole = store.path.with_name(f".{stem_of(store.path)}.{records.run}.zarr")
-            if _run_of(store.path) != records.run:
+            if run_of(store.path) != records.run:
                 self._make_ready(whole, parts, records, number)
                 store.make_ready(sidecar, records.run)
                 if not claim.is_held:
@@ -498,8 +498,3 @@ def _write_file(folder: Path, store: NiftiStore, layout: Layout, run: str) -> No
     except BaseException:
         store.discard(run)
         raise
-
-
-def _run_of(path: Path) -> str | None:
-    """Name of the run that a result was made by."""
-    return (read_sidecar(sidecar_of(path)) or {}).get("run")

@@ -7,7 +7,7 @@ from .files import hash_of_path, sidecar_in, size_of_path
 from .formats import endings, is_folder_target, stem_of
 from .protocols import Json
 
-__all__ = ["is_as_written", "other_told_of", "read_sidecar", "sidecar_of", "written"]
+__all__ = ["is_as_written", "other_told_of", "read_sidecar", "run_of", "sidecar_of", "written"]
 
 
 def sidecar_of(target: Path) -> Path:
@@ -22,6 +22,11 @@ def read_sidecar(path: Path) -> dict[str, Json] | None:
         return found if "voxloom" in found["versions"] else None
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
+
+
+def run_of(target: Path) -> str | None:
+    """Name of the run that a result was made by; None where nothing says that."""
+    return (read_sidecar(sidecar_of(target)) or {}).get("run")
 
 
 def written(path: Path, target: Path) -> Json:

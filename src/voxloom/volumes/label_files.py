@@ -116,14 +116,14 @@ def split_labels(
         raise ModeError(f"a label map of one channel is needed, but this has {given.num_channels}: reduce='argmax' makes one")
     if ending not in PER_LABEL:
         raise ModeError(f"ending is {ending!r}: it must be {', '.join(PER_LABEL[:-1])} or {PER_LABEL[-1]}")
-    if folder.exists() and not (overwrite and _is_split(folder)):
-        way = "remove it, or choose another name" if overwrite else "remove it, or give overwrite=True (--overwrite)"
-        raise SaveError(f"{folder} exists, and is kept: {way}")
-    told = _as_labels(labels) if labels is not None else known_labels(given.paths[0]) if given.paths else []
     for mark in {mark for mark, _ in left_by_dead(folder.parent, f".{folder.name}.", r"\.(part|old)(\.gone)?")}:
         with contextlib.suppress(OSError):  # it may be another user's
             restore_old(folder.with_name(f".{folder.name}.{mark}.old"), folder)
         shutil.rmtree(folder.with_name(f".{folder.name}.{mark}.part"), ignore_errors=True)
+    if folder.exists() and not (overwrite and _is_split(folder)):
+        way = "remove it, or choose another name" if overwrite else "remove it, or give overwrite=True (--overwrite)"
+        raise SaveError(f"{folder} exists, and is kept: {way}")
+    told = _as_labels(labels) if labels is not None else known_labels(given.paths[0]) if given.paths else []
     mark = new_mark()
     part, old = (folder.with_name(f".{folder.name}.{mark}.{ending}") for ending in ("part", "old"))
     try:

@@ -18,7 +18,7 @@ from ..labels import Label
 from ..protocols import Json, VolumeSpec
 from ..replacing import forget_old, replace_folder, restore_old
 from ..saving import saving, write_safely
-from ..sidecars import written
+from ..sidecars import run_of, written
 from .layout import Layout, describe_labels, put_shard, register_label
 from .ngff import VERSIONS
 from .source import is_label_of_image, is_zarr, more_than_image
@@ -201,7 +201,7 @@ class ZarrStore:
         with saving(self.path):
             if whole.exists():
                 self._put(whole, old)
-            elif _run_of(self.path) != run:
+            elif run_of(self.path) != run:
                 raise RecordError(f"the result that was ready to be put at {self.path} is gone: start over with resume=False")
             if is_label_of_image(self.path):
                 register_label(self.path)
@@ -232,11 +232,3 @@ class ZarrStore:
                 " call with overwrite=True (--overwrite) puts it there, and so does this one once the folder is gone"
             )
         replace_folder(whole, self.path, old)
-
-
-def _run_of(path: Path) -> str | None:
-    """Name of the run that a result was made by."""
-    try:
-        return str(json.loads(sidecar_in(path).read_text())["run"])
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
