@@ -20,7 +20,7 @@ from parts_models import three
 from parts_runs import OPTIONS, dying, hashes, leftovers, run_of, share, store
 from voxloom.cli import parts as cli_parts
 from voxloom.errors import RecordError, SaveError, TargetExistsError
-from voxloom.inference import Predictor, SerialLauncher, shards
+from voxloom.inference import Predictor, SerialLauncher, publishing, shards
 from voxloom.runs import claim, parts
 from voxloom.runs.claim import Claim
 from voxloom.runs.parts import status_of
@@ -37,6 +37,15 @@ def computed(run):
     for number in list(run.remaining()):
         run.compute(number)
     return run
+
+
+def raising(error):
+    """Give a function that fails."""
+
+    def call(*_):
+        raise error
+
+    return call
 
 
 @pytest.mark.slow
@@ -118,7 +127,7 @@ def test_publishing_that_is_interrupted_anywhere_is_taken_up(tmp_path, kind, rep
 def elsewhere(run):
     """Publish on what looks like another machine, and be killed."""
     marks._here = lambda: "e" * 12
-    shards._make_coarser = dying(shards._make_coarser)
+    publishing.make_coarser = dying(publishing.make_coarser)
     run.published()
 
 
@@ -158,7 +167,7 @@ def test_publishing_that_fails_is_not_waited_for(scan, tmp_path, monkeypatch):
     path = tmp_path / "parts.ome.zarr"
     run = computed(run_of(scan, store(path)))
     with monkeypatch.context() as patch:
-        patch.setattr(shards, "_make_coarser", lambda *arguments: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        patch.setattr(publishing, "make_coarser", raising(OSError(28, "No space left on device")))
         with pytest.raises(OSError, match="No space left"):
             run.published()
     assert run_of(scan, store(path)).published() is not None
@@ -207,14 +216,14 @@ def test_of_several_that_take_it_up_one_can(tmp_path):
 def test_a_process_that_was_taken_for_lost_leaves_the_rest_to_the_other(scan, tmp_path, monkeypatch):
     path = tmp_path / "parts.ome.zarr"
     first, second = computed(run_of(scan, store(path))), run_of(scan, store(path))
-    coarser, found = shards._make_coarser, []
+    coarser, found = publishing.make_coarser, []
 
     def meanwhile(*arguments):
-        monkeypatch.setattr(shards, "_make_coarser", coarser)
+        monkeypatch.setattr(publishing, "make_coarser", coarser)
         coarser(*arguments)
         found.append(second.published(take_over=True))
 
-    monkeypatch.setattr(shards, "_make_coarser", meanwhile)
+    monkeypatch.setattr(publishing, "make_coarser", meanwhile)
     assert first.published() is None
     assert torch.equal(found[0].data, expected_of(scan))
     assert first.publish().path == path
@@ -269,7 +278,7 @@ def test_publishing_where_nothing_is_recorded_is_an_error(scan, tmp_path):
 def test_a_slow_process_that_publishes_is_heard_of(scan, tmp_path, monkeypatch):
     monkeypatch.setattr(claim, "SILENT_SECONDS", 0.6)
     monkeypatch.setattr(claim, "BEAT_SECONDS", 0.05)
-    slow = shards._make_coarser
+    slow = publishing.make_coarser
     first, second = (run_of(scan, tmp_path / "parts.nii") for _ in range(2))
     computed(first)
     found = []
@@ -279,7 +288,7 @@ def test_a_slow_process_that_publishes_is_heard_of(scan, tmp_path, monkeypatch):
         found.append(second.published())
         slow(*arguments)
 
-    monkeypatch.setattr(shards, "_make_coarser", meanwhile)
+    monkeypatch.setattr(publishing, "make_coarser", meanwhile)
     made = first.published()
     assert found == [None]
     assert torch.equal(made.data, expected_of(scan))
@@ -288,7 +297,7 @@ def test_a_slow_process_that_publishes_is_heard_of(scan, tmp_path, monkeypatch):
 def test_the_same_prediction_twice_at_once(scan, tmp_path, monkeypatch):
     path = tmp_path / "parts.ome.zarr"
     monkeypatch.setattr(shards, "WAIT_SECONDS", 0.05)
-    coarser, found = shards._make_coarser, []
+    coarser, found = publishing.make_coarser, []
 
     def predicted():
         found.append(vx.predict(three, scan, output=store(path), executor=SerialLauncher(16), **OPTIONS).data)
@@ -296,12 +305,12 @@ def test_the_same_prediction_twice_at_once(scan, tmp_path, monkeypatch):
     other = threading.Thread(target=predicted)
 
     def meanwhile(*arguments):
-        monkeypatch.setattr(shards, "_make_coarser", coarser)
+        monkeypatch.setattr(publishing, "make_coarser", coarser)
         other.start()
         time.sleep(1)
         coarser(*arguments)
 
-    monkeypatch.setattr(shards, "_make_coarser", meanwhile)
+    monkeypatch.setattr(publishing, "make_coarser", meanwhile)
     predicted()
     other.join(60)
     assert len(found) == 2
@@ -455,7 +464,7 @@ def test_who_begins_while_another_publishes_sees_what_there_is(scan, tmp_path, m
 
 def test_a_beginning_that_fails_is_told_and_leaves_nothing(scan, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(parts, "make_free", lambda folder: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        patch.setattr(parts, "make_free", raising(OSError(28, "No space left on device")))
         with pytest.raises(SaveError, match="No space left"):
             run_of(scan, store(tmp_path / "parts.zarr")).join()
     assert leftovers(tmp_path) == []
@@ -544,7 +553,7 @@ def test_a_job_that_another_one_overtakes_is_complete(scans, run, monkeypatch):
 
 def test_a_command_finds_that_another_has_ended_what_it_would_take_up(scans, run, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(shards, "_write_file", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(publishing, "write_file", raising(KeyboardInterrupt))
         run(*COMMAND, "--shard", "0/1", code=130)
     overtake(monkeypatch, run)
     assert states(run(*COMMAND)) == ["complete"] * 4
@@ -569,7 +578,7 @@ def test_a_job_waits_for_others_when_it_has_nothing_else_to_do(scans, run, monke
 @pytest.mark.parametrize("way", [["--shard", "0/1"], ["--devices", "cpu,cpu"], []])
 def test_a_command_takes_up_publishing(scans, run, monkeypatch, way):
     with monkeypatch.context() as patch:
-        patch.setattr(shards, "_write_file", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(publishing, "write_file", raising(KeyboardInterrupt))
         run(*COMMAND, "--shard", "0/1", code=130)
     assert json.loads(run("status", "--json", "out/0.nii.gz").out)[0]["state"] == "publishing"
     run(*COMMAND, *way)

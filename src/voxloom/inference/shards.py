@@ -22,7 +22,6 @@ from ..core.boxes import Box
 from ..core.shards import ShardGrid
 from ..core.sizes import Ints, as_sizes
 from ..errors import OutputError, RecordError, SaveError, ShardError
-from ..io.files import sidecar_in
 from ..io.fingerprints import differences
 from ..io.formats import stem_of
 from ..io.protocols import VolumeStore
@@ -30,9 +29,8 @@ from ..io.saving import saving
 from ..io.sidecars import run_of
 from ..io.stores import NiftiStore
 from ..io.zarr.layout import Layout, put_shard
-from ..io.zarr.source import ZarrSource
 from ..io.zarr.store import ZarrStore
-from ..io.zarr.writing import PyramidWriter, ShardWriter
+from ..io.zarr.writing import ShardWriter
 from ..models.outputs import Name
 from ..runs.claim import Claim
 from ..runs.parts import PartsRecords, PartsState, records_of
@@ -42,6 +40,7 @@ from .plan import PredictionPlan
 from .planner import Input
 from .preparing import Preparation
 from .provenance import sidecar_of_run
+from .publishing import put_in_place
 from .runner import Runner
 from .shard_plan import ShardPlan
 from .sinks import image_class
@@ -403,36 +402,15 @@ class ShardedRun:
             return self._images()
 
     def _put_in_place(self, records: PartsRecords, claim: Claim) -> None:
-        """Put all results under their names; whatever has been done of that is not done again."""
+        """Put all results under their names, and remove the records."""
         fingerprint = {key: value for key, value in self._fingerprint.items() if key != "targets"}
         sidecar = sidecar_of_run(fingerprint, self._given, self.plan.plan, self._preparation.models, [])
-        for number, (store, parts) in enumerate(zip(self._stores, self._arrays(records.run), strict=True)):
+        for number, (store, layout, parts) in enumerate(zip(self._stores, self._layouts, self._arrays(records.run), strict=True)):
             assert isinstance(store, ZarrStore | NiftiStore)
-            whole = store.path.with_name(f".{stem_of(store.path)}.{records.run}.zarr")
-            if run_of(store.path) != records.run:
-                self._make_ready(whole, parts, records, number)
-                store.make_ready(sidecar, records.run)
-                if not claim.is_held:
-                    raise RecordError(f"another process publishes what {self.folder} records: nothing was heard of this one")
-            store.commit(sidecar, records.run)
-            shutil.rmtree(whole, ignore_errors=True)
-            shutil.rmtree(parts, ignore_errors=True)
+            put_in_place(store, layout, parts, records.publishing / f"levels-{number}", sidecar, records.run, claim)
         for other in records.others_that_began(before=claim.since):
             self._forget_other(records, other)
         records.end()
-
-    def _make_ready(self, whole: Path, parts: Path, records: PartsRecords, number: int) -> None:
-        """Let a store find a result, of which all but the coarser levels is in an array."""
-        store, layout = self._stores[number], self._layouts[number]
-        if not whole.exists():
-            try:
-                parts.rename(whole)  # so that a part that comes late finds nothing to write into
-            except FileNotFoundError:
-                raise RecordError(f"{parts} is gone: remove {self.folder}, and begin again") from None
-        if not sidecar_in(whole).exists():
-            _make_coarser(layout, whole, records.publishing / f"levels-{number}")
-        if isinstance(store, NiftiStore) and not store.is_ready(records.run):
-            _write_file(whole, store, layout, records.run)
 
     def _images(self) -> Any:
         by_name = {}
@@ -450,51 +428,3 @@ class ShardedRun:
         listed = ", ".join(map(str, missing[:10])) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
         why = next((f"; part {number} ({self.plan[number].box}) failed:\n{text}" for number, text in failed.items()), "")
         raise ShardError(f"of {len(self.plan)} parts of {self.plan.plan.name} {len(missing)} are missing: {listed}{why}")
-
-
-def _make_coarser(layout: Layout, folder: Path, parts: Path) -> None:
-    """Make the coarser levels of an array of which the finest is whole, shard by shard."""
-    if not layout.factors:
-        return
-    shutil.rmtree(parts, ignore_errors=True)
-    finest, *coarser = layout.arrays(folder)
-
-    def into(array: Any) -> Callable[[Box, np.ndarray], object]:
-        return lambda box, values: put_shard(array, layout.has_channels, box, values)
-
-    levels: list[Callable[[Box, np.ndarray], object]] = [lambda box, values: None, *map(into, coarser)]
-    writer = PyramidWriter(
-        parts,
-        levels,
-        layout.spec.shape[0],
-        layout.shapes,
-        layout.dtype,
-        layout.units,
-        layout.factors,
-        layout.spec.is_labels,
-        is_new=True,
-    )
-    boxes = ShardGrid(layout.spec.shape[1:], layout.units[0])
-    for number in range(len(boxes)):
-        box = boxes[number]
-        slices = tuple(reversed(box.slices))
-        values = np.asarray(finest[(slice(None), *slices) if layout.has_channels else slices])
-        values = values if layout.has_channels else values[None]
-        writer.write(box, values.transpose(0, 3, 2, 1))
-    writer.flush()
-    shutil.rmtree(parts, ignore_errors=True)
-
-
-def _write_file(folder: Path, store: NiftiStore, layout: Layout, run: str) -> None:
-    """Make a file of a whole array."""
-    store.discard(run)
-    source = ZarrSource(folder)
-    try:
-        store.create(layout.spec, run)
-        boxes = ShardGrid(layout.spec.shape[1:], layout.shards[0])
-        for number in range(len(boxes)):
-            store.write(boxes[number], source.read(boxes[number]).to(layout.spec.dtype))
-        store.flush()
-    except BaseException:
-        store.discard(run)
-        raise
