@@ -16,11 +16,10 @@ from ..errors import OutputError, RecordError, SaveError
 from ..io.protocols import Json, VolumeSource, VolumeStore
 from ..io.spooling import spooled
 from ..io.stores import BEGIN_AGAIN, SinkStore
-from ..models.outputs import Name
 from ..runs.log import RunLog
 from ..runtime.chunk_cache import CHUNKS
 from ..runtime.progress import shown_if
-from .destinations import Destinations
+from .destinations import Destinations, Stores
 from .plan import PredictionPlan
 from .planner import Input
 from .preparing import Preparation
@@ -28,12 +27,9 @@ from .provenance import sidecar_of_run
 from .runner import FirstBatch, Runner
 from .sinks import MemorySink, image_class
 
-__all__ = ["Call", "Stores"]
+__all__ = ["Call"]
 
 _logger = logging.getLogger("voxloom.predict")
-
-Stores = dict[Name, VolumeStore]
-"""The stores that were asked for, by the names of results as far as these are known."""
 
 
 class Call:

@@ -11,7 +11,10 @@ from ..io.targets import as_target, store_at
 from ..models.outputs import Name
 from .results import ResultSpec, of_name
 
-__all__ = ["Destinations", "as_store"]
+__all__ = ["Destinations", "Stores", "as_store", "as_stores"]
+
+Stores = dict[Name, VolumeStore]
+"""The stores that were asked for, by the names of results as far as these are known."""
 
 
 def as_store(given: Any, overwrite: bool) -> VolumeStore:
@@ -29,6 +32,19 @@ def as_store(given: Any, overwrite: bool) -> VolumeStore:
     raise OutputError(
         f"output is {given!r}: it must be None, the name of a file, a VolumeStore, or a sink with open, write, close and abort"
     )
+
+
+def as_stores(given: Any, names: list[Name] | None, overwrite: bool) -> Stores:
+    """Make the stores of what was given as an output, by the names of results as far as these are known.
+
+    Raises:
+        OutputError: if one is none, or is for several results.
+    """
+    by_name = {name: of_name(given, name) for name in names or [None]}
+    outputs = [each for each in by_name.values() if each is not None]
+    if len(set(map(id, outputs))) < len(outputs):
+        raise OutputError("one output was given for several results: give a dict with one for each")
+    return {name: as_store(each, overwrite) for name, each in by_name.items() if each is not None}
 
 
 class Destinations:

@@ -15,7 +15,7 @@ from ..core.grids import PatchSpacing
 from ..core.interpolation import as_interpolation
 from ..core.values import as_number
 from ..core.windows import OverlapMode
-from ..errors import ModeError, OutputError, SaveError, TargetExistsError
+from ..errors import ModeError, SaveError, TargetExistsError
 from ..io.fingerprints import differences
 from ..io.protocols import Json, is_source
 from ..io.sidecars import is_as_written, read_sidecar, sidecar_of
@@ -28,15 +28,14 @@ from ..runs.parts import is_being_published
 from ..runtime.kept_memory import kept_for_models
 from ..runtime.limits import as_bytes
 from ..runtime.progress import shown_if
-from .call import Call, Stores
-from .destinations import as_store
+from .call import Call
+from .destinations import Stores, as_stores
 from .entering import Entrance, Request
 from .launchers import ProcessLauncher, ShardJob, as_launcher
 from .options import settings_of, usual_options
 from .plan import PredictionPlan
 from .planner import Input
 from .preparing import Preparation
-from .results import of_name
 from .shards import ShardedRun
 from .threads import ThreadExecutor
 
@@ -309,7 +308,7 @@ class Predictor:
             self.compute_parts([call], [run], progress)
             return run.publish()
         with contextlib.ExitStack() as stack:
-            stores = self._stores(output, overwrite)
+            stores = as_stores(output, self._preparation.options.names(output), overwrite)
             preparation, given = self._prepared(request, output, stack)
             _check_inputs(stores, given, mask, like)
             # What reads and writes the files has been imported by now, which would count as memory of the prediction.
@@ -349,7 +348,7 @@ class Predictor:
             OutputError: if results cannot be made in parts.
         """
         request = Request(image, image_name, like, resample_to, mask, affine)
-        stores = self._stores(output, overwrite)
+        stores = as_stores(output, self._preparation.options.names(output), overwrite)
         stack = contextlib.ExitStack()
         preparation, given = self._prepared(request, output, stack)
         _check_inputs(stores, given, mask, like)
@@ -414,17 +413,6 @@ class Predictor:
                 f"{target} exists, and is of something else: {difference}. Remove it, or let it be overwritten"
             )
         return True
-
-    def _stores(self, output: Any, overwrite: bool) -> Stores:
-        """Make the stores that were asked for, by the names of results as far as these are known."""
-        if output is None:
-            return {}
-        names = self._preparation.options.names(output)
-        by_name = {name: of_name(output, name) for name in names or [None]}
-        given = [each for each in by_name.values() if each is not None]
-        if len(set(map(id, given))) < len(given):
-            raise OutputError("one output was given for several results: give a dict with one for each")
-        return {name: as_store(each, overwrite) for name, each in by_name.items() if each is not None}
 
 
 def _check_inputs(stores: Stores, given: Input, *others: Any) -> None:

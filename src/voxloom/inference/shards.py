@@ -2,10 +2,8 @@
 
 import json
 import logging
-import math
 import platform
 import secrets
-import shutil
 import tempfile
 import time
 import traceback
@@ -21,21 +19,16 @@ from torch import Tensor
 from ..core.boxes import Box
 from ..core.shards import ShardGrid
 from ..core.sizes import Ints, as_sizes
-from ..errors import OutputError, RecordError, SaveError, ShardError
+from ..errors import OutputError, RecordError, ShardError
 from ..io.fingerprints import differences
-from ..io.formats import stem_of
-from ..io.protocols import VolumeStore
 from ..io.saving import saving
-from ..io.sidecars import run_of
-from ..io.stores import NiftiStore
 from ..io.zarr.layout import Layout, put_shard
-from ..io.zarr.store import ZarrStore
 from ..io.zarr.writing import ShardWriter
-from ..models.outputs import Name
 from ..runs.claim import Claim
 from ..runs.parts import PartsRecords, PartsState, records_of
 from ..runtime.kept_memory import kept_for_models
-from .call import Stores
+from .destinations import Stores
+from .part_targets import PartTargets, as_parts_stores
 from .plan import PredictionPlan
 from .planner import Input
 from .preparing import Preparation
@@ -43,7 +36,6 @@ from .provenance import sidecar_of_run
 from .publishing import put_in_place
 from .runner import Runner
 from .shard_plan import ShardPlan
-from .sinks import image_class
 
 __all__ = ["ShardedRun"]
 
@@ -92,62 +84,20 @@ class ShardedRun:
         self, preparation: Preparation, given: Input, target: Any, stores: Stores, shard_size: int | Sequence[int] | None = None
     ) -> None:
         self._preparation, self._given, self._target = preparation, given, target
-        self._by_name = stores
-        paths = {name: store.path for name, store in stores.items() if isinstance(store, ZarrStore | NiftiStore)}
-        if not stores or len(paths) < len(stores):
-            raise OutputError("a prediction in parts needs an output, or a dict of outputs: names of files or of Zarr stores")
-        self._first_target: Path = next(iter(paths.values()))
+        for_parts = as_parts_stores(stores)
+        paths = {str(name): str(store.path.resolve()) for name, store in for_parts.items()}
+        self._first_target = next(iter(for_parts.values())).path
         seen = preparation.seen(given, target)
         self._runner = Runner(preparation.models, seen.requests, [result.reduction for result in seen.results])
         plan = preparation.planned(given, seen, target, was_known=True)
-        self._stores = [self._store_of(plan, result.name) for result in plan.results]
-        self._layouts = [self._layout_of(store, number, plan) for number, store in enumerate(self._stores)]
-        first = plan.results[0].volume
-        if any(result.volume.shape[1:] != first.shape[1:] for result in plan.results):
-            raise OutputError("results of several sizes cannot be made in parts: predict them one by one")
-        # Whole shards of all results; along an axis that a shard spans, one part does.
-        sizes = [[each.shards[0][axis] for each in self._layouts] for axis in range(3)]
-        shape = first.shape[1:]
-        shard = tuple(length if max(each) >= length else math.lcm(*each) for each, length in zip(sizes, shape, strict=True))
-        if len({records_of(path) for path in paths.values()}) < len(paths):
-            raise SaveError(f"two results have one stem: {', '.join(map(str, paths.values()))}: give each a name of its own")
-        self.plan = ShardPlan(plan, self._boxes(plan, shard, shard_size))
-        self._fingerprint = json.loads(
-            json.dumps(
-                {"targets": {str(name): str(path.resolve()) for name, path in paths.items()}} | preparation.fingerprint(given)
-            )
-        )
+        self._targets = PartTargets.of(for_parts, plan)
+        self.plan = ShardPlan(plan, _boxes(plan, self._targets.shard, shard_size))
+        self._fingerprint = json.loads(json.dumps({"targets": paths} | preparation.fingerprint(given)))
         self._source = preparation.readable(given)
         self._records: PartsRecords | None = None
 
     def __repr__(self) -> str:
         return f"ShardedRun({len(self)} parts of {str(self._first_target)!r})"
-
-    def _store_of(self, plan: PredictionPlan, name: Name) -> VolumeStore:
-        found = next(iter(self._by_name.values())) if list(self._by_name) == [None] else self._by_name.get(name)
-        if found is None or (list(self._by_name) == [None] and len(plan.results) > 1):
-            raise OutputError(f"the result {name!r} has no output: a prediction in parts keeps none in memory")
-        return found
-
-    def _layout_of(self, store: VolumeStore, number: int, plan: PredictionPlan) -> Layout:
-        spec = plan.results[number].volume
-        assert store.path is not None
-        if isinstance(store, ZarrStore):
-            return store.layout(spec)
-        # A file is made of a plain array in the end.
-        return Layout.of(store.path.with_name(f"{stem_of(store.path)}.zarr"), spec, "0.5", None, None, None)
-
-    def _boxes(self, plan: PredictionPlan, shard: Ints, size: int | Sequence[int] | None) -> ShardGrid:
-        shape: Ints = plan.results[0].volume.shape[1:]
-        if size is None:
-            volume = plan.traversal.grid.spatial_shape
-            scale = tuple(result / of for result, of in zip(shape, volume, strict=True))
-            return ShardGrid.of(shape, shard, plan.grid.patch_size, scale)
-        if size == -1:
-            return ShardGrid(shape, shape)
-        wanted = as_sizes(size, 3, "shard_size")
-        sizes = (min(length, -(-each // part) * part) for length, each, part in zip(shape, wanted, shard, strict=True))
-        return ShardGrid(shape, tuple(sizes))
 
     # Records
 
@@ -186,7 +136,7 @@ class ShardedRun:
         if what := differences(found.told["fingerprint"], self._fingerprint):
             raise RecordError(
                 f"{self.folder} is of a prediction in parts of something else: {'; '.join(what)}. Go on with what it was begun"
-                f" with, give another output, or remove it, and {', '.join(each.name for each in self._arrays(found.run))}"
+                f" with, give another output, or remove it, and {', '.join(self._targets.array_names(found.run))}"
             )
         if None in self._fingerprint["models"]:
             raise RecordError(f"{self.folder} was made by a function, which may have been another one: give model_name")
@@ -205,30 +155,19 @@ class ShardedRun:
             "began": time.time(),
         }
         made = PartsRecords(self.folder, secrets.token_hex(8), told)
-        for store in self._stores:
-            store.check()
-
-        def make_arrays() -> None:
-            for array, layout in zip(self._arrays(made.run), self._layouts, strict=True):
-                layout.create(array)
-
+        for target in self._targets:
+            target.store.check()
         try:
             with saving(self.folder):
-                made.begin(make_arrays)
+                made.begin(lambda: self._targets.create_arrays(made.run))
         finally:
             if made.state is PartsState.ENDED:
                 self._forget_other(made, made.run)
 
     def _forget_other(self, records: PartsRecords, run: str) -> None:
         """Remove what was made for a run that was not begun, or is of no more use."""
-        for array in self._arrays(run):
-            shutil.rmtree(array, ignore_errors=True)
+        self._targets.remove_arrays(run)
         records.forget_other(run)
-
-    def _arrays(self, run: str) -> list[Path]:
-        """Name where the voxels are until all parts are done."""
-        paths = [store.path for store in self._stores]
-        return [path.with_name(f".{stem_of(path)}.{run}.parts.zarr") for path in paths if path is not None]
 
     def _is_open(self) -> bool:
         """Whether parts may be missing still.
@@ -238,16 +177,12 @@ class ShardedRun:
         """
         records = self._joined()
         state = records.state
-        if state is PartsState.ENDED and not self._is_in_place():
+        if state is PartsState.ENDED and not self._targets.are_in_place(records.run):
             raise RecordError(
                 f"what {self.folder} recorded of this run is gone, and its results are not in their place: the same call begins"
                 " anew, or goes on with what is there now"
             )
         return state is PartsState.OPEN
-
-    def _is_in_place(self) -> bool:
-        """Whether all results of the run are under their names."""
-        return all(store.path is not None and run_of(store.path) == self.run for store in self._stores)
 
     def done(self) -> set[int]:
         """Numbers of the parts that are done."""
@@ -313,8 +248,9 @@ class ShardedRun:
             tempfile.TemporaryDirectory(prefix=f".part-{number}-", dir=records.work) as folder,
         ):
             writers, cuts = [], []
-            for result, (layout, whole) in enumerate(zip(self._layouts, self._arrays(records.run), strict=True)):
-                array = layout.arrays(whole)[0]
+            for result, target in enumerate(self._targets):
+                layout = target.layout
+                array = layout.arrays(target.array(records.run))[0]
                 place = Path(folder) / str(result)
                 place.mkdir()
 
@@ -383,7 +319,7 @@ class ShardedRun:
             if made is not None:
                 return made
             if not self._is_open() and records.state is PartsState.ENDED:
-                return self._images()
+                return self._targets.images()
             if not is_told:
                 is_told = True
                 _logger.info("another process is publishing the result for %s: waiting for it", self.plan.plan.name)
@@ -399,25 +335,18 @@ class ShardedRun:
                 if claim.is_held:
                     raise
                 return None  # it was taken for lost, and another process is at it
-            return self._images()
+            return self._targets.images()
 
     def _put_in_place(self, records: PartsRecords, claim: Claim) -> None:
         """Put all results under their names, and remove the records."""
         fingerprint = {key: value for key, value in self._fingerprint.items() if key != "targets"}
         sidecar = sidecar_of_run(fingerprint, self._given, self.plan.plan, self._preparation.models, [])
-        for number, (store, layout, parts) in enumerate(zip(self._stores, self._layouts, self._arrays(records.run), strict=True)):
-            assert isinstance(store, ZarrStore | NiftiStore)
-            put_in_place(store, layout, parts, records.publishing / f"levels-{number}", sidecar, records.run, claim)
+        for number, target in enumerate(self._targets):
+            array, levels = target.array(records.run), records.publishing / f"levels-{number}"
+            put_in_place(target.store, target.layout, array, levels, sidecar, records.run, claim)
         for other in records.others_that_began(before=claim.since):
             self._forget_other(records, other)
         records.end()
-
-    def _images(self) -> Any:
-        by_name = {}
-        for result, store, layout in zip(self.plan.plan.results, self._stores, self._layouts, strict=True):
-            assert store.path is not None
-            by_name[result.name] = image_class(layout.spec)(store.path)
-        return by_name[None] if list(by_name) == [None] else by_name
 
     def check_whole(self) -> None:
         """Raise an error where parts are missing."""
@@ -428,3 +357,17 @@ class ShardedRun:
         listed = ", ".join(map(str, missing[:10])) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
         why = next((f"; part {number} ({self.plan[number].box}) failed:\n{text}" for number, text in failed.items()), "")
         raise ShardError(f"of {len(self.plan)} parts of {self.plan.plan.name} {len(missing)} are missing: {listed}{why}")
+
+
+def _boxes(plan: PredictionPlan, shard: Ints, size: int | Sequence[int] | None) -> ShardGrid:
+    """Part the volume; every part is made of whole shards."""
+    shape: Ints = plan.results[0].volume.shape[1:]
+    if size is None:
+        volume = plan.traversal.grid.spatial_shape
+        scale = tuple(result / of for result, of in zip(shape, volume, strict=True))
+        return ShardGrid.of(shape, shard, plan.grid.patch_size, scale)
+    if size == -1:
+        return ShardGrid(shape, shape)
+    wanted = as_sizes(size, 3, "shard_size")
+    sizes = (min(length, -(-each // part) * part) for length, each, part in zip(shape, wanted, shard, strict=True))
+    return ShardGrid(shape, tuple(sizes))
