@@ -451,8 +451,9 @@ def test_boxes_in_any_order_make_whole_shards_once(tmp_path):
     current = writer(True)
     for number, box in enumerate(boxes):
         current.write(box, values[(slice(None), *box.slices)])
-        if number % 5 == 0:
+        if number % 3 == 0:
             current.flush()
+        if number % 6 == 0:
             current = writer(False)
     current.flush()
     assert current.num_unfinished == 0
@@ -460,6 +461,45 @@ def test_boxes_in_any_order_make_whole_shards_once(tmp_path):
     assert np.array_equal(levels[1], coarser(values, (2, 2, 2), False))
     assert len(written) == len(set(written)) == 3 * 2 * 3 + 2 * 2 * 2
     assert not list((tmp_path / "parts").rglob("*.raw"))
+
+
+def test_files_of_parts_are_used_for_other_shards(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(writing, "reserve", lambda file, num_bytes: made.append(num_bytes) or os.ftruncate(file, num_bytes))
+    given = {}
+    values = np.arange(4 * 8 * 64).reshape(1, 4, 8, 64)
+    writer = PyramidWriter(
+        tmp_path / "parts",
+        [lambda box, part: given.update({box: part})],
+        1,
+        [(4, 8, 64)],
+        values.dtype,
+        [(4, 8, 8)],
+        [],
+        False,
+        True,
+    )
+    for start in range(0, 64, 4):
+        box = Box((0, 0, start), (4, 8, start + 4))
+        writer.write(box, values[(slice(None), *box.slices)])
+        writer.flush()
+    assert len(made) == 1
+    assert len(given) == 8
+    assert all(np.array_equal(part, values[(slice(None), *box.slices)]) for box, part in given.items())
+
+
+def test_negative_zeros_are_written_and_zeros_are_not(tmp_path):
+    path = tmp_path / "a.zarr"
+    spec = vx.VolumeSpec((2, 16, 8, 8), torch.float32, np.eye(4))
+    chosen = layout.Layout.of(path, spec, "0.5", (8, 8, 8), None, None)
+    chosen.create(path)
+    (array,) = chosen.arrays(path)
+    values = np.stack([np.full((8, 8, 8), -0.0, np.float32), np.zeros((8, 8, 8), np.float32)])
+    for start, part in ((0, values), (8, np.ones_like(values)), (8, values)):
+        layout.put_shard(array, True, Box((start, 0, 0), (start + 8, 8, 8)), part)
+    files = {str(file.relative_to(path / "c")) for file in (path / "c").rglob("*") if file.is_file()}
+    assert files == {"0/0/0/0", "0/0/0/1"}  # what is 0 bit by bit is not kept, nor is what was there before
+    assert np.signbit(array[0]).all()
 
 
 def test_chunks_suit_the_size_of_a_voxel():
