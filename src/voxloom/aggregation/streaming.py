@@ -73,9 +73,8 @@ class _Addition:
     old: int
     """To how many planes along the axis something was added before; others are set."""
 
-    @torch.no_grad()  # which is a matter of each thread
     def carry_out(self, channels: slice) -> None:
-        """Add some channels."""
+        """Add some channels; without gradients."""
         values, patch = self.values[channels], self.patch[channels]
         if self.weights is None:
             values.copy_(patch)
@@ -95,7 +94,9 @@ def _cut(additions: Sequence[_Addition]) -> list[Work]:
     for number, each in enumerate(additions):
         channels = len(each.patch)
         step = max(1, PIECE_BYTES * channels // each.patch.nbytes)
-        pieces += [(start, number, partial(each.carry_out, slice(start, start + step))) for start in range(0, channels, step)]
+        # Whether there are gradients is a matter of each thread.
+        carry_out = torch.no_grad()(each.carry_out)
+        pieces += [(start, number, partial(carry_out, slice(start, start + step))) for start in range(0, channels, step)]
     return [work for _, _, work in sorted(pieces, key=lambda piece: piece[:2])]
 
 
@@ -136,22 +137,14 @@ class StreamingAccumulator:
         self._needed = needed
         self._box = traversal.block_box(block)
         self._tiles: dict[Tile, _OpenTile] = {}
+        self.num_bytes = 0
+        """Memory that open sums take; counted along, since there may be hundreds of them."""
         groups = (range(traversal.num_outer), block.middle, block.inner)
         # Intervals of each axis that lie in the block.
         self._intervals = [
             range(part.finished_with(numbers.start).start, part.finished_with(numbers.stop - 1).stop)
             for part, numbers in zip(traversal.parts, groups, strict=True)
         ]
-
-    @property
-    def open_voxels(self) -> int:
-        """Voxels that are open."""
-        return sum(tile.box.numel for tile in self._tiles.values())
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory that open sums take."""
-        return sum(tile.num_bytes for tile in self._tiles.values())
 
     def bytes_to_open(self, numbers: Ints) -> int:
         """Memory that it will take in addition to add a patch."""
@@ -236,6 +229,7 @@ class StreamingAccumulator:
                 values = self._allocate(shape, self._dtype)
             weights = torch.zeros(box.shape, dtype=sum_dtype(self._dtype), device=self._device) if self._is_partial(box) else None
             self._tiles[tile] = found = _OpenTile(box, values, weights)
+            self.num_bytes += found.num_bytes
         return found
 
     def _is_partial(self, box: Box) -> bool:
@@ -276,6 +270,7 @@ class StreamingAccumulator:
             if tile is None:
                 yield FinishedTile(self._traversal.tile_box(each), None, None)
                 continue
+            self.num_bytes -= tile.num_bytes
             self._clear(tile, tile.box.shape[self._traversal.axes[2]])
             uncovered = None
             if tile.weights is not None:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from operator import le, sub
 from typing import Self
 
 from ..errors import SizeError
@@ -31,7 +32,7 @@ class Box:
     def __post_init__(self) -> None:
         if len(self.start) != len(self.stop):
             raise SizeError(f"a box needs as many starts as stops, not {self.start} and {self.stop}")
-        if any(stop < start for start, stop in zip(self.start, self.stop, strict=True)):
+        if not all(map(le, self.start, self.stop)):
             raise SizeError(f"a box must not stop before it starts: {self.start} to {self.stop}")
 
     @classmethod
@@ -49,7 +50,7 @@ class Box:
     @property
     def shape(self) -> Ints:
         """Voxels along each axis."""
-        return tuple(stop - start for start, stop in zip(self.start, self.stop, strict=True))
+        return tuple(map(sub, self.stop, self.start))
 
     @property
     def numel(self) -> int:
@@ -61,7 +62,7 @@ class Box:
         """Slices that cut the box out of an array whose first voxel is the origin; only for boxes without negative indices."""
         if min(self.start, default=0) < 0:
             raise SizeError(f"the box {self.start} to {self.stop} reaches outside of the array: clip it first")
-        return tuple(slice(start, stop) for start, stop in zip(self.start, self.stop, strict=True))
+        return tuple(map(slice, self.start, self.stop))
 
     def __and__(self, other: "Box") -> "Box":
         """Voxels in both boxes; where there are none the result is empty."""
@@ -86,4 +87,4 @@ class Box:
 
     def relative_to(self, origin: Ints) -> "Box":
         """Express the box in a frame whose first voxel is `origin`."""
-        return self.shift(-value for value in origin)
+        return Box(tuple(map(sub, self.start, origin)), tuple(map(sub, self.stop, origin)))

@@ -48,7 +48,8 @@ class RowSums:
         k, target = _pick(self._planes, target)
         j, target = _pick(np.cumsum(self.rows[:, k], dtype=self._kind), target)
         row = np.cumsum(read_row(j, k), dtype=self._kind)
-        if not np.isclose(row[-1], self.rows[j, k], rtol=1e-6, atol=0):
+        known = self.rows[j, k].item()
+        if not abs(row[-1].item() - known) <= 1e-6 * abs(known):
             raise SamplingError(
                 "the map has been changed since it was gone through, in a way that PyTorch does not notice (through NumPy, say):"
                 " give it to the image again with set_data"

@@ -1,5 +1,6 @@
 """Random patches: what all samplers of them share, and the uniform one."""
 
+import functools
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, TypedDict, Unpack, overload
@@ -40,6 +41,12 @@ class Options(TypedDict, total=False):
     fill: float
     check_space: bool
     share_ranks: bool | None
+
+
+# Asked for anew at every draw.
+@functools.lru_cache(maxsize=256)
+def _domain(spatial_shape: Ints, patch_size: Ints, is_padded: bool) -> Box:
+    return PatchGrid.cover(spatial_shape, patch_size, padded=is_padded).box
 
 
 class PatchSampler(IterableDataset[Subject]):
@@ -143,7 +150,7 @@ class PatchSampler(IterableDataset[Subject]):
         Raises:
             SizeError: if the volume is smaller than a patch, and not padded.
         """
-        return PatchGrid.cover(subject.spatial_shape, self.patch_size, padded=self._mode is not None).box
+        return _domain(subject.spatial_shape, self.patch_size, self._mode is not None)
 
     def _bind(self, subject: Subject) -> PatchCutter:
         if self.check_space:
