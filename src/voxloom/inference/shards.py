@@ -83,7 +83,7 @@ class ShardedRun:
     def __init__(
         self, preparation: Preparation, given: Input, target: Any, stores: Stores, shard_size: int | Sequence[int] | None = None
     ) -> None:
-        self._preparation, self._given, self._target = preparation, given, target
+        self._preparation, self._given = preparation, given
         for_parts = as_parts_stores(stores)
         paths = {str(name): str(store.path.resolve()) for name, store in for_parts.items()}
         self._first_target = next(iter(for_parts.values())).path
