@@ -91,11 +91,6 @@ class AxisTraversal:
         return [(min(max(0, start), self.size), max(0, min(stop, self.size))) for start, stop in spans]
 
     @cached_property
-    def group_of(self) -> list[int]:
-        """Number of the group of each patch."""
-        return [number for number, group in enumerate(self.groups) for _ in group]
-
-    @cached_property
     def _starts(self) -> list[int]:
         """First voxels of what is finished with each group, and the end of the last."""
         return [0, *(self.spans[group.start][0] for group in self.groups[1:]), self.size]
