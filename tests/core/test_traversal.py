@@ -91,7 +91,7 @@ def test_the_sum_of_all_patches_comes_out_and_never_is_more_open_than_was_said(t
 
     def finish(step):
         nonlocal most
-        most = max(most, accumulator.open_voxels)
+        most = max(most, accumulator.num_bytes)
         for finished in accumulator.finish(step):
             assert finished.uncovered is None
             result[(slice(None), *finished.box.slices)] = finished.values
@@ -107,8 +107,8 @@ def test_the_sum_of_all_patches_comes_out_and_never_is_more_open_than_was_said(t
     inside = result[(slice(None), *traversal.block_box(block).slices)]
     torch.testing.assert_close(inside, patch[:, :1, :1, :1].expand_as(inside), atol=0, rtol=1e-5)
     assert int(result.isnan().sum()) == result.numel() - inside.numel()
-    assert accumulator.open_voxels == 0
-    assert most <= traversal.open_voxels(block)
+    assert accumulator.num_bytes == 0
+    assert most <= traversal.open_voxels(block) * 2 * 4
 
 
 def test_the_open_part_of_a_large_volume_is_some_planes_and_a_band():
@@ -129,7 +129,7 @@ def test_open_voxels_are_not_overstated(shape, patch, overlap, joined):
             for step in traversal.steps(outer, block):
                 for numbers in traversal.patches(step, block):
                     accumulator.add(torch.zeros(1, patch, patch, patch), numbers)
-                opened.append(accumulator.open_voxels)
+                opened.append(accumulator.num_bytes // 4)
                 for _ in accumulator.finish(step):
                     pass
         assert max(opened) == traversal.open_voxels(block)

@@ -463,31 +463,6 @@ def test_boxes_in_any_order_make_whole_shards_once(tmp_path):
     assert not list((tmp_path / "parts").rglob("*.raw"))
 
 
-def test_files_of_parts_are_used_for_other_shards(tmp_path, monkeypatch):
-    made = []
-    monkeypatch.setattr(writing, "reserve", lambda file, num_bytes: made.append(num_bytes) or os.ftruncate(file, num_bytes))
-    given = {}
-    values = np.arange(4 * 8 * 64).reshape(1, 4, 8, 64)
-    writer = PyramidWriter(
-        tmp_path / "parts",
-        [lambda box, part: given.update({box: part})],
-        1,
-        [(4, 8, 64)],
-        values.dtype,
-        [(4, 8, 8)],
-        [],
-        False,
-        True,
-    )
-    for start in range(0, 64, 4):
-        box = Box((0, 0, start), (4, 8, start + 4))
-        writer.write(box, values[(slice(None), *box.slices)])
-        writer.flush()
-    assert len(made) == 1
-    assert len(given) == 8
-    assert all(np.array_equal(part, values[(slice(None), *box.slices)]) for box, part in given.items())
-
-
 def test_negative_zeros_are_written_and_zeros_are_not(tmp_path):
     path = tmp_path / "a.zarr"
     spec = vx.VolumeSpec((2, 16, 8, 8), torch.float32, np.eye(4))

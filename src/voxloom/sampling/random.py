@@ -150,7 +150,7 @@ class PatchSampler(IterableDataset[Subject]):
         Raises:
             SizeError: if the volume is smaller than a patch, and not padded.
         """
-        return _domain(subject.spatial_shape, self.patch_size, self._mode is not None)
+        return _domain(subject.spatial_shape, tuple(self.patch_size), self._mode is not None)
 
     def _bind(self, subject: Subject) -> PatchCutter:
         if self.check_space:

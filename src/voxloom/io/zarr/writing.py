@@ -24,8 +24,6 @@ CHUNK_BYTES = 2**20
 MOST_FILES = 2048
 # Chunks along each axis of a shard: a shard is in memory as a whole when it is written.
 PER_SHARD = 2
-# How files end that hold a part of a shard, and those that may be used for one.
-RAW, FREE = ".raw", ".free"
 
 
 def chunks_for(shape: Sequence[int], itemsize: int, chunks: Sequence[int] | None = None) -> tuple[Ints, Ints]:
@@ -74,8 +72,6 @@ class ShardWriter:
         self._waiting: dict[str, dict[str, int]] = {}  # for each shard the voxels of its boxes, by where these begin
         self._given: set[str] = set()
         self._again: set[str] = set()
-        self._used: list[Path] = []
-        self._free: list[Path] = []
 
     def to_json(self) -> Json:
         """Give what must be known to go on."""
@@ -98,8 +94,8 @@ class ShardWriter:
             part = self._part(name)
             if not part.exists() or part.stat().st_size != self._num_bytes(self._box_of(name)):
                 raise RecordError(f"the unfinished part {part} is gone or damaged")
-        for part in self._folder.iterdir():
-            if part.suffix == FREE or part.stem not in self._waiting:  # given away; or begun, and not recorded
+        for part in self._folder.glob("*.raw"):
+            if part.stem not in self._waiting:  # given away, and not removed; or begun, and not recorded
                 part.unlink()
 
     def _box_of(self, name: str) -> Box:
@@ -112,7 +108,7 @@ class ShardWriter:
         return self._shape[0] * box.numel * self._dtype.itemsize
 
     def _part(self, name: str) -> Path:
-        return self._folder / f"{name}{RAW}"
+        return self._folder / f"{name}.raw"
 
     def write(self, box: Box, values: np.ndarray) -> None:
         """Take the values `(C, *box.shape)` of a box."""
@@ -137,26 +133,20 @@ class ShardWriter:
     def _keep(self, name: str, shard: Box, inside: Box, part: np.ndarray) -> None:
         """Put a box into the file of its shard."""
         if name not in self._waiting:
-            self._make_room(self._part(name), self._num_bytes(shard))
+            with self._part(name).open("wb") as file:
+                reserve(file.fileno(), self._num_bytes(shard))
             self._waiting[name] = {}
         # Mapped for each box anew, so that no more than one shard is resident.
         mapped = np.memmap(self._part(name), self._dtype, "r+", shape=(self._shape[0], *shard.shape))
         mapped[(slice(None), *inside.relative_to(shard.start).slices)] = part
         self._waiting[name][",".join(map(str, inside.start))] = inside.numel  # one that comes again counts once
 
-    def _make_room(self, part: Path, num_bytes: int) -> None:
-        """Make a file for a shard, of one that is of no more use if there is one: what is in the system's memory is so kept."""
-        while self._free:
-            free = self._free.pop()
-            if free.stat().st_size == num_bytes:
-                free.replace(part)
-                return
-            free.unlink()
-        with part.open("wb") as file:
-            reserve(file.fileno(), num_bytes)
+    def give_whole(self) -> list[Path]:
+        """Give away what is whole, and bring the rest to the disk.
 
-    def give_whole(self) -> None:
-        """Give away what is whole, and bring the rest to the disk."""
+        Returns:
+            Files that are of no more use once it is recorded what was given away.
+        """
         whole = [name for name, boxes in self._waiting.items() if sum(boxes.values()) == self._box_of(name).numel]
         for name in whole:
             box = self._box_of(name)
@@ -165,12 +155,7 @@ class ShardWriter:
         for name in self._waiting:
             bring_to_disk(self._part(name))
         self._given, self._again = self._again | set(whole), set()
-        self._used += [self._part(name) for name in whole]
-
-    def forget_whole(self) -> None:
-        """Let files of what was given away be used for other shards, since that is recorded."""
-        self._free += [part.rename(part.with_suffix(FREE)) for part in self._used]
-        self._used = []
+        return [self._part(name) for name in whole]
 
     @property
     def num_unfinished(self) -> int:
@@ -255,13 +240,12 @@ class PyramidWriter:
     def flush(self) -> None:
         """Write what is whole, and record the rest, so that a crash does not reach it.
 
-        All levels are recorded at once, and files of parts are used for others only then, so that nothing is lost in between.
+        All levels are recorded at once, and files of parts are removed last, so that nothing is lost in between.
         """
-        for level in self._levels:
-            level.give_whole()
+        files = [path for level in self._levels for path in level.give_whole()]
         self._record()
-        for level in self._levels:
-            level.forget_whole()
+        for path in files:
+            path.unlink(missing_ok=True)
 
     @property
     def num_unfinished(self) -> int:
