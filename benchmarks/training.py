@@ -77,6 +77,11 @@ def make_queue(library, pairs, settings, transform=None, **more):
     return library.SubjectsLoader(queue, batch_size=BATCH)
 
 
+def few_held(settings):
+    """Hold few patches: MONAI's loader holds none, and mixes nothing."""
+    return argparse.Namespace(**vars(settings) | {"max_length": settings.samples // 2})
+
+
 def make_monai(pairs, settings, augmentation=(), is_cached=False):
     from monai.data import CacheDataset, DataLoader, Dataset
     from monai.transforms import Compose, EnsureChannelFirstd, LoadImaged, RandCropByPosNegLabeld
@@ -99,10 +104,14 @@ def make_monai(pairs, settings, augmentation=(), is_cached=False):
 SYSTEMS = {
     "voxloom": lambda pairs, settings: make_queue("voxloom", pairs, settings),
     "TorchIO": lambda pairs, settings: make_queue("torchio", pairs, settings),
+    "voxloom, few held": lambda pairs, settings: make_queue("voxloom", pairs, few_held(settings)),
     "MONAI": make_monai,
     "voxloom with TorchIO's transforms": lambda pairs, settings: make_queue("voxloom", pairs, settings, of_torchio()),
     "TorchIO with its own": lambda pairs, settings: make_queue("torchio", pairs, settings, of_torchio()),
     "voxloom with MONAI's transforms": lambda pairs, settings: make_queue("voxloom", pairs, settings, patch_transform=of_monai()),
+    "voxloom with MONAI's transforms, few held": lambda pairs, settings: make_queue(
+        "voxloom", pairs, few_held(settings), patch_transform=of_monai()
+    ),
     "MONAI with its own": lambda pairs, settings: make_monai(pairs, settings, of_monai()),
     "MONAI with its own, cached": lambda pairs, settings: make_monai(pairs, settings, of_monai(), is_cached=True),
 }
