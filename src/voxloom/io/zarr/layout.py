@@ -251,8 +251,8 @@ def put_shard(array: Any, has_channels: bool, box: Box, values: np.ndarray) -> N
     slices = tuple(reversed(box.slices))
     target = array
     is_one_chunk = array.shards is None and all(map(le, made.shape[-3:], array.chunks[-3:]))
-    if is_one_chunk and hasattr(array, "with_config") and all(map(_has_bits, made if has_channels else [made])):
-        # zarr-python (which offers this from 3.1.6 on) compares each chunk with the fill value, which takes long.
+    if is_one_chunk and all(map(_has_bits, made if has_channels else [made])):
+        # zarr-python compares each chunk with the fill value, which takes long.
         target = array.with_config({"write_empty_chunks": True})
     target[(slice(None), *slices) if has_channels else slices] = made
     # What is recorded as written must be there after a power failure, too.
