@@ -168,6 +168,8 @@ def test_patches_that_monai_cuts_are_refused_with_the_way_out():
     crop = mt.RandCropByPosNegLabeld(["image", "label"], "label", (8, 8, 8), num_samples=2)
     with pytest.raises(vx.errors.SubjectError, match=r"list of 2 dicts.*leave that one out"):
         list(vx.Queue(Dataset([item_of(0)], crop), 8, 4, vx.UniformSampler(8), seed=0))
+    with pytest.raises(vx.errors.SubjectError, match=r"list of 2 dicts.*leave that one out"):
+        vx.Compose([crop, mt.ScaleIntensityd("image")])(from_dict(item_of(0)))
 
 
 # Transforms
@@ -183,6 +185,30 @@ def test_a_transform_does_what_it_does_there():
     assert made.label.type == "label"
     assert torch.allclose(torch.from_numpy(made["image"].affine), expected["image"].affine)
     assert len(as_dict(made)["image"].applied_operations) == len(expected["image"].applied_operations) > 0
+
+
+def test_transforms_of_a_list_see_of_each_other_what_they_see_there():
+    seen = []
+    halved = [mt.Lambdad("label", lambda label: label / 2), mt.Lambdad("label", lambda label: seen.append(label) or label * 2)]
+    expected = mt.Compose(halved)(item_of(0))
+    made = vx.Compose(halved)(from_dict(item_of(0)))
+    assert seen[1].dtype == seen[0].dtype == torch.float32
+    assert type(seen[1]) is MetaTensor
+    assert torch.equal(made.label.data, expected["label"].as_tensor().to(torch.uint8))
+    assert made.label.dtype == torch.uint8
+
+
+def test_a_function_of_the_users_own_between_transforms_changes_no_draw():
+    def untouched(subject):
+        return subject
+
+    batches = []
+    for between in ([], [untouched]):
+        parts = [mt.RandFlipd(["image", "label"], prob=0.5), *between, mt.RandGaussianNoised("image", prob=1)]
+        queue = vx.Queue(Dataset([item_of(0), item_of(1)]), 8, 4, vx.UniformSampler(8), seed=1, patch_transform=parts)
+        batches.append([patch["image"].data for patch in queue])
+    assert len(batches[0]) == 8
+    assert all(torch.equal(one, other) for one, other in zip(*batches, strict=True))
 
 
 def test_images_may_be_added_and_removed():

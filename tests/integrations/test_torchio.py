@@ -173,6 +173,17 @@ def test_a_transform_does_what_it_does_there():
         assert len(made[HISTORY]) == len(expected.applied_transforms) > 0
 
 
+def test_transforms_of_a_list_do_what_they_do_there_one_after_the_other():
+    torch.manual_seed(3)
+    expected = augmentation()(augmentation()(subject_of(0)))
+    torch.manual_seed(3)
+    made = vx.Compose([augmentation(), augmentation()])(from_torchio(subject_of(0)))
+    assert torch.equal(made.t1.data, expected.t1.data)
+    assert torch.equal(made.seg.data, expected.seg.data.to(torch.uint8))
+    assert made.t1["protocol"] == "MPRAGE"
+    assert len(made[HISTORY]) == len(expected.applied_transforms) > 0
+
+
 def test_what_a_transform_does_can_be_undone():
     before = from_torchio(subject_of(0))
     flip = tio.RandomFlip(axes=(0, 1, 2), flip_probability=1) if IS_FIRST else tio.Flip(axes=(0, 1, 2))

@@ -110,19 +110,25 @@ class TorchioTransform:
     Label maps keep the type of their values where that can hold them: some transforms make floats of them, and others do not.
 
     Args:
-        transform: the transform.
+        transforms: the transform, or several, which are applied one after the other.
     """
 
-    def __init__(self, transform: Any) -> None:
-        self.transform = transform
-        self.transforms = [transform]  # which are seeded, if they have generators of their own
+    def __init__(self, *transforms: Any) -> None:
+        self.transforms = list(transforms)  # which are seeded, if they have generators of their own
 
     def __call__(self, subject: Subject) -> Subject:
         tio = _torchio()
-        return _our_subject(tio, self.transform(_their_subject(tio, subject)), subject)
+        theirs = _their_subject(tio, subject)
+        for transform in self.transforms:
+            theirs = transform(theirs)
+        return _our_subject(tio, theirs, subject)
+
+    def then(self, following: Transform) -> Transform | None:
+        """See `Joinable`."""
+        return TorchioTransform(*self.transforms, *following.transforms) if type(following) is TorchioTransform else None
 
     def __repr__(self) -> str:
-        return repr(self.transform)
+        return ", ".join(map(repr, self.transforms))
 
 
 class TorchioBatchTransform(TorchioTransform):
@@ -138,7 +144,8 @@ class TorchioBatchTransform(TorchioTransform):
             )
             for name, images in batch.images.items()
         }
-        made = self.transform(tio.SubjectsBatch(theirs))
+        (transform,) = self.transforms
+        made = transform(tio.SubjectsBatch(theirs))
         for name, images in made.images.items():
             if name in batch.images:
                 own = batch.images[name]

@@ -1,13 +1,22 @@
 """Transforms: functions of a subject, of one's own or of another library, alone or one after the other."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from ..errors import SubjectError
 from .libraries import Transform, library_of
 from .subject import Subject
 
 __all__ = ["Compose", "as_batch_transform", "as_transform"]
+
+
+@runtime_checkable
+class Joinable(Protocol):
+    """A transform of another library that can do the next one as well, without a subject being made of what lies between."""
+
+    def then(self, following: Transform) -> Transform | None:
+        """Give a transform that does both, this one first; None where there is none."""
+        ...
 
 
 class Compose:
@@ -31,9 +40,15 @@ class Compose:
 
     def __init__(self, transforms: Iterable[Any]) -> None:
         self.given = list(transforms)
-        self.transforms = [
-            each for number, given in enumerate(self.given) if (each := as_transform(given, f"transform {number}")) is not None
-        ]
+        self.transforms: list[Transform] = []
+        for number, given in enumerate(self.given):
+            each = as_transform(given, f"transform {number}")
+            before = self.transforms[-1] if self.transforms else None
+            joined = before.then(each) if isinstance(before, Joinable) and each is not None else None
+            if joined is not None:
+                self.transforms[-1] = joined
+            elif each is not None:
+                self.transforms.append(each)
 
     def __call__(self, subject: Subject) -> Any:
         """Give what the last of them returns."""

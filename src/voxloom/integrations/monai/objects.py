@@ -183,29 +183,39 @@ class MonaiTransform:
     hold them.
 
     Args:
-        transform: the transform.
+        transforms: the transform, or several of dictionaries, which are applied one after the other.
     """
 
-    def __init__(self, transform: Any) -> None:
-        self.transform = transform
-        self.transforms = [transform]  # which are seeded
-        self._is_of_arrays = _is_of_arrays(transform)
+    def __init__(self, *transforms: Any) -> None:
+        self.transforms = list(transforms)  # which are seeded
+        self._is_of_arrays = _is_of_arrays(transforms[0])
 
     def __call__(self, subject: Subject) -> Subject:
         item = as_dict(subject)
         if not self._is_of_arrays:
-            return _subject_of(self.transform(item), subject)
+            for transform in self.transforms:
+                item = transform(item)
+                if not isinstance(item, Mapping):
+                    break
+            return _subject_of(item, subject)
+        (transform,) = self.transforms
         names = list(subject.images)
         if len(names) > 1:
-            name = type(self.transform).__name__
+            name = type(transform).__name__
             raise SubjectError(
                 f"{name} transforms one array, but the subject has the images {', '.join(map(repr, names))}, which it would"
                 f" transform differently: use {name}d(keys=[...]), which takes the dictionary"
             )
-        return _subject_of({**item, names[0]: self.transform(item[names[0]])}, subject)
+        return _subject_of({**item, names[0]: transform(item[names[0]])}, subject)
+
+    def then(self, following: Transform) -> Transform | None:
+        """See `Joinable`."""
+        if type(following) is not MonaiTransform or self._is_of_arrays or following._is_of_arrays:
+            return None
+        return MonaiTransform(*self.transforms, *following.transforms)
 
     def __repr__(self) -> str:
-        return f"{type(self.transform).__module__.partition('.')[0]}.{type(self.transform).__name__}"
+        return ", ".join(f"{type(each).__module__.partition('.')[0]}.{type(each).__name__}" for each in self.transforms)
 
 
 class MonaiBatchTransform(MonaiTransform):
