@@ -4,7 +4,8 @@ Pairs of an image and a label map lie on disk as .nii.gz. Two epochs are trained
 of the processor's, as on a GPU. Each system lives in a process of its own; rounds alternate between them. Measured are the time
 from making the queue to the first batch, the time to the first batch of the second epoch, the longest wait afterwards, and all
 waiting of an epoch; and, in a process that has done little before, the peak of its memory beyond what it had, and of what its
-workers have in all beside what they got from it.
+workers have in all beside what they got from it. Then how long as many processes as there are workers take for an epoch's work
+when nothing is handed over: what of that is longer than all steps together, no way of feeding can hide.
 
     python benchmarks/training.py [--subjects 16] [--size 160] [--patch 64] [--samples 16] [--step 0.1] [--workers 2] [--rounds 5]
         [--transforms]
@@ -13,6 +14,7 @@ workers have in all beside what they got from it.
 import argparse
 import gc
 import importlib
+import multiprocessing
 import statistics
 import sys
 import tempfile
@@ -209,6 +211,49 @@ def measure_memory(name, pairs, settings):
     return {"main": (peaks["main"] - rest) / 1e6, "workers": peaks["workers"] / 1e6}
 
 
+def load_and_cut(pairs, settings, augmentation):
+    """Load pairs, cut patches from anywhere, and transform them, without drawing by labels and without seeds."""
+    import voxloom as vx
+    from monai.transforms import Compose
+
+    torch.set_num_threads(1)
+    transform, rng = Compose(augmentation), np.random.default_rng(0)
+    for image, label in pairs:
+        subject = vx.Subject(t1=vx.ScalarImage(image), seg=vx.LabelMap(label))
+        volumes = {name: each.data for name, each in subject.images.items()}
+        for _ in range(settings.samples):
+            slices = tuple(slice(at, at + settings.patch) for at in rng.integers(0, settings.size - settings.patch + 1, 3))
+            transform({name: volume[(slice(None), *slices)].clone() for name, volume in volumes.items()})
+
+
+def make_batches(pairs, settings, augmentation):
+    """All that voxloom does of an epoch, but that nothing goes from one process to another."""
+    torch.set_num_threads(1)
+    alone = argparse.Namespace(**vars(settings) | {"workers": 0})
+    for batch in make_queue("voxloom", pairs, alone, patch_transform=list(augmentation) or None):
+        read(batch)
+
+
+WORK = {"loading and cutting": load_and_cut, "drawing, seeds and batches as well": make_batches}
+
+
+def serve_alone(name, pairs, settings, connection):
+    """Share the work of an epoch out, and wait until all is done."""
+    warnings.simplefilter("ignore")
+    work, augmentation = WORK[name], of_monai() if settings.transforms else ()
+    work(pairs[:1], settings, augmentation)
+    connection.send("ready")
+    while connection.recv():
+        began = time.perf_counter()
+        shares = [(pairs[number :: settings.workers], settings, augmentation) for number in range(settings.workers)]
+        processes = [multiprocessing.Process(target=work, args=share) for share in shares]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        connection.send(time.perf_counter() - began)
+
+
 def least_wait(pairs, settings):
     """How long it takes to load as many subjects as the first batch needs, shared by the workers."""
     import voxloom as vx
@@ -249,6 +294,10 @@ def main():
             row |= measure_memory(name, pairs, settings)
             times = " | ".join(f"{row[key]:.3f}" for key in ("first", "second", "worst", "idle"))
             print(f"| {name} | {times} | {row['main']:.0f} | {row['workers']:.0f} |", flush=True)
+        alone = side_by_side(list(WORK), settings.rounds, serve_alone, pairs, settings)
+        steps = settings.step * settings.subjects * settings.samples / BATCH
+        print(f"\nThe steps of an epoch take {steps:.3f} s. Its work alone{', with MONAI’s transforms' * settings.transforms}:")
+        print("".join(f"- {name}: {statistics.median(found):.3f} s\n" for name, found in alone.items()))
 
 
 if __name__ == "__main__":
