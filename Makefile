@@ -22,8 +22,8 @@ PROCESSES := $(shell expr 2 \* $$(getconf _NPROCESSORS_ONLN))
 ENVIRONMENT := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
 SECOND := tests/integrations/test_torchio.py tests/integrations/test_lightning.py
 PYTEST := $(ENVIRONMENT) $(BIN)/python -m pytest --numprocesses $(PROCESSES) --maxprocesses 16 --dist worksteal
-# Tests that take long are given out one by one, and few at a time.
-SLOW := $(ENVIRONMENT) $(BIN)/python -m pytest -m slow --numprocesses 3 --dist load --maxschedchunk 1
+# Tests that take long are given out one by one, and few at a time; those that draw examples draw all of theirs.
+SLOW := $(ENVIRONMENT) $(BIN)/python -m pytest -m "slow or hypothesis" --hypothesis-profile thorough --numprocesses 3 --dist load --maxschedchunk 1
 
 .PHONY: demo test test-all test-second test-slow docs changelog dist lint format bench fuzz clean
 

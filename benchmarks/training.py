@@ -146,7 +146,7 @@ def train(make, pairs, settings):
     return {"first": first, "second": second, "worst": max(rest + more), "idle": (sum(rest) + second + sum(more)) / 2}
 
 
-def serve(name, pairs, settings, connection):
+def serve_loop(name, pairs, settings, connection):
     warnings.simplefilter("ignore")
     small = argparse.Namespace(**vars(settings) | {"subjects": 2, "step": 0})
     train(SYSTEMS[name], pairs[:2], small)
@@ -192,13 +192,13 @@ def watch(pid, stop, peaks):
 
 def measure_times(pairs, settings):
     chosen = [name for name in SYSTEMS if ("with" in name) == settings.transforms]
-    results = side_by_side(chosen, settings.rounds, serve, pairs, settings)
+    results = side_by_side([*chosen, *WORK], settings.rounds, serve, pairs, settings)
     return {name: {key: statistics.median(row[key] for row in rows) for key in rows[0]} for name, rows in results.items()}
 
 
 def measure_memory(name, pairs, settings):
     """In a process that has done nothing else yet."""
-    process, pipe = start(serve, name, pairs, settings)
+    process, pipe = start(serve_loop, name, pairs, settings)
     rest, stop = bytes_of_main(process.pid), threading.Event()
     peaks = {"main": rest, "workers": 0}
     watcher = threading.Thread(target=watch, args=(process.pid, stop, peaks))
@@ -213,8 +213,9 @@ def measure_memory(name, pairs, settings):
 
 def load_and_cut(pairs, settings, augmentation):
     """Load pairs, cut patches from anywhere, and transform them, without drawing by labels and without seeds."""
-    import voxloom as vx
     from monai.transforms import Compose
+
+    import voxloom as vx
 
     torch.set_num_threads(1)
     transform, rng = Compose(augmentation), np.random.default_rng(0)
@@ -251,7 +252,11 @@ def serve_alone(name, pairs, settings, connection):
             process.start()
         for process in processes:
             process.join()
-        connection.send(time.perf_counter() - began)
+        connection.send({"seconds": time.perf_counter() - began})
+
+
+def serve(name, *more):
+    (serve_alone if name in WORK else serve_loop)(name, *more)
 
 
 def least_wait(pairs, settings):
@@ -290,14 +295,15 @@ def main():
         print(f"Loading a pair takes {seconds:.3f} s; the first batch has patches of {needed} subjects\n")
         print("| | first batch, s | of 2nd epoch, s | longest wait, s | idle per epoch, s | main, MB | workers, MB |")
         print("|---|---|---|---|---|---|---|")
-        for name, row in measure_times(pairs, settings).items():
+        found = measure_times(pairs, settings)
+        alone = {name: found.pop(name)["seconds"] for name in WORK}
+        for name, row in found.items():
             row |= measure_memory(name, pairs, settings)
             times = " | ".join(f"{row[key]:.3f}" for key in ("first", "second", "worst", "idle"))
             print(f"| {name} | {times} | {row['main']:.0f} | {row['workers']:.0f} |", flush=True)
-        alone = side_by_side(list(WORK), settings.rounds, serve_alone, pairs, settings)
         steps = settings.step * settings.subjects * settings.samples / BATCH
         print(f"\nThe steps of an epoch take {steps:.3f} s. Its work alone{', with MONAI’s transforms' * settings.transforms}:")
-        print("".join(f"- {name}: {statistics.median(found):.3f} s\n" for name, found in alone.items()))
+        print("".join(f"- {name}: {seconds:.3f} s\n" for name, seconds in alone.items()))
 
 
 if __name__ == "__main__":

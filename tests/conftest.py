@@ -1,5 +1,6 @@
 """What several tests use: real images that travel inside libraries, and files in formats of all kinds."""
 
+import gc
 import sys
 from pathlib import Path
 
@@ -11,9 +12,19 @@ from hypothesis import HealthCheck, settings
 import voxloom as vx
 from voxloom import cli
 
-# Examples that Hypothesis draws are the same in every run, so that a failure is a failure for everyone.
-settings.register_profile("voxloom", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("voxloom")
+from strategies import MOST_EXAMPLES
+
+# Examples that Hypothesis draws are the same in every run, so that a failure is a failure for everyone. Quick runs draw a quarter
+# of them; `make test-slow` asks for all, by the name of the profile.
+for profile, share in (("thorough", 1), ("quick", 4)):
+    settings.register_profile(
+        profile,
+        max_examples=MOST_EXAMPLES // share,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+settings.load_profile("quick")
 
 NILEARN_DATA = Path(nilearn.__file__).parent / "datasets" / "data"
 
@@ -24,6 +35,13 @@ LONG = ("test_examples.py", "test_predict_memory.py", "test_benchmarks.py", "tes
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.get_closest_marker("slow") is None or item.path.name not in LONG)
+
+
+def pytest_collection_finish():
+    # What libraries keep for good is a million objects, which every look for garbage would go through, and every process that is
+    # forked would copy.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

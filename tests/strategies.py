@@ -1,13 +1,24 @@
 """What Hypothesis draws: shapes, patches, overlaps, modes and types that are allowed together."""
 
+from typing import Any
+
 import torch
+from hypothesis import settings
 from hypothesis import strategies as st
+
+# What Hypothesis itself draws, and what is said of the tests that draw more or fewer is measured by.
+MOST_EXAMPLES = 100
 
 WINDOWS = ("average", "hann", "gaussian")
 MODES = ("crop", *WINDOWS)
 PADDING = (None, 7, "constant", "edge", "reflect", "symmetric", "wrap", "linear_ramp", "minimum", "maximum", "mean", "median")
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
+
+
+def examples(most: int, **more: Any) -> settings:
+    """Draw so many examples where all tests are run, and a quarter of them where only the quick ones are."""
+    return settings(max_examples=max(5, most * settings().max_examples // MOST_EXAMPLES), **more)
 
 
 @st.composite

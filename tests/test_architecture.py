@@ -211,6 +211,7 @@ for name in ["", *sys.argv[1:]]:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="a process for each name is forked")
 def test_libraries_that_read_files_are_imported_when_a_file_is_named(tmp_path):
     """Workers that are forked later have them then, and need not import them each."""

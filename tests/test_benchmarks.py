@@ -18,6 +18,7 @@ def load(name):
     return module
 
 
+@pytest.mark.slow
 def test_the_benchmark_for_gpus_runs_on_the_cpu_and_agrees_with_it(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     options = ["--device", "cpu", "--size", "24", "--patch", "16", "--width", "2", "--classes", "5", "--rounds", "1"]

@@ -77,6 +77,7 @@ def test_mistakes_are_explained_without_a_traceback(tmp_path, monkeypatch, run, 
     assert "Traceback" not in done.err
 
 
+@pytest.mark.slow
 def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch, run):
     monkeypatch.chdir(tmp_path)
     for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:

@@ -191,6 +191,7 @@ def test_channels_on_other_grids_are_resampled_to_one_that_is_named(here, run):
     assert "exists, and is of something else" in run(*arguments, "--resample-to", "T2w", code=1).err
 
 
+@pytest.mark.slow
 def test_pages_are_written_beside_results(here, run):
     run("predict", "mymodels:negative", "scans", "-o", "out", "--patch-size", 8, "--report")
     assert (here / "out" / "a.html").exists()
@@ -269,6 +270,7 @@ def test_a_table_of_cases_has_a_channel_in_each_column(here, run):
     assert torch.equal(data_of("out/x/one.nii.gz"), -expected)
 
 
+@pytest.mark.slow
 def test_what_is_complete_is_left_out_and_what_differs_is_kept(here, run):
     arguments = ["predict", "mymodels:negative", "scans", "-o", "out", "--patch-size", 8]
     run(*arguments)
@@ -349,6 +351,7 @@ def test_a_missing_image_among_others_is_found_before_anything_starts(here, run)
     assert not os.path.exists("out")
 
 
+@pytest.mark.slow
 def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(here):
     Path("slow.py").write_text(
         "import time\n\ndef model(batch):\n    time.sleep(0.04)\n    print('.', flush=True)\n    return batch\n"
@@ -393,6 +396,7 @@ def reference(here, run, *options):
     )
 
 
+@pytest.mark.slow
 def test_models_of_all_kinds_give_the_same(here, run):
     network = exported("model.pt2")
     torch.save(network.state_dict(), "w.pt")
@@ -659,6 +663,7 @@ def test_two_entries_of_one_name_are_refused(here, run):
     assert "it holds two entries of one name" in run("predict", "model.pt2", "scans/a.nii.gz", code=1).err
 
 
+@pytest.mark.slow
 def test_only_what_was_looked_into_is_loaded(here, run):
     """Two directories in one archive: one reader takes the one at the end, another that at the place that is written there."""
     exported("model.pt2")
@@ -723,6 +728,7 @@ class Shifted(nn.Module):
         return batch + self.shift
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of TorchScript as such
 @pytest.mark.parametrize("kind", ["program", "script", "function"])
 def test_another_model_of_the_same_name_is_another_model(here, run, kind):
@@ -846,6 +852,7 @@ def test_names_of_any_bytes(here, run):
     assert sorted(os.listdir(b"out")) == [b"bad_\xfc.json", b"bad_\xfc.nii.gz"]
 
 
+@pytest.mark.slow
 def test_a_command_that_is_ended_removes_what_it_unpacked(here):
     vx.ScalarImage(torch.rand(1, 24, 24, 20000)).save("long.nii.gz")
     Path("slow.py").write_text("import time\ndef model(batch):\n    time.sleep(0.05)\n    return batch\n")
@@ -1210,6 +1217,7 @@ def test_models_of_slices_on_the_command_line(here, run):
     assert "height,width" in run(*command, "c.nii", code=1).err
 
 
+@pytest.mark.slow
 def test_a_model_is_packed_with_what_it_expects(here, run):
     (here / "nets.py").write_text("import torch\n\ndef net():\n    return torch.nn.Conv3d(2, 3, 1)\n")
     sys.path.insert(0, str(here))

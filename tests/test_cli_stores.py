@@ -148,6 +148,7 @@ def test_cases_are_spread_over_shares(folder):
     assert "not begun" not in run("status", *sorted((folder / "out").glob("*.nii.gz")))
 
 
+@pytest.mark.slow
 def test_status_and_retry_of_parts(folder):
     (folder / "mymodel.py").write_text(
         MODULE.replace("class Fails", "def dark(batch):\n    if 0 < batch.min() < 1:\n        raise ValueError('too dark')\n"

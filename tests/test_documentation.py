@@ -51,6 +51,7 @@ def run(page, folder, monkeypatch):
     return namespace
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the peers' own
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page)])
 def test_examples_on_pages(page, tmp_path, monkeypatch):
@@ -59,6 +60,7 @@ def test_examples_on_pages(page, tmp_path, monkeypatch):
     run(page, tmp_path, monkeypatch)
 
 
+@pytest.mark.slow
 def test_examples_give_what_the_text_says(tmp_path, monkeypatch):
     run("README.md", tmp_path, monkeypatch)
     assert vx.LabelMap("labels.nii.gz").data.unique().tolist() == [0, 1]

@@ -63,6 +63,7 @@ def test_a_network_learns_the_labels_of_heads_on_disk(train_unet, tmp_path, monk
     assert (prediction.data == truth.data).float().mean() > 0.95
 
 
+@pytest.mark.slow
 def test_a_training_that_is_resumed_goes_on_as_it_would_have(train_unet, tmp_path, monkeypatch):
     for name, size in (("HEAD", 24), ("FIELD", 32), ("PATCH", 16)):
         monkeypatch.setattr(train_unet, name, size)

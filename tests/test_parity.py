@@ -5,13 +5,13 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 import voxloom as vx
 
-from strategies import geometries
+from strategies import examples, geometries
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -44,7 +44,7 @@ def torchios(data, patch, overlap, mode, padding=None, model=None):
     return aggregator.get_output_tensor()
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(geometries(largest=12))
 def test_the_grid_is_torchios(geometry):
     shape, patch, overlap = geometry
@@ -55,7 +55,7 @@ def test_the_grid_is_torchios(geometry):
     assert torch.equal(sampler[len(sampler) // 2].t1.data, theirs[len(theirs) // 2].t1.data)
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(geometries(largest=12), st.sampled_from(["average", "hann"]))
 def test_blending_is_torchios(geometry, mode):
     shape, patch, overlap = geometry

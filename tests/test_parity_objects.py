@@ -211,6 +211,7 @@ def test_a_sampler_with_an_image_of_its_own_for_a_map(base):
     assert make(vx).get_probability_map(one).sum().item() == pytest.approx(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["get_probability_map_image", "get_probability_map"])
 def test_maps_of_subjects_that_share_an_image(method):
     def give(self, subject):

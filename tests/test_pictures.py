@@ -107,6 +107,7 @@ def test_notebooks_show_pictures_and_text(tmp_path, monkeypatch):
     assert {"t1", "labels"} <= set(dir(head))
 
 
+@pytest.mark.slow
 def test_notebooks_show_batches_and_plans(monkeypatch):
     heads = [vx.datasets.HeadPhantom(16, seed=number) for number in range(6)]
     shown = vx.SubjectsBatch.from_subjects(heads)._repr_html_()
@@ -271,6 +272,7 @@ def test_weights_that_are_drawn_sum_to_one():
         assert np.allclose(summed, 1)
 
 
+@pytest.mark.slow
 def test_centres_are_drawn_where_they_fall_beside_how_often_they_should():
     head = vx.datasets.HeadPhantom(32)
     sampler = vx.LabelSampler(head, 4, "labels", {7: 1}, seed=0)

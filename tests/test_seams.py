@@ -216,6 +216,7 @@ class Blind(SerialExecutor):
             super()._deliver(plan, delivery, of, box, total)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Skipping, Unmasked, Empty, Blind])
 def test_the_tests_of_executors_can_fail(kind):
     with pytest.raises(AssertionError, match="other values"):

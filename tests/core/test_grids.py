@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from voxloom.core.blending import AxisWeights
@@ -16,7 +16,7 @@ from voxloom.core.locations import PatchLocation
 from voxloom.core.windows import WINDOWS
 from voxloom.errors import LocationError, ModeError, ScaleError, SizeError
 
-from strategies import geometries
+from strategies import examples, geometries
 
 
 def listed_starts(start, stop, patch, stride):
@@ -111,7 +111,7 @@ def test_a_scaled_grid_has_every_start_scaled_or_names_the_one_that_cannot_be(ge
             grid.scaled((factor,) * 3)
 
 
-@settings(max_examples=300)
+@examples(300)
 @given(geometries(ndim=1, largest=40, may_exceed=True), st.booleans(), st.sampled_from([2, 3, 4, 8]))
 def test_the_way_out_that_an_error_suggests_is_one(geometry, padded, step):
     (length,), (patch,), (overlap,) = geometry

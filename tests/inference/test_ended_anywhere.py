@@ -11,8 +11,15 @@ from parts_models import three
 from voxloom.errors import TargetExistsError
 
 OPTIONS = {"patch_size": 16, "patch_overlap": 8, "reduce": "argmax", "model_name": "three"}
-SOME = [("a.nii.gz", False, 4), ("a.nii", True, 5), ("a.ome.zarr", True, 29)]
-MORE = [("a.nii.gz", True, 1), ("a.seg.nrrd", False, 2), ("a.ome.zarr", False, 7), ("scan.ome.zarr/labels/a", False, 23)]
+SOME = [("a.nii.gz", False, 4), ("a.ome.zarr", True, 61)]
+MORE = [
+    ("a.nii", True, 5),
+    ("a.ome.zarr", True, 29),
+    ("a.nii.gz", True, 1),
+    ("a.seg.nrrd", False, 2),
+    ("a.ome.zarr", False, 7),
+    ("scan.ome.zarr/labels/a", False, 23),
+]
 
 
 @pytest.mark.parametrize(("name", "replaces", "every"), SOME + [pytest.param(*each, marks=pytest.mark.slow) for each in MORE])

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import voxloom as vx
 
-from strategies import FLOATS, INTEGERS, MODES, PADDING, WINDOWS, geometries, random_values
+from strategies import FLOATS, INTEGERS, MODES, PADDING, WINDOWS, examples, geometries, random_values
 
 
 def weave(subject, patch, overlap, mode, padding=None, model=lambda x: x, batch_size=3, order=None, **kwargs):
@@ -44,7 +44,7 @@ def assert_woven(output, expected, sampler, mode):
     assert ((output.double() - expected.double()).abs() <= bound).all()
 
 
-@settings(max_examples=150)
+@examples(150)
 @given(geometries(), st.sampled_from([*FLOATS, *INTEGERS]), st.sampled_from(MODES), st.integers(0, 5))
 def test_identity_gives_back_the_input(geometry, dtype, mode, seed):
     shape, patch, overlap = geometry
@@ -55,7 +55,7 @@ def test_identity_gives_back_the_input(geometry, dtype, mode, seed):
     assert torch.equal(data, original)
 
 
-@settings(max_examples=150)
+@examples(150)
 @given(
     geometries(largest=9, may_exceed=True),
     st.sampled_from([torch.float32, torch.float64, torch.int16, torch.uint8]),
@@ -98,6 +98,7 @@ def test_the_largest_values_do_not_overflow(geometry, mode):
     assert_woven(output, data, sampler, mode)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", WINDOWS)
 def test_high_overlap_of_many_patches_keeps_to_the_bound(mode):
     data = random_values((1, 20, 20, 20), torch.float32)

@@ -59,7 +59,7 @@ def by_hand(scores, like):
 
 
 @pytest.mark.parametrize("name", LIKE)
-@pytest.mark.parametrize("mode", ["gaussian", "crop", "average"])
+@pytest.mark.parametrize("mode", ["gaussian", "crop", pytest.param("average", marks=pytest.mark.slow)])
 def test_scores_are_interpolated_and_then_reduced(image, name, mode):
     model = network()
     expected = by_hand(vx.predict(model, image, overlap_mode=mode, **OPTIONS), LIKE[name])
@@ -78,7 +78,7 @@ def least_bytes(model, image, options):
     return int(re.search(r"\((\d+) bytes\)", str(caught.value)).group(1))
 
 
-@pytest.mark.parametrize("name", LIKE)
+@pytest.mark.parametrize("name", ["aligned", pytest.param("oblique", marks=pytest.mark.slow)])
 def test_the_bits_do_not_depend_on_memory(image, name, small_pieces):
     model, num_blocks = network(40), set()
     options = {"patch_size": 8, "patch_overlap": 4, "like": LIKE[name], "reduce": {"labels": "argmax", "some": [3, 1]}}
@@ -106,8 +106,13 @@ def test_scores_of_every_type(image, dtype, interpolation):
     assert torch.equal(labels.long(), scores.argmax(0, keepdim=True))
 
 
-@pytest.mark.parametrize("name", LIKE)
-@pytest.mark.parametrize("in_blocks", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize(
+    ("name", "in_blocks"),
+    [
+        ("aligned", True),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in (("aligned", False), ("oblique", False), ("oblique", True))),
+    ],
+)
 def test_what_is_interrupted_is_resumed(image, name, in_blocks, tmp_path, small_pieces):
     """Wherever a run stops, and however many blocks it has."""
     model = network(40)

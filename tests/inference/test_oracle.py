@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 import voxloom as vx
 from voxloom.aggregation import accumulator
 
 import reference
-from strategies import WINDOWS, geometries
+from strategies import WINDOWS, examples, geometries
 
 
 def positional(patch, location):
@@ -41,7 +41,7 @@ def parts(request, monkeypatch):
         monkeypatch.setattr(accumulator, "SLAB_VOXELS", 5)
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(geometries(largest=6), st.sampled_from(["average", "hann", "gaussian", lopsided]), st.sampled_from([None, "reflect"]))
 def test_both_aggregators_agree_with_the_reference(geometry, mode, padding):
     shape, patch, overlap = geometry
@@ -53,7 +53,7 @@ def test_both_aggregators_agree_with_the_reference(geometry, mode, padding):
     torch.testing.assert_close(anywhere, expected, rtol=2e-6, atol=1e-6)
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(geometries(largest=7), st.sampled_from([None, "reflect"]))
 def test_cropping_agrees_with_the_reference(geometry, padding):
     shape, patch, overlap = geometry
@@ -64,7 +64,7 @@ def test_cropping_agrees_with_the_reference(geometry, padding):
     assert torch.equal(aggregate(anywhere, pairs).get_output(), expected)
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(geometries(largest=6), st.sampled_from([*WINDOWS, lopsided]), st.data())
 def test_subsets_repetitions_and_strays_are_weighed_as_the_reference_weighs_them(geometry, mode, data):
     shape, patch, overlap = geometry

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -27,9 +27,9 @@ from voxloom.models import modes
 from voxloom.models.running import Models
 from voxloom.runtime.memory import BufferPool
 
-from strategies import FLOATS, INTEGERS, MODES, geometries, random_values
+from strategies import FLOATS, INTEGERS, MODES, examples, geometries, random_values
 
-SLOW = settings(max_examples=40)
+SLOW = examples(40)
 
 
 def aggregated(model, data, patch, overlap, mode, padding=None):
@@ -546,6 +546,7 @@ def test_outputs_that_nothing_is_made_of_may_be_anything():
     torch.testing.assert_close(result["out"].data, data)
 
 
+@pytest.mark.slow
 def test_padding_that_holds_patches_of_its_own_can_be_split():
     data = torch.rand(1, 12, 13, 9)
     arguments = (lambda batch: batch.repeat(1, 64, 1, 1, 1), data, 8, 6, "gaussian")
@@ -715,7 +716,7 @@ class SlowSink(vx.inference.MemorySink):
         super().write(box, values)
 
 
-@settings(max_examples=30)
+@examples(30)
 @given(geometries(largest=24, may_exceed=False), st.floats(0, 1))
 def test_blocks_are_cut_such_that_the_fewest_passes_are_made(geometry, room):
     traversal = Traversal.smallest(PatchGrid.cover(*geometry), is_cropped=False)

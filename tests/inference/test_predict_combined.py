@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -15,7 +15,7 @@ import voxloom as vx
 from voxloom.inference import planner
 
 import reference
-from strategies import MODES, geometries
+from strategies import MODES, examples, geometries
 
 
 class Constants(nn.Module):
@@ -101,7 +101,7 @@ def defined(model, data, patch, overlap, mode, mirror_axes, mask, fill):
     return reference.crop(shape, patches) if mode == "crop" else reference.blend(shape, patches, mode, fill)
 
 
-@settings(max_examples=100)
+@examples(100)
 @given(geometries(largest=8, may_exceed=True), cases())
 def test_whatever_is_asked_for_is_what_the_definition_says(geometry, case):
     shape, patch, overlap = geometry

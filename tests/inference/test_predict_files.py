@@ -20,7 +20,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from isal import igzip
 from torch import nn
@@ -35,7 +35,7 @@ from voxloom.io import spooling, stores
 from voxloom.io.nifti_writer import NiftiWriter
 from voxloom.runs.log import RunLog
 
-from strategies import MODES, geometries
+from strategies import MODES, examples, geometries
 
 AFFINE = np.array([[0, -2.0, 0, 5], [1.5, 0, 0, 6], [0, 0, 3, 7], [0, 0, 0, 1]])
 
@@ -94,7 +94,7 @@ def test_whole_numbers_that_int32_cannot_hold_are_kept(tmp_path):
     assert torch.equal(result.data, numbers)
 
 
-@settings(max_examples=15)
+@examples(15)
 @given(geometries(largest=9), st.sampled_from(MODES), st.booleans(), st.sampled_from([".nii", ".nii.gz"]))
 def test_a_file_holds_what_memory_would(tmp_path_factory, geometry, mode, labels, ending):
     folder = tmp_path_factory.mktemp("predict")
@@ -394,7 +394,7 @@ def test_where_a_file_system_refuses_locks_the_file_itself_is_one(tmp_path, monk
     assert names(tmp_path) == ["out.json", "out.nii"]
 
 
-@settings(max_examples=8)
+@examples(8)
 @given(st.data(), st.sampled_from(MODES), st.integers(1, 3), st.booleans())
 def test_a_run_that_is_interrupted_anywhere_is_taken_up_and_ends_with_the_same_bits(
     tmp_path_factory, data, mode, batch_size, split
@@ -777,6 +777,7 @@ def test_a_process_that_is_killed_again_and_again_ends_with_the_same_file(scan, 
     assert names(tmp_path) == ["calls", "expected.json", "expected.nii.gz", "out.json", "out.nii.gz", "scan.nii.gz", "script.py"]
 
 
+@pytest.mark.slow
 def test_a_full_disk_shows_before_anything_is_computed_and_loses_nothing(scan, tmp_path):
     script = """
         import resource, torch, voxloom as vx
@@ -923,6 +924,7 @@ def test_a_compressed_input_is_unpacked_once(tmp_path, monkeypatch, mask, times)
     assert len(unpacked) == times
 
 
+@pytest.mark.slow
 def test_a_compressed_input_that_is_too_large_is_unpacked_to_a_temporary_file(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()

@@ -5,11 +5,13 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import voxloom as vx
 from voxloom.errors import NoSuchKeyError, ScaleError
+
+from strategies import examples
 
 
 def resized(volume, scale):
@@ -24,7 +26,7 @@ def resized(volume, scale):
     return volume
 
 
-@settings(max_examples=80)
+@examples(80)
 @given(
     st.tuples(*[st.sampled_from([Fraction(1, 4), Fraction(1, 2), Fraction(1), Fraction(2), Fraction(3)])] * 3),
     st.tuples(*[st.integers(2, 5)] * 3),

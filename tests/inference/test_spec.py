@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 import SimpleITK
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 import voxloom as vx
 from voxloom.errors import ModelFileError, SpaceError, SpecError, TargetExistsError
 from voxloom.volumes.intensities import Intensity, foreground_box
+
+from strategies import examples
 
 CT = np.array([[-0.8, 0, 0, 20], [0, -0.8, 0, 25], [0, 0, 2.5, -30], [0, 0, 0, 1]])
 
@@ -186,7 +188,7 @@ def test_numbers_of_the_volume_are_exact(dtype, over):
 
 
 @given(st.integers(1, 60), st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=40))
-@settings(max_examples=40)
+@examples(40)
 def test_percentiles_are_those_of_numpy(chunk, numbers):
     values = torch.tensor(numbers, dtype=torch.float32).reshape(1, -1, 1, 1)
     with pytest.MonkeyPatch.context() as patch:
@@ -402,6 +404,7 @@ def test_a_network_is_saved_with_what_it_expects(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["m.pt2"]
 
 
+@pytest.mark.slow
 def test_what_is_packed_is_not_held_to_find_its_numbers(tmp_path):
     image = scan((160, 150, 140))
     image.save(tmp_path / "a.nii.gz")

@@ -176,12 +176,15 @@ CASES = {
         ),
     ),
 }
+OF_FOUR_CHANNELS = ("four channels", "code")
 
 
 @pytest.mark.filterwarnings("ignore")  # of MONAI's own
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in OF_FOUR_CHANNELS else ()) for name in CASES]
+)
 def test_labels_are_those_of_bundle_run(name, tmp_path, monkeypatch):
-    channels = 4 if name in ("four channels", "code") else 1
+    channels = 4 if name in OF_FOUR_CHANNELS else 1
     write_bundle(tmp_path, CASES[name], channels, TURNED @ LPS if name == "oblique" else LPS)
     theirs = run_by_monai(tmp_path, monkeypatch)
     model = load(tmp_path, allow_code=name == "code")

@@ -85,6 +85,7 @@ def test_a_sidecar_names_the_labels(image, tmp_path):
     assert [(each["value"], each["name"]) for each in found] == [(1, "liver"), (2, "kidney, left"), (9, "absent")]
 
 
+@pytest.mark.slow
 def test_a_dicom_segmentation(tmp_path):
     highdicom = pytest.importorskip("highdicom", reason="an extra, which `make test` installs")
     folder = tmp_path / "series"

@@ -123,7 +123,9 @@ def _quietly(function, *args, **options):
         return function(*args, **options)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if "steps" in CASES[name][1] else ()) for name in CASES]
+)
 def test_labels_are_those_of_nnunet(name, tmp_path, reference, capsys):
     own, rest, scan = CASES[name]
     configurations = {"base": configuration(**own), "tiny": {"inherits_from": "base"}}
@@ -140,6 +142,7 @@ def test_labels_are_those_of_nnunet(name, tmp_path, reference, capsys):
     assert (made.data == in_half).float().mean() >= 0.998
 
 
+@pytest.mark.slow
 def test_a_cascade_runs_the_stage_before(tmp_path, reference, capsys, monkeypatch):
     configurations = {
         "3d_lowres": configuration((2.2, 2.0, 2.1), (8, 8, 8), next_stage="3d_cascade_fullres"),

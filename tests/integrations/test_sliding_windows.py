@@ -4,12 +4,14 @@ import monai.inferers
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from monai.data import MetaTensor
 
 import voxloom as vx
 from voxloom.integrations.monai import VoxloomInferer, sliding_window_inference
+
+from strategies import examples
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +51,7 @@ def test_three_axes(network, shape, roi, overlap, mode):
     assert_close(*both(inputs_of(*shape), roi, 3, network, overlap, mode))
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30, deadline=None)
 @given(st.data())
 def test_all_grids(network, data):
     shape = data.draw(st.tuples(*[st.integers(3, 18)] * 3))

@@ -63,6 +63,7 @@ def test_a_client_is_an_executor(scan, client):
     predicted(scan, client)
 
 
+@pytest.mark.slow
 def test_another_model_on_the_same_workers(scan, client):
     for factor in (2.0, 3.0):
         model = torch.nn.Conv3d(1, 1, 1, bias=False)
@@ -170,6 +171,7 @@ def test_a_part_whose_cancelling_is_never_told_is_sent_again(tmp_path, monkeypat
     assert finished == [0, 1]
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_everywhere(scan, client):
     with pytest.raises(ShardError, match="a voxel that the model does not like"):
         vx.predict(fails, scan, output=store(scan.with_name("f.zarr")), executor=DaskLauncher(client, shard_size=16), **OPTIONS)
@@ -204,6 +206,7 @@ def test_a_client_that_is_killed_is_taken_up(scan, client, cluster):
     predicted(scan, DaskLauncher(client, shard_size=16), Slow())
 
 
+@pytest.mark.slow
 def test_addresses():
     for wrong in ("local:0", "slurm:x"):
         with pytest.raises(ModeError, match="a number of workers must follow"):

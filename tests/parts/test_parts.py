@@ -29,7 +29,7 @@ TURNED = np.array([[0.0, 0, 2.9, 9], [1.2, 0, 0, -2], [0, 2.4, 0, 10], [0, 0, 0,
 OBLIQUE = TURNED @ np.array([[0.8, -0.6, 0, 4], [0.6, 0.8, 0, -3], [0, 0, 1, 0], [0, 0, 0, 1]])
 
 
-@pytest.mark.parametrize("shard_size", [pytest.param(8, marks=pytest.mark.slow), (16, 24, 8), 40, -1, None])
+@pytest.mark.parametrize("shard_size", [(16, 24, 8), None, *(pytest.param(each, marks=pytest.mark.slow) for each in (8, 40, -1))])
 def test_parts_of_every_size_give_the_same_bytes(scan, tmp_path, shard_size):
     small = {"chunks": 8, "levels": 3}
     vx.predict(three, scan, output=store(tmp_path / "serial.ome.zarr", **small), **OPTIONS)
@@ -96,6 +96,7 @@ def test_labels_beside_an_image(scan, tmp_path):
 # Many processes
 
 
+@pytest.mark.slow
 def test_jobs_in_any_order_at_once_and_twice(scan, tmp_path):
     vx.predict(three, scan, output=store(tmp_path / "serial.ome.zarr"), **OPTIONS)
     target = tmp_path / "parts.ome.zarr"
@@ -171,6 +172,7 @@ def fails(batch):
     return three(batch)
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_is_named_and_the_others_finish(scan, tmp_path):
     target = tmp_path / "parts.ome.zarr"
     with pytest.raises(ShardError, match=r"parts of .*scan\.nii .* are missing: [\d, ]+") as raised:
@@ -276,6 +278,7 @@ def test_nothing_is_read_of_parts_without_a_patch(scan, tmp_path):
     assert json.loads(next(run.folder.glob(f"*/done/{far}.json")).read_text())["patches"] == 0
 
 
+@pytest.mark.slow
 def test_results_of_other_chunks_and_names_of_one_stem(scan, tmp_path):
     options = {"patch_size": 12, "patch_overlap": 6, "model_name": "two", "reduce": {"sum": None, "labels": "argmax"}}
     expected = vx.predict(two_outputs, scan, **options)
@@ -290,6 +293,7 @@ def test_results_of_other_chunks_and_names_of_one_stem(scan, tmp_path):
         vx.predict(two_outputs, scan, output=same, executor=SerialLauncher(), **options)
 
 
+@pytest.mark.slow
 def test_records_without_their_beginning_and_jobs_that_come_late(scan, tmp_path):
     (tmp_path / ".parts.shards/done").mkdir(parents=True)
     with pytest.raises(RecordError, match=r"has no run\.json: remove it"):
@@ -332,6 +336,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_many_images_are_computed_together(folder, run, monkeypatch):
     command = ["predict", "--json", "parts_models:three", "scans", "--patch-size", 8]
     run(*command, "-o", "one", code=1)

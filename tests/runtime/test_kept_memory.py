@@ -85,6 +85,7 @@ def test_nested_and_after_errors():
     assert found(script) == [True, False]
 
 
+@pytest.mark.slow
 def test_several_threads():
     """The last to leave ends it."""
     script = """
@@ -109,6 +110,7 @@ def test_several_threads():
     assert found(script) == [True, True, False]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_forked_process_does_not_keep_memory():
     script = """
@@ -123,6 +125,7 @@ def test_a_forked_process_does_not_keep_memory():
     assert found(script) == [0, True]
 
 
+@pytest.mark.slow
 def test_what_the_user_has_chosen_comes_back():
     script = """
         with vx.kept_memory():
@@ -216,6 +219,7 @@ def test_a_small_prediction_leaves_small_blocks_as_quick_as_before(channels):
     assert found(textwrap.dedent(MAPPED) + textwrap.dedent(script)) == [False, True, False, False, False, True]
 
 
+@pytest.mark.slow
 def test_a_small_prediction_does_not_end_what_the_user_asked_for():
     script = """
         with vx.kept_memory():

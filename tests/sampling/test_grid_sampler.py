@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import fresh
@@ -9,7 +9,7 @@ import voxloom as vx
 from voxloom.errors import ModeError, SizeError, SpaceError, SubjectError
 from voxloom.sampling import padded
 
-from strategies import geometries
+from strategies import examples, geometries
 
 
 def subject_of(data, **more):
@@ -64,7 +64,7 @@ def test_an_unbound_sampler_says_what_it_lacks():
 MODES = ["edge", "reflect", "symmetric", "wrap", "linear_ramp", "constant", 3, -2.0]
 
 
-@settings(max_examples=150)
+@examples(150)
 @given(
     geometries(largest=8, may_exceed=True),
     st.sampled_from(MODES),

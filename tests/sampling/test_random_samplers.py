@@ -105,6 +105,7 @@ def test_class_shares_keep_to_their_binomial_bounds():
         assert stats.binomtest(drawn, DRAWS, share).pvalue > LEAST_PROBABILITY
 
 
+@pytest.mark.slow
 def test_without_probabilities_all_foreground_is_alike():
     labels = torch.randint(0, 4, (1, 7, 6, 5), generator=torch.Generator().manual_seed(3))
     subject = subject_of(seg=vx.LabelMap(labels))
@@ -117,6 +118,7 @@ def test_without_probabilities_all_foreground_is_alike():
     assert_distributed(centres(never), (labels[0] == 1).numpy() * 1.0)
 
 
+@pytest.mark.slow
 def test_of_several_channels_the_channel_is_the_class():
     channels = torch.rand(4, 7, 6, 5, generator=torch.Generator().manual_seed(6)) > 0.6
     subject = subject_of(seg=vx.LabelMap(channels.to(torch.uint8) * 3))
@@ -218,7 +220,7 @@ def test_a_sampler_continues_with_the_very_next_draw(stop):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("stop", [0, 1, 3, 5, 6])
+@pytest.mark.parametrize("stop", [0, 3, 6, *(pytest.param(each, marks=pytest.mark.slow) for each in (1, 5))])
 def test_a_loader_continues_with_the_very_next_batch(workers, stop):
     def make():
         return vx.SubjectsLoader(vx.UniformSampler(subject_of(), 3, num_patches=14, seed=5), batch_size=3, num_workers=workers)

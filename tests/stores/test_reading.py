@@ -89,6 +89,7 @@ def test_a_patch_is_that_of_the_same_image_in_nifti(tmp_path, tensor, version, e
     assert ours.stem == "scan"
 
 
+@pytest.mark.slow
 def test_images_of_ngff_zarr(tmp_path, voxels, tensor):
     import ngff_zarr
 

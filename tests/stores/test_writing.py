@@ -60,7 +60,7 @@ def store(path, **options):
 @pytest.mark.parametrize(
     ("ending", "version", "shards"),
     [
-        (".ome.zarr", "0.4", None),
+        pytest.param(".ome.zarr", "0.4", None, marks=pytest.mark.slow),
         (".ome.zarr", "0.5", 16),
         pytest.param(".ome.zarr", "0.6", (16, 8, 32), marks=pytest.mark.slow),
         pytest.param(".nii.zarr", "0.5", 16, marks=pytest.mark.slow),
@@ -152,6 +152,7 @@ def test_labels_are_put_beside_their_image(tmp_path):
     assert ome_zarr_models.open_ome_zarr(group).labels is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jobs", [False, True])
 def test_labels_have_the_levels_of_an_image_that_rounds_down(tmp_path, jobs):
     """Halved by another program, which drops what is left over at the end of an axis; and in one step by three."""
@@ -260,8 +261,11 @@ def run_killed(target, event, number, memory_limit=None):
 
 @pytest.mark.parametrize(
     ("event", "number"),
-    [("model", 25), ("shard", 3), ("record", 3), ("rename", 1)]
-    + [pytest.param(*each, marks=pytest.mark.slow) for each in (("shard", 60), ("record", 5), ("disk", 7))],
+    [("shard", 3), ("record", 3)]
+    + [
+        pytest.param(*each, marks=pytest.mark.slow)
+        for each in (("model", 25), ("rename", 1), ("shard", 60), ("record", 5), ("disk", 7))
+    ],
 )
 def test_a_process_that_is_killed_is_taken_up_with_the_same_bytes(tmp_path, event, number):
     predicted(store(tmp_path / "whole.ome.zarr"))

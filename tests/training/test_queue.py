@@ -15,13 +15,15 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 
 import voxloom as vx
 from voxloom.core.random_numbers import draw_generator
 from voxloom.errors import LocationError, QueueError, SizeError, SubjectError
+
+from strategies import examples
 
 SIZE = 12
 PATCH = 5
@@ -73,7 +75,7 @@ def expected_draws(seed, epoch, counts):
     return draws
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=5).filter(any), st.integers(1, 30), st.booleans(), st.booleans())
 def test_every_draw_of_every_subject_comes_once_in_every_epoch(counts, max_length, shuffle_subjects, shuffle_patches):
     subjects = [make_subject(number, num_samples=count) for number, count in enumerate(counts)]
@@ -165,7 +167,7 @@ def test_names_of_both_generations():
 # Memory
 
 
-@settings(max_examples=20)
+@examples(20)
 @given(st.integers(1, 5), st.integers(1, 6), st.integers(1, 12))
 def test_no_more_patches_are_held_than_was_said(num_subjects, samples, max_length):
     queue = make_queue(num_subjects, max_length, samples)
@@ -184,6 +186,7 @@ class Weak(np.ndarray):
         return self is other
 
 
+@pytest.mark.slow
 def test_one_subject_is_in_memory_at_a_time():
     alive = weakref.WeakSet()
 
@@ -706,6 +709,7 @@ def test_what_a_queue_shows(caplog):
     assert queue.idle_seconds > 0
 
 
+@pytest.mark.slow
 def test_a_verbose_queue_is_heard_where_no_logging_is_set_up():
     code = """
 import torch, voxloom as vx
@@ -948,6 +952,7 @@ def below_zero(subject):
     return subject
 
 
+@pytest.mark.slow
 def test_a_verbose_queue_is_heard_once():
     script = """
         import logging, torch, voxloom as vx

@@ -43,6 +43,7 @@ def two_ranks(folder, seed):
     return [(process, *process.communicate(timeout=120)) for process in started]
 
 
+@pytest.mark.slow
 def test_two_processes_train_on_patches_of_their_own(tmp_path):
     done = two_ranks(tmp_path, 5)
     assert [process.returncode for process, _, _ in done] == [0, 0], done

@@ -106,7 +106,7 @@ def no_worker_is_left():
 
 @pytest.mark.parametrize(
     ("num_workers", "context"),
-    [(1, None), (2, None), (4, None), pytest.param(2, "spawn", marks=pytest.mark.slow), (2, "forkserver")],
+    [(1, None), (2, None), (4, None), *(pytest.param(2, context, marks=pytest.mark.slow) for context in ("spawn", "forkserver"))],
 )
 def test_the_same_patches_bit_for_bit_for_every_number_of_workers(folder, expected, num_workers, context):
     queue = make_queue(folder, num_workers, multiprocessing_context=context, **TRANSFORMS)
@@ -289,6 +289,7 @@ def notes_what_is_loaded(folder, subject):
     return subject
 
 
+@pytest.mark.slow
 def test_a_distributed_sampler_is_foreseen(folder, tmp_path):
     sampler = torch.utils.data.DistributedSampler(SHAPES, num_replicas=2, rank=0, seed=3)
     alone = make_queue(folder, 0, subject_sampler=sampler, shuffle_subjects=False)
@@ -354,7 +355,7 @@ def test_an_error_comes_at_once(folder):
     assert taken < 7 * 7 - 10
 
 
-@pytest.mark.parametrize("num_workers", [0, 1, 3])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(1, marks=pytest.mark.slow), 3])
 def test_subjects_that_cannot_be_read_are_skipped(folder, tmp_path, num_workers):
     damage(folder, tmp_path, 5, "truncated")
     queue = make_queue(tmp_path, num_workers, on_error="skip", **TRANSFORMS)
@@ -394,6 +395,7 @@ def test_two_neighbours_are_skipped(folder, tmp_path):
     assert [subjects.count(number) for number in range(8)] == [14, 7, 0, 0, 21, 7, 7, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*were skipped")
 def test_a_run_with_skipped_subjects_is_resumed_as_it_was(folder):
     def fail(subject):
@@ -423,6 +425,7 @@ def fails_now_and_then(patch):
     return of_a_patch(patch)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*were skipped")
 def test_a_subject_that_is_named_twice_is_skipped_by_place(folder):
     settings = {
@@ -653,6 +656,7 @@ def test_no_process_is_left_behind(tmp_path, how, pause, context):
         assert stderr.count("KeyboardInterrupt") == stderr.count("Traceback") == 1
 
 
+@pytest.mark.slow
 def test_many_patches_do_not_use_up_the_open_files(folder):
     import resource
 
@@ -668,6 +672,7 @@ def test_many_patches_do_not_use_up_the_open_files(folder):
     assert len(os.listdir("/proc/self/fd")) < opened + 60
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("kind", ["sequential", "distributed"])
 def test_a_queue_with_a_subject_sampler_is_rewound(folder, num_workers, kind):
@@ -693,6 +698,7 @@ def test_a_queue_with_a_subject_sampler_is_rewound(folder, num_workers, kind):
     assert [bits(patch) for patch in queue] == everything[10:]
 
 
+@pytest.mark.slow
 def test_a_queue_that_is_rewound_again_and_again_never_stops(folder):
     """Workers must not drop what the new run wants."""
     interval = sys.getswitchinterval()
@@ -710,6 +716,7 @@ def test_a_queue_that_is_rewound_again_and_again_never_stops(folder):
         sys.setswitchinterval(interval)
 
 
+@pytest.mark.slow
 def test_closing_and_beginning_again_uses_up_nothing(folder):
     def opened():
         gc.collect()
@@ -962,6 +969,7 @@ def test_a_worker_that_exits(folder):
     assert "memory" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_script_without_a_guard_is_told_so(folder, tmp_path):
     script = tmp_path / "train.py"
     script.write_text(
@@ -1004,6 +1012,7 @@ INTERRUPTED = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("then", "patches"), [pytest.param("load", 56, marks=pytest.mark.slow), ("go on", 60)])
 def test_an_interrupt_that_was_caught_in_the_training_step(tmp_path, then, patches):
     script = tmp_path / "train.py"

@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 import SimpleITK
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 import voxloom as vx
 from voxloom.errors import CorruptImageError, UnsupportedImageError, VoxloomError
 from voxloom.io import isolated
+
+from strategies import examples
 
 HEADERS = {".nii": 352, ".mgh": 120, ".nrrd": 300, ".mha": 300}
 
@@ -34,7 +36,7 @@ def intact(tmp_path_factory):
     return {ending: (folder / f"x{ending}").read_bytes() for ending in HEADERS}
 
 
-@settings(max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(400, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from(sorted(HEADERS)), st.data())
 def test_damaged_headers_never_surprise(intact, tmp_path, ending, data):
     content = bytearray(intact[ending])
@@ -293,6 +295,7 @@ def test_a_reader_that_crashes_or_fills_the_memory_is_an_error(tmp_path, monkeyp
         vx.ScalarImage(tmp_path / "x.vtk").load()
 
 
+@pytest.mark.slow
 def test_what_a_process_of_its_own_cannot_read_says_why(tmp_path, monkeypatch):
     SimpleITK.WriteImage(SimpleITK.GetImageFromArray(np.zeros((3, 4, 5), np.uint8)), str(tmp_path / "x.vtk"))
     (tmp_path / "stored").write_bytes((tmp_path / "x.vtk").read_bytes())

@@ -34,9 +34,9 @@ CASES = [
     ("save", "a.nrrd", 1),
     ("save", "a.ome.zarr", 7),
     ("convert", "a.nii.gz", 1),
-    ("convert", "a.mha", 1),
     ("convert", "a.ome.zarr", 7),
-    ("convert", "a.zarr", 5),
+    pytest.param("convert", "a.mha", 1, marks=pytest.mark.slow),
+    pytest.param("convert", "a.zarr", 5, marks=pytest.mark.slow),
     ("split", "parts", 2),
 ]
 
@@ -89,6 +89,7 @@ def test_what_is_replaced_is_whole_until_the_new_one_is_in_place(tmp_path, other
     assert step > 60
 
 
+@pytest.mark.slow
 def test_labels_that_were_being_replaced_come_back_and_are_kept(tmp_path):
     """A process was killed that might replace them; the next call may not."""
     folder = tmp_path / "folder"

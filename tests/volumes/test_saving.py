@@ -202,6 +202,7 @@ def test_write_protected_targets_are_left_alone(tmp_path, monkeypatch):
     assert vx.ScalarImage(path).data.sum() == 0
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_old_file(tmp_path):
     paths = [str(tmp_path / f"x{ending}") for ending in ENDINGS]
     for path in paths:

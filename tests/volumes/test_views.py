@@ -172,6 +172,7 @@ def test_what_can_only_be_read_whole_is_read_once(tmp_path, ending):
     assert torch.equal(aggregator.get_output_tensor(), expected.data)
 
 
+@pytest.mark.slow
 def test_predictions_of_views(tmp_path):
     image = image_of((1, 40, 36, 30), np.diag([-1.5, -1.5, 3, 1]))
     image.save(tmp_path / "a.nii.gz")
