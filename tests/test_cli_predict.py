@@ -28,6 +28,7 @@ import torch
 from torch import nn
 
 import voxloom as vx
+from slow import slow
 from voxloom.io import stores
 from voxloom.models import program_check
 from voxloom.models.loading import load_model
@@ -110,6 +111,7 @@ def test_a_log_gets_a_line_now_and_then(monkeypatch, capsys):
 # What is said
 
 
+@pytest.mark.slow
 def test_verbose_says_the_plan_and_how_long_it_took(here):
     options = ["predict", "mymodels:negative", "scans/a.nii.gz", "-o", "out.nii.gz", "--patch-size", "8"]
     done = subprocess.run([*VOXLOOM, "--verbose", *options], capture_output=True, text=True, check=True)
@@ -208,6 +210,7 @@ def test_debug_shows_where_an_error_comes_from(here, run):
     assert "Traceback" in run("--debug", *arguments, code=1).err
 
 
+@pytest.mark.slow
 def test_help_is_there_before_pytorch(run):
     for command in ([], ["predict"], ["plan"], ["info"], ["pack"], ["demo"]):
         code = f"""
@@ -461,6 +464,7 @@ def test_a_program_with_a_smallest_batch_is_given_that(here, run, batch, least):
         assert "other sizes than a batch (B, C, I, J, K) of (1, 1, 8, 8, 8)" in error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strict", [False, True])
 def test_a_program_is_given_the_smallest_batch_that_its_checks_allow(here, run, strict):
     class Halves(nn.Module):
@@ -621,7 +625,7 @@ def test_a_program_is_looked_into_whatever_its_folder_is_called(here, run):
     assert "holds the check" in run("predict", "moved.pt2", "scans/a.nii.gz", code=1).err
 
 
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("strict", [False, slow(True)])
 @pytest.mark.parametrize("dynamic", [{2: 4 * torch.export.Dim("k", max=4)}, {2: torch.export.Dim.AUTO}])
 def test_ordinary_programs_are_not_refused(here, run, dynamic, strict):
     class Network(nn.Module):

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 import voxloom as vx
+from slow import slow
 
 ROOT = Path(__file__).parent.parent
 MODULES = [module.name for module in pkgutil.walk_packages(vx.__path__, "voxloom.") if not module.name.endswith("__main__")]
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", [slow(name) if name == "voxloom.testing" else name for name in MODULES])
 def test_examples_in_docstrings(name):
     try:
         module = importlib.import_module(name)

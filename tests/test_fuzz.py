@@ -5,9 +5,10 @@ from collections import Counter
 import pytest
 
 from fuzz import fuzz
+from slow import slow
 
 
-@pytest.mark.parametrize(("seed", "cases"), [(0, 7), pytest.param(1, 238, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("seed", "cases"), [(0, 7), slow(1, 238)])
 def test_damaged_files_are_right_or_a_clear_error(seed, cases):
     results = list(fuzz(cases, seed))
     faults = [f"{name}: {what}" for name, what in results if what.startswith("FAULT")]

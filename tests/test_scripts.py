@@ -12,6 +12,7 @@ from monai.metrics import DiceMetric
 from monai.networks.nets import UNet
 
 import voxloom as vx
+from slow import slow
 from voxloom.integrations.monai import VoxloomInferer, as_dict
 
 
@@ -125,7 +126,7 @@ def monai_script(folder, workers):
 
 
 @pytest.mark.filterwarnings("ignore")  # of the peers' own
-@pytest.mark.parametrize("script", [torchio_script, monai_script])
+@pytest.mark.parametrize("script", [slow(torchio_script), monai_script])
 def test_losses_are_the_same_bit_for_bit_for_every_number_of_workers(script, folder):
     runs = [script(folder, workers) for workers in (0, 1, 2)]
     assert len(runs[0]) >= 6

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import voxloom as vx
+from slow import slow
 from voxloom.aggregation.accumulator import Accumulator
 from voxloom.core.boxes import Box
 from voxloom.errors import ImageError, TargetExistsError
@@ -154,7 +155,7 @@ def test_the_tests_of_stores_can_fail(tmp_path):
         check_store(lambda name: Forgetful(disk, tmp_path / name), lambda image: image.data)
 
 
-@pytest.mark.parametrize("stop", range(2, 60, 7))
+@pytest.mark.parametrize("stop", [2, 23, 44, *map(slow, (9, 16, 30, 37, 51, 58))])
 def test_a_store_of_the_users_own_is_resumed_wherever_a_run_stops(tmp_path, stop):
     image = vx.ScalarImage(values(), affine=AFFINE)
     calls = []
@@ -241,6 +242,7 @@ def test_an_executor_of_the_users_own_resumes_a_run(tmp_path):
     assert torch.allclose(made.data, image.data)
 
 
+@pytest.mark.slow
 def test_a_plan_travels(tmp_path):
     """Whole and frozen, to a process that knows only its file."""
     plan = vx.plan(

@@ -11,6 +11,7 @@ from torch import nn
 
 import voxloom
 import voxloom as tio
+from slow import slow
 
 
 class Colin27(tio.Subject):
@@ -132,7 +133,7 @@ def test_label_sampler_called_with_a_subject(colin, capsys):
     assert capsys.readouterr().out.splitlines() == ["(1, 64, 64, 64)"] * 13
 
 
-@pytest.mark.parametrize("num_workers", [0, 4])
+@pytest.mark.parametrize("num_workers", [0, slow(4)])
 def test_queue(colin, num_workers):
     from torch.utils.data import DataLoader
 

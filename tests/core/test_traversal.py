@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from slow import slow
 from voxloom.aggregation.streaming import StreamingAccumulator
 from voxloom.aggregation.weights import PatchWeights
 from voxloom.core.grids import AxisGrid, PatchGrid
@@ -118,7 +119,9 @@ def test_the_open_part_of_a_large_volume_is_some_planes_and_a_band():
     assert traversal.open_voxels(traversal.whole) == pytest.approx(planes + 48 * 528 * 48, rel=0.05)
 
 
-@pytest.mark.parametrize(("shape", "patch", "overlap"), [((12, 40, 40), 8, 4), ((26, 26, 26), 10, 4), ((9, 21, 30), 8, 6)])
+@pytest.mark.parametrize(
+    ("shape", "patch", "overlap"), [slow((12, 40, 40), 8, 4), slow((26, 26, 26), 10, 4), ((9, 21, 30), 8, 6)]
+)
 @pytest.mark.parametrize("joined", [(False, False), (False, True), (True, False), (True, True)])
 def test_open_voxels_are_not_overstated(shape, patch, overlap, joined):
     traversal = Traversal.of(PatchGrid.cover(shape, patch, overlap), False, (0, 1, 2), joined)

@@ -8,6 +8,7 @@ import torch
 import voxloom as vx
 from ended import is_ended_at
 from parts_models import three
+from slow import slow
 from voxloom.errors import TargetExistsError
 
 OPTIONS = {"patch_size": 16, "patch_overlap": 8, "reduce": "argmax", "model_name": "three"}
@@ -22,7 +23,7 @@ MORE = [
 ]
 
 
-@pytest.mark.parametrize(("name", "replaces", "every"), SOME + [pytest.param(*each, marks=pytest.mark.slow) for each in MORE])
+@pytest.mark.parametrize(("name", "replaces", "every"), SOME + [slow(*each) for each in MORE])
 @pytest.mark.filterwarnings("ignore:.*an unfinished run is resumed")
 def test_the_same_call_goes_on(tmp_path, name, replaces, every):
     image = vx.ScalarImage(torch.rand(1, 40, 18, 16, generator=torch.Generator().manual_seed(0)))

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import voxloom as vx
+from slow import slow
 from voxloom.errors import OutputError, SizeError
 from voxloom.testing import SerialExecutor
 
@@ -18,7 +19,7 @@ def data():
 
 
 @pytest.mark.parametrize("overlap", [0, 3, 0.5])
-@pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("batch_size", [slow(1), 3])
 def test_valid_convolutions_give_what_they_give_of_the_whole(data, overlap, batch_size):
     model = nn.Sequential(nn.Conv3d(2, 4, 3), nn.ReLU(), nn.Conv3d(4, 3, (3, 5, 1)))
     with torch.inference_mode():

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import voxloom as vx
+from slow import slow
 from voxloom.core import aligned, oblique
 from voxloom.errors import ModeError, OutputError, RecordError, SaveError, SizeError, SpaceError, SubjectError, TargetExistsError
 from voxloom.inference import delivery, planner
@@ -59,7 +60,7 @@ def by_hand(scores, like):
 
 
 @pytest.mark.parametrize("name", LIKE)
-@pytest.mark.parametrize("mode", ["gaussian", "crop", pytest.param("average", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mode", ["gaussian", "crop", slow("average")])
 def test_scores_are_interpolated_and_then_reduced(image, name, mode):
     model = network()
     expected = by_hand(vx.predict(model, image, overlap_mode=mode, **OPTIONS), LIKE[name])
@@ -78,7 +79,7 @@ def least_bytes(model, image, options):
     return int(re.search(r"\((\d+) bytes\)", str(caught.value)).group(1))
 
 
-@pytest.mark.parametrize("name", ["aligned", pytest.param("oblique", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["aligned", slow("oblique")])
 def test_the_bits_do_not_depend_on_memory(image, name, small_pieces):
     model, num_blocks = network(40), set()
     options = {"patch_size": 8, "patch_overlap": 4, "like": LIKE[name], "reduce": {"labels": "argmax", "some": [3, 1]}}
@@ -94,7 +95,7 @@ def test_the_bits_do_not_depend_on_memory(image, name, small_pieces):
     assert len(num_blocks) >= 2
 
 
-@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.uint16, torch.int64, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, *map(slow, (torch.bool, torch.uint16, torch.int64))])
 @pytest.mark.parametrize("interpolation", ["linear", "nearest"])
 def test_scores_of_every_type(image, dtype, interpolation):
     def model(batch):
@@ -110,7 +111,7 @@ def test_scores_of_every_type(image, dtype, interpolation):
     ("name", "in_blocks"),
     [
         ("aligned", True),
-        *(pytest.param(*each, marks=pytest.mark.slow) for each in (("aligned", False), ("oblique", False), ("oblique", True))),
+        *(slow(*each) for each in (("aligned", False), ("oblique", False), ("oblique", True))),
     ],
 )
 def test_what_is_interrupted_is_resumed(image, name, in_blocks, tmp_path, small_pieces):

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import voxloom as vx
+from slow import slow
 from voxloom.aggregation.streaming import StreamingAccumulator
 from voxloom.core.blending import AxisWeights
 from voxloom.core.grids import PatchGrid
@@ -257,7 +258,7 @@ def test_a_module_runs_in_evaluation_mode_and_is_left_as_it_was(fails):
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("shape", [(30, 30, 30), pytest.param((64, 64, 40), marks=pytest.mark.slow), (20, 41, 33), (9, 5, 50)])
+@pytest.mark.parametrize("shape", [(30, 30, 30), slow((64, 64, 40)), (20, 41, 33), (9, 5, 50)])
 @pytest.mark.parametrize("mask", [None, 0.999])
 @pytest.mark.parametrize("batch_size", [1, 4, 7])
 def test_the_model_is_given_each_patch_of_the_grid_once(shape, mask, batch_size):
@@ -397,6 +398,7 @@ def test_a_predictor_is_used_for_many_images_and_looks_at_the_model_once():
 # Masks
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the mask has no voxel:RuntimeWarning")
 def test_masks_of_all_kinds_leave_out_the_same(tmp_path):
     data = torch.zeros(1, 24, 20, 16)

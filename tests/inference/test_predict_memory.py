@@ -9,6 +9,7 @@ import torch
 
 import fresh
 import voxloom as vx
+from slow import slow
 from voxloom.io.protocols import VolumeSpec
 
 SCRIPT = """
@@ -86,14 +87,14 @@ def measured(tmp_path, **case):
 @pytest.mark.parametrize(
     ("case", "blocks"),
     [
-        pytest.param(LARGE, 1, marks=pytest.mark.slow),
-        pytest.param(LARGE | {"limit": "450MiB", "output": "o.nii.gz"}, 2, marks=pytest.mark.slow),
+        slow(LARGE, 1),
+        slow(LARGE | {"limit": "450MiB", "output": "o.nii.gz"}, 2),
         # Outputs that the C library would take from its heap, and not give back.
-        pytest.param(CLASSES | {"limit": "142MiB"}, 3, marks=pytest.mark.slow),
-        pytest.param(CLASSES | {"classes": 3, "reduce": None, "output": "o.nii"}, 1, marks=pytest.mark.slow),
-        pytest.param(MIRRORED | {"more": {"mirror_axes": [0, 1, 2], "batch_size": 2}}, 1, marks=pytest.mark.slow),
-        pytest.param(MIRRORED | {"more": {"models": 3, "batch_size": 2}}, 1, marks=pytest.mark.slow),
-        pytest.param(CUBE | {"channels": 32, "more": {"models": 2, "batch_size": 4}}, 1, marks=pytest.mark.slow),
+        slow(CLASSES | {"limit": "142MiB"}, 3),
+        slow(CLASSES | {"classes": 3, "reduce": None, "output": "o.nii"}, 1),
+        slow(MIRRORED | {"more": {"mirror_axes": [0, 1, 2], "batch_size": 2}}, 1),
+        slow(MIRRORED | {"more": {"models": 3, "batch_size": 2}}, 1),
+        slow(CUBE | {"channels": 32, "more": {"models": 2, "batch_size": 4}}, 1),
         # Shards, of which several copies are made while they are written.
         (CUBE | {"patch": 32, "output": "o.zarr", "more": {"shards": 128}}, 1),
         pytest.param(

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import voxloom as vx
+from slow import slow
 from voxloom.core.windows import gaussian
 from voxloom.errors import ModeError
 from voxloom.testing import SerialExecutor
@@ -34,7 +35,7 @@ def test_what_goes_in_comes_out(name, mode):
         assert torch.equal(made.data, image().data)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [slow(name) if number else name for number, name in enumerate(CASES)])
 def test_bits_do_not_depend_on_memory_nor_on_the_executor(name):
     model = nn.Conv3d(1, 60, 3, padding=1)
     options = {**CASES[name], "reduce": "argmax"}

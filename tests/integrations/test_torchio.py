@@ -73,6 +73,7 @@ def test_maps_for_sampling_keep_their_type():
     assert back.type == ("sampling_map" if IS_FIRST else "intensity")  # the second generation has no such type
 
 
+@pytest.mark.slow
 def test_a_real_subject_goes_there_and_back(mni_subject):
     back = from_torchio(as_torchio(mni_subject))
     assert list(back) == list(mni_subject)

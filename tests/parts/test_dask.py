@@ -73,6 +73,7 @@ def test_another_model_on_the_same_workers(scan, client):
         assert torch.equal(made.data, vx.ScalarImage(scan).data * factor)
 
 
+@pytest.mark.slow
 def test_many_images_are_spread_over_the_workers(cluster, client, run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NOTES", str(tmp_path))

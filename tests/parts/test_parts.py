@@ -15,6 +15,7 @@ import torch
 import voxloom as vx
 from parts_models import Hangs, three, two_outputs
 from parts_runs import OPTIONS, hashes, leftovers, run_of, share, store
+from slow import slow
 from voxloom.cli import parts as cli_parts
 from voxloom.cli import predicting
 from voxloom.errors import ModeError, OutputError, RecordError, SaveError, ShardError, SizeError, TargetExistsError
@@ -29,7 +30,7 @@ TURNED = np.array([[0.0, 0, 2.9, 9], [1.2, 0, 0, -2], [0, 2.4, 0, 10], [0, 0, 0,
 OBLIQUE = TURNED @ np.array([[0.8, -0.6, 0, 4], [0.6, 0.8, 0, -3], [0, 0, 1, 0], [0, 0, 0, 1]])
 
 
-@pytest.mark.parametrize("shard_size", [(16, 24, 8), None, *(pytest.param(each, marks=pytest.mark.slow) for each in (8, 40, -1))])
+@pytest.mark.parametrize("shard_size", [(16, 24, 8), None, *(slow(each) for each in (8, 40, -1))])
 def test_parts_of_every_size_give_the_same_bytes(scan, tmp_path, shard_size):
     small = {"chunks": 8, "levels": 3}
     vx.predict(three, scan, output=store(tmp_path / "serial.ome.zarr", **small), **OPTIONS)
@@ -63,7 +64,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [case if number % 2 else slow(case) for number, case in enumerate(CASES)])
 def test_parts_of_every_kind_of_prediction(scan, tmp_path, case):
     options = {**OPTIONS, "patch_overlap": 4, **CASES[case]}
     more = {name: options.pop(name) for name in ("mask", "like") if name in options}

@@ -18,6 +18,7 @@ import voxloom as vx
 from ended import is_ended_at
 from parts_models import three
 from parts_runs import OPTIONS, dying, hashes, leftovers, run_of, share, store
+from slow import slow
 from voxloom.cli import parts as cli_parts
 from voxloom.errors import RecordError, SaveError, TargetExistsError
 from voxloom.inference import Predictor, SerialLauncher, publishing, shards
@@ -82,7 +83,7 @@ def test_jobs_that_are_killed_a_hundred_times(scan, tmp_path):
 KINDS = ["parts.ome.zarr", "parts.zarr", "parts.nii.gz", "parts.nii", "scan.ome.zarr/labels/parts"]
 SOME = [(KINDS[0], False, 11), (KINDS[2], True, 11)]
 MORE = [
-    pytest.param(*each, marks=pytest.mark.slow)
+    slow(*each)
     for each in [(KINDS[0], True, 1), (KINDS[1], True, 11), (KINDS[2], True, 1), (KINDS[3], False, 11), (KINDS[4], False, 3)]
 ]
 

@@ -11,6 +11,7 @@ import torch
 
 import fresh
 import voxloom as vx
+from slow import slow
 
 BEGINNING = '''
     import ctypes, json, os, sys, threading
@@ -138,7 +139,7 @@ def test_what_the_user_has_chosen_comes_back():
     assert found(script, GLIBC_TUNABLES=tunables, MALLOC_TRIM_THRESHOLD_="65536") is True  # of the two, these count
 
 
-@pytest.mark.parametrize("in_parts", [False, True])
+@pytest.mark.parametrize("in_parts", [False, slow(True)])
 def test_a_prediction_keeps_what_its_model_uses_and_gives_it_back(in_parts, tmp_path):
     """In parts, too, as workers of Dask compute them: Dask sets a variable by which memory is given back at once."""
     script = f"""

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 import fresh
 import voxloom as vx
+from slow import slow
 from voxloom.errors import ModeError, SizeError, SpaceError, SubjectError
 from voxloom.sampling import padded
 
@@ -219,7 +220,7 @@ def test_a_batch_is_cut_as_patches_are(subject):
     assert [patch.patch_location for patch in sequence[1:]] == [sampler.grid[2], sampler.grid[7]]
 
 
-@pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("start", ["fork", slow("spawn")])
 @pytest.mark.parametrize("loader", [vx.SubjectsLoader, torch.utils.data.DataLoader])
 def test_workers_give_the_same_batches(subject, loader, start):
     sampler = vx.GridSampler(subject, 8, 2, "reflect")

@@ -12,6 +12,7 @@ from scipy import stats
 from torch.utils.data import DataLoader
 
 import voxloom as vx
+from slow import slow
 from voxloom.errors import LocationError, ModeError, NoSuchKeyError, SamplingError, SizeError, SpaceError, SubjectError
 
 DRAWS = 2500
@@ -68,7 +69,7 @@ def test_uniform_draws_are_uniform_over_all_places(patch):
 
 
 @pytest.mark.parametrize("patch", PATCHES)
-@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.uint8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", [torch.float32, slow(torch.uint8)])
 def test_weighted_draws_follow_the_map_and_keep_to_the_border_exactly(patch, dtype):
     weights = torch.randint(0, 4, (1, 7, 6, 5), generator=torch.Generator().manual_seed(0)).to(dtype)
     if dtype.is_floating_point:
@@ -169,7 +170,7 @@ def test_every_voxel_of_a_large_volume_can_be_reached():
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 @pytest.mark.parametrize(
     ("workers", "start"),
-    [(0, None), (1, "fork"), (4, "fork"), pytest.param(2, "spawn", marks=pytest.mark.slow)],
+    [(0, None), (1, "fork"), (4, "fork"), slow(2, "spawn")],
 )
 def test_the_same_draws_for_every_number_of_workers(start, workers):
     def make():
@@ -220,7 +221,7 @@ def test_a_sampler_continues_with_the_very_next_draw(stop):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("stop", [0, 3, 6, *(pytest.param(each, marks=pytest.mark.slow) for each in (1, 5))])
+@pytest.mark.parametrize("stop", [0, 3, 6, *(slow(each) for each in (1, 5))])
 def test_a_loader_continues_with_the_very_next_batch(workers, stop):
     def make():
         return vx.SubjectsLoader(vx.UniformSampler(subject_of(), 3, num_patches=14, seed=5), batch_size=3, num_workers=workers)

@@ -449,6 +449,7 @@ def test_a_store_that_changes_has_another_fingerprint(tmp_path, tensor):
 # Other arrays in parts
 
 
+@pytest.mark.slow
 def test_hdf5_npy_and_dask(tmp_path, voxels, tensor):
     import dask.array
     import h5py

@@ -18,6 +18,7 @@ import torch
 import zarr
 
 import voxloom as vx
+from slow import slow
 from voxloom.core.boxes import Box
 from voxloom.core.pyramids import coarser, factors_of_levels
 from voxloom.errors import ModeError, RecordError, SaveError, SizeError, SpaceError, TargetExistsError
@@ -60,10 +61,10 @@ def store(path, **options):
 @pytest.mark.parametrize(
     ("ending", "version", "shards"),
     [
-        pytest.param(".ome.zarr", "0.4", None, marks=pytest.mark.slow),
+        slow(".ome.zarr", "0.4", None),
         (".ome.zarr", "0.5", 16),
-        pytest.param(".ome.zarr", "0.6", (16, 8, 32), marks=pytest.mark.slow),
-        pytest.param(".nii.zarr", "0.5", 16, marks=pytest.mark.slow),
+        slow(".ome.zarr", "0.6", (16, 8, 32)),
+        slow(".nii.zarr", "0.5", 16),
         (".zarr", "0.5", None),
     ],
 )
@@ -100,7 +101,7 @@ def test_every_level_is_made_of_the_one_before(tmp_path):
             assert np.array_equal(vx.ScalarImage(vx.open_zarr(path, level=number)).data.numpy(), level)
 
 
-@pytest.mark.parametrize("version", ["0.4", "0.5", "0.6"])
+@pytest.mark.parametrize("version", [slow("0.4"), "0.5", slow("0.6")])
 @pytest.mark.parametrize("reduce", [None, "argmax"])
 def test_others_find_it_valid(tmp_path, version, reduce):
     import ngff_zarr
@@ -262,10 +263,7 @@ def run_killed(target, event, number, memory_limit=None):
 @pytest.mark.parametrize(
     ("event", "number"),
     [("shard", 3), ("record", 3)]
-    + [
-        pytest.param(*each, marks=pytest.mark.slow)
-        for each in (("model", 25), ("rename", 1), ("shard", 60), ("record", 5), ("disk", 7))
-    ],
+    + [slow(*each) for each in (("model", 25), ("rename", 1), ("shard", 60), ("record", 5), ("disk", 7))],
 )
 def test_a_process_that_is_killed_is_taken_up_with_the_same_bytes(tmp_path, event, number):
     predicted(store(tmp_path / "whole.ome.zarr"))
@@ -308,7 +306,7 @@ def test_the_bytes_do_not_depend_on_the_memory(tmp_path):
     assert hashes(tmp_path / "a/out.ome.zarr") == hashes(tmp_path / "b/out.ome.zarr")
 
 
-@pytest.mark.parametrize("damage", ["array", "parts", "raw", "group"])
+@pytest.mark.parametrize("damage", ["array", "parts", slow("raw"), slow("group")])
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_a_damaged_unfinished_store_is_refused(tmp_path, damage):
     target = tmp_path / "out.ome.zarr"
@@ -490,7 +488,7 @@ def test_chunks_suit_the_size_of_a_voxel():
 # What was found out by reading
 
 
-@pytest.mark.parametrize(("chunks", "version"), [((16, 16, 1), "0.4"), (15, "0.5"), (7, "0.4"), ((5, 40, 3), "0.5")])
+@pytest.mark.parametrize(("chunks", "version"), [((16, 16, 1), "0.4"), slow(15, "0.5"), slow(7, "0.4"), ((5, 40, 3), "0.5")])
 def test_levels_are_right_for_odd_chunks(tmp_path, chunks, version):
     image = vx.ScalarImage(torch.rand(1, 32, 33, 20))
     whole, parts = tmp_path / "whole.ome.zarr", tmp_path / "parts.ome.zarr"

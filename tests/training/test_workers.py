@@ -22,6 +22,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import voxloom as vx
+from slow import slow
 from voxloom.errors import CorruptImageError, ImageFileError, QueueError, SubjectError, WorkerError
 
 PATCH = 8
@@ -106,7 +107,7 @@ def no_worker_is_left():
 
 @pytest.mark.parametrize(
     ("num_workers", "context"),
-    [(1, None), (2, None), (4, None), *(pytest.param(2, context, marks=pytest.mark.slow) for context in ("spawn", "forkserver"))],
+    [(1, None), (2, None), (4, None), *(slow(2, context) for context in ("spawn", "forkserver"))],
 )
 def test_the_same_patches_bit_for_bit_for_every_number_of_workers(folder, expected, num_workers, context):
     queue = make_queue(folder, num_workers, multiprocessing_context=context, **TRANSFORMS)
@@ -116,8 +117,7 @@ def test_the_same_patches_bit_for_bit_for_every_number_of_workers(folder, expect
 
 @pytest.mark.parametrize(
     ("max_length", "samples"),
-    [(1, 9), (2, 1), (5, 9), (100, 1)]
-    + [pytest.param(*each, marks=pytest.mark.slow) for each in ((1, 1), (2, 9), (5, 1), (100, 9))],
+    [(1, 9), (2, 1), (5, 9), (100, 1)] + [slow(*each) for each in ((1, 1), (2, 9), (5, 1), (100, 9))],
 )
 def test_the_same_for_every_length(folder, max_length, samples):
     alone, shared = (make_queue(folder, number, max_length, samples) for number in (0, 3))
@@ -355,7 +355,7 @@ def test_an_error_comes_at_once(folder):
     assert taken < 7 * 7 - 10
 
 
-@pytest.mark.parametrize("num_workers", [0, pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("num_workers", [0, slow(1), 3])
 def test_subjects_that_cannot_be_read_are_skipped(folder, tmp_path, num_workers):
     damage(folder, tmp_path, 5, "truncated")
     queue = make_queue(tmp_path, num_workers, on_error="skip", **TRANSFORMS)
@@ -534,9 +534,7 @@ KILLING = """
 """
 
 
-@pytest.mark.parametrize(
-    ("pause", "delay"), [(0.2, 0.5), *(pytest.param(0.0, delay, marks=pytest.mark.slow) for delay in (0.05, 0.0))]
-)
+@pytest.mark.parametrize(("pause", "delay"), [(0.2, 0.5), *(slow(0.0, delay) for delay in (0.05, 0.0))])
 def test_a_worker_that_is_killed(tmp_path, pause, delay):
     script = tmp_path / "train.py"
     script.write_text(textwrap.dedent(KILLING))
@@ -626,11 +624,11 @@ def is_alive(pid):
 
 @pytest.mark.parametrize(
     ("how", "pause", "context"),
-    [("end", 0.5, "fork"), ("Ctrl-C", 0.5, "fork"), ("SIGKILL", 0.5, "forkserver")]
-    + [pytest.param(how, 0.5, "fork", marks=pytest.mark.slow) for how in ("SIGINT", "SIGTERM")]
-    + [pytest.param("SIGKILL", 0.5, context, marks=pytest.mark.slow) for context in ("fork", "spawn")]
-    + [pytest.param(how, 0.01, "fork", marks=pytest.mark.slow) for how in ("end", "SIGKILL")]
-    + [pytest.param("Ctrl-C", 0.5, context, marks=pytest.mark.slow) for context in ("spawn", "forkserver")],
+    [("end", 0.5, "fork"), ("SIGKILL", 0.5, "forkserver"), slow("Ctrl-C", 0.5, "fork")]
+    + [slow(how, 0.5, "fork") for how in ("SIGINT", "SIGTERM")]
+    + [slow("SIGKILL", 0.5, context) for context in ("fork", "spawn")]
+    + [slow(how, 0.01, "fork") for how in ("end", "SIGKILL")]
+    + [slow("Ctrl-C", 0.5, context) for context in ("spawn", "forkserver")],
 )
 def test_no_process_is_left_behind(tmp_path, how, pause, context):
     script = tmp_path / "train.py"
@@ -1013,7 +1011,7 @@ INTERRUPTED = """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("then", "patches"), [pytest.param("load", 56, marks=pytest.mark.slow), ("go on", 60)])
+@pytest.mark.parametrize(("then", "patches"), [slow("load", 56), ("go on", 60)])
 def test_an_interrupt_that_was_caught_in_the_training_step(tmp_path, then, patches):
     script = tmp_path / "train.py"
     script.write_text(textwrap.dedent(INTERRUPTED))
@@ -1051,9 +1049,9 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize(
     ("what", "number", "kind"),
-    [("descriptors", 3, "queue"), ("memory", 0, "loader")]
+    [("descriptors", 3, "queue"), slow("memory", 0, "loader")]
     + [
-        pytest.param(*each, marks=pytest.mark.slow)
+        slow(*each)
         for each in (
             ("descriptors", 3, "loader"),
             ("memory", 0, "queue"),

@@ -11,6 +11,7 @@ import torch
 
 import voxloom as vx
 from ended import is_ended_at
+from slow import slow
 from voxloom.errors import TargetExistsError
 from voxloom.runtime import marks
 from voxloom.runtime.marks import is_of_dead, left_by_dead, new_mark
@@ -35,8 +36,8 @@ CASES = [
     ("save", "a.ome.zarr", 7),
     ("convert", "a.nii.gz", 1),
     ("convert", "a.ome.zarr", 7),
-    pytest.param("convert", "a.mha", 1, marks=pytest.mark.slow),
-    pytest.param("convert", "a.zarr", 5, marks=pytest.mark.slow),
+    slow("convert", "a.mha", 1),
+    slow("convert", "a.zarr", 5),
     ("split", "parts", 2),
 ]
 
@@ -64,6 +65,7 @@ def test_the_next_call_leaves_nothing(tmp_path, way, name, every):
 KEPT = VALUES + 1000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other", ["a.zarr", "a.ome.zarr"])
 def test_what_is_replaced_is_whole_until_the_new_one_is_in_place(tmp_path, other):
     """Whenever a process is killed, and whatever of the same stem is written afterwards."""

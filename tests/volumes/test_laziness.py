@@ -106,6 +106,7 @@ def test_patches_of_an_uncompressed_file_leave_it_unloaded(large_path):
     assert not subject.t1.is_loaded
 
 
+@pytest.mark.slow
 def test_a_compressed_file_is_read_before_any_worker_starts(tmp_path):
     data = torch.rand(1, 12, 12, 12)
     vx.ScalarImage(data).save(tmp_path / "x.nii.gz")

@@ -15,6 +15,7 @@ import torch
 
 import fresh
 import voxloom as vx
+from slow import slow
 from voxloom.errors import SaveError, UnsupportedImageError
 
 AFFINE = np.array([[0, -2.0, 0, 12], [1.5, 0, 0, -30], [0, 0, 2.5, 7], [0, 0, 0, 1]])
@@ -222,7 +223,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
     assert all(vx.ScalarImage(path).data.sum() == 64 for path in paths)
 
 
-@pytest.mark.parametrize("ending", [pytest.param(".nii", marks=pytest.mark.slow), ".nii.gz"])
+@pytest.mark.parametrize("ending", [slow(".nii"), ".nii.gz"])
 def test_a_killed_process_leaves_the_old_file_or_the_new_one(tmp_path, ending):
     path = tmp_path / f"x{ending}"
     vx.ScalarImage(torch.zeros(1, 96, 96, 96)).save(path)
