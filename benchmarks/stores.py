@@ -4,7 +4,7 @@ Patches of 64³ and 96³ voxels at random places of an image of float32, from `.
 and from the same Zarr by tensorstore and by zarr-python; each with nothing kept between patches. An epoch of a queue of subjects
 in `.nii.gz`, in the cache, and in nnU-Net's preprocessed form (Blosc2, as nnU-Net lays it out). And a model that is free, on
 patches that share half, from Zarr to Zarr, against MONAI's `ZarrAvgMerger` with the same chunks, and the same in memory; then a
-small network, of three layers, in its place.
+small network, of three layers, in its place, and a U-Net of MONAI's (BasicUNet with 16 to 64 features).
 Each system is a process of its own; rounds alternate. Peak memory is beyond what the process had.
 
     python benchmarks/stores.py [--size 256] [--patches 40] [--patch 64] [--rounds 5] [--subjects 6]
@@ -161,6 +161,14 @@ def network():
     return torch.nn.Sequential(*parts[:-1]).eval()
 
 
+def unet():
+    """A model as it is used."""
+    from monai.networks.nets import BasicUNet
+
+    torch.manual_seed(0)
+    return BasicUNet(3, 1, 2, features=(16, 16, 32, 64, 64, 16)).eval()
+
+
 def predictor_of(model, options):
     import voxloom as vx
 
@@ -243,6 +251,11 @@ def serve_networks(name, folder, options, connection):
     serve_predictions(name, folder, options, connection, network())
 
 
+def serve_unets(name, folder, options, connection):
+    """And with a U-Net."""
+    serve_predictions(name, folder, options, connection, unet())
+
+
 # What they are applied to
 
 
@@ -280,7 +293,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser()
     for name, default in {"size": 256, "patches": 40, "patch": 64, "rounds": 5, "subjects": 6, "draws": 4, "threads": 2}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--parts", nargs="+", default=["patches", "epochs", "predictions", "networks"])
+    parser.add_argument("--parts", nargs="+", default=["patches", "epochs", "predictions", "networks", "unets"])
     parser.add_argument("--patch-sizes", type=int, nargs="+", default=[64, 96])
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as path:
@@ -291,6 +304,7 @@ def main(arguments=None):
             "epochs": ([".nii.gz", "the cache", "nnU-Net's cases"], serve_epochs),
             "predictions": (list(PREDICTIONS), serve_predictions),
             "networks": (list(PREDICTIONS), serve_networks),
+            "unets": (list(PREDICTIONS), serve_unets),
         }
         results = {
             part: side_by_side(names, options.rounds, serve, folder, options)
@@ -303,7 +317,8 @@ def main(arguments=None):
         "patches": (f"random patches, ms for each | {' | '.join(f'{size}³' for size in sizes)}", sizes),
         "epochs": ("an epoch | s", ["seconds"]),
         "predictions": ("a prediction by a model that is free | s | MB", ["seconds", "megabytes"]),
-        "networks": ("a prediction by a network | s | MB", ["seconds", "megabytes"]),
+        "networks": ("a prediction by a network of three layers | s | MB", ["seconds", "megabytes"]),
+        "unets": ("a prediction by a U-Net | s | MB", ["seconds", "megabytes"]),
     }.items():
         if part in results:
             print(f"\n| {head} |\n|---|{'---|' * len(keys)}")

@@ -9,6 +9,7 @@ import os
 import random
 import shutil
 import signal
+import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -463,6 +464,40 @@ def test_boxes_in_any_order_make_whole_shards_once(tmp_path):
     assert np.array_equal(levels[1], coarser(values, (2, 2, 2), False))
     assert len(written) == len(set(written)) == 3 * 2 * 3 + 2 * 2 * 2
     assert not list((tmp_path / "parts").rglob("*.raw"))
+
+
+def halves(tmp_path, put):
+    """Begin four shards of 1 MiB, each written in two halves."""
+    writer = PyramidWriter(tmp_path / "parts", [put], 1, [(32, 128, 64)], np.dtype(np.float32), [(32, 128, 16)], [], False, True)
+    values = np.random.default_rng(0).random((1, 32, 128, 64), np.float32)
+    for start in (0, 64):
+        writer.write(Box((0, start, 0), (32, start + 64, 64)), values[:, :, start : start + 64])
+    return writer, values
+
+
+def test_small_shards_are_written_several_at_once(tmp_path):
+    together, made = threading.Barrier(4), np.zeros((1, 32, 128, 64), np.float32)
+
+    def put(box, part):
+        together.wait(30)
+        made[(slice(None), *box.slices)] = part
+
+    writer, values = halves(tmp_path, put)
+    writer.flush()
+    assert np.array_equal(made, values)
+
+
+def test_a_shard_that_cannot_be_written_is_not_recorded(tmp_path):
+    def put(box, part):
+        if box.start[2] == 16:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    writer, _ = halves(tmp_path, put)
+    before = (tmp_path / "parts" / "parts.json").read_text()
+    with pytest.raises(OSError, match="No space left"):
+        writer.flush()
+    assert (tmp_path / "parts" / "parts.json").read_text() == before
+    assert len(list((tmp_path / "parts").rglob("*.raw"))) == 4
 
 
 def test_negative_zeros_are_written_and_zeros_are_not(tmp_path):

@@ -22,7 +22,7 @@ from ..sidecars import run_of, written
 from .layout import Layout, describe_labels, put_shard, register_label
 from .ngff import VERSIONS
 from .source import is_label_of_image, is_zarr, more_than_image
-from .writing import PyramidWriter
+from .writing import PyramidWriter, at_once
 
 __all__ = ["ZarrStore"]
 
@@ -123,9 +123,10 @@ class ZarrStore:
         return Layout.of(self.path, spec, self._version, self._chunks, self._shards, self._num_levels)
 
     def writing_bytes(self, spec: VolumeSpec) -> int:
-        """See the function `writing_bytes`: one shard at a time is encoded, of which there are several copies meanwhile."""
+        """See the function `writing_bytes`: of each shard that is encoded there are several copies meanwhile."""
         layout = self.layout(spec)
-        return int(SHARD_COPIES * spec.shape[0] * layout.most_voxels * layout.dtype.itemsize)
+        shard = spec.shape[0] * layout.most_voxels * layout.dtype.itemsize
+        return int(SHARD_COPIES * shard * at_once(shard))
 
     def create(self, spec: VolumeSpec, run: str) -> None:
         """See `VolumeStore`."""

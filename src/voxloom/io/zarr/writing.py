@@ -3,7 +3,9 @@
 import itertools
 import json
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from ...errors import RecordError
 from ..protocols import Json
 from ..saving import bring_to_disk, reserve, write_safely
 
-__all__ = ["PyramidWriter", "ShardWriter", "chunks_for"]
+__all__ = ["PyramidWriter", "ShardWriter", "at_once", "chunks_for"]
 
 # A chunk has about so many bytes before it is compressed, if nothing else is said.
 CHUNK_BYTES = 2**20
@@ -24,6 +26,9 @@ CHUNK_BYTES = 2**20
 MOST_FILES = 2048
 # Chunks along each axis of a shard: a shard is in memory as a whole when it is written.
 PER_SHARD = 2
+# Shards are compressed, and brought to the disk, several at once if they are so small that all of these have not more bytes.
+MOST_AT_ONCE = 4
+BYTES_AT_ONCE = 2**23
 
 
 def chunks_for(shape: Sequence[int], itemsize: int, chunks: Sequence[int] | None = None) -> tuple[Ints, Ints]:
@@ -51,6 +56,16 @@ def chunks_for(shape: Sequence[int], itemsize: int, chunks: Sequence[int] | None
     return inner, tuple(size * min(PER_SHARD, count) for size, count in zip(inner, counts, strict=True))
 
 
+def at_once(shard_bytes: int) -> int:
+    """Say how many shards of a size are written at once: one at least.
+
+    Example:
+        >>> at_once(2**20), at_once(2**22), at_once(2**30)
+        (4, 2, 1)
+    """
+    return max(1, min(MOST_AT_ONCE, BYTES_AT_ONCE // max(1, shard_bytes)))
+
+
 class ShardWriter:
     """Takes boxes of a volume in any order, and gives away whole shards.
 
@@ -62,13 +77,21 @@ class ShardWriter:
         shape: `(C, I, J, K)`.
         dtype: type of the values.
         shard: voxels of a shard `(I, J, K)`; a shard holds all channels.
-        put: takes the box of a whole shard, and its values `(C, *box.shape)`.
+        put: takes the box of a whole shard, and its values `(C, *box.shape)`; called by several threads at once.
+        given: is told of these as well, by one thread, once `put` has been begun.
     """
 
     def __init__(
-        self, folder: Path, shape: Sequence[int], dtype: np.dtype, shard: Ints, put: Callable[[Box, np.ndarray], object]
+        self,
+        folder: Path,
+        shape: Sequence[int],
+        dtype: np.dtype,
+        shard: Ints,
+        put: Callable[[Box, np.ndarray], object],
+        given: Callable[[Box, np.ndarray], object] = lambda box, values: None,
     ) -> None:
-        self._folder, self._shape, self._dtype, self._shard, self._put = folder, tuple(shape), dtype, shard, put
+        self._folder, self._shape, self._dtype, self._shard = folder, tuple(shape), dtype, shard
+        self._put, self._told = put, given
         self._waiting: dict[str, dict[str, int]] = {}  # for each shard the voxels of its boxes, by where these begin
         self._given: set[str] = set()
         self._again: set[str] = set()
@@ -127,6 +150,7 @@ class ShardWriter:
                 self._waiting.pop(name, None)
                 self._again.add(name)
                 self._put(shard, part)
+                self._told(shard, part)
             else:
                 self._keep(name, shard, inside, part)
 
@@ -148,12 +172,20 @@ class ShardWriter:
             Files that are of no more use once it is recorded what was given away.
         """
         whole = [name for name, boxes in self._waiting.items() if sum(boxes.values()) == self._box_of(name).numel]
-        for name in whole:
-            box = self._box_of(name)
-            self._put(box, np.fromfile(self._part(name), self._dtype).reshape(self._shape[0], *box.shape))
-            del self._waiting[name]
-        for name in self._waiting:
-            bring_to_disk(self._part(name))
+        most = at_once(max((self._num_bytes(self._box_of(name)) for name in whole), default=0))
+        with ThreadPoolExecutor(most, "voxloom-shards") as threads:
+            begun: deque[Future[object]] = deque()
+            for name in whole:
+                if len(begun) == most:
+                    begun.popleft().result()
+                box = self._box_of(name)
+                values = np.fromfile(self._part(name), self._dtype).reshape(self._shape[0], *box.shape)
+                begun.append(threads.submit(self._put, box, values))
+                self._told(box, values)
+                del self._waiting[name]
+            begun.extend(threads.submit(bring_to_disk, self._part(name)) for name in self._waiting)
+            for each in begun:
+                each.result()
         self._given, self._again = self._again | set(whole), set()
         return [self._part(name) for name in whole]
 
@@ -199,7 +231,7 @@ class PyramidWriter:
             part = folder / str(number)
             if is_new:
                 part.mkdir(parents=True)
-            self._levels.append(ShardWriter(part, (channels, *shape), dtype, shard, partial(self._put, number, put)))
+            self._levels.append(ShardWriter(part, (channels, *shape), dtype, shard, put, partial(self._pass_on, number)))
         if is_new:
             self._record()
         else:
@@ -221,17 +253,17 @@ class PyramidWriter:
                 raise
             raise RecordError(f"what {self._state} records of an unfinished run is gone or damaged") from error
 
-    def _put(self, number: int, put: Callable[[Box, np.ndarray], object], box: Box, values: np.ndarray) -> None:
-        """Write a shard, and what the next level has of it."""
-        put(box, values)
-        if number < len(self._factors):
-            factors = self._factors[number]
-            start = tuple(at // factor for at, factor in zip(box.start, factors, strict=True))
-            made = coarser(values, factors, self._is_labels)
-            # What is left over at the end of an axis may be no voxel of the next level.
-            target = Box.of_shape(made.shape[1:], start) & Box.of_shape(self._shapes[number + 1])
-            if target.numel:
-                self._levels[number + 1].write(target, made[(slice(None), *target.relative_to(start).slices)])
+    def _pass_on(self, number: int, box: Box, values: np.ndarray) -> None:
+        """Write to the next level what it has of a shard."""
+        if number == len(self._factors):
+            return
+        factors = self._factors[number]
+        start = tuple(at // factor for at, factor in zip(box.start, factors, strict=True))
+        made = coarser(values, factors, self._is_labels)
+        # What is left over at the end of an axis may be no voxel of the next level.
+        target = Box.of_shape(made.shape[1:], start) & Box.of_shape(self._shapes[number + 1])
+        if target.numel:
+            self._levels[number + 1].write(target, made[(slice(None), *target.relative_to(start).slices)])
 
     def write(self, box: Box, values: np.ndarray) -> None:
         """Take a box of the finest level, `(C, *box.shape)`."""
