@@ -33,7 +33,7 @@ demo: $(VENV)/plot.installed  ## Apply a network to a synthetic head, whole and 
 test: $(VENV)/test.installed  ## Run the tests, but for those that take long
 	$(PYTEST) -m "not slow" $(COVERAGE)
 
-test-slow: $(VENV)/test.installed  ## Run those tests that take long
+test-slow: $(VENV)/test.installed  ## Run those tests that take long, and all examples of those that draw them
 	$(SLOW)
 
 changelog: $(VENV)/python.made  ## Show what the files in changelog.d come to

@@ -28,7 +28,7 @@ MOST_FILES = 2048
 PER_SHARD = 2
 # Shards are compressed, and brought to the disk, several at once if they are so small that all of these have not more bytes.
 MOST_AT_ONCE = 4
-BYTES_AT_ONCE = 2**23
+BYTES_AT_ONCE = 2**22
 
 
 def chunks_for(shape: Sequence[int], itemsize: int, chunks: Sequence[int] | None = None) -> tuple[Ints, Ints]:
@@ -60,7 +60,7 @@ def at_once(shard_bytes: int) -> int:
     """Say how many shards of a size are written at once: one at least.
 
     Example:
-        >>> at_once(2**20), at_once(2**22), at_once(2**30)
+        >>> at_once(2**20), at_once(2**21), at_once(2**30)
         (4, 2, 1)
     """
     return max(1, min(MOST_AT_ONCE, BYTES_AT_ONCE // max(1, shard_bytes)))
