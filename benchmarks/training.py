@@ -5,7 +5,7 @@ of the processor's, as on a GPU. Each system lives in a process of its own; roun
 from making the queue to the first batch, the time to the first batch of the second epoch, the longest wait afterwards, and all
 waiting of an epoch; and, in a process that has done little before, the peak of its memory beyond what it had, and of what its
 workers have in all beside what they got from it. Then how long as many processes as there are workers take for an epoch's work
-when nothing is handed over: what of that is longer than all steps together, no way of feeding can hide.
+when nothing is handed over: what of that is longer than all steps together, no loader that reads files can hide.
 
     python benchmarks/training.py [--subjects 16] [--size 160] [--patch 64] [--samples 16] [--step 0.1] [--workers 2] [--rounds 5]
         [--transforms]
@@ -232,7 +232,7 @@ def make_batches(pairs, settings, augmentation):
     torch.set_num_threads(1)
     alone = argparse.Namespace(**vars(settings) | {"workers": 0})
     for batch in make_queue("voxloom", pairs, alone, patch_transform=list(augmentation) or None):
-        read(batch)
+        del batch
 
 
 WORK = {"loading and cutting": load_and_cut, "drawing, seeds and batches as well": make_batches}
@@ -246,12 +246,14 @@ def serve_alone(name, pairs, settings, connection):
     connection.send("ready")
     while connection.recv():
         began = time.perf_counter()
-        shares = [(pairs[number :: settings.workers], settings, augmentation) for number in range(settings.workers)]
+        count = max(1, settings.workers)
+        shares = [(pairs[number::count], settings, augmentation) for number in range(count)]
         processes = [multiprocessing.Process(target=work, args=share) for share in shares]
         for process in processes:
             process.start()
         for process in processes:
             process.join()
+            assert process.exitcode == 0, process.exitcode
         connection.send({"seconds": time.perf_counter() - began})
 
 

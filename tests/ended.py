@@ -2,6 +2,9 @@
 
 import multiprocessing
 import os
+import threading
+
+from voxloom.io.zarr import writing
 
 CHANGES = ("open", "fsync", "rename", "replace", "link", "unlink", "rmdir", "mkdir", "utime")
 
@@ -16,14 +19,16 @@ def is_ended_at(step, call):
 
 
 def _ended_at(step, call):
-    count = 0
+    count, lock = 0, threading.Lock()
+    writing.MOST_AT_ONCE = 1  # or each run would make its changes in another order
 
     def until(function):
         def counted(*arguments, **more):
             nonlocal count
-            if count == step:
-                os._exit(9)
-            count += 1
+            with lock:
+                if count == step:
+                    os._exit(9)
+                count += 1
             return function(*arguments, **more)
 
         return counted

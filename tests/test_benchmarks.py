@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from slow import slow
-
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
@@ -86,7 +84,7 @@ def test_the_figures_of_scale_follow_from_the_plan(tmp_path, monkeypatch):
     [
         ("aggregation", "--size 64 --patch 32 --overlap 16 --rounds 1 --modes gaussian --systems voxloom voxloom.predict"),
         ("prediction", "--size 48 --patch 32 --overlap 16 --rounds 1 --classes 3 --systems voxloom"),
-        slow("prediction", "--large --large-shape 40 48 64 --patch 32 --large-classes 3"),
+        ("prediction", "--large --large-shape 40 48 64 --patch 32 --large-classes 3"),
         ("network", "--network 2 --shape 40 40 40 --patch 32 --overlap 16 --batch 2 --rounds 1 --systems voxloom.predict"),
     ],
 )

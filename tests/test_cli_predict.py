@@ -273,7 +273,6 @@ def test_a_table_of_cases_has_a_channel_in_each_column(here, run):
     assert torch.equal(data_of("out/x/one.nii.gz"), -expected)
 
 
-@pytest.mark.slow
 def test_what_is_complete_is_left_out_and_what_differs_is_kept(here, run):
     arguments = ["predict", "mymodels:negative", "scans", "-o", "out", "--patch-size", 8]
     run(*arguments)
@@ -667,7 +666,6 @@ def test_two_entries_of_one_name_are_refused(here, run):
     assert "it holds two entries of one name" in run("predict", "model.pt2", "scans/a.nii.gz", code=1).err
 
 
-@pytest.mark.slow
 def test_only_what_was_looked_into_is_loaded(here, run):
     """Two directories in one archive: one reader takes the one at the end, another that at the place that is written there."""
     exported("model.pt2")
@@ -732,9 +730,8 @@ class Shifted(nn.Module):
         return batch + self.shift
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of TorchScript as such
-@pytest.mark.parametrize("kind", ["program", "script", "function"])
+@pytest.mark.parametrize("kind", [slow("program"), "script", "function"])
 def test_another_model_of_the_same_name_is_another_model(here, run, kind):
     example = torch.zeros(1, 1, 8, 8, 8)
 

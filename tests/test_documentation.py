@@ -52,9 +52,8 @@ def run(page, folder, monkeypatch):
     return namespace
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the peers' own
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page)])
+@pytest.mark.parametrize("page", [page if page == "README.md" else slow(page) for page in PAGES if blocks_of(page)])
 def test_examples_on_pages(page, tmp_path, monkeypatch):
     if any("needs lightning" in block for block in blocks_of(page)):
         pytest.importorskip("lightning", reason="Lightning is in an environment of its own: make test-second")

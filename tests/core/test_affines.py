@@ -10,9 +10,12 @@ from voxloom.core.affines import as_affine
 from voxloom.errors import ImageError
 
 FLATTENING = st.sampled_from([0, 1e-17, 1e-15, 1e-13, 1e-10, 1e-6, 1])
+SCALES = st.sampled_from([1e-150, 1e-107, 1e-90, 1e-6, 1, 1e3, 1e150])
 
 
-@given(arrays(float, (3, 3), elements=st.floats(-9, 9)), FLATTENING, st.sampled_from([1e-150, 1e-6, 1, 1e3, 1e150]))
+@given(
+    arrays(float, (3, 3), elements=st.floats(-9, 9)), FLATTENING, st.sampled_from([1e-150, 1e-107, 1e-90, 1e-6, 1, 1e3, 1e150])
+)
 def test_an_affine_is_refused_exactly_where_the_rank_of_its_axes_says_so(axes, flattening, scale):
     axes[:, 2] = axes[:, 0] + axes[:, 1] + flattening * axes[:, 2]
     affine = np.eye(4)

@@ -12,7 +12,7 @@ from slow import slow
 from voxloom.errors import TargetExistsError
 
 OPTIONS = {"patch_size": 16, "patch_overlap": 8, "reduce": "argmax", "model_name": "three"}
-SOME = [("a.nii.gz", False, 4), ("a.ome.zarr", True, 61)]
+SOME = [("a.nii.gz", False, 4), ("a.ome.zarr", True, 53)]
 MORE = [
     ("a.nii", True, 5),
     ("a.ome.zarr", True, 29),
@@ -40,10 +40,12 @@ def test_the_same_call_goes_on(tmp_path, name, replaces, every):
         predictor(image, output=output, overwrite=replaces)
 
     folder.rename(kept)
+    ended = 0
     for step in range(0, 1000, every):
         shutil.copytree(kept, folder)
         if not is_ended_at(step, call):
             break
+        ended += 1
         try:
             is_made = predictor.is_made(image, output=path)
         except TargetExistsError:
@@ -55,4 +57,4 @@ def test_the_same_call_goes_on(tmp_path, name, replaces, every):
         assert torch.equal(vx.LabelMap(path).data, expected)
         assert [each.name for each in path.parent.iterdir() if each.name.startswith(".")] == []
         shutil.rmtree(folder)
-    assert step > 20
+    assert ended > 3

@@ -198,6 +198,35 @@ def test_transforms_of_a_list_see_of_each_other_what_they_see_there():
     assert made.label.dtype == torch.uint8
 
 
+@pytest.mark.parametrize("first", [mt.ToNumpyd("image"), mt.ToTensord("image", track_meta=False)], ids=["array", "tensor"])
+def test_an_image_that_loses_its_place_within_a_list_gets_it_back(first):
+    image = vx.ScalarImage(torch.rand(1, 8, 8, 8), affine=np.diag([-2, 2, 2, 1]))
+    made = vx.Compose([first, mt.Spacingd("image", (1, 1, 1)), mt.Flipd("image", 0)])(vx.Subject(image=image))
+    assert made["image"].shape == (1, 15, 15, 15)
+    assert np.allclose(made["image"].spacing, 1)
+    assert made["image"].affine[0].tolist() == pytest.approx([1, 0, 0, -14])
+
+
+def test_labels_that_are_made_within_a_list_keep_their_type():
+    made = vx.Compose([mt.CopyItemsd("label", names="label2"), mt.Lambdad(["label", "label2"], lambda x: x * 1.0)])(
+        from_dict(item_of(0))
+    )
+    assert made.label.dtype == made.label2.dtype == torch.uint8
+
+
+def test_what_a_user_calls_then_is_not_called():
+    class Chain:
+        def then(self, following):
+            raise AssertionError
+
+        def __call__(self, subject):
+            return subject
+
+    transform = vx.Compose([Chain(), mt.Flipd("image", 0), mt.Flipd("image", 0), Chain()])
+    assert len(transform.transforms) == 4
+    assert torch.equal(transform(from_dict(item_of(0)))["image"].data, from_dict(item_of(0))["image"].data)
+
+
 def test_a_function_of_the_users_own_between_transforms_changes_no_draw():
     def untouched(subject):
         return subject

@@ -119,7 +119,6 @@ def test_without_probabilities_all_foreground_is_alike():
     assert_distributed(centres(never), (labels[0] == 1).numpy() * 1.0)
 
 
-@pytest.mark.slow
 def test_of_several_channels_the_channel_is_the_class():
     channels = torch.rand(4, 7, 6, 5, generator=torch.Generator().manual_seed(6)) > 0.6
     subject = subject_of(seg=vx.LabelMap(channels.to(torch.uint8) * 3))

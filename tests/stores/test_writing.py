@@ -487,17 +487,24 @@ def test_small_shards_are_written_several_at_once(tmp_path):
     assert np.array_equal(made, values)
 
 
-def test_a_shard_that_cannot_be_written_is_not_recorded(tmp_path):
-    def put(box, part):
-        if box.start[2] == 16:
-            raise OSError(errno.ENOSPC, "No space left on device")
+def test_a_shard_that_cannot_be_written_is_not_recorded_and_can_be_written_later(tmp_path):
+    is_full, made = [True], np.zeros((1, 32, 128, 64), np.float32)
 
-    writer, _ = halves(tmp_path, put)
+    def put(box, part):
+        if is_full and box.start[2] == 16:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        made[(slice(None), *box.slices)] = part
+
+    writer, values = halves(tmp_path, put)
     before = (tmp_path / "parts" / "parts.json").read_text()
     with pytest.raises(OSError, match="No space left"):
         writer.flush()
     assert (tmp_path / "parts" / "parts.json").read_text() == before
     assert len(list((tmp_path / "parts").rglob("*.raw"))) == 4
+    is_full.clear()
+    writer.flush()
+    assert np.array_equal(made, values)
+    assert not list((tmp_path / "parts").rglob("*.raw"))
 
 
 def test_negative_zeros_are_written_and_zeros_are_not(tmp_path):

@@ -395,7 +395,6 @@ def test_two_neighbours_are_skipped(folder, tmp_path):
     assert [subjects.count(number) for number in range(8)] == [14, 7, 0, 0, 21, 7, 7, 0]
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*were skipped")
 def test_a_run_with_skipped_subjects_is_resumed_as_it_was(folder):
     def fail(subject):
@@ -624,7 +623,7 @@ def is_alive(pid):
 
 @pytest.mark.parametrize(
     ("how", "pause", "context"),
-    [("end", 0.5, "fork"), ("SIGKILL", 0.5, "forkserver"), slow("Ctrl-C", 0.5, "fork")]
+    [("Ctrl-C", 0.5, "fork"), ("SIGKILL", 0.5, "forkserver"), slow("end", 0.5, "fork")]
     + [slow(how, 0.5, "fork") for how in ("SIGINT", "SIGTERM")]
     + [slow("SIGKILL", 0.5, context) for context in ("fork", "spawn")]
     + [slow(how, 0.01, "fork") for how in ("end", "SIGKILL")]
@@ -670,9 +669,8 @@ def test_many_patches_do_not_use_up_the_open_files(folder):
     assert len(os.listdir("/proc/self/fd")) < opened + 60
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("kind", ["sequential", "distributed"])
+@pytest.mark.parametrize("num_workers", [slow(0), 2])
+@pytest.mark.parametrize("kind", ["sequential", slow("distributed")])
 def test_a_queue_with_a_subject_sampler_is_rewound(folder, num_workers, kind):
     """Whether or not its order can be foreseen; also twice to the same place."""
     sampler = (
@@ -1011,7 +1009,7 @@ INTERRUPTED = """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("then", "patches"), [slow("load", 56), ("go on", 60)])
+@pytest.mark.parametrize(("then", "patches"), [("load", 56), ("go on", 60)])
 def test_an_interrupt_that_was_caught_in_the_training_step(tmp_path, then, patches):
     script = tmp_path / "train.py"
     script.write_text(textwrap.dedent(INTERRUPTED))

@@ -65,8 +65,7 @@ def test_the_next_call_leaves_nothing(tmp_path, way, name, every):
 KEPT = VALUES + 1000
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("other", ["a.zarr", "a.ome.zarr"])
+@pytest.mark.parametrize("other", ["a.zarr", slow("a.ome.zarr")])
 def test_what_is_replaced_is_whole_until_the_new_one_is_in_place(tmp_path, other):
     """Whenever a process is killed, and whatever of the same stem is written afterwards."""
     folder = tmp_path / "folder"

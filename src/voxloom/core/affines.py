@@ -30,6 +30,8 @@ A tenth of a voxel is more than what single precision makes of the same rotation
 
 CLEARLY_SOLID = 1e-9
 """Above this part of the cube of its norm, the determinant of a 3 × 3 matrix leaves no doubt of its rank."""
+LEAST_EXACT = 1e-250
+"""Numbers far above those of which a float does not hold all digits."""
 
 
 def as_affine(matrix: Any, name: str = "the affine") -> Affine:
@@ -59,7 +61,7 @@ def _is_flat(affine: Affine) -> bool:
     volume = abs(a * (e * i - f * h) - b * (d * i - f * g) + c * (d * h - e * g))
     # The least singular value is at least the volume over the square of the largest, which is at most the norm.
     norm = math.hypot(a, b, c, d, e, f, g, h, i)
-    if math.isfinite(volume) and volume > CLEARLY_SOLID * norm * norm * norm:
+    if math.isfinite(volume) and volume > max(CLEARLY_SOLID * norm * norm * norm, LEAST_EXACT):
         return False
     return bool(np.linalg.matrix_rank(affine[:3, :3]) < 3)
 

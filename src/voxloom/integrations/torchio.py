@@ -14,7 +14,7 @@ from ..io.arrays import ArraySource
 from ..volumes.batch import SubjectsBatch
 from ..volumes.constants import AFFINE, DATA, INTENSITY, LABEL, PATH, STEM, TYPE
 from ..volumes.image import Image, LabelMap, ScalarImage
-from ..volumes.libraries import Transform, imported, in_its_type
+from ..volumes.libraries import LibraryTransform, Transform, imported, in_its_type
 from ..volumes.loading import SubjectsDataset
 from ..volumes.subject import Subject
 
@@ -104,7 +104,7 @@ def batch_transform_of(thing: Any) -> Transform | None:
     return TorchioBatchTransform(thing) if isinstance(thing, tio.Transform) and hasattr(tio, "SubjectsBatch") else None
 
 
-class TorchioTransform:
+class TorchioTransform(LibraryTransform):
     """A transform of TorchIO, as a function of a `Subject`.
 
     Label maps keep the type of their values where that can hold them: some transforms make floats of them, and others do not.
@@ -113,22 +113,16 @@ class TorchioTransform:
         transforms: the transform, or several, which are applied one after the other.
     """
 
-    def __init__(self, *transforms: Any) -> None:
-        self.transforms = list(transforms)  # which are seeded, if they have generators of their own
-
     def __call__(self, subject: Subject) -> Subject:
         tio = _torchio()
+        *others, last = self.transforms
         theirs = _their_subject(tio, subject)
-        for transform in self.transforms:
+        for transform in others:
             theirs = transform(theirs)
-        return _our_subject(tio, theirs, subject)
-
-    def then(self, following: Transform) -> Transform | None:
-        """See `Joinable`."""
-        return TorchioTransform(*self.transforms, *following.transforms) if type(following) is TorchioTransform else None
-
-    def __repr__(self) -> str:
-        return ", ".join(map(repr, self.transforms))
+            if not _has_images_of(tio, theirs, subject):
+                subject = _our_subject(tio, theirs, subject)
+                theirs = _their_subject(tio, subject)
+        return _our_subject(tio, last(theirs), subject)
 
 
 class TorchioBatchTransform(TorchioTransform):
@@ -259,6 +253,11 @@ def _entries_of(theirs: Any) -> dict[str, Any]:
     if isinstance(theirs, Mapping):  # TorchIO 1
         return dict(theirs)
     return {**theirs.images, **theirs.points, **theirs.bounding_boxes, **theirs.metadata}
+
+
+def _has_images_of(tio: Any, theirs: Any, subject: Subject) -> bool:
+    """Whether there are the same images as before: one that was added is given a type by ours."""
+    return {name for name, value in _entries_of(theirs).items() if isinstance(value, tio.Image)} == set(subject.images)
 
 
 def _our_subject(tio: Any, theirs: Any, original: Subject | None) -> Subject:

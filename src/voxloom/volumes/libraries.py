@@ -23,6 +23,7 @@ from .subject import Subject
 __all__ = [
     "LIBRARIES",
     "Library",
+    "LibraryTransform",
     "Transform",
     "as_image",
     "as_subject",
@@ -60,6 +61,28 @@ class Library(Protocol):
     def batch_transform_of(self, thing: Any) -> Transform | None:
         """Give one of its transforms as a function that takes a `SubjectsBatch` and returns one; None if it cannot be."""
         ...
+
+
+class LibraryTransform:
+    """A transform of another library, or several, one after the other, as a function of a `Subject`.
+
+    Args:
+        transforms: what the library has.
+    """
+
+    def __init__(self, *transforms: Any) -> None:
+        self.transforms = list(transforms)  # which are seeded
+
+    def __call__(self, subject: Any) -> Any:
+        """Apply them."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return ", ".join(map(repr, self.transforms))
+
+    def then(self, following: "LibraryTransform") -> "LibraryTransform | None":
+        """Give what does the following as well, and makes no subject of what lies between; None where there is none."""
+        return type(self)(*self.transforms, *following.transforms) if type(self) is type(following) else None
 
 
 def library_of(thing: Any) -> Library | None:

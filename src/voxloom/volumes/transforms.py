@@ -1,22 +1,13 @@
 """Transforms: functions of a subject, of one's own or of another library, alone or one after the other."""
 
 from collections.abc import Iterable
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from ..errors import SubjectError
-from .libraries import Transform, library_of
+from .libraries import LibraryTransform, Transform, library_of
 from .subject import Subject
 
 __all__ = ["Compose", "as_batch_transform", "as_transform"]
-
-
-@runtime_checkable
-class Joinable(Protocol):
-    """A transform of another library that can do the next one as well, without a subject being made of what lies between."""
-
-    def then(self, following: Transform) -> Transform | None:
-        """Give a transform that does both, this one first; None where there is none."""
-        ...
 
 
 class Compose:
@@ -40,24 +31,32 @@ class Compose:
 
     def __init__(self, transforms: Iterable[Any]) -> None:
         self.given = list(transforms)
-        self.transforms: list[Transform] = []
-        for number, given in enumerate(self.given):
-            each = as_transform(given, f"transform {number}")
-            before = self.transforms[-1] if self.transforms else None
-            joined = before.then(each) if isinstance(before, Joinable) and each is not None else None
-            if joined is not None:
-                self.transforms[-1] = joined
-            elif each is not None:
-                self.transforms.append(each)
+        self.transforms = [
+            each for number, given in enumerate(self.given) if (each := as_transform(given, f"transform {number}")) is not None
+        ]
+        self._steps = _joined(self.transforms)
 
     def __call__(self, subject: Subject) -> Any:
         """Give what the last of them returns."""
-        for transform in self.transforms:
+        for transform in self._steps:
             subject = transform(subject)
         return subject
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}([{', '.join(map(repr, self.transforms))}])"
+
+
+def _joined(transforms: Iterable[Transform]) -> list[Transform]:
+    """Let those of one library that follow each other be done in one step."""
+    steps: list[Transform] = []
+    for each in transforms:
+        before = steps[-1] if steps else None
+        both = before.then(each) if isinstance(before, LibraryTransform) and isinstance(each, LibraryTransform) else None
+        if both is None:
+            steps.append(each)
+        else:
+            steps[-1] = both
+    return steps
 
 
 def as_transform(given: Any, name: str) -> Transform | None:
@@ -100,7 +99,7 @@ class _InTurn(Compose):
     """Transforms of a batch, which have been made functions of it."""
 
     def __init__(self, transforms: list[Transform]) -> None:
-        self.given = self.transforms = transforms
+        self.given = self.transforms = self._steps = transforms
 
 
 def _called(given: Any, name: str) -> Transform:

@@ -13,7 +13,7 @@ from ...io.arrays import affine_of
 from ...volumes.batch import ImagesBatch, SubjectsBatch
 from ...volumes.constants import INTENSITY, LABEL, LOCATION, PATCH_LOCATION
 from ...volumes.image import Image, LabelMap, ScalarImage
-from ...volumes.libraries import Transform, as_subject, imported, in_its_type
+from ...volumes.libraries import LibraryTransform, Transform, as_subject, imported, in_its_type
 from ...volumes.subject import Subject
 
 __all__ = ["Labelled", "as_dict", "batch_transform_of", "dataset_of", "from_dict", "image_of", "subject_of", "transform_of"]
@@ -175,7 +175,7 @@ def _is_of_arrays(transform: Any) -> bool:
     return True
 
 
-class MonaiTransform:
+class MonaiTransform(LibraryTransform):
     """A transform of MONAI, as a function of a `Subject`.
 
     One of dictionaries gets all images and metadata by their names. One of arrays gets the only image of a subject; where there
@@ -187,17 +187,23 @@ class MonaiTransform:
     """
 
     def __init__(self, *transforms: Any) -> None:
-        self.transforms = list(transforms)  # which are seeded
+        super().__init__(*transforms)
         self._is_of_arrays = _is_of_arrays(transforms[0])
 
     def __call__(self, subject: Subject) -> Subject:
+        if self._is_of_arrays:
+            return self._applied_to_array(subject)
+        *others, last = self.transforms
         item = as_dict(subject)
-        if not self._is_of_arrays:
-            for transform in self.transforms:
-                item = transform(item)
-                if not isinstance(item, Mapping):
-                    break
-            return _subject_of(item, subject)
+        for transform in others:
+            item = transform(item)
+            if not _has_images_of(item, subject):
+                subject = _subject_of(item, subject)
+                item = as_dict(subject)
+        return _subject_of(last(item), subject)
+
+    def _applied_to_array(self, subject: Subject) -> Subject:
+        item = as_dict(subject)
         (transform,) = self.transforms
         names = list(subject.images)
         if len(names) > 1:
@@ -208,11 +214,10 @@ class MonaiTransform:
             )
         return _subject_of({**item, names[0]: transform(item[names[0]])}, subject)
 
-    def then(self, following: Transform) -> Transform | None:
-        """See `Joinable`."""
-        if type(following) is not MonaiTransform or self._is_of_arrays or following._is_of_arrays:
-            return None
-        return MonaiTransform(*self.transforms, *following.transforms)
+    def then(self, following: LibraryTransform) -> LibraryTransform | None:
+        """See `LibraryTransform`."""
+        is_of_arrays = self._is_of_arrays or _is_of_arrays(following.transforms[0])
+        return None if is_of_arrays else super().then(following)
 
     def __repr__(self) -> str:
         return ", ".join(f"{type(each).__module__.partition('.')[0]}.{type(each).__name__}" for each in self.transforms)
@@ -226,6 +231,14 @@ class MonaiBatchTransform(MonaiTransform):
         images = {name: [subject.get_image(name) for subject in made] for name in made[0].images}
         stacked = {name: ImagesBatch(torch.stack([each.data for each in own]), own) for name, own in images.items()}
         return type(batch)(stacked, {name: [subject[name] for subject in made] for name in made[0].metadata})
+
+
+def _has_images_of(item: Any, subject: Subject) -> bool:
+    """Whether there are the same images as before, all with their places: otherwise they get from a subject what they lack."""
+    if not isinstance(item, Mapping):
+        return False
+    names = {name for name, value in item.items() if isinstance(value, Tensor | np.ndarray) and value.ndim == 4}
+    return names == set(subject.images) and all(isinstance(item[name], _monai().data.MetaTensor) for name in names)
 
 
 def _subject_of(item: Any, original: Subject) -> Subject:

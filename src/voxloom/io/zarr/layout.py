@@ -118,9 +118,9 @@ class Layout:
         return tuple(found)
 
     @property
-    def most_voxels(self) -> int:
-        """Voxels of the largest of these, none of which reaches beyond its level."""
-        return max(math.prod(map(min, unit, shape)) for unit, shape in zip(self.units, self.shapes, strict=True))
+    def most_voxels(self) -> list[int]:
+        """Number of voxels of the largest of these, for each level: none reaches beyond it."""
+        return [math.prod(map(min, unit, shape)) for unit, shape in zip(self.units, self.shapes, strict=True)]
 
     @property
     def is_plain(self) -> bool:

@@ -125,8 +125,8 @@ class ZarrStore:
     def writing_bytes(self, spec: VolumeSpec) -> int:
         """See the function `writing_bytes`: of each shard that is encoded there are several copies meanwhile."""
         layout = self.layout(spec)
-        shard = spec.shape[0] * layout.most_voxels * layout.dtype.itemsize
-        return int(SHARD_COPIES * shard * at_once(shard))
+        sizes = [spec.shape[0] * voxels * layout.dtype.itemsize for voxels in layout.most_voxels]
+        return int(SHARD_COPIES * max(size * at_once(size) for size in sizes))
 
     def create(self, spec: VolumeSpec, run: str) -> None:
         """See `VolumeStore`."""

@@ -26,7 +26,7 @@ CHUNK_BYTES = 2**20
 MOST_FILES = 2048
 # Chunks along each axis of a shard: a shard is in memory as a whole when it is written.
 PER_SHARD = 2
-# Shards are compressed, and brought to the disk, several at once if they are so small that all of these have not more bytes.
+# Small shards are compressed, and brought to the disk, several at once, as long as these have no more bytes in all.
 MOST_AT_ONCE = 4
 BYTES_AT_ONCE = 2**22
 
@@ -77,8 +77,9 @@ class ShardWriter:
         shape: `(C, I, J, K)`.
         dtype: type of the values.
         shard: voxels of a shard `(I, J, K)`; a shard holds all channels.
-        put: takes the box of a whole shard, and its values `(C, *box.shape)`; called by several threads at once.
-        given: is told of these as well, by one thread, once `put` has been begun.
+        put: takes the box of a whole shard, and its values `(C, *box.shape)`; may be called by several threads at once.
+        given: is told of these as well, once they are written, by the caller's thread.
+        at_once: shards that may be given away at once.
     """
 
     def __init__(
@@ -89,9 +90,10 @@ class ShardWriter:
         shard: Ints,
         put: Callable[[Box, np.ndarray], object],
         given: Callable[[Box, np.ndarray], object] = lambda box, values: None,
+        at_once: int = 1,
     ) -> None:
         self._folder, self._shape, self._dtype, self._shard = folder, tuple(shape), dtype, shard
-        self._put, self._told = put, given
+        self._put, self._told, self._at_once = put, given, at_once
         self._waiting: dict[str, dict[str, int]] = {}  # for each shard the voxels of its boxes, by where these begin
         self._given: set[str] = set()
         self._again: set[str] = set()
@@ -172,22 +174,29 @@ class ShardWriter:
             Files that are of no more use once it is recorded what was given away.
         """
         whole = [name for name, boxes in self._waiting.items() if sum(boxes.values()) == self._box_of(name).numel]
-        most = at_once(max((self._num_bytes(self._box_of(name)) for name in whole), default=0))
-        with ThreadPoolExecutor(most, "voxloom-shards") as threads:
-            begun: deque[Future[object]] = deque()
+        given = set(whole)
+        with ThreadPoolExecutor(self._at_once, "voxloom-shards") as threads:
+            begun: deque[tuple[Future[object], Box, np.ndarray]] = deque()
             for name in whole:
-                if len(begun) == most:
-                    begun.popleft().result()
+                if len(begun) == self._at_once:
+                    self._finish(*begun.popleft())
                 box = self._box_of(name)
                 values = np.fromfile(self._part(name), self._dtype).reshape(self._shape[0], *box.shape)
-                begun.append(threads.submit(self._put, box, values))
-                self._told(box, values)
-                del self._waiting[name]
-            begun.extend(threads.submit(bring_to_disk, self._part(name)) for name in self._waiting)
-            for each in begun:
-                each.result()
-        self._given, self._again = self._again | set(whole), set()
+                begun.append((threads.submit(self._put, box, values), box, values))
+                del values  # or it is kept while the next one is read
+            while begun:
+                self._finish(*begun.popleft())
+            rest = {name: boxes for name, boxes in self._waiting.items() if name not in given}
+            for _ in threads.map(bring_to_disk, map(self._part, rest)):
+                pass
+        self._waiting = rest
+        self._given, self._again = self._again | given, set()
         return [self._part(name) for name in whole]
+
+    def _finish(self, put: Future[object], box: Box, values: np.ndarray) -> None:
+        """Wait until a shard is written."""
+        put.result()
+        self._told(box, values)
 
     @property
     def num_unfinished(self) -> int:
@@ -231,7 +240,8 @@ class PyramidWriter:
             part = folder / str(number)
             if is_new:
                 part.mkdir(parents=True)
-            self._levels.append(ShardWriter(part, (channels, *shape), dtype, shard, put, partial(self._pass_on, number)))
+            most = at_once(channels * math.prod(map(min, shard, shape)) * dtype.itemsize)
+            self._levels.append(ShardWriter(part, (channels, *shape), dtype, shard, put, partial(self._pass_on, number), most))
         if is_new:
             self._record()
         else:
