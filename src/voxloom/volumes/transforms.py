@@ -34,11 +34,10 @@ class Compose:
         self.transforms = [
             each for number, given in enumerate(self.given) if (each := as_transform(given, f"transform {number}")) is not None
         ]
-        self._steps = _joined(self.transforms)
 
     def __call__(self, subject: Subject) -> Any:
         """Give what the last of them returns."""
-        for transform in self._steps:
+        for transform in _joined(self.transforms):
             subject = transform(subject)
         return subject
 
@@ -99,7 +98,7 @@ class _InTurn(Compose):
     """Transforms of a batch, which have been made functions of it."""
 
     def __init__(self, transforms: list[Transform]) -> None:
-        self.given = self.transforms = self._steps = transforms
+        self.given = self.transforms = transforms
 
 
 def _called(given: Any, name: str) -> Transform:
