@@ -272,6 +272,9 @@ def test_a_batch_is_transformed_as_a_whole():
     before = batch.t1.data.clone()
     made = as_batch_transform(tio.Flip(axes=(0,)), "batch_transform")(batch)
     assert torch.equal(made.t1.data, before.flip(2))
+    made = as_batch_transform([tio.Flip(axes=(0,)), tio.Flip(axes=(1,))], "batch_transform")(made)
+    assert torch.equal(made.t1.data, before.flip(3))
+    assert [len(history) for history in made[HISTORY]] == [3, 3]
     assert made.seg.data.dtype == torch.uint8
 
 

@@ -138,8 +138,9 @@ class TorchioBatchTransform(TorchioTransform):
             )
             for name, images in batch.images.items()
         }
-        (transform,) = self.transforms
-        made = transform(tio.SubjectsBatch(theirs))
+        made = tio.SubjectsBatch(theirs)
+        for transform in self.transforms:
+            made = transform(made)
         for name, images in made.images.items():
             if name in batch.images:
                 own = batch.images[name]
