@@ -4,7 +4,8 @@ Patches of 64³ and 96³ voxels at random places of an image of float32, from `.
 and from the same Zarr by tensorstore and by zarr-python; each with nothing kept between patches. An epoch of a queue of subjects
 in `.nii.gz`, in the cache, and in nnU-Net's preprocessed form (Blosc2, as nnU-Net lays it out). And a model that is free, on
 patches that share half, from Zarr to Zarr, against MONAI's `ZarrAvgMerger` with the same chunks, and the same in memory; then a
-small network, of three layers, in its place, and a U-Net of MONAI's (BasicUNet with 16 to 64 features).
+small network, of three layers, in its place. With `--parts unets` the same with a U-Net, which takes long: MONAI's BasicUNet
+with 16 to 64 features.
 Each system is a process of its own; rounds alternate. Peak memory is beyond what the process had.
 
     python benchmarks/stores.py [--size 256] [--patches 40] [--patch 64] [--rounds 5] [--subjects 6]
@@ -293,7 +294,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser()
     for name, default in {"size": 256, "patches": 40, "patch": 64, "rounds": 5, "subjects": 6, "draws": 4, "threads": 2}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--parts", nargs="+", default=["patches", "epochs", "predictions", "networks", "unets"])
+    parser.add_argument("--parts", nargs="+", default=["patches", "epochs", "predictions", "networks"])
     parser.add_argument("--patch-sizes", type=int, nargs="+", default=[64, 96])
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as path:
