@@ -231,8 +231,8 @@ def make_batches(pairs, settings, augmentation):
     """All that voxloom does of an epoch, but that nothing goes from one process to another."""
     torch.set_num_threads(1)
     alone = argparse.Namespace(**vars(settings) | {"workers": 0})
-    for batch in make_queue("voxloom", pairs, alone, patch_transform=list(augmentation) or None):
-        del batch
+    for _ in make_queue("voxloom", pairs, alone, patch_transform=list(augmentation) or None):
+        pass
 
 
 WORK = {"loading and cutting": load_and_cut, "drawing, seeds and batches as well": make_batches}
@@ -304,7 +304,8 @@ def main():
             times = " | ".join(f"{row[key]:.3f}" for key in ("first", "second", "worst", "idle"))
             print(f"| {name} | {times} | {row['main']:.0f} | {row['workers']:.0f} |", flush=True)
         steps = settings.step * settings.subjects * settings.samples / BATCH
-        print(f"\nThe steps of an epoch take {steps:.3f} s. Its work alone{', with MONAI’s transforms' * settings.transforms}:")
+        kind = "with MONAI's transforms" if settings.transforms else "without transforms"
+        print(f"\nThe steps of an epoch take {steps:.3f} s. Its work alone, {kind}:")
         print("".join(f"- {name}: {seconds:.3f} s\n" for name, seconds in alone.items()))
 
 

@@ -42,11 +42,11 @@ SCRIPT = """
         image = f"scan{ending or '.nii.gz'}"
         vx.ScalarImage((values * 1000).to(torch.int16)).save(image)
         del values
-    shards = more.pop("shards", None)
+    shards, levels = more.pop("shards", None), more.pop("levels", None)
     more = {"dtype": torch.float32} | more
 
     def target(name=output):
-        return name if shards is None else vx.ZarrStore(name, chunks=shards // 2, shards=shards)
+        return name if shards is None else vx.ZarrStore(name, chunks=shards // 2, shards=shards, levels=levels)
 
     if limit == "least":
         low, limit = 1, vx.plan(model, image, patch, reduce=reduce, output=output, **more).peak_bytes
@@ -97,9 +97,10 @@ def measured(tmp_path, **case):
         slow(CUBE | {"channels": 32, "more": {"models": 2, "batch_size": 4}}, 1),
         # Shards, of which several copies are made while they are written.
         (CUBE | {"patch": 32, "output": "o.zarr", "more": {"shards": 128}}, 1),
-        pytest.param(
-            CUBE | {"classes": 60, "patch": 128, "reduce": "argmax", "more": {"is_half": True}}, 1, marks=pytest.mark.slow
-        ),
+        # Small ones, several at once, and those of which coarser levels are made.
+        (CUBE | {"patch": 32, "output": "o.ome.zarr", "more": {"shards": 64, "levels": 3}}, 1),
+        slow(CUBE | {"patch": 32, "output": "o.ome.zarr", "more": {"shards": 128, "levels": 3}}, 1),
+        slow(CUBE | {"classes": 60, "patch": 128, "reduce": "argmax", "more": {"is_half": True}}, 1),
     ],
 )
 def test_the_peak_stays_within_what_was_stated(tmp_path, case, blocks):

@@ -11,6 +11,7 @@ from scipy.spatial.transform import Rotation
 from typer.testing import CliRunner
 
 import voxloom as vx
+from slow import slow
 from voxloom.cli import main as _  # noqa: F401 - the command is imported once
 from voxloom.cli.commands import app
 from voxloom.errors import ModelFileError
@@ -180,9 +181,7 @@ OF_FOUR_CHANNELS = ("four channels", "code")
 
 
 @pytest.mark.filterwarnings("ignore")  # of MONAI's own
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name in OF_FOUR_CHANNELS else ()) for name in CASES]
-)
+@pytest.mark.parametrize("name", [slow(name) if name in OF_FOUR_CHANNELS else name for name in CASES])
 def test_labels_are_those_of_bundle_run(name, tmp_path, monkeypatch):
     channels = 4 if name in OF_FOUR_CHANNELS else 1
     write_bundle(tmp_path, CASES[name], channels, TURNED @ LPS if name == "oblique" else LPS)

@@ -15,6 +15,7 @@ import torch
 from nnunet_samples import configuration, write_case, write_folder
 
 import voxloom as vx
+from slow import slow
 from voxloom import cli
 from voxloom.errors import ModelFileError, SpecError
 from voxloom.integrations import nnunet
@@ -123,9 +124,7 @@ def _quietly(function, *args, **options):
         return function(*args, **options)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if "steps" in CASES[name][1] else ()) for name in CASES]
-)
+@pytest.mark.parametrize("name", [slow(name) if "steps" in more else name for name, (_, more, _) in CASES.items()])
 def test_labels_are_those_of_nnunet(name, tmp_path, reference, capsys):
     own, rest, scan = CASES[name]
     configurations = {"base": configuration(**own), "tiny": {"inherits_from": "base"}}

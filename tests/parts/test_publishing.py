@@ -83,7 +83,7 @@ def test_jobs_that_are_killed_a_hundred_times(scan, tmp_path):
 
 
 KINDS = ["parts.ome.zarr", "parts.zarr", "parts.nii.gz", "parts.nii", "scan.ome.zarr/labels/parts"]
-SOME = [(KINDS[0], False, 11), (KINDS[2], True, 11)]
+SOME = [(KINDS[0], False, 5), (KINDS[2], True, 11)]
 MORE = [
     slow(*each)
     for each in [(KINDS[0], True, 1), (KINDS[1], True, 11), (KINDS[2], True, 1), (KINDS[3], False, 11), (KINDS[4], False, 3)]
@@ -107,11 +107,12 @@ def test_publishing_that_is_interrupted_anywhere_is_taken_up(tmp_path, kind, rep
         vx.predict(lambda batch: three(batch).flip(1), image, 16, 8, reduce="argmax", model_name="another", output=path)
     computed(asked())
     folder.rename(kept)
-    expected = None
+    expected, ended = None, 0
     for step in range(1, 1000, every):
         shutil.copytree(kept, folder)
         if not is_ended_at(step, asked().published):
             break
+        ended += 1
         status = status_of(path)
         assert status is None or status.done == status.total
         assert predictor.is_made(image, output=path) == (status is None)
@@ -125,7 +126,7 @@ def test_publishing_that_is_interrupted_anywhere_is_taken_up(tmp_path, kind, rep
         if kind.startswith("scan"):
             assert "parts" in json.loads((path.parent / "zarr.json").read_text())["attributes"]["ome"]["labels"]
         shutil.rmtree(folder)
-    assert step > 8
+    assert ended > 3
     assert torch.equal(expected, vx.predict(three, image, **OPTIONS).data)
     assert leftovers(path.parent) == []
 

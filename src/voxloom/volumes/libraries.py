@@ -3,6 +3,7 @@
 import importlib
 import os
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import cache
 from types import ModuleType
@@ -63,7 +64,7 @@ class Library(Protocol):
         ...
 
 
-class LibraryTransform:
+class LibraryTransform(ABC):
     """A transform of another library, or several, one after the other, as a function of a `Subject`.
 
     Args:
@@ -73,9 +74,9 @@ class LibraryTransform:
     def __init__(self, *transforms: Any) -> None:
         self.transforms = list(transforms)  # which are seeded
 
+    @abstractmethod
     def __call__(self, subject: Any) -> Any:
         """Apply them."""
-        raise NotImplementedError
 
     def __repr__(self) -> str:
         return ", ".join(map(repr, self.transforms))

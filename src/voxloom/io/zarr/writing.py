@@ -78,8 +78,8 @@ class ShardWriter:
         dtype: type of the values.
         shard: voxels of a shard `(I, J, K)`; a shard holds all channels.
         put: takes the box of a whole shard, and its values `(C, *box.shape)`; may be called by several threads at once.
-        given: is told of these as well, once they are written, by the caller's thread.
-        at_once: shards that may be given away at once.
+        written: is told of these as well, once they are written, by the caller's thread.
+        most_at_once: shards that may be given away at once.
     """
 
     def __init__(
@@ -89,11 +89,11 @@ class ShardWriter:
         dtype: np.dtype,
         shard: Ints,
         put: Callable[[Box, np.ndarray], object],
-        given: Callable[[Box, np.ndarray], object] = lambda box, values: None,
-        at_once: int = 1,
+        written: Callable[[Box, np.ndarray], object] = lambda box, values: None,
+        most_at_once: int = 1,
     ) -> None:
         self._folder, self._shape, self._dtype, self._shard = folder, tuple(shape), dtype, shard
-        self._put, self._told, self._at_once = put, given, at_once
+        self._put, self._written, self._most_at_once = put, written, most_at_once
         self._waiting: dict[str, dict[str, int]] = {}  # for each shard the voxels of its boxes, by where these begin
         self._given: set[str] = set()
         self._again: set[str] = set()
@@ -152,7 +152,7 @@ class ShardWriter:
                 self._waiting.pop(name, None)
                 self._again.add(name)
                 self._put(shard, part)
-                self._told(shard, part)
+                self._written(shard, part)
             else:
                 self._keep(name, shard, inside, part)
 
@@ -175,10 +175,10 @@ class ShardWriter:
         """
         whole = [name for name, boxes in self._waiting.items() if sum(boxes.values()) == self._box_of(name).numel]
         given = set(whole)
-        with ThreadPoolExecutor(self._at_once, "voxloom-shards") as threads:
+        with ThreadPoolExecutor(self._most_at_once, "voxloom-shards") as threads:
             begun: deque[tuple[Future[object], Box, np.ndarray]] = deque()
             for name in whole:
-                if len(begun) == self._at_once:
+                if len(begun) == self._most_at_once:
                     self._finish(*begun.popleft())
                 box = self._box_of(name)
                 values = np.fromfile(self._part(name), self._dtype).reshape(self._shape[0], *box.shape)
@@ -196,7 +196,7 @@ class ShardWriter:
     def _finish(self, put: Future[object], box: Box, values: np.ndarray) -> None:
         """Wait until a shard is written."""
         put.result()
-        self._told(box, values)
+        self._written(box, values)
 
     @property
     def num_unfinished(self) -> int:
