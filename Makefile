@@ -22,10 +22,11 @@ PROCESSES := $(shell expr 2 \* $$(getconf _NPROCESSORS_ONLN))
 ENVIRONMENT := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
 SECOND := tests/integrations/test_torchio.py tests/integrations/test_lightning.py
 PYTEST := $(ENVIRONMENT) $(BIN)/python -m pytest --numprocesses $(PROCESSES) --maxprocesses 16 --dist worksteal
-# Tests that take long are given out one by one, and few at a time; those that draw examples draw all of theirs.
-SLOW := $(ENVIRONMENT) $(BIN)/python -m pytest -m "slow or hypothesis" --hypothesis-profile thorough --numprocesses 3 --dist load --maxschedchunk 1
+# Tests that take long are given out one by one, and few at a time.
+SLOW := $(ENVIRONMENT) $(BIN)/python -m pytest --numprocesses 3 --dist load --maxschedchunk 1
+THOROUGH := --hypothesis-profile thorough
 
-.PHONY: demo test test-all test-second test-slow docs changelog dist lint format bench fuzz clean
+.PHONY: demo test test-all test-second test-slow test-examples docs changelog dist lint format bench fuzz clean
 
 demo: $(VENV)/plot.installed  ## Apply a network to a synthetic head, whole and patch by patch, and draw the result
 	$(BIN)/voxloom demo --output demo $(DEMO)
@@ -33,8 +34,11 @@ demo: $(VENV)/plot.installed  ## Apply a network to a synthetic head, whole and 
 test: $(VENV)/test.installed  ## Run the tests, but for those that take long
 	$(PYTEST) -m "not slow" $(COVERAGE)
 
-test-slow: $(VENV)/test.installed  ## Run those tests that take long, and all examples of those that draw them
-	$(SLOW)
+test-slow: $(VENV)/test.installed  ## Run those tests that take long
+	$(SLOW) -m slow
+
+test-examples: $(VENV)/test.installed  ## Run those tests that draw examples, with all of them
+	$(PYTEST) -m hypothesis $(THOROUGH)
 
 changelog: $(VENV)/python.made  ## Show what the files in changelog.d come to
 	$(PIP) towncrier
@@ -46,9 +50,9 @@ dist: $(VENV)/python.made  ## Build the wheel and the source distribution into d
 	$(BIN)/python -m build --outdir dist .
 	$(BIN)/python -m twine check --strict dist/*
 
-test-all:  ## Run all tests, and say how much of the code they reach
+test-all:  ## Run all tests, with all examples, and say how much of the code they reach
 	$(MAKE) test COVERAGE="--cov voxloom --cov-report="
-	$(SLOW) --cov voxloom --cov-append --cov-report term:skip-covered
+	$(SLOW) -m "slow or hypothesis" $(THOROUGH) --cov voxloom --cov-append --cov-report term:skip-covered
 
 test-second: $(VENV)-second/installed  ## Run the tests that need TorchIO 2 or Lightning, in an environment of their own
 	$(ENVIRONMENT) $(VENV)-second/bin/python -m pytest --numprocesses 2 --dist worksteal $(SECOND)

@@ -15,7 +15,7 @@ from voxloom import cli
 from strategies import MOST_EXAMPLES
 
 # Examples that Hypothesis draws are the same in every run, so that a failure is a failure for everyone. Quick runs draw a quarter
-# of them; `make test-slow` asks for all, by the name of the profile.
+# of them; `make test-examples` asks for all, by the name of the profile.
 for profile, share in (("thorough", 1), ("quick", 4)):
     settings.register_profile(
         profile,
