@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -106,6 +107,15 @@ def test_the_core_is_pure():
 @pytest.mark.parametrize("source", ["import os", "from threading import Lock", "import multiprocessing.connection as c"])
 def test_the_test_of_purity_can_fail(source):
     assert list(impure_imports(source))
+
+
+def test_files_that_the_documents_name_are_there():
+    root = Path(__file__).parent.parent
+    files = [path.as_posix() for folder in ("src", "tests", "benchmarks") for path in (root / folder).rglob("*.py")]
+    for document in ("ARCHITECTURE.md", "CONTRIBUTING.md"):
+        named = re.findall(r"`([a-z0-9_/]+\.py)`", (root / document).read_text())
+        assert named
+        assert [name for name in named if not any(path.endswith(f"/{name}") for path in files)] == []
 
 
 def test_public_names():

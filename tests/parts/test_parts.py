@@ -21,7 +21,7 @@ from voxloom.cli import predicting
 from voxloom.errors import ModeError, OutputError, RecordError, SaveError, ShardError, SizeError, TargetExistsError
 from voxloom.inference import ProcessLauncher, SerialLauncher
 from voxloom.inference import predictor as predictor_module
-from voxloom.inference.shard_plan import as_share
+from voxloom.inference.parts.shard_plan import as_share
 from voxloom.io.zarr import storage
 from voxloom.runs.parts import forget_failures, records_of, status_of
 

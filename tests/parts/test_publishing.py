@@ -21,7 +21,8 @@ from parts_runs import OPTIONS, dying, hashes, leftovers, run_of, share, store
 from slow import slow
 from voxloom.cli import parts as cli_parts
 from voxloom.errors import RecordError, SaveError, TargetExistsError
-from voxloom.inference import Predictor, SerialLauncher, publishing, shards
+from voxloom.inference import Predictor, SerialLauncher
+from voxloom.inference.parts import publishing, shards
 from voxloom.runs import claim, parts
 from voxloom.runs.claim import Claim
 from voxloom.runs.parts import status_of

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import voxloom as vx
 from voxloom.errors import CorruptImageError, UnsupportedImageError, VoxloomError
-from voxloom.io import isolated
+from voxloom.io.itk import isolated
 
 from strategies import examples
 

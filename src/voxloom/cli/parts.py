@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..errors import ShardError
-from ..inference.launchers import ProcessLauncher
+from ..inference.parts.launchers import ProcessLauncher
+from ..inference.parts.shard_plan import as_share
+from ..inference.parts.shards import ShardedRun
 from ..inference.predictor import Predictor
-from ..inference.shard_plan import as_share
-from ..inference.shards import ShardedRun
 from ..runtime.progress import shown_if
 from ..volumes.subject import Subject
 from .options import PartsOptions, numbers

@@ -13,7 +13,7 @@ import typer
 
 from ..errors import ModeError, RecordError, SizeError, TargetExistsError, VoxloomError
 from ..inference import Launcher, Predictor
-from ..inference.shards import ShardedRun
+from ..inference.parts.shards import ShardedRun
 from ..io.formats import is_folder_target
 from ..models.loading import LoadedModel
 from ..plotting.comparison import require_matplotlib

@@ -3,13 +3,13 @@
 from ..aggregation.aggregators import GridAggregator, PatchAggregator
 from ..io.stores import Sink
 from ..sampling.grid import GridSampler
-from .launchers import Launcher, ProcessLauncher, SerialLauncher
+from .parts.launchers import Launcher, ProcessLauncher, SerialLauncher
+from .parts.shard_plan import ShardPlan
+from .parts.shards import ShardedRun
 from .plan import PredictionPlan
 from .predictor import Predictor, plan, predict
 from .reductions import Regions
 from .runner import Executor, FirstBatch, Runner
-from .shard_plan import ShardPlan
-from .shards import ShardedRun
 from .sinks import MemorySink
 from .threads import ThreadExecutor
 

@@ -31,12 +31,12 @@ from ..runtime.progress import shown_if
 from .call import Call
 from .destinations import Stores, as_stores
 from .entering import Entrance, Request
-from .launchers import ProcessLauncher, ShardJob, as_launcher
 from .options import settings_of, usual_options
+from .parts.launchers import ProcessLauncher, ShardJob, as_launcher
+from .parts.shards import ShardedRun
 from .plan import PredictionPlan
 from .planner import Input
 from .preparing import Preparation
-from .shards import ShardedRun
 from .threads import ThreadExecutor
 
 __all__ = ["Predictor", "PredictorOptions", "plan", "predict"]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ModeError
-from ..inference.launchers import ATTEMPTS, Launcher, ShardJob
+from ..inference.parts.launchers import ATTEMPTS, Launcher, ShardJob
 from ..io.saving import as_save_error
 from ..volumes.libraries import imported
 

@@ -22,7 +22,7 @@ from typing import Any
 from ..errors import ImageNotFoundError, UnsupportedImageError
 from .dicom import is_dicom
 from .files import FileSource
-from .integrity import METAIMAGE, NRRD, TIFF, Integrity
+from .itk.integrity import METAIMAGE, NRRD, TIFF, Integrity
 from .saving import Writer, write_compressed_nifti, write_itk, write_mgh, write_nifti
 from .zarr.source import ZarrSource, is_label_of_image, is_zarr
 
@@ -69,7 +69,7 @@ class Reader:
 
 
 NIFTI, WHOLE = Reader(".nifti", "NibabelFile"), Reader(".whole_files", "WholeFile")
-NRRD_FILE, METAIMAGE_FILE, TIFF_FILE = (Reader(".itk", "ItkFile", each) for each in (NRRD, METAIMAGE, TIFF))
+NRRD_FILE, METAIMAGE_FILE, TIFF_FILE = (Reader(".itk.files", "ItkFile", each) for each in (NRRD, METAIMAGE, TIFF))
 ZARR, NIFTI_ZARR = Reader(".zarr.source", "ZarrSource"), Reader(".zarr.source", "ZarrSource", more=(".nifti",))
 DICOM, SERIES = Reader(".dicom.files", "open_dicom"), Reader(".dicom.files", "open_series")
 
@@ -180,8 +180,8 @@ def open_volume(path: Path) -> FileSource:
     # Names of DICOM files often have no ending, or the last part of an identifier for one.
     if is_dicom(path):
         return DICOM(path)
-    from .isolated import IsolatedFile
-    from .itk import ItkFile
+    from .itk.files import ItkFile
+    from .itk.isolated import IsolatedFile
 
     return ItkFile.open(path) if path.suffix.lower() in PICTURES else IsolatedFile.open(path)
 

@@ -17,8 +17,8 @@ from ...core.affines import Affine
 from ...core.boxes import Box
 from ...errors import CorruptImageError, SeriesError, VoxloomError
 from ..files import FileSource
-from ..isolated import IsolatedFile
-from ..itk import ItkFile, dtype_of, read_header
+from ..itk.files import ItkFile, dtype_of, read_header
+from ..itk.isolated import IsolatedFile
 from .frames import DAMAGE, DicomHeader, brief, frame_count, header_of, is_segmentation, scales_of, spacing_of, table_of
 from .pixels import DecodedFile, DecodedSlices, OrderedFrames, RescaledFrames, check_size
 from .planes import arranged

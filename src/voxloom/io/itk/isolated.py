@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import CorruptImageError, UnsupportedImageError
-from .compression import GREATEST_GZIP_RATIO
-from .itk import ItkFile, ItkHeader
+from ...errors import CorruptImageError, UnsupportedImageError
+from ..compression import GREATEST_GZIP_RATIO
+from .files import ItkFile, ItkHeader
 
 __all__ = ["IsolatedFile"]
 
-SCRIPT = Path(__file__).with_name("itk_process.py")
+SCRIPT = Path(__file__).with_name("process.py")
 SPARE_BYTES = 256 * 2**20
 # A reader may hold the voxels as they are in the file, as they will be, and once more while it turns one into the other.
 COPIES = 3

@@ -7,19 +7,19 @@ from typing import Any
 
 import numpy as np
 
-from ..core.boxes import Box
-from ..core.shards import ShardGrid
-from ..errors import RecordError
-from ..io.files import sidecar_in
-from ..io.formats import stem_of
-from ..io.protocols import Json
-from ..io.sidecars import run_of
-from ..io.stores import NiftiStore
-from ..io.zarr.layout import Layout, put_shard
-from ..io.zarr.source import ZarrSource
-from ..io.zarr.store import ZarrStore
-from ..io.zarr.writing import PyramidWriter
-from ..runs.claim import Claim
+from ...core.boxes import Box
+from ...core.shards import ShardGrid
+from ...errors import RecordError
+from ...io.files import sidecar_in
+from ...io.formats import stem_of
+from ...io.protocols import Json
+from ...io.sidecars import run_of
+from ...io.stores import NiftiStore
+from ...io.zarr.layout import Layout, put_shard
+from ...io.zarr.source import ZarrSource
+from ...io.zarr.store import ZarrStore
+from ...io.zarr.writing import PyramidWriter
+from ...runs.claim import Claim
 
 __all__ = ["make_coarser", "put_in_place", "write_file"]
 

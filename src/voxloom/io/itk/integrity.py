@@ -10,7 +10,7 @@ from typing import IO, Any, Protocol
 
 from isal import igzip_lib
 
-from ..errors import CorruptImageError, VoxloomError
+from ...errors import CorruptImageError, VoxloomError
 from .layouts import Layout, layout_of_metaimage, layout_of_nrrd
 
 __all__ = ["METAIMAGE", "NRRD", "TIFF", "Integrity"]

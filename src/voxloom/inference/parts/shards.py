@@ -16,25 +16,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.boxes import Box
-from ..core.shards import ShardGrid
-from ..core.sizes import Ints, as_sizes
-from ..errors import OutputError, RecordError, ShardError
-from ..io.fingerprints import differences
-from ..io.saving import saving
-from ..io.zarr.layout import Layout, put_shard
-from ..io.zarr.writing import ShardWriter
-from ..runs.claim import Claim
-from ..runs.parts import PartsRecords, PartsState, records_of
-from ..runtime.kept_memory import kept_for_models
-from .destinations import Stores
+from ...core.boxes import Box
+from ...core.shards import ShardGrid
+from ...core.sizes import Ints, as_sizes
+from ...errors import OutputError, RecordError, ShardError
+from ...io.fingerprints import differences
+from ...io.saving import saving
+from ...io.zarr.layout import Layout, put_shard
+from ...io.zarr.writing import ShardWriter
+from ...runs.claim import Claim
+from ...runs.parts import PartsRecords, PartsState, records_of
+from ...runtime.kept_memory import kept_for_models
+from ..destinations import Stores
+from ..plan import PredictionPlan
+from ..planner import Input
+from ..preparing import Preparation
+from ..provenance import sidecar_of_run
+from ..runner import Runner
 from .part_targets import PartTargets, as_parts_stores
-from .plan import PredictionPlan
-from .planner import Input
-from .preparing import Preparation
-from .provenance import sidecar_of_run
 from .publishing import put_in_place
-from .runner import Runner
 from .shard_plan import ShardPlan
 
 __all__ = ["ShardedRun"]

@@ -13,8 +13,8 @@ from typing import IO
 
 from isal import isal_zlib
 
-from ..errors import UnsupportedImageError
-from .compression import GREATEST_GZIP_RATIO
+from ...errors import UnsupportedImageError
+from ..compression import GREATEST_GZIP_RATIO
 
 __all__ = ["Layout", "Part", "layout_of_metaimage", "layout_of_nrrd"]
 

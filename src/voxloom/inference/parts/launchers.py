@@ -15,9 +15,9 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from ..core.sizes import as_int
-from ..errors import ModeError
-from ..io.zarr.storage import is_url
+from ...core.sizes import as_int
+from ...errors import ModeError
+from ...io.zarr.storage import is_url
 from .shards import ShardedRun
 
 __all__ = ["Launcher", "ProcessLauncher", "SerialLauncher", "ShardJob", "as_devices", "as_launcher"]
@@ -101,7 +101,7 @@ class ShardJob:
 
     @cached_property
     def _predictor(self) -> Any:
-        from .predictor import Predictor
+        from ..predictor import Predictor
 
         return Predictor(**self.predictor)
 
@@ -172,7 +172,7 @@ class ProcessLauncher:
         ModeError: if there is no device.
 
     Example:
-        >>> from voxloom.inference.launchers import ProcessLauncher
+        >>> from voxloom.inference import ProcessLauncher
         >>> ProcessLauncher("cpu,cpu").devices, ProcessLauncher([0, 1]).devices
         (['cpu', 'cpu'], ['cuda:0', 'cuda:1'])
     """

@@ -7,19 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from ..core.sizes import Ints
-from ..errors import OutputError, SaveError
-from ..io.formats import stem_of
-from ..io.protocols import VolumeSpec
-from ..io.sidecars import run_of
-from ..io.stores import NiftiStore
-from ..io.zarr.layout import Layout
-from ..io.zarr.store import ZarrStore
-from ..models.outputs import Name
-from ..runs.parts import records_of
-from .destinations import Stores
-from .plan import PredictionPlan
-from .sinks import image_class
+from ...core.sizes import Ints
+from ...errors import OutputError, SaveError
+from ...io.formats import stem_of
+from ...io.protocols import VolumeSpec
+from ...io.sidecars import run_of
+from ...io.stores import NiftiStore
+from ...io.zarr.layout import Layout
+from ...io.zarr.store import ZarrStore
+from ...models.outputs import Name
+from ...runs.parts import records_of
+from ..destinations import Stores
+from ..plan import PredictionPlan
+from ..sinks import image_class
 
 __all__ = ["PartTarget", "PartTargets", "PartsStores", "as_parts_stores"]
 

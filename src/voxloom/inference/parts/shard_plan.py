@@ -4,12 +4,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ..core.affines import scaled
-from ..core.boxes import Box
-from ..core.shards import ShardGrid
-from ..core.traversal import Block
-from ..errors import SizeError
-from .plan import PredictionPlan
+from ...core.affines import scaled
+from ...core.boxes import Box
+from ...core.shards import ShardGrid
+from ...core.traversal import Block
+from ...errors import SizeError
+from ..plan import PredictionPlan
 
 __all__ = ["Shard", "ShardPlan", "as_share"]
 

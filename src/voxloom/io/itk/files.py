@@ -11,13 +11,13 @@ import SimpleITK
 import torch
 from torch import Tensor
 
-from ..core.affines import Affine, lps_to_ras
-from ..core.boxes import Box
-from ..errors import CorruptImageError, UnsupportedImageError, VoxloomError
-from .arrays import torch_dtype, widest_unsigned
-from .files import FileSource
+from ...core.affines import Affine, lps_to_ras
+from ...core.boxes import Box
+from ...errors import CorruptImageError, UnsupportedImageError, VoxloomError
+from ..arrays import torch_dtype, widest_unsigned
+from ..files import FileSource
+from ..protocols import VolumeSpec
 from .integrity import Integrity
-from .protocols import VolumeSpec
 
 __all__ = ["ItkFile", "ItkHeader", "dtype_of", "read_header"]
 
