@@ -1,12 +1,10 @@
 """The seams: every implementation that comes with voxloom, put through the tests that others can put theirs through."""
 
 import functools
-import itertools
 import pickle
 import subprocess
 import sys
 import textwrap
-import threading
 from dataclasses import replace
 
 import numpy as np
@@ -181,28 +179,6 @@ def test_a_store_of_the_users_own_is_resumed_wherever_a_run_stops(tmp_path, stop
         assert len(calls) - total <= len(vx.plan(torch.nn.Identity(), image, 8, patch_overlap=4).grid)
     assert torch.allclose(made.data, image.data * 2)
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("slabs_written", [1, 2])
-def test_the_model_goes_on_while_a_slab_is_written_but_not_far(tmp_path, slabs_written):
-    """One slab after it, and the first batch of the next: so much a killed process loses at most, beside what it writes."""
-    most = slabs_written + 2
-    called, times_flushed = threading.Semaphore(0), itertools.count(1)
-
-    def model(batch):
-        called.release()
-        return batch
-
-    class Slow(MemoryStore):
-        def flush(self):
-            if next(times_flushed) == slabs_written:
-                assert all(called.acquire(timeout=60) for _ in range(most)), "the model waited until the slab was written"
-                assert not called.acquire(timeout=0.2), "the model did not wait for the slab"
-            super().flush()
-
-    store = Slow({}, tmp_path / "result")
-    made = vx.predict(model, torch.ones(1, 48, 8, 8), patch_size=8, overlap_mode="crop", output=store, model_name="same")
-    assert torch.equal(made.data, torch.ones(1, 48, 8, 8))
 
 
 # Executors and plans

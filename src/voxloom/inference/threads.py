@@ -112,8 +112,6 @@ class _Gathering:
         self._weights = [self._weights_of(number) for number in range(len(plan.outputs))]
         self._sums: list[StreamingAccumulator] = []  # of the block that is at hand, one for each output
         self._room = 0  # bytes for them and for what waits to be written
-        self._last_slab: Future[None] | None = None  # ends when the slab that was handed over last is recorded
-        self._recorded: Future[None] | None = None  # and the slab before that one
         self._share: Share | None = None
 
     def _weights_of(self, number: int) -> PatchWeights | None:
@@ -183,16 +181,15 @@ class _Gathering:
             for patch in traversal.patches(step, block, self.plan.needed):
                 values = self._take(patch)
                 if is_first:
-                    self._writer.wait_for(self._recorded)  # so that no more than a slab and a batch is ever lost
+                    self._writer.wait()  # until the slab before is recorded, so that no more than a batch beyond it is ever lost
                     is_first = False
                 self._make_room(patch)
                 for number, output in enumerate(values):
                     self._add(number, output, patch)
                 del values, output  # before the next batch is in the model
             self._finish(step, is_wanted)
-        self._recorded = self._last_slab
         if is_wanted:
-            self._last_slab = self._writer.submit(self._slab_finished)
+            self._writer.submit(self._slab_finished)
 
     def _begin(self, outer: int) -> int:
         """Say with which group of the outer axis to begin: what is finished with one began to be summed some groups earlier."""
@@ -386,12 +383,11 @@ class _Writer:
         self._waiting: deque[tuple[Future[None], int]] = deque()  # what it is at or has yet to do, and the bytes of each
         self._has_ended = False
 
-    def submit(self, function: Callable[..., object], *arguments: object, num_bytes: int = 0) -> Future[None]:
+    def submit(self, function: Callable[..., object], *arguments: object, num_bytes: int = 0) -> None:
         """Let something be done after what was given before; waits only if too many things wait already."""
         while len(self._waiting) >= MOST_WAITING or (self._waiting and self._waiting[0][0].done()):
             self._wait_for_one()
         self._waiting.append((self._thread.submit(self._unless_failed, function, *arguments), num_bytes))
-        return self._waiting[-1][0]
 
     def _unless_failed(self, function: Callable[..., object], *arguments: object) -> None:
         """Do nothing after an error: a slab of which a tile is missing must not be recorded."""
@@ -406,11 +402,6 @@ class _Writer:
     def wait(self) -> None:
         """Wait until all is done, and raise what was raised."""
         while self._waiting:
-            self._wait_for_one()
-
-    def wait_for(self, given: Future[None] | None) -> None:
-        """Wait until one thing that it was given is done, and all before that."""
-        while self._waiting and given is not None and not given.done():
             self._wait_for_one()
 
     def wait_for_room(self, num_bytes: int) -> None:
