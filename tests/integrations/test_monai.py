@@ -125,6 +125,16 @@ def dataset(request, tmp_path):
     return Dataset(items, steps)
 
 
+def test_a_data_set_that_is_half_filled(tmp_path):
+    """What is made anew is a `MetaTensor`; what was kept, as MONAI keeps it unless asked for more, a plain tensor."""
+    data = PersistentDataset([item_of(number) for number in range(2)], mt.ScaleIntensityd("image"), tmp_path)
+    data[1]  # of an earlier run, which was interrupted
+    batch = next(iter(vx.SubjectsLoader(vx.SubjectsDataset([data[0], data[1]]), batch_size=2)))
+    assert [each is None for each in batch.image["applied_operations"]] == [False, True]
+    assert type(as_dict(batch)["image"]) is MetaTensor
+    assert torch.equal(batch.image.data[1], data[1]["image"])
+
+
 def test_what_a_data_set_keeps_is_not_changed():
     def brighter(subject):
         subject["image"].data.add_(1)

@@ -175,6 +175,17 @@ def test_a_batch_without_batching_and_a_collate_function_of_ones_own():
     assert counts[0] == [(1, 2, 2, 2)] * 5
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_entries_that_only_some_images_have(order):
+    images = [vx.ScalarImage(torch.full((1, 4, 4, 4), 1.0), meta={"unit": "HU"}), vx.ScalarImage(torch.zeros(1, 4, 4, 4))][
+        ::order
+    ]
+    subjects = [vx.Subject(t1=image) for image in images]
+    batch = vx.SubjectsBatch.from_subjects(subjects)
+    assert batch.t1["meta"] == [{"unit": "HU"}, None][::order]
+    assert [list(each.t1.metadata) for each in batch.unbatch()] == [["meta"], []][::order]
+
+
 def test_metadata_have_one_home():
     batch = vx.SubjectsBatch.from_subjects(subjects(2))
     batch["age"] = torch.tensor([7, 8])

@@ -28,7 +28,8 @@ __all__ = ["ImagesBatch", "StackableSubjects", "SubjectsBatch", "batch_memory", 
 class ImagesBatch(dict[str, Any]):
     """The images of one name of several subjects: a dict whose entries `data` and `affine` are stacked, and the rest lists.
 
-    Its length is the number of images, an index gives one of them, and iterating goes from image to image.
+    An entry that only some of the images have is None for the others. Its length is the number of images, an index gives one of
+    them, and iterating goes from image to image.
 
     Example:
         >>> import torch, voxloom as vx
@@ -40,8 +41,10 @@ class ImagesBatch(dict[str, Any]):
     def __init__(self, data: Tensor, images: Sequence[Image]) -> None:
         self.templates = [image.without_data() for image in images]
         affines = torch.stack([torch.from_numpy(image.affine) for image in images])
-        entries = {PATH: PATH, STEM: STEM, TYPE: TYPE} | {key: key for key in images[0].metadata}
-        super().__init__({DATA: data, AFFINE: affines} | {key: [image[key] for image in images] for key in entries})
+        known = {key: [image[key] for image in images] for key in (PATH, STEM, TYPE)}
+        added = dict.fromkeys(key for image in images for key in image.metadata)
+        more = {key: [image.metadata.get(key) for image in images] for key in added}
+        super().__init__({DATA: data, AFFINE: affines} | known | more)
 
     @classmethod
     def from_images(cls, images: Sequence[Image], name: str = "image") -> Self:
