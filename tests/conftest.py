@@ -1,6 +1,7 @@
 """What several tests use: real images that travel inside libraries, and files in formats of all kinds."""
 
 import gc
+import signal
 import sys
 from pathlib import Path
 
@@ -25,6 +26,10 @@ for profile, share in (("thorough", 1), ("quick", 4)):
         suppress_health_check=[HealthCheck.too_slow],
     )
 settings.load_profile("quick")
+
+# A shell lets what it runs in the background ignore Ctrl-C, and so would the processes that tests interrupt.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 NILEARN_DATA = Path(nilearn.__file__).parent / "datasets" / "data"
 
