@@ -22,7 +22,8 @@ from slow import slow
 from voxloom.cli import parts as cli_parts
 from voxloom.errors import RecordError, SaveError, TargetExistsError
 from voxloom.inference import Predictor, SerialLauncher
-from voxloom.inference.parts import publishing, shards
+from voxloom.inference.parts import shards
+from voxloom.io.stores import NiftiStore
 from voxloom.runs import claim, parts
 from voxloom.runs.claim import Claim
 from voxloom.runs.parts import status_of
@@ -135,7 +136,8 @@ def test_publishing_that_is_interrupted_anywhere_is_taken_up(tmp_path, kind, rep
 def elsewhere(run):
     """Publish on what looks like another machine, and be killed."""
     marks._here = lambda: "e" * 12
-    publishing.make_coarser = dying(publishing.make_coarser)
+    for kind in (vx.ZarrStore, NiftiStore):
+        kind.complete = dying(kind.complete)
     run.published()
 
 
@@ -176,7 +178,7 @@ def test_publishing_that_fails_is_not_waited_for(scan, tmp_path, monkeypatch):
     path = tmp_path / "parts.ome.zarr"
     run = computed(run_of(scan, store(path)))
     with monkeypatch.context() as patch:
-        patch.setattr(publishing, "make_coarser", raising(OSError(28, "No space left on device")))
+        patch.setattr(vx.ZarrStore, "complete", raising(OSError(28, "No space left on device")))
         with pytest.raises(OSError, match="No space left"):
             run.published()
     assert run_of(scan, store(path)).published() is not None
@@ -226,14 +228,14 @@ def test_of_several_that_take_it_up_one_can(tmp_path):
 def test_a_process_that_was_taken_for_lost_leaves_the_rest_to_the_other(scan, tmp_path, monkeypatch):
     path = tmp_path / "parts.ome.zarr"
     first, second = computed(run_of(scan, store(path))), run_of(scan, store(path))
-    coarser, found = publishing.make_coarser, []
+    coarser, found = vx.ZarrStore.complete, []
 
     def meanwhile(*arguments):
-        monkeypatch.setattr(publishing, "make_coarser", coarser)
+        monkeypatch.setattr(vx.ZarrStore, "complete", coarser)
         coarser(*arguments)
         found.append(second.published(take_over=True))
 
-    monkeypatch.setattr(publishing, "make_coarser", meanwhile)
+    monkeypatch.setattr(vx.ZarrStore, "complete", meanwhile)
     assert first.published() is None
     assert torch.equal(found[0].data, expected_of(scan))
     assert first.publish().path == path
@@ -290,7 +292,7 @@ def test_publishing_where_nothing_is_recorded_is_an_error(scan, tmp_path):
 def test_a_slow_process_that_publishes_is_heard_of(scan, tmp_path, monkeypatch):
     monkeypatch.setattr(claim, "SILENT_SECONDS", 0.6)
     monkeypatch.setattr(claim, "BEAT_SECONDS", 0.05)
-    slow = publishing.make_coarser
+    slow = NiftiStore.complete
     first, second = (run_of(scan, tmp_path / "parts.nii") for _ in range(2))
     computed(first)
     found = []
@@ -300,7 +302,7 @@ def test_a_slow_process_that_publishes_is_heard_of(scan, tmp_path, monkeypatch):
         found.append(second.published())
         slow(*arguments)
 
-    monkeypatch.setattr(publishing, "make_coarser", meanwhile)
+    monkeypatch.setattr(NiftiStore, "complete", meanwhile)
     made = first.published()
     assert found == [None]
     assert torch.equal(made.data, expected_of(scan))
@@ -310,7 +312,7 @@ def test_a_slow_process_that_publishes_is_heard_of(scan, tmp_path, monkeypatch):
 def test_the_same_prediction_twice_at_once(scan, tmp_path, monkeypatch):
     path = tmp_path / "parts.ome.zarr"
     monkeypatch.setattr(shards, "WAIT_SECONDS", 0.05)
-    coarser, found = publishing.make_coarser, []
+    coarser, found = vx.ZarrStore.complete, []
 
     def predicted():
         found.append(vx.predict(three, scan, output=store(path), executor=SerialLauncher(16), **OPTIONS).data)
@@ -318,12 +320,12 @@ def test_the_same_prediction_twice_at_once(scan, tmp_path, monkeypatch):
     other = threading.Thread(target=predicted)
 
     def meanwhile(*arguments):
-        monkeypatch.setattr(publishing, "make_coarser", coarser)
+        monkeypatch.setattr(vx.ZarrStore, "complete", coarser)
         other.start()
         time.sleep(1)
         coarser(*arguments)
 
-    monkeypatch.setattr(publishing, "make_coarser", meanwhile)
+    monkeypatch.setattr(vx.ZarrStore, "complete", meanwhile)
     predicted()
     other.join(60)
     assert len(found) == 2
@@ -574,7 +576,7 @@ def test_a_job_that_another_one_overtakes_is_complete(scans, run, monkeypatch):
 
 def test_a_command_finds_that_another_has_ended_what_it_would_take_up(scans, run, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(publishing, "write_file", raising(KeyboardInterrupt))
+        patch.setattr(NiftiStore, "complete", raising(KeyboardInterrupt))
         run(*COMMAND, "--shard", "0/1", code=130)
     overtake(monkeypatch, run)
     assert states(run(*COMMAND)) == ["complete"] * 4
@@ -600,7 +602,7 @@ def test_a_job_waits_for_others_when_it_has_nothing_else_to_do(scans, run, monke
 @pytest.mark.parametrize("way", [["--shard", "0/1"], ["--devices", "cpu,cpu"], []])
 def test_a_command_takes_up_publishing(scans, run, monkeypatch, way):
     with monkeypatch.context() as patch:
-        patch.setattr(publishing, "write_file", raising(KeyboardInterrupt))
+        patch.setattr(NiftiStore, "complete", raising(KeyboardInterrupt))
         run(*COMMAND, "--shard", "0/1", code=130)
     assert json.loads(run("status", "--json", "out/0.nii.gz").out)[0]["state"] == "publishing"
     run(*COMMAND, *way)

@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 
 from ..core.boxes import Box
+from ..core.shards import ShardGrid
 from ..errors import RecordError, TargetExistsError
 from .compression import compressing
 from .formats import format_of, stem_of
@@ -19,6 +20,8 @@ from .protocols import Json, VolumeSpec
 from .saving import saving, write_safely
 from .segments import SEGMENTS, check_segments, write_segments
 from .sidecars import is_as_written, other_told_of, read_sidecar, sidecar_of, written
+from .zarr.layout import Layout
+from .zarr.source import ZarrSource
 
 __all__ = ["BEGIN_AGAIN", "OVERWRITE", "NiftiStore", "Sink", "SinkStore", "put"]
 
@@ -190,6 +193,30 @@ class NiftiStore:
         self.abort()
         for ending in (".nii", self._ending, ".json"):
             self._part(run, ending).unlink(missing_ok=True)
+
+    def layout(self, spec: VolumeSpec) -> Layout:
+        """See `PartsStore`: the file is made of a plain array in the end."""
+        return Layout.of(self.path.with_name(f"{stem_of(self.path)}.zarr"), spec, "0.5", None, None, None)
+
+    def array(self, run: str) -> Path:
+        """See `PartsStore`."""
+        return self._part(run, ".zarr")
+
+    def complete(self, spec: VolumeSpec, room: Path, run: str) -> None:
+        """See `PartsStore`."""
+        if self.is_ready(run):
+            return
+        self.discard(run)
+        source = ZarrSource(self.array(run))
+        try:
+            self.create(spec, run)
+            boxes = ShardGrid(spec.shape[1:], self.layout(spec).shards[0])
+            for number in range(len(boxes)):
+                self.write(boxes[number], source.read(boxes[number]).to(spec.dtype))
+            self.flush()
+        except BaseException:
+            self.discard(run)
+            raise
 
     def is_ready(self, run: str) -> bool:
         """Whether the file is whole, and only to be put under its name."""

@@ -1,1 +1,1 @@
-"""Images, subjects, and batches of subjects; `formats` reads and writes them."""
+"""Images, subjects, data sets, and batches of subjects."""

@@ -10,11 +10,9 @@ from typing import Any, Self
 from ...core.sizes import Ints
 from ...errors import OutputError, SaveError
 from ...io.formats import stem_of
-from ...io.protocols import VolumeSpec
 from ...io.sidecars import run_of
-from ...io.stores import NiftiStore
 from ...io.zarr.layout import Layout
-from ...io.zarr.store import ZarrStore
+from ...io.zarr.parts import PartsStore
 from ...models.outputs import Name
 from ...runs.parts import records_of
 from ..destinations import Stores
@@ -23,7 +21,7 @@ from ..sinks import image_class
 
 __all__ = ["PartTarget", "PartTargets", "PartsStores", "as_parts_stores"]
 
-PartsStores = dict[Name, ZarrStore | NiftiStore]
+PartsStores = dict[Name, PartsStore]
 
 
 def as_parts_stores(stores: Stores) -> PartsStores:
@@ -33,7 +31,7 @@ def as_parts_stores(stores: Stores) -> PartsStores:
         OutputError: if one is of another kind, or there is none.
         SaveError: if two would have their records in one place.
     """
-    made = {name: store for name, store in stores.items() if isinstance(store, ZarrStore | NiftiStore)}
+    made = {name: store for name, store in stores.items() if isinstance(store, PartsStore)}
     if not made or len(made) < len(stores):
         raise OutputError("a prediction in parts needs an output, or a dict of outputs: names of files or of Zarr stores")
     paths = [store.path for store in made.values()]
@@ -47,7 +45,7 @@ class PartTarget:
     """Where one result goes."""
 
     name: Name
-    store: ZarrStore | NiftiStore
+    store: PartsStore
     layout: Layout
     """Of the array that parts are written to."""
 
@@ -75,7 +73,7 @@ class PartTargets:
             store = stores.get(None if is_for_all else result.name)
             if store is None:
                 raise OutputError(f"the result {result.name!r} has no output: a prediction in parts keeps none in memory")
-            made.append(PartTarget(result.name, store, _layout_of(store, result.volume)))
+            made.append(PartTarget(result.name, store, store.layout(result.volume)))
         if len({result.volume.shape[1:] for result in plan.results}) > 1:
             raise OutputError("results of several sizes cannot be made in parts: predict them one by one")
         return cls(tuple(made))
@@ -112,10 +110,3 @@ class PartTargets:
         """Give the results, as `predict` does."""
         by_name = {each.name: image_class(each.layout.spec)(each.store.path) for each in self}
         return by_name[None] if list(by_name) == [None] else by_name
-
-
-def _layout_of(store: ZarrStore | NiftiStore, spec: VolumeSpec) -> Layout:
-    if isinstance(store, ZarrStore):
-        return store.layout(spec)
-    # A file is made of a plain array in the end.
-    return Layout.of(store.path.with_name(f"{stem_of(store.path)}.zarr"), spec, "0.5", None, None, None)

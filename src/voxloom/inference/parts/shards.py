@@ -343,7 +343,7 @@ class ShardedRun:
         sidecar = sidecar_of_run(fingerprint, self._given, self.plan.plan, self._preparation.models, [])
         for number, target in enumerate(self._targets):
             array, levels = target.array(records.run), records.publishing / f"levels-{number}"
-            put_in_place(target.store, target.layout, array, levels, sidecar, records.run, claim)
+            put_in_place(target.store, target.layout.spec, array, levels, sidecar, records.run, claim)
         for other in records.others_that_began(before=claim.since):
             self._forget_other(records, other)
         records.end()

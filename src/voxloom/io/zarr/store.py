@@ -21,6 +21,7 @@ from ..saving import saving, write_safely
 from ..sidecars import run_of, written
 from .layout import Layout, describe_labels, put_shard, register_label
 from .ngff import VERSIONS
+from .parts import make_coarser
 from .source import is_label_of_image, is_zarr, more_than_image
 from .writing import PyramidWriter, at_once
 
@@ -187,6 +188,15 @@ class ZarrStore:
             shutil.rmtree(self._at(run, ending), ignore_errors=True)
 
     # Publishing
+
+    def array(self, run: str) -> Path:
+        """See `PartsStore`."""
+        return self._at(run, ".zarr")
+
+    def complete(self, spec: VolumeSpec, room: Path, run: str) -> None:
+        """See `PartsStore`."""
+        if not sidecar_in(self.array(run)).exists():
+            make_coarser(self.layout(spec), self.array(run), room)
 
     def make_ready(self, sidecar: Mapping[str, Json], run: str) -> None:
         """Let nothing be missing but the name."""
