@@ -40,8 +40,8 @@ class FinishedTile:
 
     @property
     def num_bytes(self) -> int:
-        """Memory of the values."""
-        return 0 if self.values is None else self.values.nbytes
+        """Memory that it takes."""
+        return sum(each.nbytes for each in (self.values, self.uncovered) if each is not None)
 
 
 @dataclass

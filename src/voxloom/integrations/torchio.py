@@ -12,7 +12,7 @@ from torch import Tensor
 from ..core.affines import Affine
 from ..io.arrays import ArraySource
 from ..volumes.batch import SubjectsBatch
-from ..volumes.constants import AFFINE, DATA, INTENSITY, LABEL, PATH, STEM, TYPE
+from ..volumes.constants import AFFINE, DATA, HISTORY, INTENSITY, LABEL, PATH, STEM, TYPE
 from ..volumes.image import Image, LabelMap, ScalarImage
 from ..volumes.libraries import LibraryTransform, Transform, imported, in_its_type
 from ..volumes.loading import SubjectsDataset
@@ -28,9 +28,6 @@ __all__ = [
     "subject_of",
     "transform_of",
 ]
-
-HISTORY = "applied_transforms"
-"""Entry of a subject in which the transforms of TorchIO that were applied to it are kept."""
 
 
 def _torchio() -> Any:

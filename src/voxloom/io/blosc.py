@@ -26,11 +26,14 @@ class BloscFile(FileSource):
         path: the file.
         affine: RAS+ matrix of 4 × 4 from voxels to millimetres, if it is known.
         codes: what NIfTI records beside it.
+        dtype: type of what is read, where it is another one than that of the array.
     """
 
     is_sliceable = True
 
-    def __init__(self, path: Path, affine: Affine | None = None, codes: SpaceCodes | None = None) -> None:
+    def __init__(
+        self, path: Path, affine: Affine | None = None, codes: SpaceCodes | None = None, dtype: torch.dtype | None = None
+    ) -> None:
         self.name, self.paths, self._path = str(path), (path,), path
         place = np.eye(4) if affine is None else affine
         with self._opened("is no array of Blosc2") as array:
@@ -39,7 +42,7 @@ class BloscFile(FileSource):
                 raise UnsupportedImageError(f"{path} holds an array of shape {shape}: it must be (C, I, J, K), or (I, J, K)")
             self._has_channels = len(shape) == 4
             c, i, j, k = shape if self._has_channels else (1, *shape)
-            dtype = torch_dtype(np.dtype(array.dtype), self.name)
+            dtype = torch_dtype(np.dtype(array.dtype), self.name) if dtype is None else dtype
             self.spec = VolumeSpec((c, i, j, k), dtype, place, SpaceCodes(qform=0, sform=0) if codes is None else codes)
             self._chunks = tuple(map(int, array.chunks[-3:]))
 

@@ -4,7 +4,7 @@ import contextlib
 import errno
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,13 @@ __all__ = [
     "if_there",
     "sidecar_in",
     "size_of_path",
+    "state_of_files",
 ]
 
 # How a result that is a folder was made is said in a file of this name in it.
 FOLDER_SIDECAR = "voxloom.json"
+# So many files, and places in each, are looked into to tell files apart, and so many bytes of each place.
+MOST_SAMPLED, SAMPLE_BYTES = 8, 4096
 
 
 class FileSource(ABC):
@@ -87,14 +90,30 @@ class FileSource(ABC):
 
 
 def fingerprint_of_files(source: VolumeSource) -> Json:
-    """Know a source by the size and time of its files, and by its header."""
+    """Know a source by the names, sizes and times of its files, by samples of what is in them, and by its header."""
     header: list[Any] = [repr(source.shape), repr(source.dtype), source.affine.tobytes(), repr(source.codes)]
-    states = [path.stat() for path in files_in(source.paths)]
+    return {**state_of_files(files_in(source.paths)), "header_sha256": hash_of(header)}
+
+
+def state_of_files(files: Sequence[Path]) -> dict[str, Json]:
+    """Say what tells files from others that have their size and time: those that were unpacked together may have the same."""
+    states = [path.stat() for path in files]
     return {
         "bytes": sum(state.st_size for state in states),
         "modified_ns": max((state.st_mtime_ns for state in states), default=0),
-        "header_sha256": hash_of(header),
+        "names_sha256": hash_of(f"{path.name}\n" for path in files),
+        "samples_sha256": hash_of(_samples_of(files)),
     }
+
+
+def _samples_of(files: Sequence[Path]) -> Iterator[bytes]:
+    """Give some of what is in files: of some of them, where they are many, and of each in some places."""
+    for path in files[:: -(-len(files) // MOST_SAMPLED) or 1]:
+        with path.open("rb", buffering=0) as file:
+            step = max(SAMPLE_BYTES, path.stat().st_size // MOST_SAMPLED)
+            for number in range(MOST_SAMPLED):
+                file.seek(number * step)
+                yield file.read(SAMPLE_BYTES)
 
 
 def files_in(paths: tuple[Path, ...]) -> list[Path]:

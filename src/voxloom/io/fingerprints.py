@@ -15,8 +15,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
-from types import CodeType
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -24,10 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from .arrays import hash_of, raw_bytes
-from .files import hash_of_path
+from .code import fingerprint_of_class, fingerprint_of_file, source_of, used_beside, without_addresses
 from .protocols import Json
 
-__all__ = ["differences", "fingerprint_of_code", "fingerprint_of_model", "fingerprint_of_option", "state_of_model"]
+__all__ = ["differences", "fingerprint_of_model", "fingerprint_of_option", "state_of_model"]
 
 
 def fingerprint_of_model(model: Callable, name: str | None = None) -> Json:
@@ -42,11 +41,11 @@ def fingerprint_of_model(model: Callable, name: str | None = None) -> Json:
         return None
     if isinstance(model, torch.jit.ScriptModule):
         return {"class": "torch.jit.ScriptModule", "sha256": hash_of(_parts_of_script(model))}
-    digest = hashlib.sha256(_without_addresses(repr(model)).encode())
+    digest = hashlib.sha256(without_addresses(repr(model)).encode())
     files: set[str] = set()
     for where, part in model.named_modules():
         digest.update(f"{where} {_settings_of(part)} {getattr(part, 'code', '')}".encode())
-        files.add(fingerprint_of_code(type(part)) or "")
+        files.add(fingerprint_of_file(type(part)) or fingerprint_of_class(type(part)))
     digest.update("".join(sorted(files)).encode())
     values = dict(model.state_dict()) | dict(model.named_buffers())  # with those that are not part of a checkpoint
     for key, value in sorted(values.items()):
@@ -60,8 +59,8 @@ def _parts_of_script(model: torch.jit.ScriptModule) -> Iterator[str]:
     with zipfile.ZipFile(io.BytesIO(model.save_to_buffer())) as archive:
         for name in archive.namelist():
             if re.search(r"/(data|constants)(/|\.pkl$)|/code/.*\.py$", name):
-                yield _without_addresses(name.partition("/")[2])
-                yield _without_addresses(archive.read(name).decode("latin-1"))
+                yield without_addresses(name.partition("/")[2])
+                yield without_addresses(archive.read(name).decode("latin-1"))
 
 
 def _settings_of(part: nn.Module) -> list[tuple[str, Any]]:
@@ -95,84 +94,106 @@ def _sums_of(tensor: Tensor) -> Json:
     return tensor.data_ptr(), int(numbers.sum(dtype=torch.int64)), int(numbers[1::2].sum(dtype=torch.int64))
 
 
-def fingerprint_of_code(thing: Any) -> str | None:
-    """Know a class or a function by the source file that it is in; None where there is no such file."""
-    try:
-        path = inspect.getsourcefile(thing)
-        return None if path is None else hash_of_path(Path(path))
-    except (OSError, TypeError):
+def fingerprint_of_option(value: Any, with_files: bool = False) -> Json:
+    """Write an option down: numbers and texts as they are, functions by their source and what it uses, objects by their state.
+
+    Args:
+        value: the option.
+        with_files: know functions by the files that they are in, too, since they may use what stands beside them.
+    """
+    return _Teller(with_files).tell(value)
+
+
+class _Teller:
+    """Writes options down, however they are nested."""
+
+    def __init__(self, with_files: bool) -> None:
+        self._with_files = with_files
+        self._at_hand: set[int] = set()
+        """Objects that are being written down: what holds itself would have no end."""
+
+    def tell(self, value: Any) -> Json:
+        """Write an option down."""
+        if value is None or isinstance(value, bool | int | float | str):
+            return value if not isinstance(value, float) or math.isfinite(value) else repr(value)
+        if isinstance(value, np.ndarray | Tensor) and not _holds_objects(value):
+            array = torch.as_tensor(value)
+            return hash_of([f"{array.dtype} {tuple(array.shape)}", raw_bytes(array)])
+        if isinstance(value, nn.Module):
+            return fingerprint_of_model(value)
+        if id(value) in self._at_hand:
+            return "itself"
+        self._at_hand.add(id(value))
+        try:
+            return self._of_parts(value)
+        finally:
+            self._at_hand.discard(id(value))
+
+    def _of_parts(self, value: Any) -> Json:
+        if isinstance(value, Mapping):
+            return {str(key): self.tell(item) for key, item in value.items()}
+        if isinstance(value, tuple | list):
+            return [self.tell(item) for item in value]
+        if isinstance(value, set | frozenset):
+            return sorted(json.dumps(self.tell(item), sort_keys=True) for item in value)  # their order is that of the process
+        if isinstance(value, functools.partial):
+            return [self.tell(part) for part in (value.func, value.args, value.keywords)]
+        if inspect.ismethod(value):
+            return [self.tell(value.__self__), value.__qualname__]
+        if inspect.isfunction(value):
+            return f"{value.__module__}.{value.__qualname__} {self._of_function(value)[:16]}"
+        if isinstance(value, type):
+            return f"{value.__module__}.{value.__qualname__} {fingerprint_of_class(value)[:16]}"
+        kind = type(value)
+        wrapped = getattr(value, "__wrapped__", None) if kind.__module__ == "functools" else None  # of one that keeps results
+        state = self._state_of(value) if wrapped is None else json.dumps(self.tell(wrapped))
+        return f"{kind.__module__}.{kind.__qualname__} {hash_of([fingerprint_of_class(kind), state])[:16]}"
+
+    def _of_function(self, function: FunctionType) -> str:
+        used: list[Any] = []
+        for cell in function.__closure__ or ():
+            with contextlib.suppress(ValueError):  # one that is empty yet
+                used.append(cell.cell_contents)
+        told = [source_of(function), self._state_of([used, function.__defaults__, function.__kwdefaults__])]
+        if self._with_files:
+            file = fingerprint_of_file(function)
+            told.append(json.dumps(self.tell(used_beside(function))) if file is None else file)
+        return hash_of(told)
+
+    def _state_of(self, value: Any) -> bytes:
+        """Give what an object holds: as it is pickled; or, where it cannot be, by the fingerprints of its parts."""
+        try:
+            return _pickled(value, self)
+        except Exception:  # noqa: BLE001 - whatever an object of the user's raises
+            parts = value if isinstance(value, list) else getattr(value, "__dict__", None)
+            told = without_addresses(repr(value)) if parts is None else json.dumps(self.tell(parts), sort_keys=True)
+            return told.encode()
+
+
+def _holds_objects(value: np.ndarray | Tensor) -> bool:
+    return isinstance(value, np.ndarray) and value.dtype.kind not in "biufc"
+
+
+class _StatePickler(pickle.Pickler):
+    """Pickles what an object holds; what would be named alone, or differ between processes, as a fingerprint tells it."""
+
+    def __init__(self, file: io.BytesIO, teller: _Teller) -> None:
+        super().__init__(file)
+        self.fast = True  # or it would matter whether two parts are one, or are equal
+        self._teller = teller
+
+    def persistent_id(self, thing: Any) -> str | None:
+        """Give what is pickled in place of a part; None for the part itself."""
+        is_told = isinstance(thing, FunctionType | type | set | frozenset | Tensor | nn.Module)
+        if is_told or (isinstance(thing, np.ndarray) and not _holds_objects(thing)):
+            return json.dumps(self._teller.tell(thing), sort_keys=True)
         return None
 
 
-def fingerprint_of_option(value: Any) -> Json:
-    """Write an option down: numbers and texts as they are, functions by their source and what it uses, objects by their state."""
-    if value is None or isinstance(value, bool | int | float | str):
-        return value if not isinstance(value, float) or math.isfinite(value) else repr(value)
-    if isinstance(value, np.ndarray | Tensor):
-        array = torch.as_tensor(value)
-        return hash_of([f"{array.dtype} {tuple(array.shape)}", raw_bytes(array)])
-    if isinstance(value, nn.Module):
-        return fingerprint_of_model(value)
-    if id(value) in _AT_HAND:
-        return "itself"
-    _AT_HAND.add(id(value))
-    try:
-        return _fingerprint_of_parts(value)
-    finally:
-        _AT_HAND.discard(id(value))
-
-
-_AT_HAND: set[int] = set()
-"""Objects that a fingerprint is being made of: what holds itself would have no end."""
-
-
-def _fingerprint_of_parts(value: Any) -> Json:
-    if isinstance(value, Mapping):
-        return {str(key): fingerprint_of_option(item) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return [fingerprint_of_option(item) for item in value]
-    if isinstance(value, functools.partial):
-        return [fingerprint_of_option(part) for part in (value.func, value.args, value.keywords)]
-    if inspect.ismethod(value):
-        return [fingerprint_of_option(value.__self__), value.__qualname__]
-    if inspect.isfunction(value):
-        used = [cell.cell_contents for cell in value.__closure__ or ()]
-        state = _state_of([used, value.__defaults__, value.__kwdefaults__])
-        return f"{value.__module__}.{value.__qualname__} {hash_of([_source_of(value), state])[:16]}"
-    name = f"{type(value).__module__}.{type(value).__qualname__}"
-    return f"{name} {hash_of([fingerprint_of_code(type(value)) or '', _state_of(value)])[:16]}"
-
-
-def _source_of(function: Callable) -> str:
-    code = function.__code__
-    # Other texts may go by this name too, whose lines would be found: from Python 3.13 on, what `python -c` was given.
-    if code.co_filename != "<string>":
-        with contextlib.suppress(OSError, TypeError):
-            return inspect.getsource(function)
-    return _without_addresses(repr(_described(code)))
-
-
-def _described(part: Any) -> Any:
-    """Describe compiled code, and what is in it, the same in each process and wherever it stands in a text."""
-    if isinstance(part, CodeType):
-        return [part.co_code, part.co_names, [_described(constant) for constant in part.co_consts]]
-    if isinstance(part, frozenset):
-        return sorted(map(repr, part))
-    return [_described(each) for each in part] if isinstance(part, tuple) else part
-
-
-def _state_of(value: Any) -> bytes:
-    """Give what an object holds: as it is pickled; or, where it cannot be, by the fingerprints of its parts."""
-    try:
-        return pickle.dumps(value)
-    except Exception:  # noqa: BLE001 - whatever an object of the user's raises
-        parts = value if isinstance(value, list) else getattr(value, "__dict__", None)
-        told = _without_addresses(repr(value)) if parts is None else json.dumps(fingerprint_of_option(parts), sort_keys=True)
-        return told.encode()
-
-
-def _without_addresses(text: str) -> str:
-    return re.sub(r"0x[0-9a-f]+|[./]?___torch_mangle_\d+", "", text)
+def _pickled(value: Any, teller: _Teller) -> bytes:
+    buffer = io.BytesIO()
+    _StatePickler(buffer, teller).dump(value)
+    return buffer.getvalue()
 
 
 def differences(recorded: Json, now: Json, path: str = "") -> list[str]:

@@ -12,7 +12,7 @@ from ..core.boxes import Box
 from ..errors import CorruptImageError, ImageNotFoundError, MissingDependencyError, UnsupportedImageError, VoxloomError
 from .arrays import as_tensor, torch_dtype
 from .files import FileSource, explained
-from .protocols import SpaceCodes, VolumeSpec
+from .protocols import Json, SpaceCodes, VolumeSpec
 
 __all__ = ["Hdf5Source"]
 
@@ -55,6 +55,10 @@ class Hdf5Source(FileSource):
                 raise CorruptImageError(f"{self.name} has been changed since its header was read: make the image anew")
             values = as_tensor(np.asarray(array[(slice(None), *box.slices) if self._has_channels else box.slices]))
         return values if self._has_channels else values[None]
+
+    def fingerprint(self) -> Json:
+        """See `VolumeSource`."""
+        return {**super().fingerprint(), "array": self._dataset}
 
     @contextmanager
     def _opened(self) -> Iterator[Any]:

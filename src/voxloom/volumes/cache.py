@@ -4,10 +4,13 @@ import contextlib
 import copy
 import itertools
 import json
+import os
+import re
 import shutil
 import time
+import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,25 +21,29 @@ from filelock import FileLock
 from torch.utils.data import Dataset
 
 from .._version import __version__
-from ..errors import CorruptImageError, NoSuchIndexError, SaveError, SubjectError
+from ..errors import CorruptImageError, NoSuchIndexError, SaveError, SubjectError, VoxloomError
 from ..io.arrays import hash_of
 from ..io.blosc import BloscFile, write_blosc
+from ..io.code import fingerprint_of_class
 from ..io.files import size_of_path
-from ..io.fingerprints import fingerprint_of_code, fingerprint_of_option
+from ..io.fingerprints import fingerprint_of_option
+from ..io.plain import MOST_NUMBERS, from_plain, to_plain
 from ..io.protocols import Json, SpaceCodes
 from ..io.saving import as_save_error, bring_to_disk, write_safely
 from ..runtime.limits import as_bytes
 from ..runtime.marks import left_by_dead, new_mark
 from ..runtime.seeding import reseed, seeded
-from .contents import dry_subjects_of, name_of, transforms_of
+from .constants import HISTORY
+from .contents import TRANSFORMS, dry_subjects_of, leaf_at, leaves_of, name_of, transforms_of
 from .image import Image, LabelMap, ScalarImage
-from .libraries import as_subject
+from .libraries import LIBRARIES, as_subject, found_subject
+from .loading import SubjectsDataset
 from .subject import Subject
 
 __all__ = ["SubjectsCache"]
 
 # The form of entries: others are made anew.
-VERSION = 1
+VERSION = 2
 ENTRY = "subject.json"
 # What has been used within this time is not removed: another process may be about to read it.
 IN_USE_SECONDS = 3600.0
@@ -46,9 +53,9 @@ IMAGES: dict[str, type[Image]] = {each.__name__: each for each in (Image, Scalar
 class SubjectsCache(Dataset[Subject]):
     """A data set whose subjects, as they are after its own transform, are kept in a folder; a queue then reads only patches.
 
-    An entry is known by the identity of its files, and by the name, the code and the parameters of the transform: if any of them
-    changes, it is made anew. Several processes can share a folder, and a crash leaves no half entry. A random transform would be
-    frozen: give such a one to the queue, as `patch_transform`.
+    An entry is known by its files (path, size, time and header), and by the name, the code and the parameters of the transform: if
+    any of them changes, it is made anew. Several processes can share a folder, and a crash leaves no half entry. A random transform
+    would be frozen: give such a one to the queue, as `patch_transform`.
 
     Args:
         dataset: a `SubjectsDataset`, or another map-style one; its transform is what is done before subjects are kept.
@@ -89,24 +96,13 @@ class SubjectsCache(Dataset[Subject]):
                 f"{type(dataset).__name__} does not say what its subjects are before it loads them, so that it cannot be told"
                 " whether what is kept is of these: give a name, and another one when anything changes"
             )
-        self._made_by = self._transforms()
+        self._made_by = name or [_made_by(leaf) for leaf in leaves_of(dataset)]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise as_save_error(self.folder, error) from error
         for _, left in left_by_dead(self.folder, ".", r"\..*\.unfinished"):
             shutil.rmtree(left, ignore_errors=True)
-
-    def _transforms(self) -> Json:
-        """Say what the subjects are made by, whatever random numbers the transforms have at the moment."""
-        if self.name is not None:
-            return self.name
-        transforms = copy.deepcopy(transforms_of(self.dataset))
-        seeds = itertools.count()
-        for each in transforms:
-            reseed(each, seeds)
-        # With the files that they are in, since a function may use what stands beside it.
-        return [[fingerprint_of_option(each), fingerprint_of_code(getattr(each, "func", each))] for each in transforms]
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -142,7 +138,7 @@ class SubjectsCache(Dataset[Subject]):
     def _key(self, index: int) -> str:
         """Name the entry of a subject by all that it depends on."""
         if self.name is not None:
-            of_subject: Json = index
+            told: Json = [self.name, index]
         else:
             subjects = dry_subjects_of(self.dataset)
             assert subjects is not None
@@ -151,14 +147,15 @@ class SubjectsCache(Dataset[Subject]):
                 name: [
                     type(image).__name__,
                     image.type,
+                    [os.path.realpath(path) for path in image.paths],
                     _fingerprint_of(image),
                     fingerprint_of_option(image.reader),
                     fingerprint_of_option(image.metadata),
                 ]
                 for name, image in subject.images.items()
             }
-            of_subject = [images, fingerprint_of_option(subject.metadata)]
-        return hash_of([json.dumps([VERSION, self._made_by, of_subject], sort_keys=True)])[:32]
+            told = [self._made_by[leaf_at(self.dataset, index)], images, fingerprint_of_option(subject.metadata)]
+        return hash_of([json.dumps([VERSION, told], sort_keys=True)])[:32]
 
     @contextlib.contextmanager
     def _locked(self, key: str) -> Iterator[None]:
@@ -176,12 +173,15 @@ class SubjectsCache(Dataset[Subject]):
         """Give a subject that is kept, of which nothing is read yet; None if it is not."""
         try:
             told = json.loads((entry / ENTRY).read_text())
+            metadata = from_plain(told["metadata"])
+            images = {name: _image_of(entry / _file_of(name), each) for name, each in told["images"].items()}
+            return Subject({name: images[name] if name in images else metadata[name] for name in told["entries"]})
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            if isinstance(error, VoxloomError):
+                raise
             raise CorruptImageError(f"{entry / ENTRY} is damaged: remove {entry}, and it is made anew") from error
-        images = {name: _image_of(entry / f"{name}.b2nd", each) for name, each in told["images"].items()}
-        return Subject({**images, **told["metadata"]})
 
     def _made(self, index: int, key: str) -> Subject:
         """Make a subject, and keep it if there is room."""
@@ -193,9 +193,15 @@ class SubjectsCache(Dataset[Subject]):
         unfinished = self.folder / f".{new_mark()}.{key}.unfinished"
         try:
             unfinished.mkdir()
-            images = {name: _written(unfinished / f"{name}.b2nd", image) for name, image in subject.images.items()}
-            metadata = _plain(subject.metadata, name_of(self.dataset, index))
-            write_safely(unfinished / ENTRY, json.dumps({"voxloom": __version__, "images": images, "metadata": metadata}))
+            told = {
+                "voxloom": __version__,
+                "entries": list(subject),
+                "images": {name: _written(unfinished / _file_of(name), image) for name, image in subject.images.items()},
+                "metadata": _plain(subject.metadata, name_of(self.dataset, index)),
+            }
+            write_safely(unfinished / ENTRY, json.dumps(told))
+            if (self.folder / key).exists():  # what is left of an entry
+                self._remove(self.folder / key)
             unfinished.rename(self.folder / key)
         except OSError as error:
             if isinstance(error, SaveError):
@@ -219,12 +225,16 @@ class SubjectsCache(Dataset[Subject]):
             for last_used, each, path in sorted(entries):
                 if used + size <= self.size_limit or time.time() - last_used < IN_USE_SECONDS:
                     break
-                gone = path.with_name(f".{new_mark()}.{path.name}.unfinished")
                 with contextlib.suppress(OSError):
-                    path.rename(gone)
-                    shutil.rmtree(gone, ignore_errors=True)
+                    self._remove(path)
                     used -= each
             return used + size <= self.size_limit
+
+    def _remove(self, entry: Path) -> None:
+        """Remove an entry, of which no part is to be found under its name meanwhile."""
+        gone = entry.with_name(f".{new_mark()}.{entry.name}.unfinished")
+        entry.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
     def build(self, progress: Any = None) -> None:
         """Make all entries that are not there.
@@ -241,8 +251,33 @@ class SubjectsCache(Dataset[Subject]):
         own = {self._key(index) for index in range(len(self))}
         others = [path for path in self.folder.iterdir() if path.is_dir() and path.name not in own and (path / ENTRY).exists()]
         for path in others:
-            shutil.rmtree(path, ignore_errors=True)
+            with contextlib.suppress(FileNotFoundError):  # another process has removed it
+                self._remove(path)
         return len(others)
+
+
+def _made_by(leaf: Any) -> Json:
+    """Say what the subjects of a data set are made by, whatever random numbers its transforms have at the moment."""
+    transforms = copy.deepcopy(transforms_of(leaf))
+    seeds = itertools.count()
+    for each in transforms:
+        reseed(each, seeds)
+    told = fingerprint_of_option(transforms, with_files=True)
+    getter = type(leaf).__getitem__
+    if getter is SubjectsDataset.__getitem__ or getter.__module__.partition(".")[0] in LIBRARIES:
+        return told
+    # It has its own way to make them.
+    settings = {name: value for name, value in vars(leaf).items() if name not in TRANSFORMS and not _holds_subjects(value)}
+    return [told, fingerprint_of_class(type(leaf)), fingerprint_of_option(settings, with_files=True)]
+
+
+def _holds_subjects(value: Any) -> bool:
+    return isinstance(value, Sequence) and any(found_subject(each) is not None for each in value[:1])
+
+
+def _file_of(name: str) -> str:
+    """Name the file of an image, whatever the image is called."""
+    return f"{name if re.fullmatch('[a-z0-9_-]{1,64}', name) else hash_of([name])[:32]}.b2nd"
 
 
 def _fingerprint_of(image: Image) -> Json:
@@ -261,6 +296,7 @@ def _written(path: Path, image: Image) -> Json:
     name = next(each.__name__ for each in type(image).__mro__ if each.__name__ in IMAGES)
     return {
         "class": name,
+        "dtype": str(data.dtype).removeprefix("torch."),
         "type": image.type,
         "affine": image.affine.tolist(),
         "codes": asdict(image.codes),
@@ -271,26 +307,34 @@ def _written(path: Path, image: Image) -> Json:
 def _image_of(path: Path, told: Mapping[str, Json]) -> Image:
     codes = dict(told["codes"])
     world = tuple(map(tuple, codes.pop("qform_world")))
-    source = BloscFile(path, np.array(told["affine"]), SpaceCodes(**codes, qform_world=world))
+    source = BloscFile(path, np.array(told["affine"]), SpaceCodes(**codes, qform_world=world), getattr(torch, told["dtype"]))
     more = {"type": told["type"]} if told["class"] == "Image" else {}
-    return IMAGES[told["class"]](source, **more, **told["metadata"])
+    return IMAGES[told["class"]](source, **more, **from_plain(told["metadata"]))
 
 
-def _plain(values: Mapping[str, Any], what: str) -> dict[str, Json]:
+def _plain(values: Mapping[str, Any], what: str) -> Json:
     """Give metadata as they are written down.
 
     Raises:
         SubjectError: if there is something that cannot be.
     """
-    found = {}
+    kept = dict(values)
     for name, value in values.items():
-        plain = value.item() if isinstance(value, np.generic) else str(value) if isinstance(value, Path) else value
         try:
-            same = json.loads(json.dumps(plain))
-        except (TypeError, ValueError) as error:
+            to_plain(value)
+        except TypeError as error:
+            if name == HISTORY:
+                warnings.warn(
+                    f"the history of TorchIO's transforms ({HISTORY!r}) of {what} holds a {error}, which a cache cannot keep:"
+                    " it is left out",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+                kept[name] = []
+                continue
             raise SubjectError(
-                f"{name!r} of {what} is of type {type(value).__name__}, which a cache cannot keep: numbers, texts, lists and"
-                " dicts can be; remove it in the transform, or make it an image"
+                f"{name!r} of {what} is or holds a {error}, which a cache cannot keep: numbers, texts, paths, arrays of"
+                f" {MOST_NUMBERS} numbers at most, and lists, tuples and dicts of these can be. Let the data set's transform"
+                " remove it, or make it an image"
             ) from error
-        found[str(name)] = same
-    return found
+    return to_plain(kept)

@@ -4,6 +4,7 @@ __all__ = [
     "AFFINE",
     "CHANNELS_DIMENSION",
     "DATA",
+    "HISTORY",
     "INDEX_INI",
     "INTENSITY",
     "LABEL",
@@ -26,6 +27,9 @@ AFFINE = "affine"
 TYPE = "type"
 PATH = "path"
 STEM = "stem"
+
+# Entry of a subject: the transforms of TorchIO that were applied to it
+HISTORY = "applied_transforms"
 
 # Entries of a patch: `patch[LOCATION]`
 LOCATION = "location"

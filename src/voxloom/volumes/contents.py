@@ -1,5 +1,6 @@
 """What is in a data set, as far as it can be known without loading anything."""
 
+import bisect
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +9,10 @@ from torch.utils.data import ConcatDataset, Subset
 from .libraries import as_subject
 from .subject import Subject
 
-__all__ = ["dry_subjects_of", "gives_copies", "name_of", "transforms_of"]
+__all__ = ["TRANSFORMS", "dry_subjects_of", "gives_copies", "leaf_at", "leaves_of", "name_of", "transforms_of"]
+
+TRANSFORMS = ("transform", "_transform")
+"""Attributes in which data sets keep their transform; TorchIO 1 has it under the second name."""
 
 
 def dry_subjects_of(dataset: Any) -> Sequence[Subject] | None:
@@ -26,12 +30,29 @@ def dry_subjects_of(dataset: Any) -> Sequence[Subject] | None:
 
 def transforms_of(dataset: Any) -> list[Any]:
     """Give the transforms of a data set, of the one that it is a part of, or of those that it consists of."""
-    if isinstance(dataset, Subset):
-        return transforms_of(dataset.dataset)
-    if isinstance(dataset, ConcatDataset):
-        return [transform for part in dataset.datasets for transform in transforms_of(part)]
-    own = [getattr(dataset, name, None) for name in ("transform", "_transform")]  # TorchIO 1 keeps it under the second name
+    own = [getattr(leaf, name, None) for leaf in leaves_of(dataset) for name in TRANSFORMS]
     return [each for each in own if each is not None]
+
+
+def leaves_of(dataset: Any) -> list[Any]:
+    """Give the data sets that one consists of, or is a part of: itself, if neither."""
+    if isinstance(dataset, Subset):
+        return leaves_of(dataset.dataset)
+    if isinstance(dataset, ConcatDataset):
+        return [leaf for part in dataset.datasets for leaf in leaves_of(part)]
+    return [dataset]
+
+
+def leaf_at(dataset: Any, index: int) -> int:
+    """Say which of its `leaves_of` gives the subject of an index."""
+    if isinstance(dataset, Subset):
+        return leaf_at(dataset.dataset, int(dataset.indices[index]))
+    if isinstance(dataset, ConcatDataset):
+        number = bisect.bisect_right(dataset.cumulative_sizes, index)
+        first = dataset.cumulative_sizes[number - 1] if number else 0
+        before = sum(len(leaves_of(part)) for part in dataset.datasets[:number])
+        return before + leaf_at(dataset.datasets[number], index - first)
+    return 0
 
 
 def gives_copies(dataset: Any) -> bool:

@@ -260,10 +260,14 @@ def _spatial(matrix: np.ndarray, axes: Sequence[Axis], world: Sequence[Axis], na
             physical[row, 3] = matrix[rows[to], -1] * world[rows[to]].millimetres
     turned = np.zeros((4, 4))
     turned[3, 3] = 1
+    said = {to: world[rows[to]].orientation for to in SPATIAL if to in rows}
+    known = {to: (SPATIAL.index(to), 1) if value is None else DIRECTIONS[value] for to, value in said.items()}
+    left = [axis for axis in range(3) if axis not in {axis for axis, _ in known.values()}]
     for row, to in enumerate(SPATIAL):
-        orientation = world[rows[to]].orientation if to in rows else None
-        axis, sign = (row, 1) if orientation is None else DIRECTIONS[orientation]
+        # An axis that the image lacks goes where no other one does, its own direction first.
+        axis, sign = known[to] if to in known else (row if row in left else left[0], 1)
         turned[axis, row] = sign
+        left = [each for each in left if each != axis]
     affine: Affine = turned @ physical
     if np.linalg.matrix_rank(affine[:3, :3]) < 3:
         raise CorruptImageError(f"{name} is squeezed flat by what its metadata say of its voxels:\n{affine}")

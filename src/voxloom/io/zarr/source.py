@@ -24,7 +24,7 @@ from ...errors import (
     VoxloomError,
 )
 from ..arrays import as_tensor, hash_of, torch_dtype
-from ..files import FOLDER_SIDECAR, FileSource
+from ..files import FOLDER_SIDECAR, FileSource, state_of_files
 from ..protocols import Json, SpaceCodes, VolumeSpec
 from .chunks import ChunkedArray
 from .ngff import SPATIAL, Axis, Multiscales, axes_by_names, chosen_level
@@ -193,17 +193,14 @@ class ZarrSource(FileSource):
         )
 
     def fingerprint(self) -> Json:
-        """See `VolumeSource`. Of a URL it is the metadata alone."""
+        """See `VolumeSource`. Of a URL it is the address and the metadata alone."""
         header = [repr(self.shape), repr(self.dtype), self.affine.tobytes(), repr(self.codes), repr(self._taken), self._metadata]
+        header += [path.name for path in self.paths] or [self.name.partition("?")[0]]
         told: dict[str, Json] = {"header_sha256": hash_of(header), "array": self.array.path}
         for path in self.paths:
             root = path / self.array.path if path.is_dir() else path
             files = [root] if root.is_file() else sorted(each for each in root.rglob("*") if each.is_file())
-            states = [each.stat() for each in files]
-            told |= {
-                "bytes": sum(state.st_size for state in states),
-                "modified_ns": max((state.st_mtime_ns for state in states), default=0),
-            }
+            told |= state_of_files(files)
         if told != self._told:
             self.array.forget()  # chunks that were kept are of another state
             self._told = told

@@ -1,0 +1,90 @@
+"""What tells one function or class from another: the file that it is in, its source, or else its compiled code."""
+
+import contextlib
+import functools
+import inspect
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import CodeType, FunctionType
+from typing import Any
+
+from .arrays import hash_of
+from .files import hash_of_path
+
+__all__ = ["fingerprint_of_class", "fingerprint_of_file", "source_of", "used_beside", "without_addresses"]
+
+
+def fingerprint_of_file(thing: Any) -> str | None:
+    """Know a class or a function by the source file that it is in; None where there is no such file."""
+    try:
+        path = inspect.getsourcefile(thing)
+        if path is None:
+            return None
+        state = Path(path).stat()
+        return _hash_of_file(path, state.st_mtime_ns, state.st_size)
+    except (OSError, TypeError):
+        return None
+
+
+@functools.lru_cache(4096)
+def _hash_of_file(path: str, modified_ns: int, size: int) -> str:
+    return hash_of_path(Path(path))
+
+
+def fingerprint_of_class(kind: type) -> str:
+    """Know a class by the source files of it and of those that it is made from; one without a file, by its compiled methods."""
+    return hash_of(fingerprint_of_file(each) or repr(_described_class(each)) for each in kind.__mro__ if each is not object)
+
+
+def _described_class(kind: type) -> list[Any]:
+    """Describe the functions of a class, and the plain values that it has."""
+    found: list[Any] = []
+    for name, given in sorted(vars(kind).items()):
+        parts = [given.fget, given.fset, given.fdel] if isinstance(given, property) else [getattr(given, "__func__", given)]
+        for part in parts:
+            if isinstance(part, FunctionType):
+                found.append([name, source_of(part), without_addresses(repr([part.__defaults__, part.__kwdefaults__]))])
+            elif isinstance(part, bool | int | float | str | tuple) and not name.startswith("__"):
+                found.append([name, without_addresses(repr(part))])
+    return found
+
+
+def source_of(function: Callable) -> str:
+    """Give the source of a function; with its compiled code where it is a lambda, of which a line may have more, or has none."""
+    code = function.__code__
+    described = without_addresses(repr(_described(code)))
+    # Other texts may go by this name too, whose lines would be found: from Python 3.13 on, what `python -c` was given.
+    if code.co_filename == "<string>":
+        return described
+    with contextlib.suppress(OSError, TypeError):
+        return inspect.getsource(function) + (described if code.co_name == "<lambda>" else "")
+    return described
+
+
+def _described(part: Any) -> Any:
+    """Describe compiled code, and what is in it, the same in each process and wherever it stands in a text."""
+    if isinstance(part, CodeType):
+        return [part.co_code, part.co_names, [_described(constant) for constant in part.co_consts]]
+    if isinstance(part, frozenset):
+        return sorted(map(repr, part))
+    return [_described(each) for each in part] if isinstance(part, tuple) else part
+
+
+def used_beside(function: FunctionType) -> dict[str, Any]:
+    """Give what a function uses of what is defined beside it, as in a notebook: functions, classes and plain values."""
+    found, codes = {}, [function.__code__]
+    while codes:
+        code = codes.pop()
+        codes += [each for each in code.co_consts if isinstance(each, CodeType)]
+        for name in code.co_names:
+            value = function.__globals__.get(name)
+            is_own = isinstance(value, FunctionType | type) and value.__module__ == function.__module__
+            if is_own or isinstance(value, bool | int | float | str | tuple):
+                found[name] = value
+    return dict(sorted(found.items()))
+
+
+def without_addresses(text: str) -> str:
+    """Leave out what differs between processes where a text tells of objects."""
+    return re.sub(r"0x[0-9a-f]+|[./]?___torch_mangle_\d+", "", text)
