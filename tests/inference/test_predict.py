@@ -195,6 +195,24 @@ def test_several_outputs_of_one_pass_at_scales_of_their_own():
     np.testing.assert_allclose(result["coarse"].spacing, [4, 4, 4])
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"reduce": {"labels": "argmax"}, "output": {"lables": "x.nii"}},
+            "output names a result 'lables', and there is",
+        ),
+        ({"reduce": {"a": "entropy"}, "activation": {"b": "softmax"}}, "activation names a result 'b', and there is 'a'"),
+        ({"reduce": {"a": "entropy"}, "output_scale": {"b": 2}}, "output_scale names a result 'b', and there is 'a'"),
+        ({"output_scale": {"b": 2}}, "output_scale names a result 'b', and there is one, without a name"),
+    ],
+)
+def test_what_is_said_of_no_result_is_an_error(options, message):
+    output = options.pop("output", None)
+    with pytest.raises(vx.errors.NoSuchKeyError, match=message):
+        vx.predict(network(), torch.rand(1, 12, 12, 12), 8, output=output, **options)
+
+
 def test_results_are_made_of_outputs_by_their_names():
     data = torch.rand(1, 20, 18, 17)
     model = network()
@@ -668,6 +686,7 @@ def test_infinity_is_a_warning():
         ({"reduce": lambda block: block * torch.nan}, "given as reduce made NaN"),
         ({"reduce": {}}, "the dict of results is empty"),
         ({"mirror_axes": 3}, "mirror_axes is 3"),
+        ({"mirror_axes": True}, "mirror_axes is True"),
         ({"mirror_axes": (3,)}, "mirror_axes is (3,)"),
         ({"mirror_axes": (1, 1)}, "mirror_axes is (1, 1)"),
         ({"device": "nowhere"}, "device is 'nowhere'"),

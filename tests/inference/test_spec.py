@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -450,3 +451,52 @@ def test_models_of_slices_are_packed(axis, tmp_path, monkeypatch):
     network_of_slices.load_state_dict(torch.load("w.pth"))
     made, expected = (vx.predict(model, scan((12, 10, 9)), spec=spec) for model in ("m.pt2", network_of_slices))
     assert torch.allclose(made.data, expected.data, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scale": "zscore"}, "an object of which scale, here 'zscore', is one of 'none', 'z-score'"),
+        ({"clip": (50, 10)}, r"clip, here \(50, 10\), is two numbers, the smaller one first"),
+        ({"scale": "z-score", "over": "foreground"}, "over, here 'foreground', is a number"),
+        ({"scale": "z-score", "mean": 0, "std": -5}, "std, here -5, is a number of at least 0"),
+        ({"clip_percentiles": (1, 120)}, "percentiles from 0 to 100"),
+        ({"mean": float("nan")}, "mean, here nan, is a number"),
+    ],
+)
+def test_intensities_are_checked_however_they_are_given(options, message):
+    with pytest.raises(SpecError, match=message):
+        vx.ModelSpec(channels=("CT",), intensity=Intensity(**options))
+    with pytest.raises(SpecError, match=message):
+        vx.ModelSpec(channels=("CT",), intensity=[options])
+
+
+def test_numbers_of_numpy_are_numbers():
+    spec = vx.ModelSpec(channels=("CT",), intensity=Intensity(scale="z-score", mean=np.float32(0.5), std=np.int64(2)))
+    assert vx.ModelSpec.from_json(json.dumps(spec.to_json())) == spec
+
+
+def test_a_program_is_loaded_again_where_it_is_brought_to(tmp_path):
+    spec = vx.ModelSpec(channels=("t1",), patch_size=8)
+    vx.save_model(nn.Conv3d(1, 2, 3, padding=1), tmp_path / "m.pt2", spec)
+    loaded = vx.load_model(str(tmp_path / "m.pt2"))
+    again = pickle.loads(pickle.dumps(loaded))
+    batch = torch.rand(1, 1, 8, 8, 8)
+    assert torch.equal(again.model(batch), loaded.model(batch))
+    assert (again.spec, again.patch_size, again.name) == (spec, loaded.patch_size, loaded.name)
+    with pytest.raises(vx.errors.ModeError, match="cannot be sent to other processes: give a model by the name of its file"):
+        vx.predict(loaded.model, torch.rand(1, 8, 8, 8), 8, output=tmp_path / "a.zarr", devices="cpu")
+    packed = pickle.dumps(loaded)
+    vx.save_model(nn.Conv3d(1, 2, 3, padding=1), tmp_path / "m.pt2", spec, overwrite=True)
+    with pytest.raises(ModelFileError, match="has been changed since it was loaded"):
+        pickle.loads(packed)
+
+
+@pytest.mark.slow
+def test_a_program_is_run_by_other_processes(tmp_path):
+    vx.save_model(nn.Conv3d(1, 3, 3, padding=1), tmp_path / "m.pt2", vx.ModelSpec(("t1",), patch_size=8, reduce="argmax"))
+    vx.ScalarImage(torch.rand(1, 20, 18, 16)).save(tmp_path / "scan.nii")
+    expected = vx.predict(str(tmp_path / "m.pt2"), tmp_path / "scan.nii").data
+    for number, model in enumerate((str(tmp_path / "m.pt2"), vx.load_model(str(tmp_path / "m.pt2")))):
+        made = vx.predict(model, tmp_path / "scan.nii", output=tmp_path / f"{number}.zarr", devices="cpu")
+        assert torch.equal(made.data, expected)

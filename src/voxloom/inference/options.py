@@ -101,6 +101,7 @@ def settings_of(
     Raises:
         SizeError, ModeError: if something cannot be used.
     """
+    form = as_form(own.context, own.slice_axis)
     patch_size = own.patch_size
     if patch_size is None and None not in loaded.patch_size:
         patch_size = loaded.patch_size
@@ -121,5 +122,5 @@ def settings_of(
         fill=fill,
         memory_limit=memory_limit,
         dtype=dtype,
-        form=as_form(own.context, own.slice_axis),
+        form=form,
     )

@@ -166,6 +166,8 @@ class Predictor:
         executor = executor if devices is None else ProcessLauncher(devices)
         self._launcher = as_launcher(executor)
         loaded = as_loaded(model)
+        if loaded.file is not None:  # a process elsewhere may be in another folder
+            self._arguments["model"] = loaded
         spec = loaded.spec if spec is None else spec
         self.spec = ModelSpec() if spec is None else spec
         own = usual_options(self.spec).unless(reduce=loaded.reduce)

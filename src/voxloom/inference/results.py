@@ -77,9 +77,10 @@ class ResultOptions:
             target: where results go: a dict, if that is by name.
 
         Raises:
-            NoSuchKeyError: if it is not clear which output a result is made of.
+            NoSuchKeyError: if it is not clear which output a result is made of, or something is said of a result that is none.
         """
         names = self.names(target)
+        self._check_names(outputs, target)
         requests: list[OutputRequest] = []
         results = []
         for name in outputs if names is None else names:
@@ -93,6 +94,20 @@ class ResultOptions:
                 requests.append(request)
             results.append(ResultRequest(name, requests.index(request), reduction))
         return requests, results
+
+    def _check_names(self, outputs: list[Name], target: Any) -> None:
+        """Check that all that is said by name is said of a result: of one that is mistyped there would be another."""
+        reduce, activation = (given if isinstance(given, Mapping) else {} for given in (self.reduce, self.activation))
+        leading = reduce or activation or (target if isinstance(target, Mapping) else {})
+        known = list(dict.fromkeys([*leading, *(name for name in outputs if name is not None)]))
+        for what, given in (("activation", self.activation), ("output", target), ("output_scale", self.scale)):
+            unknown = [name for name in given if name not in known] if isinstance(given, Mapping) else []
+            if unknown:
+                there = ", ".join(map(repr, known)) or "one, without a name"
+                raise NoSuchKeyError(
+                    f"{what} names a result {unknown[0]!r}, and there is {there}: write it alike; reduce={{{unknown[0]!r}: None}}"
+                    " makes one that is not reduced"
+                )
 
 
 def result_specs(

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import hashlib
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -101,7 +102,7 @@ def state_of_files(files: Sequence[Path]) -> dict[str, Json]:
     return {
         "bytes": sum(state.st_size for state in states),
         "modified_ns": max((state.st_mtime_ns for state in states), default=0),
-        "names_sha256": hash_of(f"{path.name}\n" for path in files),
+        "names_sha256": hash_of(os.fsencode(path.name) + b"\n" for path in files),
         "samples_sha256": hash_of(_samples_of(files)),
     }
 

@@ -8,7 +8,7 @@ import sys
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -67,6 +67,23 @@ class LoadedModel:
     """What comes before it, of a cascade."""
     reduce: Any = None
     """What is made of its scores, where that is more than a spec can say."""
+    file: Path | None = None
+    """The file of a program, which cannot be pickled: another process loads it again."""
+    allow_pickle: bool = False
+    """Whether it may run code that it brings."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        left_out = () if self.file is None else ("model", "guards")
+        return {name: value for name, value in vars(self).items() if name not in left_out}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        file = state["file"]
+        if file is not None:
+            again = _of_file(file, state["allow_pickle"])
+            if again.name != state["name"]:
+                raise ModelFileError(f"{file} has been changed since it was loaded: begin again")
+            state = {**state, "model": again.model, "guards": again.guards}
+        self.__dict__.update(state)
 
     def least_batch_size(self, patch_size: Sequence[int] | None = None) -> int:
         """Give the batch size that it is fixed to, or else the smallest that it was made for."""
@@ -270,7 +287,8 @@ def _of_file(path: Path, allow_pickle: bool) -> LoadedModel:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)  # of TorchScript as such
-                return LoadedModel(torch.jit.load(path, map_location="cpu").eval(), _name_of(path), spec=spec_beside(path))
+                model, spec = torch.jit.load(path, map_location="cpu").eval(), spec_beside(path)
+                return LoadedModel(model, _name_of(path), spec=spec, file=path.absolute(), allow_pickle=True)
         except Exception as error:  # see above
             raise ModelFileError(f"{path} cannot be loaded as TorchScript: {_first_line(error)}") from error
     if not allow_pickle:
@@ -308,11 +326,13 @@ def _of_program(path: Path, allow_pickle: bool) -> LoadedModel:
         raise ModelFileError(
             f"{path}: {error}. Give --allow-pickle if you trust where it is from, and PyTorch makes its own checks"
         ) from error
-    module = _module_of(program, guards)
+    found = LoadedModel(
+        _module_of(program, guards), _name_of(path), spec=_spec_of(path), file=path.absolute(), allow_pickle=allow_pickle
+    )
     if len(shapes[0]) == 4:  # what it was exported for is a matter of which axis slices lie along, and of their neighbours
-        return LoadedModel(module, _name_of(path), spec=_spec_of(path))
+        return found
     batch, channels, *patch = (size if isinstance(size, int) else None for size in shapes[0])
-    return LoadedModel(module, _name_of(path), batch, tuple(patch), channels, guards, _spec_of(path))
+    return replace(found, batch_size=batch, patch_size=tuple(patch), channels=channels, guards=guards)
 
 
 def _spec_of(path: Path) -> ModelSpec | None:

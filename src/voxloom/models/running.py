@@ -280,7 +280,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def _as_axes(given: Any) -> Ints:
     axes = () if given is None else tuple(given) if isinstance(given, Iterable) else (given,)
-    if any(axis not in (0, 1, 2) for axis in axes) or len(set(axes)) < len(axes):
+    if any(isinstance(axis, bool) or axis not in (0, 1, 2) for axis in axes) or len(set(axes)) < len(axes):
         raise SizeError(f"mirror_axes is {given!r}: it must name each of the axes 0, 1 and 2 once at most")
     return axes
 

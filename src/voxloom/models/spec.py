@@ -1,8 +1,10 @@
 """What a trained model expects of an image, and what its outputs mean: its space, its intensities, its patches, its labels."""
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -214,16 +216,22 @@ def _parsed(key: str, value: Any, parse: Callable[[Any], Any], where: str) -> An
 
 
 def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, Real) or math.isnan(value):
         raise _Wrong("a number")
-    return value
+    return value if isinstance(value, int | float) else float(value)
+
+
+def _deviation(value: Any) -> float:
+    if _number(value) < 0:
+        raise _Wrong("a number of at least 0")
+    return _number(value)
 
 
 def _whole(least: int) -> Callable[[Any], int]:
     def parse(value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
             raise _Wrong(f"a whole number of at least {least}")
-        return value
+        return int(value)
 
     return parse
 
@@ -265,7 +273,7 @@ def _text(value: Any) -> str:
 def _object(kind: type, parsers: Mapping[str, Callable[[Any], Any]]) -> Callable[[Any], Any]:
     def parse(value: Any) -> Any:
         if isinstance(value, kind):
-            return value
+            value = {each.name: getattr(value, each.name) for each in fields(kind)}
         if not isinstance(value, Mapping):
             raise _Wrong(f"an object of {', '.join(parsers)}")
         unknown = [key for key in value if key not in parsers]
@@ -274,7 +282,13 @@ def _object(kind: type, parsers: Mapping[str, Callable[[Any], Any]]) -> Callable
         needed = [each.name for each in fields(kind) if each.default is MISSING]
         if any(key not in value for key in needed):
             raise _Wrong(f"an object that has {' and '.join(needed)}")
-        return kind(**{key: parsers[key](each) for key, each in value.items()})
+        found = {}
+        for key, each in value.items():
+            try:
+                found[key] = parsers[key](each)
+            except _Wrong as error:
+                raise _Wrong(f"an object of which {key}, here {each!r}, is {error}") from None
+        return kind(**found)
 
     return parse
 
@@ -336,7 +350,7 @@ INTENSITY: dict[str, Callable[[Any], Any]] = {
     "clip_percentiles": _or_none(_percentiles),
     "scale": _one_of("none", "z-score", "range", "percentiles"),
     "mean": _or_none(_number),
-    "std": _or_none(_number),
+    "std": _or_none(_deviation),
     "low": _or_none(_number),
     "high": _or_none(_number),
     "onto": _listed(_number, 2),

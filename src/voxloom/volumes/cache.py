@@ -53,9 +53,9 @@ IMAGES: dict[str, type[Image]] = {each.__name__: each for each in (Image, Scalar
 class SubjectsCache(Dataset[Subject]):
     """A data set whose subjects, as they are after its own transform, are kept in a folder; a queue then reads only patches.
 
-    An entry is known by its files (path, size, time and header), and by the name, the code and the parameters of the transform: if
-    any of them changes, it is made anew. Several processes can share a folder, and a crash leaves no half entry. A random transform
-    would be frozen: give such a one to the queue, as `patch_transform`.
+    An entry is known by its files (path, size, time and header), and by the name, the code and the parameters of the transform:
+    if any of them changes, it is made anew. Several processes can share a folder, and a crash leaves no half entry. A random
+    transform would be frozen: give such a one to the queue, as `patch_transform`.
 
     Args:
         dataset: a `SubjectsDataset`, or another map-style one; its transform is what is done before subjects are kept.

@@ -20,8 +20,12 @@ from ...errors import ModeError
 from ...io.zarr.storage import is_url
 from .shards import ShardedRun
 
-__all__ = ["Launcher", "ProcessLauncher", "SerialLauncher", "ShardJob", "as_devices", "as_launcher"]
+__all__ = ["CANNOT_SEND", "Launcher", "ProcessLauncher", "SerialLauncher", "ShardJob", "as_devices", "as_launcher"]
 
+CANNOT_SEND = (
+    "the model or a function cannot be sent to other processes: give a model by the name of its file, as what load_model gives,"
+    " or as package.module:callable, and functions that stand in a module"
+)
 # How often a part is tried that nobody has finished.
 ATTEMPTS = 3
 # How often it is looked at what is done: a folder that may have many files.
@@ -214,7 +218,7 @@ class ProcessLauncher:
         for place, device in enumerate(self.devices[:count]):
             own = job if device is None else job.on(device)
             threads = max(1, torch.get_num_threads() // count) if device in (None, "cpu") else None
-            process = context.Process(target=_compute_all, args=(pickle.dumps(own), numbers[place::count], threads), daemon=True)
+            process = context.Process(target=_compute_all, args=(_pickled(own), numbers[place::count], threads), daemon=True)
             process.start()
             processes.append(process)
         return processes
@@ -243,6 +247,13 @@ def as_launcher(given: Any) -> Launcher | None:
         return given
     module = LAUNCHERS.get(type(given).__module__.partition(".")[0])
     return None if module is None else importlib.import_module(module).launcher_of(given)
+
+
+def _pickled(job: ShardJob) -> bytes:
+    try:
+        return pickle.dumps(job)
+    except Exception as error:  # whatever a model or a function of the user's raises
+        raise ModeError(f"{CANNOT_SEND}: {error}") from error
 
 
 def _compute_all(job: bytes, numbers: Sequence[int], threads: int | None) -> None:

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -195,7 +196,7 @@ class ZarrSource(FileSource):
     def fingerprint(self) -> Json:
         """See `VolumeSource`. Of a URL it is the address and the metadata alone."""
         header = [repr(self.shape), repr(self.dtype), self.affine.tobytes(), repr(self.codes), repr(self._taken), self._metadata]
-        header += [path.name for path in self.paths] or [self.name.partition("?")[0]]
+        header += [os.fsencode(path.name) for path in self.paths] or [self.name.partition("?")[0]]
         told: dict[str, Json] = {"header_sha256": hash_of(header), "array": self.array.path}
         for path in self.paths:
             root = path / self.array.path if path.is_dir() else path
