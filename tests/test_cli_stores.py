@@ -99,6 +99,22 @@ def test_status(folder, target):
     assert "is damaged" in run("status", target)
 
 
+def test_status_of_a_folder(folder):
+    command = ("predict", "mymodel:two", "scan.nii.gz", *PREDICT[1:])
+    (folder / "out" / "sub").mkdir(parents=True)
+    run(*command, "-o", "out/sub/done.v1.nii.gz")
+    store = vx.ZarrStore("out/parts.v1.ome.zarr", chunks=8)
+    parts = vx.Predictor(lambda batch: batch, 8, model_name="same").shards("scan.nii.gz", output=store, shard_size=8)
+    parts.compute(0)
+    run("predict", "mymodel:fails", "scan.nii.gz", *PREDICT[1:], "--overlap", 0.5, "-o", "out/begun.v1.nii.gz", code=1)
+    told = {each["target"]: each["state"] for each in json.loads(run("status", "out", "--json"))}
+    expected = {"begun.v1.nii.gz": "unfinished", "parts.v1.ome.zarr": "in parts", "sub/done.v1.nii.gz": "complete"}
+    assert told == {f"out/{name}": state for name, state in expected.items()}
+    assert run("retry", "out").count("0 parts that failed") == 3
+    (folder / "empty").mkdir()
+    assert "no prediction has been begun" in run("status", "empty", code=2)
+
+
 def test_index(folder):
     assert ".seg.index" in run("index", "seg.nii", "--patch-size", 8, "--classes", "0,1")
     assert ".seg.index" in run("index", "seg.nii", "--patch-size", "8,8,4", "--weighted", "--border", "clamp")
@@ -114,6 +130,13 @@ def test_cache(folder):
 
 
 def test_bad_input(folder):
+    assert "chunks was given for out.nii, which is no Zarr" in run(
+        "convert", "scan.nii.gz", "-o", "out.nii", "--chunks", 8, code=1
+    )
+    assert "levels is 0" in run("convert", "scan.nii.gz", "-o", "out.ome.zarr", "--levels", 0, code=1)
+    for option in (("--folds", "0"), ("--checkpoint", "a.pth"), ("--allow-code",)):
+        told = run("predict", *PREDICT[:1], "scan.nii.gz", *PREDICT[1:], "-o", "out.nii", *option, code=2)
+        assert f"{option[0]} was given, which is not for a model of one's own" in told
     assert "--format is 'png'" in run("convert", "scan.nii.gz", "-o", "out", "--format", "png")
     assert "out.png is the name of a file" in run("convert", "scan.nii.gz", "-o", "out.png")
     assert "exists, and is kept" in run("convert", "scan.nii.gz", "-o", "seg.nii", code=1)

@@ -122,8 +122,10 @@ def test_arguments_of_other_names_are_named(subject):
         vx.GridSampler(subject, patch_sise=4)
     with pytest.raises(ArgumentNameError, match="Queue has no argument 'worker': did you mean num_workers"):
         vx.Queue([subject], 4, 1, vx.UniformSampler(4), worker=2)
-    with pytest.raises(ArgumentNameError, match="LabelSampler has no argument 'zzz', only subject"):
+    with pytest.raises(ArgumentNameError, match="LabelSampler has no argument 'zzz', only subject, patch_size, label_name"):
         vx.LabelSampler(4, zzz=2)
+    with pytest.raises(ArgumentNameError, match="LabelSampler has no argument 'label_probs': did you mean label_probabilities"):
+        vx.LabelSampler(4, "seg", label_probs={1: 1})
 
 
 def test_a_queue_has_no_patch_of_an_index(subject):

@@ -11,12 +11,25 @@ from torch import nn
 
 import voxloom as vx
 from dicom_samples import write_slices
-from voxloom.errors import SpaceError, TargetExistsError, UnsupportedImageError
+from voxloom.errors import ModeError, SpaceError, TargetExistsError, UnsupportedImageError
 from voxloom.integrations.dicom_seg import save_dicom_seg
 
 LABELS = (vx.Label(1, "liver", (200, 10, 20), ("SCT", "10200004", "Liver")), vx.Label(2, "kidney, left"), vx.Label(9, "absent"))
 SPEC = vx.ModelSpec(patch_size=16, reduce="argmax", labels=LABELS)
 AFFINE = np.array([[-1, 0, 0, 9], [0, -1.5, 0, 8], [0, 0.1, 2, -7], [0, 0, 0, 1]])
+
+
+def test_a_segmentation_may_have_many_segments(tmp_path):
+    labels = (torch.arange(16**3) % 2001).reshape(1, 16, 16, 16).to(torch.int16)
+    vx.convert(vx.LabelMap(labels), tmp_path / "many.seg.nrrd")
+    assert torch.equal(vx.LabelMap(tmp_path / "many.seg.nrrd").data, labels)
+
+
+def test_tables_take_names_and_numbers(tmp_path):
+    vx.write_label_table({"liver": 5}, tmp_path / "table.tsv")
+    assert (tmp_path / "table.tsv").read_text().splitlines()[1].startswith("5\tliver\t#")
+    with pytest.raises(ModeError, match="labels has 'liver': give names and whole numbers"):
+        vx.write_label_table(["liver"], tmp_path / "table.tsv")
 
 
 def fixed(count=4):

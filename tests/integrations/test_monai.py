@@ -217,6 +217,16 @@ def test_an_image_that_loses_its_place_within_a_list_gets_it_back(first):
     assert made["image"].affine[0].tolist() == pytest.approx([1, 0, 0, -14])
 
 
+@pytest.mark.parametrize("dtype", [torch.long, torch.int16, torch.bool])
+def test_labels_are_cast_to_whole_numbers_where_that_is_asked_for(dtype):
+    item = {"image": torch.rand(1, 8, 8, 8), "label": torch.ones(1, 8, 8, 8)}
+    cast = mt.CastToTyped("label", dtype)
+    for transform in (cast, vx.Compose([mt.Flipd(["image", "label"], 0), cast])):
+        queue = vx.Queue([item], 2, 2, vx.UniformSampler(4), transform=transform, seed=0)
+        assert next(iter(queue)).label.dtype == dtype
+        queue.close()
+
+
 def test_labels_that_are_made_within_a_list_keep_their_type():
     made = vx.Compose([mt.CopyItemsd("label", names="label2"), mt.Lambdad(["label", "label2"], lambda x: x * 1.0)])(
         from_dict(item_of(0))

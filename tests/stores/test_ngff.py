@@ -5,7 +5,7 @@ import pytest
 
 from voxloom.core.affines import spacing_of
 from voxloom.core.pyramids import factors_of_levels
-from voxloom.errors import CorruptImageError, NoSuchIndexError, UnsupportedImageError
+from voxloom.errors import CorruptImageError, NoSuchIndexError, SizeError, UnsupportedImageError
 from voxloom.io.zarr.ngff import Multiscales, chosen_level, described
 
 ALIGNED = np.array([[0.0, 2, 0, -30], [-1.5, 0, 0, 4], [0, 0, 3, 5], [0, 0, 0, 1]])
@@ -142,6 +142,27 @@ def test_levels_are_chosen_by_number_or_spacing():
     assert [chosen_level(found, 0, wanted, "scan") for wanted in (0.5, 1, 3, 2, 9, (4, 4, 2))] == [0, 0, 1, 1, 2, 1]
     with pytest.raises(NoSuchIndexError, match="no level 3, only 3"):
         chosen_level(found, 3, None, "scan")
+    for level in (None, 1.5, "x", True):
+        with pytest.raises(NoSuchIndexError, match="level is .*: it must be a whole number"):
+            chosen_level(found, level, None, "scan")
+    for spacing in ((1, 2), "x", 0, -1, float("nan"), (1, None, 1)):
+        with pytest.raises(SizeError, match="spacing is .*: give positive millimetres"):
+            chosen_level(found, 0, spacing, "scan")
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "expected"),
+    [
+        ("right-to-left", "superior-to-inferior", [[-0.5, 0, 0], [0, 0, 1], [0, -0.5, 0]]),
+        ("posterior-to-anterior", "inferior-to-superior", [[0, 0, 1], [0.5, 0, 0], [0, 0.5, 0]]),
+        ("left-to-right", "posterior-to-anterior", [[0.5, 0, 0], [0, 0.5, 0], [0, 0, 1]]),
+    ],
+)
+def test_an_axis_that_is_missing_goes_where_no_other_one_does(x, y, expected):
+    flat = image([scale(0.5, 0.5)], names="yx")
+    for axis, way in zip(flat["axes"], (y, x), strict=True):
+        axis["orientation"] = {"type": "anatomical", "value": way}
+    assert read(flat).levels[0].affine[:3, :3].tolist() == expected
 
 
 def test_axes_are_halved_until_voxels_are_as_long_as_they_are_wide():

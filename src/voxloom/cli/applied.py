@@ -57,6 +57,8 @@ def _loaded(options: ModelOptions) -> LoadedModel:
         folds = None if options.folds is None else [fold.strip() for fold in options.folds.split(",")]
         given = LoadingOptions(options.weights, folds, options.checkpoint, options.allow_pickle, options.allow_code)
         return other[0].load(other[1], given)
+    given = LoadingOptions(options.weights, None, None, options.allow_pickle, options.allow_code)
+    given.refuse("a model of one's own", folds=options.folds, checkpoint=options.checkpoint, allow_code=options.allow_code)
     return load_model(options.model, options.weights, options.allow_pickle)
 
 

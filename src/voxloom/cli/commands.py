@@ -229,7 +229,7 @@ def cache(
 
 @app.command(epilog="Example:\n\n    voxloom status out.ome.zarr\n")
 def status(
-    outputs: Annotated[list[Path], typer.Argument(metavar="RESULT...", help="What predict writes, or has begun to write.")],
+    outputs: Annotated[list[Path], typer.Argument(metavar="RESULT...", help="What predict writes, or a folder of that.")],
     picture: Annotated[Path | None, typer.Option(help="Draw which parts of a volume are done (.png).")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -242,7 +242,7 @@ def status(
 
 @app.command(epilog="Example:\n\n    voxloom retry out.ome.zarr\n")
 def retry(
-    outputs: Annotated[list[Path], typer.Argument(metavar="RESULT...", help="Results of which parts failed.")],
+    outputs: Annotated[list[Path], typer.Argument(metavar="RESULT...", help="Results of which parts failed, or their folder.")],
 ) -> None:
     """Forget which parts of a prediction failed, so that whoever computes it next tries them again."""
     from .stores import try_again

@@ -10,11 +10,11 @@ from tqdm.auto import tqdm
 from ..core.sizes import pretty_bytes
 from ..errors import ModeError, SubjectError, VoxloomError
 from ..io.files import size_of_path
-from ..io.formats import endings
+from ..io.formats import endings, format_of, is_folder_target
 from ..io.sidecars import read_sidecar, sidecar_of
 from ..plotting.drawings import draw_parts
-from ..runs.log import progress_of
-from ..runs.parts import forget_failures, status_of
+from ..runs.log import progress_of, targets_of_log
+from ..runs.parts import forget_failures, status_of, targets_of_records
 from ..sampling.indexing import build_index
 from ..sampling.random import PatchSampler
 from ..sampling.weighted import LabelSampler, WeightedSampler
@@ -99,14 +99,42 @@ def _dataset(name: str) -> Any:
 
 
 def tell_status(outputs: list[Path], picture: Path | None, report: Report) -> None:
-    """Say of results how far their runs are."""
-    for path in outputs:
+    """Say of results, or of all in a folder, how far their runs are."""
+    for path in _all_results(outputs):
         text, entry = _status(path)
         if picture is not None and (found := status_of(path)) is not None:
             draw_parts(found.boxes, found.numbers, set(found.failed), picture)
             text, entry["picture"] = f"{text}; {picture}", str(picture)
         report.answer(f"{path}: {text}", {"target": str(path), **entry})
     report.end()
+
+
+def _all_results(outputs: list[Path]) -> list[Path]:
+    """Give results, in place of folders those in them: what is complete, and what is begun.
+
+    Raises:
+        ModeError: if there is none in a folder.
+    """
+    found: list[Path] = []
+    for path in outputs:
+        is_folder = path.is_dir() and not is_folder_target(path)
+        inside = sorted(_results_in(path)) if is_folder else [path]
+        if not inside:
+            raise ModeError(f"{path} is a folder in which no prediction has been begun: name a result, or the folder of results")
+        found += inside
+    return found
+
+
+def _results_in(folder: Path) -> set[Path]:
+    found: set[Path] = set()
+    for path in folder.iterdir():
+        if path.name.startswith("."):
+            found.update(targets_of_records(path) if path.is_dir() else targets_of_log(path))
+        elif path.is_dir() and not is_folder_target(path):
+            found |= _results_in(path)
+        elif (format_of(path) is not None or is_folder_target(path)) and read_sidecar(sidecar_of(path)) is not None:
+            found.add(path)
+    return found
 
 
 def _status(path: Path) -> tuple[str, dict[str, Any]]:
@@ -137,8 +165,8 @@ def _status(path: Path) -> tuple[str, dict[str, Any]]:
 
 
 def try_again(outputs: list[Path], report: Report) -> None:
-    """Forget which parts of results failed."""
-    for path in outputs:
+    """Forget which parts of results failed, or of all in a folder."""
+    for path in _all_results(outputs):
         count = forget_failures(path)
         report.done(f"{path}: {count} parts that failed are tried again by the next that computes it", {"target": str(path)})
     report.end()

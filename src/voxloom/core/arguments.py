@@ -42,10 +42,19 @@ def known_arguments(function: Function) -> Function:
         if unknown:
             is_method = names[0] == "self"
             called = type(arguments[0]).__name__ if is_method and arguments else function.__name__
-            raise ArgumentNameError(f"{called} has no argument {unknown[0]!r}{_meant(unknown[0], names[is_method:])}")
+            known = _arguments_of(type(arguments[0])) if is_method and arguments else names
+            raise ArgumentNameError(f"{called} has no argument {unknown[0]!r}{_meant(unknown[0], known)}")
         return function(*arguments, **named)
 
     return cast(Function, checked)
+
+
+def _arguments_of(kind: type) -> list[str]:
+    """Name the arguments of a class, and of those that it hands others on to."""
+    makers = [vars(each)["__init__"] for each in kind.__mro__ if "__init__" in vars(each) and each is not object]
+    given = [each for maker in makers for each in inspect.signature(maker).parameters.values()]
+    named = [each.name for each in given if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)]
+    return [name for name in dict.fromkeys(named) if name != "self"]
 
 
 def _meant(name: str, names: list[str]) -> str:

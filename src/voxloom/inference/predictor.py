@@ -165,6 +165,8 @@ class Predictor:
             raise ModeError("devices and executor were given, and either says where parts are computed: leave one out")
         executor = executor if devices is None else ProcessLauncher(devices)
         self._launcher = as_launcher(executor)
+        if executor is not None and self._launcher is None and not callable(getattr(executor, "run", None)):
+            raise ModeError(f"executor is {executor!r}: it must be an Executor, a Launcher or a client of Dask; see devices, too")
         loaded = as_loaded(model)
         if loaded.file is not None:  # a process elsewhere may be in another folder
             self._arguments["model"] = loaded

@@ -1,7 +1,7 @@
 """Label maps as DICOM segmentations of the series that they were made of."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import pydicom
 
 from .._version import __version__
 from ..errors import ImageNotFoundError, MissingDependencyError, SpaceError, TargetExistsError, UnsupportedImageError
-from ..io.labels import Label, color_of
+from ..io.labels import Label, as_labels, color_of
 from ..io.saving import atomic_write
 from ..volumes.image import Image, LabelMap
 
@@ -37,7 +37,7 @@ def save_dicom_seg(
     labels: Image | str | os.PathLike[str],
     series: str | os.PathLike[str],
     path: str | os.PathLike[str],
-    names: Sequence[Label] = (),
+    names: Mapping[str, int] | Sequence[Label] = (),
     *,
     description: str = "voxloom",
     overwrite: bool = False,
@@ -48,7 +48,8 @@ def save_dicom_seg(
         labels: the label map, on the grid of the series, as `predict` gives it.
         series: the folder of the series.
         path: the file to write.
-        names: what the numbers mean, with codes of a terminology where there are any; others get names of their own.
+        names: what the numbers mean: names and numbers, such as `{"liver": 5}`, or `Label`s, which may have codes of a
+            terminology; others get names of their own.
         description: description of the series that is made.
         overwrite: replace a file that is there.
 
@@ -70,7 +71,7 @@ def save_dicom_seg(
         raise UnsupportedImageError("a segmentation holds one channel of whole numbers from 0 to 65535")
     datasets = _in_order(Path(series), image)
     values = np.ascontiguousarray(image.data[0].numpy().transpose(2, 1, 0))
-    known = {label.value: label for label in names if label.value}
+    known = {label.value: label for label in as_labels(names) if label.value}
     for value in np.unique(values).tolist():
         if value:
             known.setdefault(value, Label(value, f"label {value}"))

@@ -1,9 +1,14 @@
 """What the numbers of a label map mean."""
 
 import colorsys
+from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
 
-__all__ = ["Label", "color_of"]
+from ..errors import ModeError
+
+__all__ = ["Label", "as_labels", "color_of"]
 
 
 @dataclass(frozen=True)
@@ -21,6 +26,26 @@ class Label:
     """Red, green and blue from 0 to 255; None for one that differs from those of other numbers."""
     code: tuple[str, str, str] | None = None
     """Scheme, value and meaning of what it is in a terminology, such as `("SCT", "10200004", "Liver")`."""
+
+
+def as_labels(given: Any) -> list[Label]:
+    """Give labels, which may be given as names and numbers.
+
+    Raises:
+        ModeError: if something else is given.
+
+    Example:
+        >>> as_labels({"liver": 5})
+        [Label(value=5, name='liver', color=None, code=None)]
+    """
+    labels = [Label(value, name) for name, value in given.items()] if isinstance(given, Mapping) else list(given)
+    for label in labels:
+        is_label = isinstance(label, Label) and isinstance(label.name, str)
+        if not is_label or not isinstance(label.value, Integral) or isinstance(label.value, bool):
+            raise ModeError(
+                f"labels has {label!r}: give names and whole numbers, such as {{'liver': 5}}, or vx.Label(5, 'liver')"
+            )
+    return labels
 
 
 def color_of(label: Label) -> tuple[int, int, int]:

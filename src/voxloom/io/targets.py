@@ -47,7 +47,8 @@ def as_target(path: Any) -> Path:
             " out output, and save the image that is returned"
         )
     if target.is_dir() and not (is_folder and is_zarr(target)):
-        raise SaveError(f"{target} is a folder: give the name of a file in it")
+        way = "it holds no image in Zarr, and is kept: choose another name" if is_folder else "give the name of a file in it"
+        raise SaveError(f"{target} is a folder: {way}")
     if is_folder and is_zarr(target.parent.parent) and target.parent.name == "labels":
         target.parent.mkdir(exist_ok=True)
     if not target.parent.is_dir():

@@ -21,8 +21,9 @@ from ..io.protocols import Json, VolumeStore
 from ..io.saving import as_save_error, write_safely
 from ..io.stores import BEGIN_AGAIN
 
-__all__ = ["RunLog", "is_to_be_published", "left_behind", "progress_of", "remove_leftovers"]
+__all__ = ["RunLog", "is_to_be_published", "left_behind", "progress_of", "remove_leftovers", "targets_of_log"]
 
+LOG = ".voxloom"
 WHOLE = "whole"
 # How long a lock is tried for: one that is just being removed is as good as free.
 LOCK_SECONDS = 0.3
@@ -31,7 +32,7 @@ REFUSALS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
 def _log_of(target: Path) -> Path:
-    return target.with_name(f".{stem_of(target)}.voxloom")
+    return target.with_name(f".{stem_of(target)}{LOG}")
 
 
 def _lock_of(target: Path) -> Path:
@@ -59,6 +60,16 @@ def progress_of(target: Path) -> tuple[int, int] | None:
     except (ValueError, LookupError, TypeError) as error:
         raise RecordError(f"{path} is damaged: {BEGIN_AGAIN}") from error
     return min(len(lines) - 1, total), total
+
+
+def targets_of_log(path: Path) -> list[Path]:
+    """Give the results that the log of a run is of; none if it is damaged, or no log."""
+    if path.suffix != LOG:
+        return []
+    try:
+        return [path.with_name(Path(name).name) for name in json.loads(_lines_of(path)[0])["targets"].values()]
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return []
 
 
 def is_to_be_published(target: Path) -> bool:

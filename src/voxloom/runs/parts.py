@@ -28,9 +28,18 @@ from ..io.protocols import Json
 from ..io.saving import write_safely
 from .claim import make_free
 
-__all__ = ["PartsRecords", "PartsState", "ShardStatus", "forget_failures", "is_being_published", "records_of", "status_of"]
+__all__ = [
+    "PartsRecords",
+    "PartsState",
+    "ShardStatus",
+    "forget_failures",
+    "is_being_published",
+    "records_of",
+    "status_of",
+    "targets_of_records",
+]
 
-RUN, DONE, FAILED = "run.json", "done", "failed"
+RECORDS, RUN, DONE, FAILED = ".shards", "run.json", "done", "failed"
 
 
 def _sizes(told: list[int]) -> Ints:
@@ -46,7 +55,7 @@ KINDS: dict[str, Callable[[Any], Any]] = {"fingerprint": dict, "shape": _sizes, 
 
 def records_of(target: Path) -> Path:
     """Name the folder in which the records of a prediction in parts are, beside its first result."""
-    return target.with_name(f".{stem_of(target)}.shards")
+    return target.with_name(f".{stem_of(target)}{RECORDS}")
 
 
 class PartsState(Enum):
@@ -264,6 +273,18 @@ def status_of(target: Path) -> ShardStatus | None:
 def is_being_published(target: Path) -> bool:
     """Whether a prediction in parts is being put under its name, or was until an interruption."""
     return any(records_of(target).glob("*.publishing"))
+
+
+def targets_of_records(folder: Path) -> list[Path]:
+    """Give the results that records are of; none if they are damaged, or no records."""
+    if folder.suffix != RECORDS:
+        return []
+    try:
+        records = PartsRecords.found(folder)
+        named = {} if records is None else records.told["fingerprint"]["targets"]
+        return [folder.with_name(Path(name).name) for name in named.values()]
+    except (RecordError, LookupError, TypeError, AttributeError):
+        return []
 
 
 def forget_failures(target: Path) -> int:

@@ -67,7 +67,7 @@ class SubjectsCache(Dataset[Subject]):
 
     Raises:
         SubjectError: if a name is needed.
-        SaveError: if the folder cannot be made.
+        SaveError: if the folder is none, or cannot be made.
 
     Example:
         >>> import tempfile, torch, voxloom as vx
@@ -87,6 +87,10 @@ class SubjectsCache(Dataset[Subject]):
     """A transform may change what it is given."""
 
     def __init__(self, dataset: Any, folder: Any, *, size_limit: int | str | None = None, name: str | None = None) -> None:
+        if not isinstance(folder, str | os.PathLike):
+            raise SaveError(f"the folder of the cache is {folder!r}: give its name")
+        if name is not None and not isinstance(name, str):
+            raise SubjectError(f"the name of what is kept is {name!r}: give a text")
         self.dataset = dataset
         self.folder = Path(folder).expanduser()
         self.size_limit = None if size_limit is None else as_bytes(size_limit, "size_limit")
@@ -96,7 +100,7 @@ class SubjectsCache(Dataset[Subject]):
                 f"{type(dataset).__name__} does not say what its subjects are before it loads them, so that it cannot be told"
                 " whether what is kept is of these: give a name, and another one when anything changes"
             )
-        self._made_by = name or [_made_by(leaf) for leaf in leaves_of(dataset)]
+        self._made_by = [_made_by(leaf) for leaf in leaves_of(dataset)] if name is None else []
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -1,12 +1,13 @@
 """Writing an image in another format, box by box, so that it need never be in memory as a whole."""
 
 import contextlib
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..core.walking import walk
-from ..errors import SaveError, VoxloomError
+from ..errors import ModeError, SaveError, VoxloomError
 from ..io.formats import format_of, is_folder_target
 from ..io.protocols import VolumeSpec, VolumeStore, is_source, read_checked
 from ..io.spooling import spooled
@@ -59,6 +60,7 @@ def convert(
 
     Raises:
         TargetExistsError: if the output exists.
+        ModeError: if something is said of Zarr, and the output is none.
         SaveError: if it cannot be written; what was there before is untouched.
 
     Example:
@@ -70,15 +72,23 @@ def convert(
         True
     """
     given = as_image(image)
+    if not isinstance(output, str | os.PathLike | VolumeStore):
+        raise SaveError(f"output is {output!r}: it must be the name of a file or a folder, or a VolumeStore")
     is_labels = (given.type == LABEL or _is_label_target(output)) if labels is None else labels
     image_class = LabelMap if is_labels else ScalarImage
+    layout = {"chunks": chunks, "shards": shards, "levels": levels}
+    if isinstance(output, VolumeStore) or not is_folder_target(Path(output)):
+        unused = [name for name, value in layout.items() if value is not None]
+        if unused:
+            what = "a store, which has its own" if isinstance(output, VolumeStore) else f"{output}, which is no Zarr"
+            raise ModeError(f"{unused[0]} was given for {what}: leave it out")
     if _is_written_whole(output):
         path = Path(output).expanduser()
         if path.exists() and not overwrite:
             raise SaveError(f"{path} exists, and is kept: remove it, choose another name, or give overwrite=True (--overwrite)")
         save_volume(path, given.data, given.affine, given.codes)
         return image_class(path)
-    store = _store_of(output, overwrite, {"chunks": chunks, "shards": shards, "levels": levels, "version": version})
+    store = _store_of(output, overwrite, {**layout, "version": version})
     if store.path is not None and store.path.resolve() in {path.resolve() for path in given.paths}:
         raise SaveError(f"the image {store.path} would be written over itself: choose another output")
     spec = VolumeSpec(given.shape, given.dtype, given.affine, given.codes, is_labels, _stored_dtype(given))

@@ -19,7 +19,7 @@ from ..core.boxes import Box
 from ..core.walking import walk
 from ..errors import ModeError, SaveError
 from ..io.formats import endings
-from ..io.labels import Label, color_of
+from ..io.labels import Label, as_labels, color_of
 from ..io.protocols import Json, VolumeSource, read_checked
 from ..io.replacing import forget_old, replace_folder, restore_old
 from ..io.saving import atomic_write
@@ -123,7 +123,7 @@ def split_labels(
     if folder.exists() and not (overwrite and _is_split(folder)):
         way = "remove it, or choose another name" if overwrite else "remove it, or give overwrite=True (--overwrite)"
         raise SaveError(f"{folder} exists, and is kept: {way}")
-    told = _as_labels(labels) if labels is not None else known_labels(given.paths[0]) if given.paths else []
+    told = as_labels(labels) if labels is not None else known_labels(given.paths[0]) if given.paths else []
     mark = new_mark()
     part, old = (folder.with_name(f".{folder.name}.{mark}.{ending}") for ending in ("part", "old"))
     try:
@@ -163,7 +163,7 @@ def is_split_of(folder: Path, path: Path) -> bool:
         return False
 
 
-def write_label_table(labels: Sequence[Label], path: Path) -> None:
+def write_label_table(labels: Mapping[str, int] | Sequence[Label], path: Path) -> None:
     """Write what the numbers of a label map mean, as BIDS has it beside a `_dseg.nii.gz`: a `.tsv` of `index`, `name`, `color`.
 
     Example:
@@ -176,7 +176,7 @@ def write_label_table(labels: Sequence[Label], path: Path) -> None:
         5	liver	#dd8265
         <BLANKLINE>
     """
-    text = label_table(labels).encode()
+    text = label_table(as_labels(labels)).encode()
 
     def write(part: Path) -> None:
         part.write_bytes(text)
@@ -192,16 +192,6 @@ def label_table(labels: Sequence[Label]) -> str:
     for label in labels:
         table.writerow((label.value, label.name, "#" + bytes(color_of(label)).hex()))
     return text.getvalue()
-
-
-def _as_labels(given: Any) -> list[Label]:
-    labels = [Label(value, name) for name, value in given.items()] if isinstance(given, Mapping) else list(given)
-    for label in labels:
-        if not isinstance(label, Label) or not isinstance(label.value, int) or not isinstance(label.name, str):
-            raise ModeError(
-                f"labels has {label!r}: give names and whole numbers, such as {{'liver': 5}}, or vx.Label(5, 'liver')"
-            )
-    return labels
 
 
 def _all_labels(source: VolumeSource) -> list[Label]:

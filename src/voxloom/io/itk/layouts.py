@@ -20,7 +20,9 @@ __all__ = ["Layout", "Part", "layout_of_metaimage", "layout_of_nrrd"]
 
 CHUNK_BYTES = 2**20
 LONGEST_LINE = 2**16
-MOST_LINES = 10_000
+# A segmentation of 65,535 segments has eight lines for each.
+MOST_LINES = 10**6
+MOST_FILES = 10_000
 MOST_DIMENSIONS = 10
 METAIMAGE_BYTES = {
     f"met_{sign}{name}": size
@@ -312,7 +314,7 @@ def _numbered(pattern: str, first: int, last: int, step: int) -> list[str]:
     if not re.fullmatch(r"[^%]*%0?\d{0,2}[di][^%]*", pattern) or step == 0:
         raise ValueError(f"the pattern of its data files is {pattern}, by steps of {step}")
     numbers = range(first, last + (1 if step > 0 else -1), step)
-    if not 0 < len(numbers) <= MOST_LINES:
+    if not 0 < len(numbers) <= MOST_FILES:
         raise ValueError(f"its data files are numbered from {first} to {last} by {step}")
     return [pattern % number for number in numbers]
 

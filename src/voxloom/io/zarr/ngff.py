@@ -7,12 +7,13 @@ anatomy, x goes to the right, y to the front and z up.
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy as np
 
 from ...core.affines import Affine, spacing_of
 from ...core.pyramids import coarser_affine
-from ...errors import CorruptImageError, NoSuchIndexError, UnsupportedImageError, VoxloomError
+from ...errors import CorruptImageError, NoSuchIndexError, SizeError, UnsupportedImageError, VoxloomError
 from ..protocols import Json
 
 __all__ = ["SPATIAL", "VERSIONS", "Axis", "Level", "Multiscales", "axes_by_names", "chosen_level", "described"]
@@ -279,13 +280,21 @@ def chosen_level(multiscales: Multiscales, level: int, spacing: float | Sequence
 
     Raises:
         NoSuchIndexError: if there is no level of that number.
+        SizeError: if the spacing is none.
     """
     levels = multiscales.levels
     if spacing is None:
+        if isinstance(level, bool) or not isinstance(level, Integral):
+            raise NoSuchIndexError(f"level is {level!r}: it must be a whole number, of which 0 is the finest")
         if not -len(levels) <= level < len(levels):
             raise NoSuchIndexError(f"{name} has no level {level}, only {len(levels)}: 0 is the finest")
         return level % len(levels)
-    wanted = np.broadcast_to(np.asarray(spacing, dtype=np.float64), (3,))
+    try:
+        wanted = np.broadcast_to(np.asarray(spacing, dtype=np.float64), (3,))
+    except (TypeError, ValueError):
+        wanted = np.zeros(3)
+    if not (wanted > 0).all():
+        raise SizeError(f"spacing is {spacing!r}: give positive millimetres, one number or three, one for each axis")
     fitting = [number for number, each in enumerate(levels) if (np.array(spacing_of(each.affine)) <= wanted * 1.001).all()]
     return max(fitting, default=0)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...core.boxes import Box
-from ...core.sizes import as_sizes
+from ...core.sizes import as_int, as_sizes
 from ...errors import ModeError, RecordError, TargetExistsError
 from ..files import sidecar_in
 from ..formats import stem_of
@@ -49,7 +49,7 @@ class ZarrStore:
 
     Raises:
         ModeError: if there is no such version.
-        SizeError: if chunks or shards are no sizes.
+        SizeError: if chunks, shards or levels are no sizes.
 
     Example:
         >>> import tempfile, torch, voxloom as vx
@@ -77,7 +77,7 @@ class ZarrStore:
             raise ModeError(f"version is {version!r}: it must be one of {', '.join(map(repr, VERSIONS))}")
         self.path = Path(path).expanduser()
         self.overwrite = overwrite
-        self._version, self._num_levels = version, levels
+        self._version, self._num_levels = version, None if levels is None else as_int(levels, "levels", 1)
         self._chunks = None if chunks is None else as_sizes(chunks, 3, "chunks")
         self._shards = None if shards is None else as_sizes(shards, 3, "shards")
         self._writer: PyramidWriter | None = None
