@@ -182,7 +182,7 @@ class VolumeSource(Protocol):
         ...
 
     def fingerprint(self) -> Json:
-        """Say what tells this volume from others: of files their size, time and header, of memory a hash of the values."""
+        """Say what tells this volume from others: of files their names, size, time and header, of memory a hash of the values."""
         ...
 
 

@@ -50,7 +50,8 @@ class Queue(IterableDataset[Subject]):
     Args:
         subjects_dataset: a `SubjectsDataset`, a list of subjects, or any map-style data set of subjects that has a length.
         max_length: patches that are held at most. More mix better; the first patch comes as soon either way.
-        samples_per_volume: patches of each subject that has no entry `num_samples` of its own. A grid gives all of its own.
+        samples_per_volume: patches of each subject that has no entry `num_samples` of its own, by default 10. A grid gives all of
+            its own.
         sampler: a sampler of random patches, or a `GridSampler`, made with a patch size.
         num_workers: processes that make patches; 0 makes them in this one, when they are needed.
         shuffle_subjects: load subjects in another order in each epoch.

@@ -120,8 +120,8 @@ class ItkFile(FileSource):
         """Make an error of a message of ITK's."""
         if "Unable to determine ImageIO reader" in message:
             return CorruptImageError(
-                f"{path} is not an image that can be read: it is damaged, or of another format. Copy or download it again, or give"
-                f" its values as an array; a data set in HDF5 is named {path.name}:/its/path"
+                f"{path} is not an image that can be read: it is damaged, or of another format. Copy or download it again, or"
+                f" give its values as an array; a data set in HDF5 is named {path.name}:/its/path"
             )
         return CorruptImageError(f"{path} is not an image that can be read: {_reason(message)}. Copy or download it again")
 
