@@ -20,8 +20,6 @@ __all__ = ["Accumulator"]
 
 # Weight sums of an incomplete or irregular output are made for this many voxels at a time.
 SLAB_VOXELS = 2**22
-# Patches of so many voxels are added channel by channel on a CPU, whose threads then share the weights in the cache.
-LARGE_VOXELS = 2**18
 
 
 class Accumulator:
@@ -100,9 +98,7 @@ class Accumulator:
             target.copy_(piece)
         else:
             weights = self._weights.off_grid(location, box) if numbers is None else self._weights.of(numbers)
-            is_large = self.device.type == "cpu" and box.numel >= LARGE_VOXELS
-            for part, values in zip(target, piece, strict=True) if is_large else [(target, piece)]:
-                part.addcmul_(values.to(total.dtype), weights)
+            target.addcmul_(piece.to(total.dtype), weights)
         if numbers is None:
             self.off_grid.append(location)
         else:

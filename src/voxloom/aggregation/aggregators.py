@@ -188,10 +188,7 @@ class _Aggregator:
                     f"{where} is none of the grid of {len(output.grid)} patches of {output.grid.patch_size}, of which the first"
                     f" is {output.grid[0].index} to {output.grid[0].index_fin}: {self._way_out()}"
                 )
-        # The last one first, which a model has just written: it is in the cache now, and the first one is when it is added.
-        unusual = [number for number in reversed(range(len(tensor))) if not is_finite(tensor[number])]
-        for number in reversed(unusual):
-            _check_values(tensor[number], f"{name} for the patch {locations[number].index} to {locations[number].index_fin}")
+            _check_values(patch, f"{name} for {where}")
         return scaled
 
     def _way_out(self) -> str:
@@ -388,7 +385,9 @@ def _as_locations(locations: Any, spatial_shape: Ints) -> list[PatchLocation]:
 
 
 def _check_values(patch: Tensor, name: str) -> None:
-    """Refuse NaN, and warn of infinity, in an output that holds one of them."""
+    """Refuse NaN, and warn of infinity, in the output for one patch."""
+    if is_finite(patch):
+        return
     if bool(patch.isnan().any()):
         raise OutputError(
             f"{name} holds {int(patch.isnan().sum())} NaN of {patch.numel()} values, which would spread to its neighbours:"
