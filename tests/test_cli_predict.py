@@ -169,6 +169,13 @@ def test_channels_of_one_case_are_grouped_if_that_is_said(here, run, names):
     found = data_of(here / "grouped" / f"{names[0][0]}.nii.gz")
     expected = [-data_of(here / "pairs" / f"{name}.nii.gz") for name in names[:2]]
     torch.testing.assert_close(found, torch.cat(expected))
+    files = [f"pairs/{name}.nii.gz" for name in names]
+    run("predict", "mymodels:negative", *files[:2], "-o", "one.nii.gz", "--patch-size", 8, "--group")
+    torch.testing.assert_close(data_of(here / "one.nii.gz"), found)
+    scores = ("predict", "mymodels:negative", files[0], "-o", "s.nii.gz", "--patch-size", 8, "--channels", 0, "--per-label")
+    assert "--per-label is for label maps" in run(*scores, code=1).err
+    several = ("predict", "mymodels:negative", *files, "-o", "two.nii.gz", "--patch-size", 8, "--group")
+    assert "give the name of a folder" in run(*several, code=1).err
     (here / "pairs" / f"{names[1]}.nii.gz").unlink()
     assert (
         f"the case {names[0][0]} has no file of the channel"

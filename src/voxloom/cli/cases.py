@@ -101,7 +101,7 @@ def as_ending(given: str, endings: tuple[str, ...]) -> str:
 def cases_of(images: Sequence[Path], results: Results, is_grouped: bool | None = None) -> list[Case]:
     """Find the cases for files and folders.
 
-    A single file may have an output that is a file; otherwise the output is a folder, in which stems, and for folders the paths
+    A single file, or files that are channels of one case, may have an output that is a file; otherwise the output is a folder, in which stems, and for folders the paths
     within them, are kept.
 
     Args:
@@ -119,6 +119,10 @@ def cases_of(images: Sequence[Path], results: Results, is_grouped: bool | None =
     is_file = output.name.lower().endswith(results.endings) or is_folder_target(output)
     if len(images) == 1 and is_file and not _is_folder_of_images(images[0]):
         return checked([Case(images[0].name, (images[0],), output)])
+    if is_file and is_grouped and not any(map(_is_folder_of_images, images)):
+        found = cases_of(images, replace(results, output=output.parent), is_grouped)
+        if len(found) == 1:  # the files are its channels
+            return checked([replace(found[0], target=output)])
     _check_folder(output, results.endings)
     for path in images:
         if path.is_dir() and path.resolve() == output.resolve():

@@ -52,6 +52,8 @@ def predict_cases(
     asked = [name for name, is_given in whole.items() if is_given]
     if parts.shard is not None and asked:
         raise ModeError(f"{asked[0]} is not for one share: give it with the same command without --shard, when all is done")
+    if wanted.per_label and options.channels is not None:
+        raise ModeError("--per-label is for label maps, and --channels gives scores: give --labels, or leave one out")
     with launcher(parts) as executor:
         cases = cases_wanted(wanted, options.model)
         predictor, model = predictor_of(options, executor)
