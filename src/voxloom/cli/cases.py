@@ -101,8 +101,8 @@ def as_ending(given: str, endings: tuple[str, ...]) -> str:
 def cases_of(images: Sequence[Path], results: Results, is_grouped: bool | None = None) -> list[Case]:
     """Find the cases for files and folders.
 
-    A single file, or files that are channels of one case, may have an output that is a file; otherwise the output is a folder, in which stems, and for folders the paths
-    within them, are kept.
+    A single file, or files that are channels of one case, may have an output that is a file; otherwise the output is a folder, in
+    which stems, and for folders the paths within them, are kept.
 
     Args:
         images: the files and folders.
