@@ -111,6 +111,9 @@ def test_status_of_a_folder(folder):
     expected = {"begun.v1.nii.gz": "unfinished", "parts.v1.ome.zarr": "in parts", "sub/done.v1.nii.gz": "complete"}
     assert told == {f"out/{name}": state for name, state in expected.items()}
     assert run("retry", "out").count("0 parts that failed") == 3
+    (folder / "out" / "sub" / "up").symlink_to(folder / "out")
+    (folder / "out" / ".dangling.voxloom").symlink_to("nowhere")
+    assert run("status", "out").count("out/") == 3
     (folder / "empty").mkdir()
     assert "no prediction has been begun" in run("status", "empty", code=2)
 
@@ -125,6 +128,7 @@ def test_index(folder):
 def test_cache(folder):
     assert "2 subjects" in run("cache", "mymodel:dataset", "-o", "cache", "--prune")
     assert len(list((folder / "cache").iterdir())) == 2
+    assert ": 0 subjects, 0 bytes; 2 are not kept" in run("cache", "mymodel:dataset", "-o", "small", "--size-limit", "1KiB")
     assert "package.module:name" in run("cache", "mymodel", "-o", "cache")
     assert "there is no data set mymodel:nothing" in run("cache", "mymodel:nothing", "-o", "cache")
 

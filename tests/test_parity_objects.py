@@ -249,13 +249,18 @@ def test_the_map_that_a_sampler_gives_is_what_it_draws_by():
     labels = torch.zeros(1, 20, 30, 40)
     labels[0, 5:8], labels[0, 15] = 1, 3
     subject, _ = both(seg=labels)
-    given = vx.LabelSampler(4, "seg", {1: 1, 3: 3}).get_probability_map(subject)
+    sampler = vx.LabelSampler(4, "seg", {1: 1, 3: 3})
+    given = sampler.get_probability_map(subject)
     assert given.shape == (1, 20, 30, 40)
     assert given.sum().item() == pytest.approx(1)
     assert given[0, 15].sum().item() == pytest.approx(0.75)
     weights = vx.Subject(t1=vx.ScalarImage(DATA), where=vx.ScalarImage(labels))
-    made = vx.WeightedSampler(4, "where").get_probability_map(weights)
+    made = vx.WeightedSampler(4, "where", border="clamp").get_probability_map(weights)
     assert torch.allclose(made, labels.double() / labels.double().sum())
+    # Of voxels near the border there are no patches, unless these are moved.
+    assert given[0, :, 1].sum() == given[0, :, :, -1].sum() == 0
+    centres = [tuple(at + 2 for at in patch.patch_location.index) for patch in sampler(subject, 200)]
+    assert all(given[0][centre] > 0 for centre in centres)
 
 
 # Gradients

@@ -1,8 +1,10 @@
 """Models that come with what they expect: from a scan to labels on its own grid."""
 
+import copy
 import importlib.util
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -476,6 +478,7 @@ def test_numbers_of_numpy_are_numbers():
     assert vx.ModelSpec.from_json(json.dumps(spec.to_json())) == spec
 
 
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # PyTorch's own, where it copies a program
 def test_a_program_is_loaded_again_where_it_is_brought_to(tmp_path):
     spec = vx.ModelSpec(channels=("t1",), patch_size=8)
     vx.save_model(nn.Conv3d(1, 2, 3, padding=1), tmp_path / "m.pt2", spec)
@@ -487,6 +490,13 @@ def test_a_program_is_loaded_again_where_it_is_brought_to(tmp_path):
     with pytest.raises(vx.errors.ModeError, match="cannot be sent to other processes: give a model by the name of its file"):
         vx.predict(loaded.model, torch.rand(1, 8, 8, 8), 8, output=tmp_path / "a.zarr", devices="cpu")
     packed = pickle.dumps(loaded)
+    changed = copy.deepcopy(loaded)
+    with torch.no_grad():
+        next(changed.model.parameters()).zero_()
+    assert torch.equal(copy.copy(changed).model(batch), changed.model(batch))  # as it is, and not as it is in the file
+    with pytest.raises(ModelFileError, match="has other weights than its file"):
+        pickle.dumps(replace(loaded, model=changed.model, program=replace(loaded.program, module=changed.model)))
+    assert pickle.loads(pickle.dumps(replace(loaded, model=nn.Identity()))).model(batch) is batch
     vx.save_model(nn.Conv3d(1, 2, 3, padding=1), tmp_path / "m.pt2", spec, overwrite=True)
     with pytest.raises(ModelFileError, match="has been changed since it was loaded"):
         pickle.loads(packed)

@@ -218,7 +218,7 @@ def test_an_image_that_loses_its_place_within_a_list_gets_it_back(first):
 
 
 @pytest.mark.parametrize("dtype", [torch.long, torch.int16, torch.bool])
-def test_labels_are_cast_to_whole_numbers_where_that_is_asked_for(dtype):
+def test_labels_of_floats_are_cast_to_whole_numbers_where_that_is_asked_for(dtype):
     item = {"image": torch.rand(1, 8, 8, 8), "label": torch.ones(1, 8, 8, 8)}
     cast = mt.CastToTyped("label", dtype)
     for transform in (cast, vx.Compose([mt.Flipd(["image", "label"], 0), cast])):

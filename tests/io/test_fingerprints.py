@@ -3,7 +3,10 @@
 import copy
 import functools
 import importlib
+import itertools
 import sys
+import threading
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -193,3 +196,108 @@ def test_sizes_that_a_constructor_took_count():
 
     assert fingerprint_of_model(Sized((1, 2))) == fingerprint_of_model(Sized((1, 2)))
     assert fingerprint_of_model(Sized((1, 2))) != fingerprint_of_model(Sized((1, 3)))
+
+
+class Known:
+    """Knows others."""
+
+    def __init__(self, value=None):
+        self.value, self.others = value, []
+
+
+class Slots:
+    __slots__ = ("lock", "value")
+
+    def __init__(self, value):
+        self.value, self.lock = value, threading.Lock()
+
+
+class Pair(NamedTuple):
+    value: float
+
+    def __call__(self, block):
+        return block * self.value
+
+
+class Triple(NamedTuple):
+    value: float
+
+
+class Atlas(nn.Module):
+    """Holds a tensor that is no buffer."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.weights = torch.tensor(value)
+
+
+def with_a_module(value):
+    import math as used
+
+    return lambda block: used.sqrt(block) + value
+
+
+def wrapped(function, value):
+    if value == 1:
+
+        @functools.wraps(function)
+        def once(block):
+            return function(block)
+
+        return once
+
+    @functools.wraps(function)
+    def twice(block):
+        return function(function(block))
+
+    return twice
+
+
+@pytest.mark.parametrize(
+    ("make", "one", "other"),
+    [
+        (lambda value: {8, 0, value}, 1, 2),
+        (lambda value: [frozenset((0, 8, value))], 1, 2),
+        (lambda value: {value: 1}, 1, "1"),
+        (lambda value: value, float("nan"), "nan"),
+        (lambda value: Scaling([lambda block: block + value]), 1, 2),
+        (lambda value: Scaling(Atlas(value)), 1.0, 2.0),
+        (lambda value: Scaling(np.array([value], ">f4")), 1, 2),
+        (lambda value: Scaling(np.array([value], np.longdouble)), 1, 2),
+        (lambda value: Scaling(np.array([value], object)), 1, 2),
+        (lambda value: Scaling(torch.tensor([[0, value]]).to_sparse()), 1, 2),
+        (Slots, 1, 2),
+        (lambda value: [Slots(value)], 1, 2),
+        (with_a_module, 1, 2),
+        (lambda value: Scaling(functools.lru_cache(wrapped(scaling, value))), 1, 2),
+        (lambda value: wrapped(scaling, value), 1, 2),
+        (lambda value: value(1.0), Pair, Triple),
+        (lambda value: value, Pair, Triple),
+        (lambda value: {scaling: value}, 1, 2),
+    ],
+)
+def test_parts_are_known_wherever_they_are(make, one, other):
+    assert fingerprint_of_option(make(one)) == fingerprint_of_option(make(one))
+    assert fingerprint_of_option(make(one)) != fingerprint_of_option(make(other))
+
+
+def test_sets_are_known_in_whatever_order_they_are():
+    first, second = (set(range(*given)) for given in ((0, 24, 8), (16, -1, -8)))
+    assert list(first) != list(second)
+    for make in (lambda each: each, lambda each: Scaling(each), lambda each: [{"names": each}]):
+        assert fingerprint_of_option(make(first)) == fingerprint_of_option(make(second))
+
+
+def test_what_is_shared_by_many_is_looked_at_once():
+    shared = Scaling([lambda block: block])
+    for _ in range(40):
+        shared = Scaling([shared, shared, lambda block: block])
+    group = [Known(number) for number in range(12)]
+    for each in group:
+        each.others = group
+        each.function = lambda block, each=each: each
+    nodes = [Known(number) for number in range(3000)]
+    for one, other in itertools.pairwise(nodes):
+        one.next, other.last = other, one
+    for value in (shared, group, nodes[0]):
+        assert fingerprint_of_option(value) == fingerprint_of_option(value)

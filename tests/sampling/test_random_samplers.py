@@ -552,3 +552,48 @@ def test_ignored_labels_that_are_none(label):
 def test_mixtures_of_mixtures_are_padded_alike():
     inner = vx.MixedSampler([(1, vx.UniformSampler(9))])
     assert len(list(vx.MixedSampler(subject_of(), [(1, inner)], padding_mode=0, num_patches=2))) == 2
+
+
+# What is not modified, and what is refused
+
+
+def test_patches_have_metadata_of_their_own():
+    image = vx.ScalarImage(torch.rand(1, 8, 8, 8), site=["north"])
+    subject = vx.Subject(t1=image, box=np.array([1.0, 2, 3]), info={"age": 4})
+    batch = next(iter(vx.SubjectsLoader(vx.UniformSampler(subject, 4, 3, seed=0), batch_size=3)))
+    every = [
+        *vx.UniformSampler(subject, 4, 3, seed=0),
+        *vx.GridSampler(subject, 4),
+        *vx.SubjectsBatch.from_subjects([subject, subject]).unbatch(),
+        batch[0],
+        *batch.unbatch(),
+    ]
+    for patch in every:
+        assert (patch["box"].tolist(), patch["info"], patch["t1"]["site"]) == ([1, 2, 3], {"age": 4}, ["north"])
+        patch["box"] *= 2
+        patch["info"]["age"] += 1
+        patch["t1"]["site"].append("south")
+    assert (subject["box"].tolist(), subject["info"], image["site"]) == ([1, 2, 3], {"age": 4}, ["north"])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_labels_that_are_no_numbers_are_refused(value, channels):
+    labels = torch.zeros(channels, 8, 8, 8)
+    labels[-1, 4, 4, 4], labels[0, 2, 2, 2] = 1, value
+    for probabilities in (None, {0: 1, 1: 1}):
+        with pytest.raises(SamplingError, match="the label map 'seg' holds .*, which is no whole number"):
+            next(vx.LabelSampler(3, "seg", probabilities)(vx.Subject(seg=vx.LabelMap(labels))))
+
+
+@pytest.mark.parametrize("given", [{0: 1e308, 1: 1e308}, {0: 5e-324, 1: 5e-324}])
+def test_probabilities_that_cannot_be_added_are_refused(given):
+    with pytest.raises(SamplingError, match="0 or at least 1e-300, and have a finite sum"):
+        vx.LabelSampler(3, "seg", given)
+
+
+@pytest.mark.parametrize("state", [(0, -3), (-5, 0)])
+def test_states_that_cannot_be_are_refused(state):
+    sampler = vx.UniformSampler(vx.Subject(t1=vx.ScalarImage(torch.rand(1, 8, 8, 8))), 3, 3, seed=0)
+    with pytest.raises(SubjectError, match="at least 0"):
+        sampler.load_state_dict({"seed": 0, "epoch": state[0], "draw": state[1]})

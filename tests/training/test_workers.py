@@ -10,6 +10,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 import traceback
@@ -21,6 +22,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+import fresh
 import voxloom as vx
 from slow import slow
 from voxloom.errors import CorruptImageError, ImageFileError, QueueError, SubjectError, WorkerError
@@ -963,6 +965,34 @@ def test_a_worker_that_exits(folder):
     ) as caught:
         list(make_queue(folder, 1, transform=leave, shuffle_subjects=False))
     assert "memory" not in str(caught.value)
+
+
+TEMPORARY = """
+    import sys, tempfile, torch, voxloom as vx
+    tempfile.tempdir = sys.argv[1]
+    subjects = [vx.Subject(t1=vx.ScalarImage(torch.rand(1, 8, 8, 8))) for _ in range(2)]
+    for _ in range(2):
+        queue = vx.Queue(subjects, 8, 4, vx.UniformSampler(4), num_workers=2, seed=0)
+        try:
+            print(sum(1 for _ in queue))
+        except vx.errors.WorkerError as error:
+            print(error)
+        queue.close()
+"""
+
+
+def test_workers_leave_nothing_in_the_temporary_folder(tmp_path):
+    with tempfile.TemporaryDirectory() as folder:
+        assert fresh.printed(TEMPORARY, folder).split() == ["8", "8"]
+        assert list(Path(folder).iterdir()) == []
+
+
+def test_a_worker_that_cannot_send_says_so(tmp_path):
+    folder = tmp_path / ("x" * 100)  # too long for the name of a socket
+    folder.mkdir()
+    for line in fresh.printed(TEMPORARY, folder).splitlines():
+        assert "patches cannot leave a worker" in line
+        assert "let TMPDIR be a folder with a shorter name" in line
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import torchio as tio
 from torch.utils.data import ConcatDataset, Subset
 
 import voxloom as vx
-from voxloom.errors import CorruptImageError
+from voxloom.errors import CorruptImageError, SubjectError
 
 
 def scan(value=0.0):
@@ -123,11 +123,15 @@ def test_two_functions_of_one_line_are_two(tmp_path):
         assert cached(vx.SubjectsDataset([vx.Subject(t1=scan())], function), tmp_path) == [number]
 
 
-@pytest.mark.parametrize("name", ["STEP", "helper", "NUMBER"])
+@pytest.mark.parametrize("name", ["STEP", "helper", "NUMBER", "USING", "CACHED"])
 def test_what_a_notebook_defines_is_seen(tmp_path, name):
     texts = {
         "STEP": "class STEP:\n    def __call__(self, subject):\n        return plus(subject, {0})\nstep = STEP()",
         "helper": "def helper(subject):\n    return plus(subject, {0})\ndef step(subject):\n    return helper(subject)",
+        "USING": "def helper(subject):\n    return plus(subject, {0})\nclass Step:\n    def __call__(self, subject):\n"
+        "        return helper(subject)\nstep = Step()",
+        "CACHED": "import functools\nclass Step:\n    @functools.cached_property\n    def number(self):\n        return {0}\n"
+        "    def __call__(self, subject):\n        return plus(subject, self.number)\nstep = Step()",
         "NUMBER": "NUMBER = {0}\ndef step(subject):\n    return plus(subject, NUMBER)",
     }
     for number in (1, 2, 1):
@@ -159,6 +163,41 @@ def test_a_data_set_that_makes_subjects_in_its_own_way_is_known_by_it(tmp_path):
     for number in (1, 2, 1):
         assert cached(Plus([vx.Subject(t1=scan())], number), tmp_path) == [number]
     assert len([path for path in (tmp_path / "cache").iterdir() if not path.name.startswith(".")]) == 2
+
+
+class Changed(Subset):
+    def __init__(self, dataset, indices, number):
+        super().__init__(dataset, indices)
+        self.number, self.calls = number, 0
+
+    def __getitem__(self, index):
+        self.calls += 1
+        return plus(super().__getitem__(index), self.number)
+
+    def __getitems__(self, indices):
+        return [self[index] for index in indices]
+
+    def dry_iter(self):
+        return [self.dataset.dry_iter()[index] for index in self.indices]
+
+
+def test_a_part_that_changes_subjects_is_known_by_it(tmp_path):
+    def three(subject):
+        return plus(subject, 3)
+
+    for number in (1, 2, 1):
+        for transform, more in ((None, 0), (three, 3)):
+            dataset = Changed(vx.SubjectsDataset([vx.Subject(t1=scan())], transform), [0], number)
+            cache = vx.SubjectsCache(dataset, tmp_path / "cache")
+            assert values(cache) == values(cache) == [number + more]
+    assert len([path for path in (tmp_path / "cache").iterdir() if not path.name.startswith(".")]) == 4
+
+
+def test_indices_may_count_from_the_end(tmp_path):
+    subjects = [vx.Subject(t1=scan())]
+    for number in (2, 3):
+        both = ConcatDataset([vx.SubjectsDataset(subjects), vx.SubjectsDataset(subjects, lambda each, k=number: plus(each, k))])
+        assert cached(Subset(both, [-1, -2]), tmp_path) == [number, 0]
 
 
 def test_entries_come_back_as_they_were(tmp_path):
@@ -206,6 +245,21 @@ def test_a_history_that_cannot_be_kept_is_left_out(tmp_path):
         kept[0]["applied_transforms"]
         == vx.SubjectsDataset([vx.Subject(t1=image)], tio.RescaleIntensity((0, 1)))[0]["applied_transforms"]
     )
+
+
+@pytest.mark.parametrize("value", [np.zeros(1, np.longdouble), torch.eye(2).to_sparse(), torch.zeros(2, device="meta"), "itself"])
+def test_metadata_that_cannot_be_kept_are_named(tmp_path, value):
+    if isinstance(value, str):
+        value = []
+        value.append(value)
+
+    def add(subject):
+        subject["more"] = value
+        return subject
+
+    cache = vx.SubjectsCache(vx.SubjectsDataset([vx.Subject(t1=scan())], add, load_getitem=False), tmp_path / "cache", name="a")
+    with pytest.raises(SubjectError, match="'more' of subject 0 is or holds"):
+        cache[0]
 
 
 def test_what_is_left_of_an_entry_is_made_anew(tmp_path):

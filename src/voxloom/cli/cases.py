@@ -120,9 +120,9 @@ def cases_of(images: Sequence[Path], results: Results, is_grouped: bool | None =
     if len(images) == 1 and is_file and not _is_folder_of_images(images[0]):
         return checked([Case(images[0].name, (images[0],), output)])
     if is_file and is_grouped and not any(map(_is_folder_of_images, images)):
-        found = cases_of(images, replace(results, output=output.parent), is_grouped)
-        if len(found) == 1:  # the files are its channels
-            return checked([replace(found[0], target=output)])
+        grouped = cases_of(images, replace(results, output=output.parent), is_grouped)
+        if len(grouped) == 1:  # the files are its channels
+            return checked([replace(grouped[0], target=output)])
     _check_folder(output, results.endings)
     for path in images:
         if path.is_dir() and path.resolve() == output.resolve():

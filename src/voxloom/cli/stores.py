@@ -79,10 +79,11 @@ def keep_subjects(name: str, folder: Path, size_limit: str | None, prune: bool, 
     cache.build(None if report.quiet or report.as_json else lambda indices: tqdm(indices, desc="Subjects"))
     removed = cache.prune() if prune else 0
     of_others = f"; {removed} of others removed" if prune else ""
-    size = size_of_path(folder)
+    size, kept = size_of_path(folder), cache.count()
+    rest = "" if kept == len(cache) else f"; {len(cache) - kept} are not kept, for which there is no room: raise --size-limit"
     report.done(
-        f"{folder}: {len(cache)} subjects, {pretty_bytes(size)}{of_others}",
-        {"folder": str(folder), "subjects": len(cache), "bytes": size, "removed": removed},
+        f"{folder}: {kept} subjects, {pretty_bytes(size)}{of_others}{rest}",
+        {"folder": str(folder), "subjects": kept, "bytes": size, "removed": removed},
     )
     report.end()
 
@@ -128,6 +129,8 @@ def _all_results(outputs: list[Path]) -> list[Path]:
 def _results_in(folder: Path) -> set[Path]:
     found: set[Path] = set()
     for path in folder.iterdir():
+        if path.is_symlink() and path.is_dir():
+            continue  # it may lead back
         if path.name.startswith("."):
             found.update(targets_of_records(path) if path.is_dir() else targets_of_log(path))
         elif path.is_dir() and not is_folder_target(path):

@@ -168,7 +168,7 @@ class Predictor:
         if executor is not None and self._launcher is None and not callable(getattr(executor, "run", None)):
             raise ModeError(f"executor is {executor!r}: it must be an Executor, a Launcher or a client of Dask; see devices, too")
         loaded = as_loaded(model)
-        if loaded.file is not None:  # a process elsewhere may be in another folder
+        if loaded.program is not None:  # a process elsewhere may be in another folder
             self._arguments["model"] = loaded
         spec = loaded.spec if spec is None else spec
         self.spec = ModelSpec() if spec is None else spec

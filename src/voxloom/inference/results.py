@@ -105,8 +105,8 @@ class ResultOptions:
             if unknown:
                 there = ", ".join(map(repr, known)) or "one, without a name"
                 raise NoSuchKeyError(
-                    f"{what} names a result {unknown[0]!r}, and there is {there}: write it alike; reduce={{{unknown[0]!r}: None}}"
-                    " makes one that is not reduced"
+                    f"{what} names a result {unknown[0]!r}, and there is {there}: write it alike; or name all in reduce,"
+                    f" {', '.join(map(repr, dict.fromkeys([*known, *unknown])))}, those with None that are not reduced"
                 )
 
 

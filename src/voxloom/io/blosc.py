@@ -27,14 +27,20 @@ class BloscFile(FileSource):
         affine: RAS+ matrix of 4 × 4 from voxels to millimetres, if it is known.
         codes: what NIfTI records beside it.
         dtype: type of what is read, where it is another one than that of the array.
+        way_out: what to do where it is damaged.
     """
 
     is_sliceable = True
 
     def __init__(
-        self, path: Path, affine: Affine | None = None, codes: SpaceCodes | None = None, dtype: torch.dtype | None = None
+        self,
+        path: Path,
+        affine: Affine | None = None,
+        codes: SpaceCodes | None = None,
+        dtype: torch.dtype | None = None,
+        way_out: str = "copy or download it again",
     ) -> None:
-        self.name, self.paths, self._path = str(path), (path,), path
+        self.name, self.paths, self._path, self._way_out = str(path), (path,), path, way_out
         place = np.eye(4) if affine is None else affine
         with self._opened("is no array of Blosc2") as array:
             shape = tuple(map(int, array.shape))
@@ -71,7 +77,7 @@ class BloscFile(FileSource):
         except (VoxloomError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever a damaged file makes Blosc2 stumble over
-            raise explained(error, self.name, what) from error
+            raise explained(error, self.name, what, self._way_out) from error
 
 
 # Blocks of 16³ voxels in chunks of 128³, packed by LZ4: random patches of 64³ are read three times as fast as from blocks of 32³,

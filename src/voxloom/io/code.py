@@ -4,15 +4,14 @@ import contextlib
 import functools
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any
 
-from .arrays import hash_of
 from .files import hash_of_path
 
-__all__ = ["fingerprint_of_class", "fingerprint_of_file", "source_of", "used_beside", "without_addresses"]
+__all__ = ["fingerprint_of_file", "name_in_code", "parts_of_class", "source_of", "used_beside", "without_addresses"]
 
 
 def fingerprint_of_file(thing: Any) -> str | None:
@@ -32,22 +31,23 @@ def _hash_of_file(path: str, modified_ns: int, size: int) -> str:
     return hash_of_path(Path(path))
 
 
-def fingerprint_of_class(kind: type) -> str:
-    """Know a class by the source files of it and of those that it is made from; one without a file, by its compiled methods."""
-    return hash_of(fingerprint_of_file(each) or repr(_described_class(each)) for each in kind.__mro__ if each is not object)
+def name_in_code(thing: Any) -> str:
+    """Give the full name of a function or class; a script has another one in processes that are started by it."""
+    module = "__main__" if thing.__module__ == "__mp_main__" else thing.__module__
+    return f"{module}.{thing.__qualname__}"
 
 
-def _described_class(kind: type) -> list[Any]:
-    """Describe the functions of a class, and the plain values that it has."""
-    found: list[Any] = []
+def parts_of_class(kind: type) -> Iterator[tuple[str, Any]]:
+    """Give the functions of a class, without what they are wrapped in, and the values that it has."""
     for name, given in sorted(vars(kind).items()):
-        parts = [given.fget, given.fset, given.fdel] if isinstance(given, property) else [getattr(given, "__func__", given)]
+        if isinstance(given, property):
+            parts = [given.fget, given.fset, given.fdel]
+        else:
+            wrapped = (getattr(given, key, None) for key in ("__func__", "__wrapped__", "func"))
+            parts = [next((each for each in wrapped if isinstance(each, FunctionType)), given)]
         for part in parts:
-            if isinstance(part, FunctionType):
-                found.append([name, source_of(part), without_addresses(repr([part.__defaults__, part.__kwdefaults__]))])
-            elif isinstance(part, bool | int | float | str | tuple) and not name.startswith("__"):
-                found.append([name, without_addresses(repr(part))])
-    return found
+            if isinstance(part, FunctionType) or not name.startswith("__"):
+                yield name, part
 
 
 def source_of(function: Callable) -> str:
@@ -58,7 +58,8 @@ def source_of(function: Callable) -> str:
     if code.co_filename == "<string>":
         return described
     with contextlib.suppress(OSError, TypeError):
-        return inspect.getsource(function) + (described if code.co_name == "<lambda>" else "")
+        # Of the code, since of a function the source would be that of what it wraps.
+        return inspect.getsource(code) + (described if code.co_name == "<lambda>" else "")
     return described
 
 
@@ -80,7 +81,7 @@ def used_beside(function: FunctionType) -> dict[str, Any]:
         for name in code.co_names:
             value = function.__globals__.get(name)
             is_own = isinstance(value, FunctionType | type) and value.__module__ == function.__module__
-            if is_own or isinstance(value, bool | int | float | str | tuple):
+            if is_own or isinstance(value, bool | int | float | str | tuple | functools.partial):
                 found[name] = value
     return dict(sorted(found.items()))
 

@@ -164,13 +164,13 @@ def _parts_of(path: Path) -> list[Path]:
     return sorted(each for each in path.rglob("*") if each.is_file() and each != sidecar_in(path))
 
 
-def explained(error: Exception, name: str, what: str) -> ImageFileError:
+def explained(error: Exception, name: str, what: str, way_out: str = "copy or download it again") -> ImageFileError:
     """Tell a file that the system would not read from one that is damaged."""
     if isinstance(error, FileNotFoundError):
         return ImageNotFoundError(f"{name} {what}: there is no file {error.filename or name}")
     if isinstance(error, OSError) and error.errno is not None:
         return ImageFileError(f"{name} {what}: {error.strerror}")
-    return CorruptImageError(f"{name} {what}: {_text(error)}. It is damaged or truncated: copy or download it again")
+    return CorruptImageError(f"{name} {what}: {_text(error)}. It is damaged or truncated: {way_out}")
 
 
 def _text(error: Exception) -> str:

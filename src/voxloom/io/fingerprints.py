@@ -15,7 +15,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from types import FunctionType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from .arrays import hash_of, raw_bytes
-from .code import fingerprint_of_class, fingerprint_of_file, source_of, used_beside, without_addresses
+from .code import fingerprint_of_file, name_in_code, parts_of_class, source_of, used_beside, without_addresses
 from .protocols import Json
 
 __all__ = ["differences", "fingerprint_of_model", "fingerprint_of_option", "state_of_model"]
@@ -45,7 +45,7 @@ def fingerprint_of_model(model: Callable, name: str | None = None) -> Json:
     files: set[str] = set()
     for where, part in model.named_modules():
         digest.update(f"{where} {_settings_of(part)} {getattr(part, 'code', '')}".encode())
-        files.add(fingerprint_of_file(type(part)) or fingerprint_of_class(type(part)))
+        files.add(fingerprint_of_file(type(part)) or json.dumps(_Teller(with_files=False).tell(type(part))))
     digest.update("".join(sorted(files)).encode())
     values = dict(model.state_dict()) | dict(model.named_buffers())  # with those that are not part of a checkpoint
     for key, value in sorted(values.items()):
@@ -111,43 +111,54 @@ class _Teller:
         self._with_files = with_files
         self._at_hand: set[int] = set()
         """Objects that are being written down: what holds itself would have no end."""
+        self._told: dict[int, tuple[Any, Json]] = {}
+        """What has been written down, since many may hold it. They are kept, so that no other has their number."""
 
     def tell(self, value: Any) -> Json:
         """Write an option down."""
-        if value is None or isinstance(value, bool | int | float | str):
-            return value if not isinstance(value, float) or math.isfinite(value) else repr(value)
-        if isinstance(value, np.ndarray | Tensor) and not _holds_objects(value):
-            array = torch.as_tensor(value)
-            return hash_of([f"{array.dtype} {tuple(array.shape)}", raw_bytes(array)])
-        if isinstance(value, nn.Module):
-            return fingerprint_of_model(value)
+        if value is None or isinstance(value, bool | int | str):
+            return value
+        if isinstance(value, float):
+            return value if math.isfinite(value) else f"float {value!r}"
+        if id(value) in self._told:
+            return self._told[id(value)][1]
         if id(value) in self._at_hand:
             return "itself"
         self._at_hand.add(id(value))
         try:
-            return self._of_parts(value)
+            told = self._of_parts(value)
         finally:
             self._at_hand.discard(id(value))
+        self._told[id(value)] = value, told
+        return told
 
     def _of_parts(self, value: Any) -> Json:
+        if _is_array(value):
+            return _hash_of_array(value)
+        if isinstance(value, nn.Module):
+            return fingerprint_of_model(value)
         if isinstance(value, Mapping):
-            return {str(key): self.tell(item) for key, item in value.items()}
+            items = {key if isinstance(key, str) else f"key {json.dumps(self.tell(key))}": self.tell(value[key]) for key in value}
+            return items if type(value) is dict else [self.tell(type(value)), items]
         if isinstance(value, tuple | list):
-            return [self.tell(item) for item in value]
+            each = [self.tell(item) for item in value]
+            return each if type(value) in (tuple, list) else [self.tell(type(value)), each]
         if isinstance(value, set | frozenset):
             return sorted(json.dumps(self.tell(item), sort_keys=True) for item in value)  # their order is that of the process
         if isinstance(value, functools.partial):
             return [self.tell(part) for part in (value.func, value.args, value.keywords)]
+        if isinstance(value, ModuleType):
+            return f"module {value.__name__}"
         if inspect.ismethod(value):
             return [self.tell(value.__self__), value.__qualname__]
         if inspect.isfunction(value):
-            return f"{value.__module__}.{value.__qualname__} {self._of_function(value)[:16]}"
+            return f"{name_in_code(value)} {self._of_function(value)[:16]}"
         if isinstance(value, type):
-            return f"{value.__module__}.{value.__qualname__} {fingerprint_of_class(value)[:16]}"
+            return f"{name_in_code(value)} {self._of_class(value)[:16]}"
         kind = type(value)
         wrapped = getattr(value, "__wrapped__", None) if kind.__module__ == "functools" else None  # of one that keeps results
         state = self._state_of(value) if wrapped is None else json.dumps(self.tell(wrapped))
-        return f"{kind.__module__}.{kind.__qualname__} {hash_of([fingerprint_of_class(kind), state])[:16]}"
+        return f"{name_in_code(kind)} {hash_of([json.dumps(self.tell(kind)), state])[:16]}"
 
     def _of_function(self, function: FunctionType) -> str:
         used: list[Any] = []
@@ -160,18 +171,51 @@ class _Teller:
             told.append(json.dumps(self.tell(used_beside(function))) if file is None else file)
         return hash_of(told)
 
+    def _of_class(self, kind: type) -> str:
+        """Know a class by the source files of it and of those that it is made from; one without a file, by its parts."""
+        told = []
+        for each in kind.__mro__[:-1]:  # but for `object`
+            file = fingerprint_of_file(each)
+            parts = [(name, self.tell(part)) for name, part in parts_of_class(each)] if _is_own(each, file) else None
+            told.append(file or json.dumps([name_in_code(each), parts], sort_keys=True))
+        return hash_of(told)
+
     def _state_of(self, value: Any) -> bytes:
         """Give what an object holds: as it is pickled; or, where it cannot be, by the fingerprints of its parts."""
         try:
-            return _pickled(value, self)
+            buffer = io.BytesIO()
+            _StatePickler(buffer, self).dump(value)
+            return buffer.getvalue()
         except Exception:  # noqa: BLE001 - whatever an object of the user's raises
-            parts = value if isinstance(value, list) else getattr(value, "__dict__", None)
-            told = without_addresses(repr(value)) if parts is None else json.dumps(self.tell(parts), sort_keys=True)
-            return told.encode()
+            parts = value if isinstance(value, list) else _attributes_of(value)
+        try:
+            return (json.dumps(self.tell(parts), sort_keys=True) if parts else without_addresses(repr(value))).encode()
+        except RecursionError:
+            return b"deeper than can be looked into"
 
 
-def _holds_objects(value: np.ndarray | Tensor) -> bool:
-    return isinstance(value, np.ndarray) and value.dtype.kind not in "biufc"
+def _is_own(kind: type, file: str | None) -> bool:
+    """Whether a class was written in Python, and is in no file."""
+    return file is None and any(isinstance(part, FunctionType) for _, part in parts_of_class(kind))
+
+
+def _is_array(value: Any) -> bool:
+    """Whether the values of an array, or of a tensor, can be told by their bytes."""
+    if isinstance(value, np.ndarray):
+        return not value.dtype.hasobject
+    is_plain = isinstance(value, Tensor) and value.layout == torch.strided
+    return is_plain and not value.is_meta and not value.is_quantized
+
+
+def _hash_of_array(value: np.ndarray | Tensor) -> str:
+    if isinstance(value, np.ndarray):
+        return hash_of([f"{value.dtype.str} {value.shape}", np.ascontiguousarray(value).tobytes()])
+    return hash_of([f"{value.dtype} {tuple(value.shape)}", raw_bytes(value)])
+
+
+def _attributes_of(value: Any) -> dict[str, Any]:
+    slots = [name for kind in type(value).__mro__ for name in vars(kind).get("__slots__", ()) if hasattr(value, name)]
+    return {**{name: getattr(value, name) for name in slots}, **getattr(value, "__dict__", {})}
 
 
 class _StatePickler(pickle.Pickler):
@@ -179,21 +223,12 @@ class _StatePickler(pickle.Pickler):
 
     def __init__(self, file: io.BytesIO, teller: _Teller) -> None:
         super().__init__(file)
-        self.fast = True  # or it would matter whether two parts are one, or are equal
         self._teller = teller
 
     def persistent_id(self, thing: Any) -> str | None:
         """Give what is pickled in place of a part; None for the part itself."""
-        is_told = isinstance(thing, FunctionType | type | set | frozenset | Tensor | nn.Module)
-        if is_told or (isinstance(thing, np.ndarray) and not _holds_objects(thing)):
-            return json.dumps(self._teller.tell(thing), sort_keys=True)
-        return None
-
-
-def _pickled(value: Any, teller: _Teller) -> bytes:
-    buffer = io.BytesIO()
-    _StatePickler(buffer, teller).dump(value)
-    return buffer.getvalue()
+        is_told = isinstance(thing, FunctionType | type | set | frozenset | ModuleType) or _is_array(thing)
+        return json.dumps(self._teller.tell(thing), sort_keys=True) if is_told else None
 
 
 def differences(recorded: Json, now: Json, path: str = "") -> list[str]:

@@ -21,6 +21,7 @@ def to_plain(value: Any) -> Json:
 
     Raises:
         TypeError: names what else there is.
+        RecursionError: if something holds itself.
 
     Example:
         >>> from_plain(to_plain({1: ("liver", 2.5)}))
@@ -38,11 +39,16 @@ def to_plain(value: Any) -> Json:
         return list(map(to_plain, value))
     if isinstance(value, Mapping):
         return {"dict": [[to_plain(key), to_plain(each)] for key, each in value.items()]}
-    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf" and value.size <= MOST_NUMBERS:
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf" and value.itemsize <= 8 and value.size <= MOST_NUMBERS:
         return {"array": value.tolist(), "dtype": value.dtype.str, "shape": value.shape}
-    if isinstance(value, Tensor) and not value.dtype.is_complex and value.numel() <= MOST_NUMBERS:
+    if isinstance(value, Tensor) and _is_plain(value):
         return {"tensor": value.tolist(), "dtype": str(value.dtype).removeprefix("torch."), "shape": value.shape}
     raise TypeError(f"{type(value).__module__}.{type(value).__qualname__}")
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    is_kept = tensor.layout == torch.strided and not (tensor.is_meta or tensor.is_quantized or tensor.dtype.is_complex)
+    return is_kept and tensor.numel() <= MOST_NUMBERS
 
 
 def from_plain(told: Json) -> Any:

@@ -1,5 +1,6 @@
 """Models from files and from code. What would run code that a file brings is refused, unless that is allowed."""
 
+import copy
 import importlib
 import inspect
 import os
@@ -8,9 +9,10 @@ import sys
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -67,23 +69,21 @@ class LoadedModel:
     """What comes before it, of a cascade."""
     reduce: Any = None
     """What is made of its scores, where that is more than a spec can say."""
-    file: Path | None = None
-    """The file of a program, which cannot be pickled: another process loads it again."""
-    allow_pickle: bool = False
-    """Whether it may run code that it brings."""
+    program: "ProgramFile | None" = None
+    """The file that it is in, which another process loads again: programs cannot be pickled."""
 
-    def __getstate__(self) -> dict[str, Any]:
-        left_out = () if self.file is None else ("model", "guards")
-        return {name: value for name, value in vars(self).items() if name not in left_out}
+    def __reduce__(self) -> tuple[Any, ...]:
+        values = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "program"}
+        if self.program is None or self.program.module is not self.model:
+            return partial(type(self), **values), ()
+        without = {name: value for name, value in values.items() if name not in ("model", "guards")}
+        return partial(_loaded_again, self.program.checked(), **without), ()
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        file = state["file"]
-        if file is not None:
-            again = _of_file(file, state["allow_pickle"])
-            if again.name != state["name"]:
-                raise ModelFileError(f"{file} has been changed since it was loaded: begin again")
-            state = {**state, "model": again.model, "guards": again.guards}
-        self.__dict__.update(state)
+    def __copy__(self) -> Self:
+        return replace(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return replace(self, **{each.name: copy.deepcopy(getattr(self, each.name), memo) for each in fields(self)})
 
     def least_batch_size(self, patch_size: Sequence[int] | None = None) -> int:
         """Give the batch size that it is fixed to, or else the smallest that it was made for."""
@@ -102,6 +102,37 @@ class LoadedModel:
     def takes_full_batches(self, patch_size: Sequence[int] | None = None) -> bool:
         """Whether it takes batches of some sizes only, so that the last one of a volume must be filled up."""
         return self.least_batch_size(patch_size) > 1
+
+
+@dataclass(frozen=True)
+class ProgramFile:
+    """The file of a program, and what was loaded from it."""
+
+    path: Path
+    allow_pickle: bool
+    """Whether it may run code that it brings."""
+    module: Any
+
+    def checked(self) -> "ProgramFile":
+        """Give what another process loads, if that is what there is here.
+
+        Raises:
+            ModelFileError: if the weights have been changed since, or the file cannot be loaded any more.
+        """
+        again, here = (each.state_dict() for each in (_of_file(self.path, self.allow_pickle).model, self.module))
+        if again.keys() != here.keys() or not all(torch.equal(value.cpu(), again[name]) for name, value in here.items()):
+            raise ModelFileError(
+                f"the model of {self.path} has other weights than its file, which other processes would load: save it in one"
+                " of its own"
+            )
+        return replace(self, module=None)
+
+
+def _loaded_again(program: ProgramFile, **values: Any) -> LoadedModel:
+    again = _of_file(program.path, program.allow_pickle)
+    if again.name != values["name"]:
+        raise ModelFileError(f"{program.path} has been changed since it was loaded: begin again")
+    return LoadedModel(**{**values, "model": again.model, "guards": again.guards, "program": again.program})
 
 
 def as_loaded(model: Any) -> LoadedModel:
@@ -288,7 +319,7 @@ def _of_file(path: Path, allow_pickle: bool) -> LoadedModel:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)  # of TorchScript as such
                 model, spec = torch.jit.load(path, map_location="cpu").eval(), spec_beside(path)
-                return LoadedModel(model, _name_of(path), spec=spec, file=path.absolute(), allow_pickle=True)
+                return LoadedModel(model, _name_of(path), spec=spec, program=ProgramFile(path.absolute(), True, model))
         except Exception as error:  # see above
             raise ModelFileError(f"{path} cannot be loaded as TorchScript: {_first_line(error)}") from error
     if not allow_pickle:
@@ -326,9 +357,9 @@ def _of_program(path: Path, allow_pickle: bool) -> LoadedModel:
         raise ModelFileError(
             f"{path}: {error}. Give --allow-pickle if you trust where it is from, and PyTorch makes its own checks"
         ) from error
-    found = LoadedModel(
-        _module_of(program, guards), _name_of(path), spec=_spec_of(path), file=path.absolute(), allow_pickle=allow_pickle
-    )
+    module = _module_of(program, guards)
+    file = ProgramFile(path.absolute(), allow_pickle, module)
+    found = LoadedModel(module, _name_of(path), spec=_spec_of(path), program=file)
     if len(shapes[0]) == 4:  # what it was exported for is a matter of which axis slices lie along, and of their neighbours
         return found
     batch, channels, *patch = (size if isinstance(size, int) else None for size in shapes[0])

@@ -68,7 +68,7 @@ def targets_of_log(path: Path) -> list[Path]:
         return []
     try:
         return [path.with_name(Path(name).name) for name in json.loads(_lines_of(path)[0])["targets"].values()]
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return []
 
 

@@ -16,6 +16,8 @@ from ..errors import SamplingError
 from ..runtime import memory
 from ..volumes.batch import ImagesBatch, SubjectsBatch, batch_memory
 from ..volumes.constants import PATCH_LOCATION
+from ..volumes.copies import own
+from ..volumes.image import Image
 from ..volumes.subject import Subject
 from .padded import PaddedSource
 
@@ -44,12 +46,16 @@ class PatchCutter:
         }
 
     def cut(self, location: PatchLocation, empty: MakeEmpty = memory.empty) -> Subject:
-        """Cut out one patch, which owns its memory."""
+        """Cut out one patch, which owns its memory, and its metadata."""
         entries = dict(self.subject)
-        for name, padded in self._padded.items():
-            data = empty((padded.shape[0], *location.size), padded.dtype)
-            padded.read_into(data, location.box)
-            entries[name] = entries[name].part(data, location.index)
+        for name in entries:
+            if name in self._padded:
+                padded = self._padded[name]
+                data = empty((padded.shape[0], *location.size), padded.dtype)
+                padded.read_into(data, location.box)
+                entries[name] = _part(entries[name], data, location)
+            else:
+                entries[name] = own(entries[name])
         return Subject(entries | {PATCH_LOCATION: location})
 
     def cut_batch(self, locations: Sequence[PatchLocation]) -> SubjectsBatch:
@@ -61,10 +67,16 @@ class PatchCutter:
             for target, location in zip(data, locations, strict=True):
                 padded.read_into(target, location.box)
             image = self.subject.images[name]
-            images = [image.part(target, location.index) for target, location in zip(data, locations, strict=True)]
+            images = [_part(image, target, location) for target, location in zip(data, locations, strict=True)]
             batches[name] = ImagesBatch(data, images)
-        metadata = {name: [value] * len(locations) for name, value in self.subject.metadata.items()}
+        metadata = {name: [own(value) for _ in locations] for name, value in self.subject.metadata.items()}
         return SubjectsBatch(batches, metadata | {PATCH_LOCATION: list(locations)})
+
+
+def _part(image: Image, data: Tensor, location: PatchLocation) -> Image:
+    part = image.part(data, location.index)
+    part.metadata = own(part.metadata)
+    return part
 
 
 class ExtractingCutter(PatchCutter):
@@ -93,6 +105,11 @@ class ExtractingCutter(PatchCutter):
         if not isinstance(patch, Subject):
             raise SamplingError(f"extract_patch returned {type(patch).__name__}: it must return a Subject")
         patch = copy.copy(patch)  # it may be the subject itself
+        for name, value in patch.metadata.items():
+            patch[name] = own(value)
+        for name, image in patch.images.items():
+            patch[name] = copy.copy(image)
+            patch[name].metadata = own(image.metadata)
         patch[PATCH_LOCATION] = location
         return patch
 

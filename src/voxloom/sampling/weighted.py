@@ -28,6 +28,8 @@ from .spelling import subject_may_be_left_out
 
 __all__ = ["LabelSampler", "MixedSampler", "WeightedSampler"]
 
+# Probabilities that are not 0 are at least so large, so that their parts of the sum are numbers.
+LEAST_SHARE = 1e-300
 # How far a label that is stored as a float may be off a whole number.
 WHOLE = 0.01
 # A map is gone through this many values at a time.
@@ -92,12 +94,12 @@ class _CentredSampler(PatchSampler):
         normalised. It is kept as long as the images are the same.
         """
         name, image = self._map(subject)
-        volume = Box.of_shape(subject.spatial_shape)
-        sums, values = self._sums(image, name, volume), image.read(volume)
+        centres = self._centres(subject)
+        sums, values = self._sums(image, name, centres), image.read(centres)
         result = torch.zeros(subject.spatial_shape, dtype=torch.float64)
         shares = self._shares(sums)
         for number, share in shares.items():
-            result += self._weights(values, number) * (share / sum(shares.values()) / sums[number].total)
+            result[centres.slices] += self._weights(values, number) * (share / sum(shares.values()) / sums[number].total)
         return result[None]
 
     def get_probability_map_image(self, subject: Subject) -> Image:
@@ -381,8 +383,8 @@ class LabelSampler(_CentredSampler):
                 )
         rows = {label: np.zeros(box.shape[1:], dtype=np.int32) for label in self._drawn()}
         for part, values in _parts(image, box):
-            if image.num_channels == 1 and values.is_floating_point():
-                _check_whole(values, name)
+            if values.is_floating_point():
+                _check_whole(values if image.num_channels == 1 else values[~values.isfinite()], name)
             for label, sums in rows.items():
                 sums[part] += self._weights(values, label).sum(dim=0, dtype=torch.int32).numpy()
         return {label: RowSums(sums) for label, sums in rows.items()}
@@ -502,7 +504,7 @@ def _pick_share(shares: Mapping[int, float], rng: np.random.Generator) -> int:
 
 def _check_whole(labels: Tensor, name: str) -> None:
     """Refuse values that are no labels; rounding of a file's scale is let through."""
-    far = (labels - labels.round()).abs() > WHOLE
+    far = ~((labels - labels.round()).abs() <= WHOLE)  # so that NaN and infinity are far as well
     if far.any():
         raise SamplingError(
             f"the label map {name!r} holds {float(labels[far][0]):.4g}, which is no whole number: resample labels with nearest"
@@ -535,6 +537,9 @@ def _as_probabilities(given: Any, name: str = "label_probabilities") -> dict[int
         if not math.isfinite(value) or value < 0:
             raise SamplingError(f"the probability of {label!r} in {name} is {share!r}: it must be a finite number of at least 0")
         result[number] = value
+    wanted = [value for value in result.values() if value > 0]
+    if wanted and not (min(wanted) >= LEAST_SHARE and math.isfinite(sum(wanted))):
+        raise SamplingError(f"{name} is {dict(result)}: its numbers must be 0 or at least {LEAST_SHARE}, and have a finite sum")
     return result
 
 

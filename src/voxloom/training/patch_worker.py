@@ -223,11 +223,11 @@ class PatchWorker:
         with self._named(subject, task.epoch):
             patches = self._patches_of(task, subject)
             if self.patch_transform is None:
-                return _with_own_metadata(patches.cut(number, empty))
+                return patches.cut(number, empty)
             words = seed_words(task.seed, task.epoch, number, subject, Purpose.PATCH_TRANSFORM)
             with seeded(words):
                 reseed(self.patch_transform, itertools.count(words[3]))
-                patch = _with_own_metadata(patches.cut(number))
+                patch = patches.cut(number)
                 location = patch.patch_location
                 patch = as_subject(self.patch_transform(patch), "what patch_transform returned")
                 patch.setdefault(PATCH_LOCATION, location)  # it may have made a new subject of the images alone
@@ -310,19 +310,3 @@ class _AbandonedError(Exception):
 
 class _NothingToDrawError(SamplingError):
     """A sampler that was told to skip subjects without foreground has met one."""
-
-
-def _with_own_metadata(patch: Subject) -> Subject:
-    """Give a patch metadata of its own, so that whoever changes them in place changes those of no other."""
-    for name, value in patch.metadata.items():
-        patch[name] = _own(value)
-    for image in patch.images.values():
-        image.metadata = _own(image.metadata)
-    return patch
-
-
-def _own(value: Any) -> Any:
-    try:
-        return copy.deepcopy(value)
-    except TypeError:  # such as an open file, of which there can be only one
-        return value

@@ -2,6 +2,7 @@
 
 import contextlib
 import multiprocessing
+import multiprocessing.util
 import os
 import pickle
 import queue
@@ -20,7 +21,7 @@ import torch.multiprocessing  # teaches pipes how tensors travel
 from torch import Tensor
 
 from ..errors import SubjectError, WorkerError
-from ..runtime.shared_memory import share
+from ..runtime.shared_memory import explained_lack, share
 from ..volumes.contents import name_of
 from .messages import Failure, Message, Packer, Unpacker
 from .patch_worker import MadePatch, PatchTask, PatchWorker
@@ -39,6 +40,8 @@ NOT_STARTED = (
     " before it had made anything; what it printed says why. Where workers are spawned, what a script does must stand below"
     " if __name__ == '__main__':"
 )
+# What sending raises where nobody reads any more.
+GONE = (BrokenPipeError, ConnectionResetError)
 # How long a process that has closed its pipe may take to end, in seconds.
 DYING_SECONDS = 1.0
 
@@ -67,6 +70,8 @@ class WorkerProcess:
         # The subject whose patches it makes, which tells those who look for the reason of a death.
         self._doing = share(torch.full((1,), NOTHING))
         processes: Any = multiprocessing.get_context(context)
+        # That of this process, which is removed at its end, is then that of the workers: they could not remove theirs.
+        multiprocessing.util.get_temp_dir()
         tasks, self._tasks = processes.Pipe(duplex=False)
         self.reader, messages = processes.Pipe(duplex=False)
         arguments = (worker, self._doing, tasks, messages)
@@ -225,12 +230,28 @@ def _receive(tasks: connection.Connection, received: "queue.SimpleQueue[PatchTas
 def _send(messages: connection.Connection, made: "queue.SimpleQueue[Message | Failure]") -> None:
     try:
         while True:
-            messages.send(made.get())
-    except OSError:  # nobody reads any more
+            message = made.get()
+            try:
+                with explained_lack():
+                    messages.send(message)
+            except GONE:
+                raise
+            except (OSError, WorkerError) as error:  # nothing has been sent of what could not be shared
+                messages.send(Failure(_cannot_send(error), traceback.format_exc()))
+    except GONE:  # nobody reads any more
         pass
     except BaseException:  # noqa: BLE001 - nobody else would see it
         traceback.print_exc(file=sys.stderr)
         os._exit(1)
+
+
+def _cannot_send(error: Exception) -> WorkerError:
+    """Say why patches cannot leave a worker."""
+    if isinstance(error, WorkerError):
+        return error
+    is_long = "path too long" in str(error)
+    way = "let TMPDIR be a folder with a shorter name" if is_long else "see to the cause, or use num_workers=0"
+    return WorkerError(f"patches cannot leave a worker, which makes a socket in the temporary folder ({error}): {way}")
 
 
 def _answer(worker: PatchWorker, packer: Packer, task: PatchTask) -> Message | Failure:

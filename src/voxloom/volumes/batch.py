@@ -17,6 +17,7 @@ from ..errors import NoSuchIndexError, NoSuchKeyError, SubjectError
 from ..runtime import memory
 from ..runtime.shared_memory import shared_storage
 from .constants import AFFINE, DATA, INDEX_INI, INTENSITY, LABEL, LOCATION, PATCH_LOCATION, PATH, STEM, TYPE
+from .copies import own
 from .exchange import pictures
 from .image import Image, LabelMap, ScalarImage
 from .libraries import as_subject
@@ -146,7 +147,9 @@ class ImagesBatch(dict[str, Any]):
             number %= self.batch_size
         except TypeError as error:
             raise SubjectError(f"a batch of images was asked for {key!r}: give a name, or the number of an image") from error
-        return self.templates[number].new_like(self.data[number].clone(), self.affine[number].numpy())
+        made = self.templates[number].new_like(self.data[number].clone(), self.affine[number].numpy())
+        made.metadata = own(made.metadata)
+        return made
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.unbatch())
@@ -231,7 +234,7 @@ class SubjectsBatch(dict[str, Any]):
 
     def _subject(self, number: int) -> Subject:
         images = {name: images[number] for name, images in self.images.items()}
-        return Subject(images | {name: values[number] for name, values in self.metadata.items()})
+        return Subject(images | {name: own(values[number]) for name, values in self.metadata.items()})
 
     def __len__(self) -> int:
         return self.batch_size

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import inspect
 import itertools
 import json
 import os
@@ -18,13 +19,12 @@ from typing import Any
 import numpy as np
 import torch
 from filelock import FileLock
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from .._version import __version__
 from ..errors import CorruptImageError, NoSuchIndexError, SaveError, SubjectError, VoxloomError
 from ..io.arrays import hash_of
 from ..io.blosc import BloscFile, write_blosc
-from ..io.code import fingerprint_of_class
 from ..io.files import size_of_path
 from ..io.fingerprints import fingerprint_of_option
 from ..io.plain import MOST_NUMBERS, from_plain, to_plain
@@ -250,6 +250,10 @@ class SubjectsCache(Dataset[Subject]):
         for index in indices if progress is None else progress(indices):
             self[index]
 
+    def count(self) -> int:
+        """Say how many of the subjects are kept: fewer than all, where there is no room for all."""
+        return sum((self.folder / self._key(index) / ENTRY).exists() for index in range(len(self)))
+
     def prune(self) -> int:
         """Remove the entries that are of no subject of this data set, and say how many they were."""
         own = {self._key(index) for index in range(len(self))}
@@ -270,13 +274,24 @@ def _made_by(leaf: Any) -> Json:
     getter = type(leaf).__getitem__
     if getter is SubjectsDataset.__getitem__ or getter.__module__.partition(".")[0] in LIBRARIES:
         return told
-    # It has its own way to make them.
-    settings = {name: value for name, value in vars(leaf).items() if name not in TRANSFORMS and not _holds_subjects(value)}
-    return [told, fingerprint_of_class(type(leaf)), fingerprint_of_option(settings, with_files=True)]
+    # It has its own way to make them, which is a matter of its code, and of what it was made with.
+    names = [name for name in inspect.signature(type(leaf).__init__).parameters if name not in TRANSFORMS]
+    settings = {name: vars(leaf)[name] for name in names if name in vars(leaf) and not _holds_subjects(vars(leaf)[name])}
+    within = [_made_by(part) for part in _within(leaf)]
+    return [told, fingerprint_of_option([type(leaf), settings], with_files=True), within]
+
+
+def _within(leaf: Any) -> list[Any]:
+    """Give the data sets that one of the user's is made of."""
+    parts = [leaf.dataset] if isinstance(leaf, Subset) else leaf.datasets if isinstance(leaf, ConcatDataset) else []
+    return [each for part in parts for each in leaves_of(part)]
 
 
 def _holds_subjects(value: Any) -> bool:
-    return isinstance(value, Sequence) and any(found_subject(each) is not None for each in value[:1])
+    if isinstance(value, Dataset) or found_subject(value) is not None:
+        return True
+    values = list(value.values()) if isinstance(value, Mapping) else value
+    return isinstance(values, Sequence) and not isinstance(values, str) and any(map(_holds_subjects, values[:1]))
 
 
 def _file_of(name: str) -> str:
@@ -311,7 +326,10 @@ def _written(path: Path, image: Image) -> Json:
 def _image_of(path: Path, told: Mapping[str, Json]) -> Image:
     codes = dict(told["codes"])
     world = tuple(map(tuple, codes.pop("qform_world")))
-    source = BloscFile(path, np.array(told["affine"]), SpaceCodes(**codes, qform_world=world), getattr(torch, told["dtype"]))
+    way_out = f"remove {path.parent}, and it is made anew"
+    source = BloscFile(
+        path, np.array(told["affine"]), SpaceCodes(**codes, qform_world=world), getattr(torch, told["dtype"]), way_out
+    )
     more = {"type": told["type"]} if told["class"] == "Image" else {}
     return IMAGES[told["class"]](source, **more, **from_plain(told["metadata"]))
 
@@ -326,7 +344,7 @@ def _plain(values: Mapping[str, Any], what: str) -> Json:
     for name, value in values.items():
         try:
             to_plain(value)
-        except TypeError as error:
+        except (TypeError, RecursionError) as error:
             if name == HISTORY:
                 warnings.warn(
                     f"the history of TorchIO's transforms ({HISTORY!r}) of {what} holds a {error}, which a cache cannot keep:"

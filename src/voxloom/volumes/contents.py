@@ -36,18 +36,28 @@ def transforms_of(dataset: Any) -> list[Any]:
 
 def leaves_of(dataset: Any) -> list[Any]:
     """Give the data sets that one consists of, or is a part of: itself, if neither."""
-    if isinstance(dataset, Subset):
+    if _is_part(dataset):
         return leaves_of(dataset.dataset)
-    if isinstance(dataset, ConcatDataset):
+    if _is_sum(dataset):
         return [leaf for part in dataset.datasets for leaf in leaves_of(part)]
     return [dataset]
 
 
+def _is_part(dataset: Any) -> bool:
+    """Whether a data set gives what another one gives; a class of the user's may do more."""
+    return isinstance(dataset, Subset) and type(dataset).__getitem__ is Subset.__getitem__
+
+
+def _is_sum(dataset: Any) -> bool:
+    return isinstance(dataset, ConcatDataset) and type(dataset).__getitem__ is ConcatDataset.__getitem__
+
+
 def leaf_at(dataset: Any, index: int) -> int:
     """Say which of its `leaves_of` gives the subject of an index."""
-    if isinstance(dataset, Subset):
+    if _is_part(dataset):
         return leaf_at(dataset.dataset, int(dataset.indices[index]))
-    if isinstance(dataset, ConcatDataset):
+    if _is_sum(dataset):
+        index %= len(dataset)  # those of a `Subset` may count from the end
         number = bisect.bisect_right(dataset.cumulative_sizes, index)
         first = dataset.cumulative_sizes[number - 1] if number else 0
         before = sum(len(leaves_of(part)) for part in dataset.datasets[:number])

@@ -11,7 +11,19 @@ from ..io.protocols import SpaceCodes, VolumeSource
 from .derived import DerivedValues
 from .origins import GivenOrigin, Origin
 
-__all__ = ["Copies"]
+__all__ = ["Copies", "own"]
+
+IMMUTABLE = (str, int, float, bool, type(None))
+
+
+def own(value: Any) -> Any:
+    """Copy an entry deeply, so that whoever changes it in place changes that of no other; what cannot be copied is shared."""
+    if type(value) in IMMUTABLE:
+        return value
+    try:
+        return copy.deepcopy(value)
+    except TypeError:  # such as an open file, of which there can be only one
+        return value
 
 
 class Copies:

@@ -180,9 +180,9 @@ def as_subject(thing: Any, what: str) -> Subject:
 
 
 def in_its_type(data: Any, kind: str, dtype: torch.dtype) -> Any:
-    """Give labels the type of values that they had before a transform made floats of them, if it can hold them.
+    """Give labels the type of values that they had before a transform, if it can hold them: some make floats of them, some not.
 
-    Transforms that interpolate do that, and random ones not for all subjects. Whole numbers of another type were asked for.
+    Of floats whole numbers may be made, since nobody does that but a cast.
 
     Args:
         data: what the transform made, a tensor or an array.
@@ -190,7 +190,7 @@ def in_its_type(data: Any, kind: str, dtype: torch.dtype) -> Any:
         dtype: type of the values before.
     """
     values = torch.as_tensor(data)
-    if kind != LABEL or values.dtype == dtype or not values.dtype.is_floating_point:
+    if kind != LABEL or values.dtype == dtype or (dtype.is_floating_point and not values.dtype.is_floating_point):
         return data
     converted = values.to(dtype)
     return converted if torch.equal(converted.to(values.dtype), values) else data

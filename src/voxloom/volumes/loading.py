@@ -169,6 +169,8 @@ def state_of_draws(state: Mapping[str, Any]) -> tuple[int, int, int]:
     """
     if not isinstance(state, Mapping) or not all(isinstance(state.get(key), int) for key in ("seed", "epoch", "draw")):
         raise SubjectError(f"the state of a sampler has a seed, an epoch and a draw, which are whole numbers; it is {state!r}")
+    if state["epoch"] < 0 or state["draw"] < 0:
+        raise SubjectError(f"the epoch and the draw of a sampler's state are at least 0; it is {state!r}")
     return state["seed"], state["epoch"], state["draw"]
 
 
