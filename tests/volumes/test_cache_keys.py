@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torchio as tio
-from torch.utils.data import ConcatDataset, Subset
+from torch.utils.data import ConcatDataset, Dataset, Subset
 
 import voxloom as vx
 from voxloom.errors import CorruptImageError, SubjectError
@@ -181,13 +181,29 @@ class Changed(Subset):
         return [self.dataset.dry_iter()[index] for index in self.indices]
 
 
-def test_a_part_that_changes_subjects_is_known_by_it(tmp_path):
+class Wrapped(Dataset):
+    def __init__(self, inner, number):
+        self.inner, self.number = inner, number
+        self.generator = np.random.default_rng()  # another one in each process
+
+    def __len__(self):
+        return len(self.inner)
+
+    def __getitem__(self, index):
+        return plus(self.inner[index], self.number)
+
+    def dry_iter(self):
+        return self.inner.dry_iter()
+
+
+@pytest.mark.parametrize("kind", [lambda inner, number: Changed(inner, [0], number), Wrapped])
+def test_a_data_set_that_changes_subjects_of_another_is_known_by_both(tmp_path, kind):
     def three(subject):
         return plus(subject, 3)
 
     for number in (1, 2, 1):
         for transform, more in ((None, 0), (three, 3)):
-            dataset = Changed(vx.SubjectsDataset([vx.Subject(t1=scan())], transform), [0], number)
+            dataset = kind(vx.SubjectsDataset([vx.Subject(t1=scan())], transform), number)
             cache = vx.SubjectsCache(dataset, tmp_path / "cache")
             assert values(cache) == values(cache) == [number + more]
     assert len([path for path in (tmp_path / "cache").iterdir() if not path.name.startswith(".")]) == 4

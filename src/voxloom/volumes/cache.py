@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from filelock import FileLock
-from torch.utils.data import ConcatDataset, Dataset, Subset
+from torch.utils.data import ConcatDataset, Dataset
 
 from .._version import __version__
 from ..errors import CorruptImageError, NoSuchIndexError, SaveError, SubjectError, VoxloomError
@@ -283,7 +283,8 @@ def _made_by(leaf: Any) -> Json:
 
 def _within(leaf: Any) -> list[Any]:
     """Give the data sets that one of the user's is made of."""
-    parts = [leaf.dataset] if isinstance(leaf, Subset) else leaf.datasets if isinstance(leaf, ConcatDataset) else []
+    held = leaf.datasets if isinstance(leaf, ConcatDataset) else vars(leaf).values()
+    parts = [each for each in held if isinstance(each, Dataset) and each is not leaf]
     return [each for part in parts for each in leaves_of(part)]
 
 
