@@ -48,8 +48,8 @@ def save_dicom_seg(
         labels: the label map, on the grid of the series, as `predict` gives it.
         series: the folder of the series.
         path: the file to write.
-        names: what the numbers mean: names and numbers, such as `{"liver": 5}`, or `Label`s, which may have codes of a
-            terminology; others get names of their own.
+        names: what the numbers mean: names and numbers, such as `{"liver": 5}`, or a list of `Label`, with codes of a
+            terminology where there are any; others get names of their own.
         description: description of the series that is made.
         overwrite: replace a file that is there.
 
