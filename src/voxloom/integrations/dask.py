@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ModeError
-from ..inference.parts.launchers import ATTEMPTS, CANNOT_SEND, Launcher, ShardJob
+from ..inference.parts.launchers import ATTEMPTS, Launcher, ShardJob, packed
 from ..io.saving import as_save_error
 from ..volumes.libraries import imported
 
@@ -131,11 +131,7 @@ def _saved(job: ShardJob) -> Path:
 
     path = job.folder.absolute() / f"job-{job.name}.pkl"  # a worker that lives on must not take it for that of another run
     try:
-        packed = cloudpickle.dumps(job)
-    except Exception as error:  # whatever a model or a function of the user's raises
-        raise ModeError(f"{CANNOT_SEND}: {error}") from error
-    try:
-        path.write_bytes(packed)
+        path.write_bytes(packed(job, cloudpickle.dumps))
     except OSError as error:
         raise as_save_error(path, error) from error
     return path

@@ -17,7 +17,6 @@ from ..runtime import memory
 from ..volumes.batch import ImagesBatch, SubjectsBatch, batch_memory
 from ..volumes.constants import PATCH_LOCATION
 from ..volumes.copies import own
-from ..volumes.image import Image
 from ..volumes.subject import Subject
 from .padded import PaddedSource
 
@@ -53,7 +52,7 @@ class PatchCutter:
                 padded = self._padded[name]
                 data = empty((padded.shape[0], *location.size), padded.dtype)
                 padded.read_into(data, location.box)
-                entries[name] = _part(entries[name], data, location)
+                entries[name] = entries[name].part(data, location.index)
             else:
                 entries[name] = own(entries[name])
         return Subject(entries | {PATCH_LOCATION: location})
@@ -67,16 +66,10 @@ class PatchCutter:
             for target, location in zip(data, locations, strict=True):
                 padded.read_into(target, location.box)
             image = self.subject.images[name]
-            images = [_part(image, target, location) for target, location in zip(data, locations, strict=True)]
+            images = [image.part(target, location.index) for target, location in zip(data, locations, strict=True)]
             batches[name] = ImagesBatch(data, images)
         metadata = {name: [own(value) for _ in locations] for name, value in self.subject.metadata.items()}
         return SubjectsBatch(batches, metadata | {PATCH_LOCATION: list(locations)})
-
-
-def _part(image: Image, data: Tensor, location: PatchLocation) -> Image:
-    part = image.part(data, location.index)
-    part.metadata = own(part.metadata)
-    return part
 
 
 class ExtractingCutter(PatchCutter):

@@ -20,6 +20,8 @@ def own(value: Any) -> Any:
     """Copy an entry deeply, so that whoever changes it in place changes that of no other; what cannot be copied is shared."""
     if type(value) in IMMUTABLE:
         return value
+    if type(value) is dict and not value:  # as most metadata of images are
+        return {}
     try:
         return copy.deepcopy(value)
     except TypeError:  # such as an open file, of which there can be only one
@@ -59,6 +61,7 @@ class Copies:
         The index is negative where the part begins in padding. Nothing is checked: a sampler makes thousands of parts.
         """
         new = self.without_data()
+        new.metadata = own(self.metadata)
         new._data = data
         new._affine = shifted(self.affine, index, step)
         return new

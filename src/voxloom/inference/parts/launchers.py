@@ -16,16 +16,12 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from ...core.sizes import as_int
-from ...errors import ModeError
+from ...errors import ModeError, VoxloomError
 from ...io.zarr.storage import is_url
 from .shards import ShardedRun
 
-__all__ = ["CANNOT_SEND", "Launcher", "ProcessLauncher", "SerialLauncher", "ShardJob", "as_devices", "as_launcher"]
+__all__ = ["Launcher", "ProcessLauncher", "SerialLauncher", "ShardJob", "as_devices", "as_launcher", "packed"]
 
-CANNOT_SEND = (
-    "the model or a function cannot be sent to other processes: give a model by the name of its file, as what load_model gives,"
-    " or as package.module:callable, and functions that stand in a module"
-)
 # How often a part is tried that nobody has finished.
 ATTEMPTS = 3
 # How often it is looked at what is done: a folder that may have many files.
@@ -218,7 +214,7 @@ class ProcessLauncher:
         for place, device in enumerate(self.devices[:count]):
             own = job if device is None else job.on(device)
             threads = max(1, torch.get_num_threads() // count) if device in (None, "cpu") else None
-            process = context.Process(target=_compute_all, args=(_pickled(own), numbers[place::count], threads), daemon=True)
+            process = context.Process(target=_compute_all, args=(packed(own), numbers[place::count], threads), daemon=True)
             process.start()
             processes.append(process)
         return processes
@@ -249,11 +245,22 @@ def as_launcher(given: Any) -> Launcher | None:
     return None if module is None else importlib.import_module(module).launcher_of(given)
 
 
-def _pickled(job: ShardJob) -> bytes:
+def packed(job: ShardJob, dumps: Callable[[ShardJob], bytes] = pickle.dumps) -> bytes:
+    """Give a job as it travels to another process.
+
+    Raises:
+        ModeError: if the model, or a function of the user's, cannot travel.
+        ModelFileError: if the model is not what its file holds.
+    """
     try:
-        return pickle.dumps(job)
+        return dumps(job)
+    except VoxloomError:
+        raise
     except Exception as error:  # whatever a model or a function of the user's raises
-        raise ModeError(f"{CANNOT_SEND}: {error}") from error
+        raise ModeError(
+            "the model or a function cannot be sent to other processes: give a model by the name of its file, as what load_model"
+            f" gives, or as package.module:callable, and functions that stand in a module: {error}"
+        ) from error
 
 
 def _compute_all(job: bytes, numbers: Sequence[int], threads: int | None) -> None:
