@@ -346,9 +346,10 @@ def _plain(values: Mapping[str, Any], what: str) -> Json:
         try:
             to_plain(value)
         except (TypeError, RecursionError) as error:
+            kind = "list or dict that holds itself" if isinstance(error, RecursionError) else str(error)
             if name == HISTORY:
                 warnings.warn(
-                    f"the history of TorchIO's transforms ({HISTORY!r}) of {what} holds a {error}, which a cache cannot keep:"
+                    f"the history of TorchIO's transforms ({HISTORY!r}) of {what} holds a {kind}, which a cache cannot keep:"
                     " it is left out",
                     RuntimeWarning,
                     stacklevel=2,
@@ -356,7 +357,7 @@ def _plain(values: Mapping[str, Any], what: str) -> Json:
                 kept[name] = []
                 continue
             raise SubjectError(
-                f"{name!r} of {what} is or holds a {error}, which a cache cannot keep: numbers, texts, paths, arrays of"
+                f"{name!r} of {what} is or holds a {kind}, which a cache cannot keep: numbers, texts, paths, arrays of"
                 f" {MOST_NUMBERS} numbers at most, and lists, tuples and dicts of these can be. Let the data set's transform"
                 " remove it, or make it an image"
             ) from error

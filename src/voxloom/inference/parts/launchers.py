@@ -211,10 +211,11 @@ class ProcessLauncher:
         context = multiprocessing.get_context("spawn")
         count = min(len(self.devices), len(numbers))
         processes: list[BaseProcess] = []
+        brought = packed(job)
         for place, device in enumerate(self.devices[:count]):
-            own = job if device is None else job.on(device)
             threads = max(1, torch.get_num_threads() // count) if device in (None, "cpu") else None
-            process = context.Process(target=_compute_all, args=(packed(own), numbers[place::count], threads), daemon=True)
+            arguments = (brought, device, numbers[place::count], threads)
+            process = context.Process(target=_compute_all, args=arguments, daemon=True)
             process.start()
             processes.append(process)
         return processes
@@ -263,11 +264,12 @@ def packed(job: ShardJob, dumps: Callable[[ShardJob], bytes] = pickle.dumps) -> 
         ) from error
 
 
-def _compute_all(job: bytes, numbers: Sequence[int], threads: int | None) -> None:
+def _compute_all(brought: bytes, device: Any, numbers: Sequence[int], threads: int | None) -> None:
     """Compute parts in a process of their own."""
     if threads is not None:
         torch.set_num_threads(threads)
-    SerialLauncher().launch(pickle.loads(job), numbers, lambda number: None)  # noqa: S301 - of the process that started this one
+    job: ShardJob = pickle.loads(brought)  # noqa: S301 - of the process that started this one
+    SerialLauncher().launch(job if device is None else job.on(device), numbers, lambda number: None)
 
 
 def as_devices(given: Any) -> list[str]:
