@@ -204,6 +204,12 @@ def test_a_light_import_stays_light():
     assert heavy_imports("import voxloom, voxloom.cli") == []
 
 
+def test_a_loop_by_hand_does_not_wait_for_what_predict_needs():
+    used = "import sys, voxloom as vx; vx.GridSampler, vx.GridAggregator, vx.SubjectsLoader"
+    code = f"{used}; print('voxloom.inference' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "False\n"
+
+
 NAMING = """
 import json, os, sys, torch, voxloom as vx
 

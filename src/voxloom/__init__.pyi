@@ -1,9 +1,10 @@
 from . import data, datasets, errors, inference, integrations, loader, plot
 from ._version import __version__
+from .aggregation.aggregators import GridAggregator, PatchAggregator
 from .core.grids import PatchGrid
 from .core.locations import PatchLocation
 from .core.windows import Gaussian
-from .inference import GridAggregator, PatchAggregator, PredictionPlan, Predictor, Regions, plan, predict
+from .inference import PredictionPlan, Predictor, Regions, plan, predict
 from .io.arrays import ArraySource
 from .io.dicom import stored_dicom
 from .io.labels import Label

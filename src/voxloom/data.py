@@ -1,7 +1,7 @@
 """Everything that holds or cuts data, under the name where users of TorchIO look for it."""
 
+from .aggregation.aggregators import GridAggregator, PatchAggregator
 from .core.locations import PatchLocation
-from .inference import GridAggregator, PatchAggregator
 from .sampling.grid import GridSampler
 from .sampling.random import PatchSampler, UniformSampler
 from .sampling.weighted import LabelSampler, MixedSampler, WeightedSampler
