@@ -12,6 +12,7 @@ import signal
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -384,15 +385,15 @@ def test_is_made(tmp_path):
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_a_full_disk_keeps_what_is_finished(tmp_path, monkeypatch):
     target = tmp_path / "out.ome.zarr"
-    reserve, count = os.posix_fallocate, itertools.count()
+    opened, count = Path.open, itertools.count()
 
-    def full(*arguments):
-        if next(count) > 24:
+    def full(path, *arguments, **options):
+        if path.suffix == ".raw" and next(count) > 150:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        reserve(*arguments)
+        return opened(path, *arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "posix_fallocate", full)
+        patch.setattr(Path, "open", full)
         with pytest.raises(SaveError, match=r"No space left.*the same call goes on from there"):
             predicted(store(target))
     predicted(store(target))
@@ -451,13 +452,16 @@ def test_boxes_in_any_order_make_whole_shards_once(tmp_path):
             is_new,
         )
 
-    current = writer(True)
+    current, flushed = writer(True), 0
     for number, box in enumerate(boxes):
         current.write(box, values[(slice(None), *box.slices)])
         if number % 3 == 0:
             current.flush()
-        if number % 6 == 0:
+            flushed = number + 1
+        if number % 4 == 0:  # an interruption: boxes come again, and one that was recorded
             current = writer(False)
+            for again in reversed(boxes[max(0, flushed - 1) : number + 1]):
+                current.write(again, values[(slice(None), *again.slices)])
     current.flush()
     assert current.num_unfinished == 0
     assert np.array_equal(levels[0], values)
@@ -473,6 +477,19 @@ def halves(tmp_path, put):
     for start in (0, 64):
         writer.write(Box((0, start, 0), (32, start + 64, 64)), values[:, :, start : start + 64])
     return writer, values
+
+
+def test_a_box_that_is_written_twice_has_the_later_values(tmp_path):
+    made = np.zeros((1, 32, 128, 64), np.float32)
+
+    def put(box, part):
+        made[(slice(None), *box.slices)] = part
+
+    writer, values = halves(tmp_path, put)
+    later = values[:, :, :64] + 1
+    writer.write(Box((0, 0, 0), (32, 64, 64)), later)
+    writer.flush()
+    assert np.array_equal(made, np.concatenate([later, values[:, :, 64:]], 2))
 
 
 def test_small_shards_are_written_several_at_once(tmp_path):

@@ -16,7 +16,7 @@ from ...core.pyramids import coarser
 from ...core.sizes import Ints
 from ...errors import RecordError
 from ..protocols import Json
-from ..saving import bring_to_disk, reserve, write_safely
+from ..saving import bring_to_disk, write_safely
 
 __all__ = ["PyramidWriter", "ShardWriter", "at_once", "chunks_for"]
 
@@ -69,8 +69,8 @@ def at_once(shard_bytes: int) -> int:
 class ShardWriter:
     """Takes boxes of a volume in any order, and gives away whole shards.
 
-    A shard that is not whole is a file of raw values. What has been given away since the last flush is known by name, since its
-    boxes may come again after an interruption.
+    Of a shard that is not whole there is a file of its boxes, one after the other as they came. What has been given away since
+    the last flush is known by name, since its boxes may come again after an interruption.
 
     Args:
         folder: for the files of parts.
@@ -94,13 +94,14 @@ class ShardWriter:
     ) -> None:
         self._folder, self._shape, self._dtype, self._shard = folder, tuple(shape), dtype, shard
         self._put, self._written, self._most_at_once = put, written, most_at_once
-        self._waiting: dict[str, dict[str, int]] = {}  # for each shard the voxels of its boxes, by where these begin
+        self._waiting: dict[str, dict[Ints, Ints]] = {}  # the shapes of the boxes in each file, by where these begin in a shard
         self._given: set[str] = set()
         self._again: set[str] = set()
 
     def to_json(self) -> Json:
         """Give what must be known to go on."""
-        return {"shard": list(self._shard), "waiting": self._waiting, "given": sorted(self._given)}
+        waiting = {name: list(boxes.items()) for name, boxes in self._waiting.items()}
+        return {"shard": list(self._shard), "waiting": waiting, "given": sorted(self._given)}
 
     def restore(self, told: Json) -> None:
         """Go on with what is there.
@@ -112,12 +113,13 @@ class ShardWriter:
         if told["shard"] != list(self._shard):
             raise ValueError("shards of another size")
         self._waiting = {
-            str(name): {str(at): int(count) for at, count in boxes.items()} for name, boxes in told["waiting"].items()
+            str(name): {tuple(map(int, start)): tuple(map(int, shape)) for start, shape in boxes}
+            for name, boxes in told["waiting"].items()
         }
         self._given = set(map(str, told["given"]))
-        for name in self._waiting:
+        for name, boxes in self._waiting.items():
             part = self._part(name)
-            if not part.exists() or part.stat().st_size != self._num_bytes(self._box_of(name)):
+            if not part.exists() or part.stat().st_size < sum(map(self._num_bytes, boxes.values())):
                 raise RecordError(f"the unfinished part {part} is gone or damaged")
         for part in self._folder.glob("*.raw"):
             if part.stem not in self._waiting:  # given away, and not removed; or begun, and not recorded
@@ -129,8 +131,8 @@ class ShardWriter:
         stop = tuple(min(at + size, length) for at, size, length in zip(start, self._shard, self._shape[1:], strict=True))
         return Box(start, stop)
 
-    def _num_bytes(self, box: Box) -> int:
-        return self._shape[0] * box.numel * self._dtype.itemsize
+    def _num_bytes(self, shape: Ints) -> int:
+        return self._shape[0] * math.prod(shape) * self._dtype.itemsize
 
     def _part(self, name: str) -> Path:
         return self._folder / f"{name}.raw"
@@ -157,15 +159,30 @@ class ShardWriter:
                 self._keep(name, shard, inside, part)
 
     def _keep(self, name: str, shard: Box, inside: Box, part: np.ndarray) -> None:
-        """Put a box into the file of its shard."""
-        if name not in self._waiting:
-            with self._part(name).open("wb") as file:
-                reserve(file.fileno(), self._num_bytes(shard))
-            self._waiting[name] = {}
-        # Mapped for each box anew, so that no more than one shard is resident.
-        mapped = np.memmap(self._part(name), self._dtype, "r+", shape=(self._shape[0], *shard.shape))
-        mapped[(slice(None), *inside.relative_to(shard.start).slices)] = part
-        self._waiting[name][",".join(map(str, inside.start))] = inside.numel  # one that comes again counts once
+        """Put a box behind what the file of its shard holds, or where it is if it comes again."""
+        boxes = self._waiting.setdefault(name, {})
+        start = inside.relative_to(shard.start).start
+        before = list(boxes).index(start) if start in boxes else len(boxes)
+        with self._part(name).open("r+b" if boxes else "wb") as file:
+            file.seek(sum(map(self._num_bytes, itertools.islice(boxes.values(), before))))
+            file.write(np.ascontiguousarray(part).data)
+        boxes[start] = inside.shape
+
+    def _put_together(self, name: str) -> np.ndarray:
+        """Read the boxes of a whole shard.
+
+        Raises:
+            RecordError: if the file has been cut off.
+        """
+        values = np.empty((self._shape[0], *self._box_of(name).shape), self._dtype)
+        with self._part(name).open("rb") as file:
+            for start, shape in self._waiting[name].items():
+                box = Box.of_shape(shape, start)
+                part = np.empty((self._shape[0], *shape), self._dtype)
+                if file.readinto(part.data) != part.nbytes:
+                    raise RecordError(f"the unfinished part {self._part(name)} is damaged")
+                values[(slice(None), *box.slices)] = part
+        return values
 
     def give_whole(self) -> list[Path]:
         """Give away what is whole, and bring the rest to the disk.
@@ -173,7 +190,7 @@ class ShardWriter:
         Returns:
             Files that are of no more use once it is recorded what was given away.
         """
-        whole = [name for name, boxes in self._waiting.items() if sum(boxes.values()) == self._box_of(name).numel]
+        whole = [name for name, boxes in self._waiting.items() if sum(map(math.prod, boxes.values())) == self._box_of(name).numel]
         given = set(whole)
         with ThreadPoolExecutor(self._most_at_once, "voxloom-shards") as threads:
             begun: deque[tuple[Future[object], Box, np.ndarray]] = deque()
@@ -181,7 +198,7 @@ class ShardWriter:
                 if len(begun) == self._most_at_once:
                     self._finish(*begun.popleft())
                 box = self._box_of(name)
-                values = np.fromfile(self._part(name), self._dtype).reshape(self._shape[0], *box.shape)
+                values = self._put_together(name)
                 begun.append((threads.submit(self._put, box, values), box, values))
                 del values  # or it is kept while the next one is read
             while begun:
