@@ -549,6 +549,11 @@ def test_ignored_labels_that_are_none(label):
         vx.LabelSampler(3, ignore_label=label)
 
 
+def test_a_seed_within_a_mixture_would_not_be_used():
+    with pytest.raises(SamplingError, match="seed 3, which would not be used"):
+        vx.MixedSampler([(1, vx.UniformSampler(9)), (1, vx.UniformSampler(9, seed=3))])
+
+
 def test_mixtures_of_mixtures_are_padded_alike():
     inner = vx.MixedSampler([(1, vx.UniformSampler(9))])
     assert len(list(vx.MixedSampler(subject_of(), [(1, inner)], padding_mode=0, num_patches=2))) == 2

@@ -36,7 +36,8 @@ def test_both_loaders_give_the_same_batches(make, workers):
     assert batch.seg.data.dtype == torch.uint8
     assert batch["t1"][vx.AFFINE].shape == (2, 4, 4)
     assert batch.t1["scanner"] == ["s0", "s1"]
-    assert batch["age"].tolist() == [40, 41]
+    assert batch["age"].tolist() == batch.get("age").tolist() == [40, 41]
+    assert batch.get("weight", 7) == 7
     assert batch.metadata["age"] == [40, 41]
     assert batch.name == ["subject 0", "subject 1"]
     assert repr(batch) == "SubjectsBatch(Keys: ('age', 'name', 't1', 'seg'); images: 2; batch size: 2)"

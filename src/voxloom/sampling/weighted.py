@@ -444,6 +444,11 @@ class MixedSampler(PatchSampler):
         are_pairs = all(isinstance(pair, Sequence) and len(pair) == 2 for pair in pairs)
         if not pairs or not are_pairs or not all(isinstance(sampler, PatchSampler) for _, sampler in pairs):
             raise SubjectError(f"samplers is {samplers!r}: it must be a list of pairs of a number and a sampler")
+        seeded = next((sampler for _, sampler in pairs if sampler.seed_was_given), None)
+        if seeded is not None:
+            raise SamplingError(
+                f"{seeded!r} of the mixture has the seed {seeded.seed}, which would not be used: give the mixture a seed"
+            )
         sizes = {sampler.patch_size for _, sampler in pairs}
         if len(sizes) > 1:
             raise SizeError(f"the samplers of a mixture must have one patch size, but they have {sorted(sizes)}")

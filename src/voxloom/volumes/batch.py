@@ -243,13 +243,20 @@ class SubjectsBatch(dict[str, Any]):
         """Give an entry by its name, or a subject by its number, with memory of its own."""
         if not isinstance(key, str):
             return self._subject(operator.index(key)) if hasattr(key, "__index__") else self.__missing__(key)
-        locations: list[PatchLocation] | None = self.get(PATCH_LOCATION)
+        locations: list[PatchLocation] | None = super().get(PATCH_LOCATION)
         if locations is not None and key == LOCATION:
             return torch.tensor([location.tolist() for location in locations], dtype=torch.int64)
         if locations is not None and key == INDEX_INI:
             return torch.tensor([location.index for location in locations], dtype=torch.int64)
         value = super().__getitem__(key)
         return _collated(value) if isinstance(value, list) else value
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        """Give what `batch[key]` gives, or `default` where there is no such entry."""
+        try:
+            return self[key]
+        except NoSuchKeyError:
+            return default
 
     def __missing__(self, key: str) -> Any:
         way_out = "" if isinstance(key, str) else ": batch.unbatch() gives the subjects, and batch[number] one of them"
