@@ -578,7 +578,7 @@ def test_a_closed_queue_leaves_no_process_and_can_be_used_again(folder):
 
 
 def test_a_transform_that_cannot_be_sent_to_a_process(folder):
-    with pytest.raises((AttributeError, pickle.PicklingError, TypeError), match="pickle|local object"):
+    with pytest.raises(WorkerError, match="'spawn', which pickles .*local object.*num_workers=0"):
         make_queue(folder, 2, multiprocessing_context="spawn", transform=lambda subject: subject)
     wait_until(lambda: workers() == [])
 

@@ -55,7 +55,7 @@ class WorkerProcess:
         context: start method; None takes the usual one.
 
     Raises:
-        WorkerError: if it ends while it is being started.
+        WorkerError: if it ends while it is being started, or what it runs cannot be pickled where that is needed.
     """
 
     def __init__(self, worker: PatchWorker, number: int, context: str | None) -> None:
@@ -76,11 +76,18 @@ class WorkerProcess:
         self.reader, messages = processes.Pipe(duplex=False)
         arguments = (worker, self._doing, tasks, messages)
         self.process = processes.Process(target=_work, args=arguments, name=f"voxloom queue worker {number}", daemon=True)
+        method = processes.get_start_method()
         try:
-            with _interrupts_wait(processes.get_start_method()):
+            with _interrupts_wait(method):
                 self.process.start()
         except BrokenPipeError as error:
             raise WorkerError(f"a worker process of the queue ended{NOT_STARTED}") from error
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise WorkerError(
+                f"the queue's worker processes are started by {method!r}, which pickles the subjects, the sampler and the"
+                f" transforms for them, and that failed ({error}): in place of a lambda, or a function within another, use one"
+                " that stands in a module, or use num_workers=0"
+            ) from error
         finally:
             # Where the only copies are the worker's, its end is seen.
             tasks.close()
