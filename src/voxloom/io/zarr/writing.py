@@ -174,11 +174,13 @@ class ShardWriter:
         Raises:
             RecordError: if the file has been cut off.
         """
-        values = np.empty((self._shape[0], *self._box_of(name).shape), self._dtype)
+        shape = self._box_of(name).shape
+        # With the first axis as the quickest, as arrays of Zarr hold it, so that they need no copy.
+        values = np.empty((self._shape[0], *reversed(shape)), self._dtype).transpose(0, 3, 2, 1)
         with self._part(name).open("rb") as file:
-            for start, shape in self._waiting[name].items():
-                box = Box.of_shape(shape, start)
-                part = np.empty((self._shape[0], *shape), self._dtype)
+            for start, size in self._waiting[name].items():
+                box = Box.of_shape(size, start)
+                part = np.empty((self._shape[0], *size), self._dtype)
                 if file.readinto(part.data) != part.nbytes:
                     raise RecordError(f"the unfinished part {self._part(name)} is damaged")
                 values[(slice(None), *box.slices)] = part
