@@ -27,8 +27,8 @@ from .writing import PyramidWriter, at_once
 
 __all__ = ["ZarrStore"]
 
-# How many times the bytes of a shard are in memory while it is encoded, at most: as values, perhaps turned, in chunks, as one file, and
-# what its next level is made of.
+# How many times the bytes of a shard are in memory while it is encoded, at most: as values, perhaps turned, in chunks, as one
+# file, and what its next level is made of.
 SHARD_COPIES = 5.5
 
 
