@@ -6,6 +6,7 @@ import multiprocessing
 import pickle
 import random
 import warnings
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -201,18 +202,16 @@ def test_a_part_that_fails_is_named_and_the_others_finish(scan, tmp_path):
 
 
 def test_a_full_store_keeps_what_is_done(scan, tmp_path, monkeypatch):
-    from voxloom.io.zarr import writing
-
     target, count = tmp_path / "parts.ome.zarr", itertools.count()
-    reserve = writing.reserve
+    opened = Path.open
 
-    def full(file, size):
-        if next(count) > 8:
+    def full(path, *arguments, **options):
+        if path.suffix == ".raw" and next(count) > 60:
             raise OSError(28, "No space left on device")
-        reserve(file, size)
+        return opened(path, *arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(writing, "reserve", full)
+        patch.setattr(Path, "open", full)
         with pytest.raises(ShardError, match="No space left"):
             vx.predict(three, scan, output=store(target), executor=SerialLauncher(16), **OPTIONS)
     assert status_of(target).done > 0
