@@ -156,6 +156,39 @@ def test_steps_are_half_a_patch_long_at_least():
     assert inner.adds_to(2) == range(3)
 
 
+def test_patches_that_begin_at_nearly_every_voxel_are_not_cut_into_as_many_pieces():
+    steep = AxisTraversal.of(AxisGrid(start=0, stop=60, patch=20, stride=1), size=60, is_cropped=False)
+    assert max(len(steep.adds_to(patch)) for patch in range(len(steep.grid))) <= 8
+    usual = AxisTraversal.of(AxisGrid(start=0, stop=102, patch=24, stride=6), size=102, is_cropped=False)
+    assert all(len(group) == 1 for group in usual.groups)
+
+
+@pytest.mark.parametrize("joined", [(False, False), (True, True)])
+def test_sums_of_patches_that_begin_at_nearly_every_voxel_come_out(joined):
+    grid = PatchGrid.cover((14, 13, 12), 10, 9)
+    traversal = Traversal.of(grid, False, (0, 1, 2), joined)
+    rng, expected, cpu = np.random.default_rng(0), np.zeros(grid.spatial_shape), torch.device("cpu")
+    accumulator = StreamingAccumulator(
+        traversal, traversal.whole, 1, torch.float64, cpu, PatchWeights(grid, resolve_window("average"), torch.float64, cpu)
+    )
+    made, most = np.zeros_like(expected), 0
+    for outer in range(traversal.num_outer):
+        for step in traversal.steps(outer, traversal.whole):
+            for numbers in traversal.patches(step, traversal.whole):
+                patch = rng.normal(size=(10, 10, 10))
+                box = traversal.span(numbers)
+                expected[box.slices] += patch
+                accumulator.add(torch.from_numpy(patch)[None], numbers)
+            most = max(most, accumulator.num_bytes // 8)
+            for finished in accumulator.finish(step):
+                made[finished.box.slices] = finished.values[0].numpy()
+    counts = np.zeros_like(expected)
+    for numbers in traversal.patches_from(0, traversal.whole):
+        counts[traversal.span(numbers).slices] += 1
+    assert np.allclose(made, expected / counts)
+    assert most == traversal.open_voxels(traversal.whole)
+
+
 def test_blocks_are_as_even_as_the_patches_let_them_be():
     inner = AxisTraversal.in_long_steps(AxisGrid(start=0, stop=200, patch=64, stride=32), size=200, is_cropped=False)
     assert [inner.ends(range(number, number + 1)) for number in range(5)] == [(0, 32), (32, 64), (64, 96), (96, 128), (128, 200)]

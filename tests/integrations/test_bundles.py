@@ -177,6 +177,30 @@ CASES = {
         ),
     ),
 }
+CASES |= {
+    # The grid goes on beyond the last voxels, and windows begin where MONAI's rounding has them.
+    "beyond the border": of(
+        roi=[10, 10, 10],
+        inferer=SLIDING | {"roi_size": "%roi", "overlap": 0.8},
+        preprocessing=transforms(*BEFORE[:3], BEFORE[3] | {"pixdim": [1.77, 2.03, 2.41]}, *BEFORE[4:]),
+    ),
+    "softmax after all": of(postprocessing=transforms(INVERT, SOFTMAX, ARGMAX, SAVE)),
+    "sigmoid after all": of(
+        postprocessing=transforms(
+            INVERT,
+            {"_target_": "Activationsd", "keys": "pred", "sigmoid": True},
+            {"_target_": "AsDiscreted", "keys": "pred", "threshold": 0.6},
+            SAVE,
+        )
+    ),
+    "nearest": of(
+        preprocessing=transforms(*BEFORE[:3], BEFORE[3] | {"pixdim": [1.13, 1.0, 1.6], "mode": "nearest"}, *BEFORE[4:])
+    ),
+    "splines": of(
+        preprocessing=transforms(*BEFORE[:3], BEFORE[3] | {"mode": 3}, *BEFORE[4:]),
+        postprocessing=transforms(SOFTMAX, INVERT | {"nearest_interp": True}, ARGMAX, SAVE),
+    ),
+}
 OF_FOUR_CHANNELS = ("four channels", "code")
 
 
@@ -200,7 +224,7 @@ def test_a_bundle_says_what_it_expects(tmp_path):
     write_bundle(tmp_path, of())
     spec = load(tmp_path).spec
     assert (spec.orientation, spec.spacing, spec.fits, spec.order) == ("RAS", (1.1, 1.0, 1.6), "monai", 1)
-    assert (spec.patch_size, spec.patch_overlap, spec.overlap_mode) == ((16, 16, 12), 0.5, "average")
+    assert (spec.patch_size, spec.patch_overlap, spec.overlap_mode) == ((16, 16, 12), (8, 8, 6), "average")
     assert (spec.activation, spec.activates, spec.reduce, spec.interpolation) == ("softmax", "sums", "argmax", "linear")
     assert [label.name for label in spec.labels] == ["spleen", "liver"]
     assert vx.ModelSpec.from_json(spec.to_json()) == spec
@@ -257,6 +281,21 @@ def changed(place, value):
         ),
         (changed(["inferer"], {"_target_": "SlidingWindowInferer"}), "its argument roi_size is missing"),
         (changed(["inferer", "overlap"], "@inferer#overlap"), "refers to itself"),
+        (changed(["inferer", "overlap"], "half"), "its overlap is 'half', which is no number"),
+        (changed(["inferer", "overlap"], 1.5), "overlap must be one fraction"),
+        (changed(["preprocessing", "transforms", 3, "padding_mode"], "zeros"), "only as what is at its border"),
+        (changed(["preprocessing", "transforms", 3, "mode"], 3), "not by splines"),
+        (
+            changed(["preprocessing", "transforms", 2, "labels"], [["R", "L"], ["A", "P"], ["S", "I"]]),
+            "its labels are understood",
+        ),
+        (changed(["preprocessing", "transforms", 4, "b_min"], None), "neither one of them nor clip"),
+        (changed(["preprocessing", "transforms", 4, "a_min"], None), "a_min must be less than a_max"),
+        (changed(["postprocessing"], transforms(INVERT, SOFTMAX, SAVE)), "only before an AsDiscrete"),
+        (
+            changed(["postprocessing"], transforms(INVERT, SOFTMAX, ARGMAX | {"argmax": False, "threshold": 0.5}, SAVE)),
+            "only before argmax, or as sigmoid before a threshold",
+        ),
         (changed(["postprocessing", "transforms", 2], {"_target_": "Lambdad", "keys": "pred", "func": BRATS}), "allow_code=True"),
     ],
 )

@@ -64,6 +64,11 @@ def test_all_grids(network, data):
     assert_close(*both(inputs_of(1, 2, *shape), roi, size, network, overlap, mode, scale, padding, 0.7 * (padding == "constant")))
 
 
+@pytest.mark.parametrize(("roi", "overlap"), [(10, 0.8), ((20, 12, 10), (0.9, 0.3, 0.8))])
+def test_windows_begin_where_monais_rounding_has_them(network, roi, overlap):
+    assert_close(*both(inputs_of(1, 2, 23, 14, 13), roi, 3, network, overlap))
+
+
 def test_two_axes():
     torch.manual_seed(0)
     flat = torch.nn.Conv2d(1, 2, 3, padding=1).eval()
@@ -111,9 +116,28 @@ def test_coordinates_conditions_and_arguments(network):
     assert sums == pytest.approx(their_sums, rel=1e-4)
 
 
+def test_conditions_have_channels_and_types_of_their_own():
+    inputs, condition = inputs_of(2, 2, 16, 12, 6), inputs_of(2, 3, 16, 12, 6, seed=5)
+    assert_close(*both(inputs, 8, 3, lambda batch, condition: batch + condition.mean(1, keepdim=True), 0.5, condition=condition))
+
+    def placed(batch, coordinates, condition):
+        return batch + condition
+
+    rest = (0.5, "constant", 0.125, "constant", 0.0, None, None, False, None, None, None, -1, True)
+    assert_close(*both(inputs, 8, 3, placed, *rest, condition=condition[:, :1]))
+    classes = torch.nn.Embedding(4, 2)
+
+    def embedded(batch, condition):
+        return batch + classes(condition[:, 0]).movedim(-1, 1)
+
+    assert_close(*both(inputs, 8, 3, embedded, 0.5, condition=torch.randint(0, 4, (2, 1, 16, 12, 6))))
+
+
 def test_weights_of_ones_own_and_processing(network):
     inputs, weights = inputs_of(1, 2, 16, 12, 20), torch.rand(8, 8, 8) + 0.1
     assert_close(*both(inputs, 8, 3, network, 0.5, roi_weight_map=weights))
+    of_either = [sliding_window_inference(inputs, 8, 3, network, roi_weight_map=each) for each in (weights, weights.numpy())]
+    assert torch.equal(*of_either)
 
     def process(outputs, windows, importance):
         return tuple(output * 2 for output in outputs), importance * (1 + windows[:1, :1].abs())
@@ -175,3 +199,17 @@ def test_what_cannot_be_is_said(network):
         sliding_window_inference(torch.zeros(2, 2, 3), 8, 3, network)
     with pytest.raises(vx.errors.OutputError, match="type str"):
         sliding_window_inference(inputs.detach(), 8, 3, lambda batch: "scores")
+    for network_of_other_form, message in (
+        (lambda batch: (batch, None), "of type NoneType"),
+        (lambda batch: (batch, [batch]), "of type list"),
+        (lambda batch: batch.mean((2, 3, 4)), r"of shape \(3, 2\): it must be tensors \(B, C, I, J, K\)"),
+    ):
+        with pytest.raises(vx.errors.OutputError, match=message):
+            sliding_window_inference(inputs.detach(), 8, 3, network_of_other_form)
+    with pytest.raises(vx.errors.ModeError, match="padding_mode is 'edge'"):
+        sliding_window_inference(inputs.detach(), 8, 3, network, padding_mode="edge")
+    with pytest.raises(vx.errors.SizeError, match=r"roi_weight_map has shape \(5, 8, 8\)"):
+        sliding_window_inference(inputs.detach(), 8, 3, network, roi_weight_map=torch.ones(5, 8, 8))
+    for condition in (torch.zeros(2, 2, 16, 12, 20), torch.zeros(1, 2, 16, 12, 19), 3):
+        with pytest.raises(vx.errors.SizeError, match="condition is"):
+            sliding_window_inference(inputs.detach(), 8, 3, network, condition=condition)

@@ -119,6 +119,16 @@ def test_readers_of_the_users_own_are_used(tmp_path):
     assert np.array_equal(image.affine, OBLIQUE)
 
 
+@pytest.mark.skipif(not IS_FIRST, reason="TorchIO 2 takes four axes from a reader")
+@pytest.mark.parametrize("shape", [(5, 6, 3), (3, 5, 6), (5, 6, 7), (5, 6)])
+def test_axes_of_what_a_reader_gives_are_as_torchio_takes_them(tmp_path, shape):
+    path = tmp_path / "scan.npy"
+    np.save(path, np.random.default_rng(0).random(shape))
+    image = tio.ScalarImage(path, reader=read_npy)
+    ours = from_torchio(image)
+    assert torch.equal(ours.data, image.data)
+
+
 def read_npy(path):
     return torch.from_numpy(np.load(path)), OBLIQUE
 

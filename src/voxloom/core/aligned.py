@@ -12,6 +12,7 @@ from torch import Tensor
 from .boxes import Box
 from .interpolation import PART_VOXELS, ROUNDING, Interpolation, cut
 from .sizes import Ints
+from .splines import BEYOND
 from .walking import walk
 
 __all__ = ["AlignedMap", "AlignedPart", "AxisMap"]
@@ -38,7 +39,7 @@ class AxisMap:
     is_inside: np.ndarray
     """Whether the centre lies in the source."""
     places: np.ndarray
-    """Where the centre lies, at most half a voxel outside of the source."""
+    """Where the centre lies, at most `BEYOND` voxels outside of the source."""
 
     @classmethod
     def of(
@@ -63,7 +64,7 @@ class AxisMap:
         first, last = (-0.5, source_length - 0.5) if extent is None else extent
         places = scale * np.arange(length) + offset
         is_inside = (places >= first - ROUNDING) & (places <= last + ROUNDING)
-        near = places.clip(-0.5, source_length - 0.5)
+        near = places.clip(-BEYOND, source_length - 1 + BEYOND)
         places = places.clip(0, source_length - 1)
         if kind == "nearest":
             # Of two that are equally near, the one behind.

@@ -5,10 +5,12 @@ Source: Unser, Splines: a perfect fit for signal and image processing (1999), ht
 
 import numpy as np
 
-__all__ = ["cubic_matrix"]
+__all__ = ["BEYOND", "BORDER", "cubic_matrix"]
 
 # Voxels by which an axis goes on as at its border before the spline is fitted: what lies beyond does not show in float32.
 BORDER = 12
+# Of these, where values can be asked for.
+BEYOND = 9
 
 
 def cubic_matrix(places: np.ndarray, length: int) -> np.ndarray:
@@ -17,7 +19,7 @@ def cubic_matrix(places: np.ndarray, length: int) -> np.ndarray:
     Beyond its ends the axis goes on as at its border.
 
     Args:
-        places: indices, which need not be whole, from half a voxel before the first to half a voxel behind the last.
+        places: indices, which need not be whole, from `BEYOND` voxels before the first to as many behind the last.
         length: voxels along the axis.
 
     Returns:

@@ -3,9 +3,10 @@
 A traversal goes through a grid along three axes in nested order: outer, middle, inner. What lies before the next patches of an
 axis is finished with those at hand: so a step finishes the voxels that are finished on all three axes, whatever else is open.
 
-On the outer and the middle axis most groups of patches are one patch deep. The last two patches of an axis often overlap by
-nearly their whole size, since the last one ends where the volume does: joined to one group, they keep less open. Groups on the
-inner axis begin half a patch apart at least: shorter steps would keep little less open, and cut patches into many short pieces.
+On the outer and the middle axis most groups of patches are one patch deep; they hold more where patches begin less than an eighth
+of a patch apart, which would cut each into very many pieces. The last two groups of an axis often overlap by nearly their whole
+size, since the last patch ends where the volume does: joined to one group, they keep less open. Groups on the inner axis begin
+half a patch apart at least: shorter steps would keep little less open, and cut patches into many short pieces.
 """
 
 import bisect
@@ -24,6 +25,9 @@ from .grids import AxisGrid, PatchGrid
 from .sizes import Ints
 
 __all__ = ["AxisTraversal", "Block", "Step", "Tile", "Traversal"]
+
+# Groups of the outer and the middle axis that begin within the length of a patch.
+MOST_STEPS = 8
 
 Ends = tuple[int, int]
 """First voxel, and one past the last."""
@@ -63,22 +67,18 @@ class AxisTraversal:
     @classmethod
     @functools.lru_cache(maxsize=64)
     def of(cls, grid: AxisGrid, size: int, is_cropped: bool, is_joined: bool = False) -> "AxisTraversal":
-        """Group the patches: each is a group of its own, or the last two may be joined to one."""
-        alone = max(1, len(grid) - 2 * is_joined)
-        groups = (*(range(number, number + 1) for number in range(alone)), range(alone, len(grid)))
-        return cls(grid, size, is_cropped, tuple(filter(len, groups)))
+        """Group the patches: each is a group of its own unless they are many, and the last two groups may be joined to one."""
+        is_steep = len(grid) > MOST_STEPS and grid[MOST_STEPS] < grid[0] + grid.patch
+        groups = _groups(grid, MOST_STEPS) if is_steep else [range(number, number + 1) for number in range(len(grid))]
+        if is_joined and len(groups) > 1:
+            groups[-2:] = [range(groups[-2].start, groups[-1].stop)]
+        return cls(grid, size, is_cropped, tuple(groups), is_steep)
 
     @classmethod
     @functools.lru_cache(maxsize=64)
     def in_long_steps(cls, grid: AxisGrid, size: int, is_cropped: bool) -> "AxisTraversal":
         """Group the patches such that groups begin half a patch apart at least."""
-        groups: list[range] = []
-        for number, start in enumerate(grid):
-            if groups and 2 * (start - grid[groups[-1].start]) < grid.patch:
-                groups[-1] = range(groups[-1].start, number + 1)
-            else:
-                groups.append(range(number, number + 1))
-        return cls(grid, size, is_cropped, tuple(groups), is_coarse=True)
+        return cls(grid, size, is_cropped, tuple(_groups(grid, 2)), is_coarse=True)
 
     @cached_property
     def spans(self) -> list[Ends]:
@@ -179,6 +179,17 @@ class AxisTraversal:
         found = np.clip(rows, begin, end) - begin
         turns = (np.diff(found, 2, axis=0) != 0).any(1)
         return found[np.concatenate(([True], turns, [True]))] if len(found) > 1 else found
+
+
+def _groups(grid: AxisGrid, most: int) -> list[range]:
+    """Group the patches of an axis such that so many groups at most begin within the length of a patch."""
+    groups: list[range] = []
+    for number, start in enumerate(grid):
+        if groups and most * (start - grid[groups[-1].start]) < grid.patch:
+            groups[-1] = range(groups[-1].start, number + 1)
+        else:
+            groups.append(range(number, number + 1))
+    return groups
 
 
 @dataclass(frozen=True)

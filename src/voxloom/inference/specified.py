@@ -162,7 +162,10 @@ def in_model_space(source: VolumeSource, spec: ModelSpec, name: str) -> ModelInp
     if spec.spacing != (None, None, None):
         space, orders, kinds = _resampling(view, spec)
         if space.shape != view.shape[1:] or not np.allclose(space.affine, view.affine):
-            add([partial(ResampledSource, space=space, order=orders, is_clipped=spec.order == 3)])
+            # MONAI's grid may go on beyond the volume, where it takes what is at the border; and it clips nothing.
+            is_monai = spec.fits == "monai"
+            fill, is_clipped = None if is_monai else 0, spec.order == 3 and not is_monai
+            add([partial(ResampledSource, space=space, order=orders, fill=fill, is_clipped=is_clipped)])
             resampled = space
             steps.append(f"resampled (order {orders[0] if len(set(orders)) == 1 else orders}): {_told(view)}")
     if spec.scale_after == "resampling":

@@ -224,17 +224,21 @@ def _our_image(tio: Any, image: Any, original: Image | None = None) -> Image:
     ours = {tio.ScalarImage: ScalarImage, tio.LabelMap: LabelMap}.get(base, Image)
     if _is_loaded(image):
         return ours(image.path, tensor=image.data, affine=_matrix(image.affine), verify_path=False, **more)
-    reader = _own_reader(image)
+    reader = _own_reader(tio, image)
     if image.path is not None and (reader is None or callable(reader)):
         return ours(image.path, reader=reader, affine=_given_affine(image), **more)
     # TorchIO 2 reads it by slices, from whatever it is.
     return ours(ArraySource(image.dataobj, _matrix(image.affine)), **more)
 
 
-def _own_reader(image: Any) -> Any:
+def _own_reader(tio: Any, image: Any) -> Any:
     """Give the function that a user reads a lazy image with; None where it is TorchIO's own."""
     reader = getattr(image, "reader", None) or getattr(image, "_reader", None)
-    return None if reader is None or getattr(reader, "__module__", "").startswith("torchio.") else reader
+    is_own = reader is not None and not getattr(reader, "__module__", "").startswith("torchio.")
+    check = getattr(type(image), "read_and_check", None)  # of TorchIO 1, which says what the axes of an array are
+    if check is not None and (is_own or check is not tio.Image.read_and_check):
+        return image.read_and_check
+    return reader if is_own else None
 
 
 def _given_affine(image: Any) -> Affine | None:

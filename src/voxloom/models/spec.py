@@ -72,7 +72,8 @@ class ModelSpec:
     scale_after: Literal["cropping", "resampling"] = "cropping"
     """Whether intensities are scaled before or after the image is resampled."""
     order: int = 1
-    """How the image is interpolated: 0, 1 or 3; cubic splines are kept within the range of the values."""
+    """How the image is interpolated: 0, 1 or 3; cubic splines are kept within the range of the values, but where `fits` is
+    `"monai"`."""
     interpolation: Literal["linear", "nearest"] = "linear"
     """How scores are interpolated back to the grid of the image."""
     thick_slices: float | None = None

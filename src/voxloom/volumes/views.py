@@ -199,7 +199,8 @@ class ResampledSource(View):
         space: the grid.
         order: 0 takes the nearest voxel, 1 interpolates linearly, and both do so when a box is read; 3 fits cubic splines to the
             whole volume, and keeps the result. One number, or one for each axis of the source.
-        fill: value of voxels whose centres lie outside of the source, more than half a voxel beyond its outermost centres.
+        fill: value of voxels whose centres lie outside of the source, more than half a voxel beyond its outermost centres; None
+            for what is at its border.
         is_clipped: keep what cubic splines overshoot within the range of the values; where an axis has order 0, of each of its
             planes.
 
@@ -209,10 +210,11 @@ class ResampledSource(View):
     """
 
     def __init__(
-        self, of: VolumeSource, space: Space, order: int | Sequence[int], fill: float = 0, is_clipped: bool = False
+        self, of: VolumeSource, space: Space, order: int | Sequence[int], fill: float | None = 0, is_clipped: bool = False
     ) -> None:
         super().__init__(of)
-        as_number(fill, "fill")
+        if fill is not None:
+            as_number(fill, "fill")
         orders = tuple(order) if isinstance(order, Sequence) and not isinstance(order, str) else (order,) * 3
         if len(orders) != 3 or any(each not in KINDS or isinstance(each, bool) for each in orders):
             raise ModeError(f"order is {order!r}: it must be 0 for the nearest voxel, 1 for linear or 3 for cubic interpolation")
@@ -220,7 +222,7 @@ class ResampledSource(View):
         self.shape = (of.shape[0], *space.shape)
         self.affine: Affine = space.affine
         self.dtype = interpolated_dtype(of.dtype, [KINDS[each] for each in orders])
-        if not can_hold(self.dtype, fill):
+        if fill is not None and not can_hold(self.dtype, fill):
             raise ImageError(f"fill is {fill}, which a volume of {self.dtype} cannot hold: choose another one")
         if self._is_cubic and set(orders) != {3} and not isinstance(self._map, AlignedMap):
             raise ModeError(
@@ -249,7 +251,8 @@ class ResampledSource(View):
     @cached_property
     def _map(self) -> SpaceMap:
         kinds = [KINDS[each] for each in self.orders]
-        return space_map(self.of.shape[1:], self.of.affine, self.space.shape, self.affine, kinds)
+        everywhere = [(-math.inf, math.inf)] * 3 if self.fill is None else None
+        return space_map(self.of.shape[1:], self.of.affine, self.space.shape, self.affine, kinds, everywhere)
 
     @property
     def codes(self) -> SpaceCodes:
@@ -285,7 +288,7 @@ class ResampledSource(View):
             if self._whole is None:
                 self._whole = self._cubic()
             return self._whole[(slice(None), *box.slices)]
-        out = torch.full((self.shape[0], *box.shape), self.fill, dtype=self.dtype)
+        out = torch.full((self.shape[0], *box.shape), self.fill or 0, dtype=self.dtype)
         own = Box.of_shape(self.of.shape[1:])
         for part in self._map.parts(box, own):
             values = read_checked(self.of, part.support).to(self.dtype).contiguous()
@@ -298,9 +301,9 @@ class ResampledSource(View):
         values = read_checked(self.of, Box.of_shape(self.of.shape[1:])).to(self.dtype)
         with torch.inference_mode(False), torch.no_grad():
             if isinstance(space, AlignedMap):
-                return cubic_along_axes(values, space, self.orders, self._clipped, self.fill)
+                return cubic_along_axes(values, space, self.orders, self._clipped, self.fill or 0)
             assert isinstance(space, ObliqueMap)
-            return cubic_at_angle(values, space, self._clipped, self.fill)
+            return cubic_at_angle(values, space, self._clipped, self.fill or 0)
 
     def _clipped(self, values: Tensor) -> Tensor:
         """Keep values within the range of the source's, channel by channel, and plane by plane where planes are alone."""

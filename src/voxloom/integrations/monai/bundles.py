@@ -3,8 +3,9 @@
 import importlib
 import inspect
 import json
+import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from ...models.loading import LoadedModel, load_weights
 from ...models.spec import Crop, ModelSpec
 from ...volumes.intensities import Intensity
 from ...volumes.libraries import imported
+from .sliding import shared
 
 __all__ = ["load"]
 
@@ -28,6 +30,9 @@ CONFIGURATIONS = ("inference.json", "inference.yaml", "inference.yml", "evaluate
 # Transforms that change nothing for a model here: images are read, have channels, and come as the type of the weights.
 READING = ("LoadImage", "EnsureChannelFirst", "EnsureType", "ToTensor", "CastToType", "ToDevice")
 WRITING = ("SaveImage", "EnsureType", "ToTensor", "CastToType", "ToDevice")
+AXES = [["L", "R"], ["P", "A"], ["I", "S"]]
+# What starts the name of another part: a reference, and a macro, which is a copy of it.
+REFERENCES = ("@", "%")
 PREDICTION = "pred"
 """What MONAI's evaluators call the output of the network."""
 CODE = "which is code: allow_code=True (--allow-code) lets MONAI evaluate it, if you trust where the bundle is from"
@@ -107,7 +112,7 @@ class _Configuration:
                 found = found.get(part)
             else:
                 return None
-            if isinstance(found, str) and found.startswith("@"):
+            if isinstance(found, str) and found.startswith(REFERENCES):
                 reference, found = found, self.get(found[1:], (*above, name))
                 if found is None:
                     raise ModelFileError(f"{name} in {self.path} refers to {reference!r}, which is not there")
@@ -126,7 +131,7 @@ class _Configuration:
             if self.parser is None:
                 raise ModelFileError(f"{name} in {self.path} is {value!r}, {CODE}")
             return self.evaluated(name)
-        if isinstance(value, str) and value.startswith("@"):
+        if isinstance(value, str) and value.startswith(REFERENCES):
             return self.value(value[1:])
         if isinstance(value, Mapping):
             if "_target_" in value:
@@ -208,6 +213,14 @@ class _Component:
         """Give an argument as a plain value."""
         return self.configuration.value(f"{self.place}#{name}") if name in self.arguments else default
 
+    def numbers(self, name: str, default: Any = None) -> list[Any]:
+        """Give an argument that is a number or a list of them, as a list."""
+        found = _listed(self[name] if default is None else self.get(name, default))
+        for each in found:
+            if each is not None and (not isinstance(each, int | float) or isinstance(each, bool)):
+                self.refuse(f"its {name} is {each!r}, which is no number")
+        return found
+
     def own(self, name: str, default: Any = None) -> Any:
         """Give an argument that may be a list with a value for each key: that of the prediction."""
         value, keys = self.get(name, default), _listed(self.get("keys", PREDICTION))
@@ -276,6 +289,8 @@ class _Findings:
 
     def _orientation(self, step: _Component) -> None:
         step.only("axcodes", "as_closest_canonical", "labels")
+        if step.get("labels") not in (None, AXES):
+            step.refuse(f"its labels are understood only as {AXES}")
         if self._changes_space or self.values.get("intensity"):
             step.refuse("an image can be turned only before anything else")
         self.values["orientation"] = "RAS" if step.get("as_closest_canonical") else "".join(step["axcodes"])
@@ -287,14 +302,16 @@ class _Findings:
             step.refuse("an image can be resampled only once")
         if step.get("diagonal") or step.get("scale_extent") or step.get("recompute_affine"):
             step.refuse("diagonal, scale_extent and recompute_affine are understood only where they are false")
+        if str(_listed(step.get("padding_mode", "border"))[0]) != "border":
+            step.refuse("what lies beyond the image is understood only as what is at its border")
         mode = _listed(step.get("mode", "bilinear"))[0]
         orders = {"bilinear": 1, "nearest": 0, 0: 0, 1: 1, 3: 3}
         if mode not in orders:
             step.refuse(f"its mode {mode!r} is not understood")
-        pixdim = _listed(step["pixdim"])
+        pixdim = step.numbers("pixdim")
         pixdim += pixdim[-1:] * (3 - len(pixdim))
         self.values |= {
-            "spacing": tuple(None if each <= 0 else float(each) for each in pixdim),
+            "spacing": tuple(None if each is None or each <= 0 else float(each) for each in pixdim),
             "fits": "monai",
             "order": orders[mode],
         }
@@ -312,10 +329,12 @@ class _Findings:
 
     def _range(self, step: _Component) -> None:
         step.only("a_min", "a_max", "b_min", "b_max", "clip", "dtype")
-        low, high = step["a_min"], step["a_max"]
+        (low,), (high,) = step.numbers("a_min"), step.numbers("a_max")
         onto = (step.get("b_min"), step.get("b_max"))
-        if not low < high or (None not in onto and onto[0] == onto[1]):
+        if low is None or high is None or not low < high or (None not in onto and onto[0] == onto[1]):
             step.refuse("a_min must be less than a_max, and b_min and b_max must differ")
+        if None in onto and (step.get("clip") or onto != (None, None)):
+            step.refuse("without both b_min and b_max, neither one of them nor clip is understood")
         self._scaled(
             step,
             Intensity(
@@ -377,16 +396,20 @@ class _Findings:
             )
         if inferer.get("with_coord"):
             inferer.refuse("with_coord is not understood")
-        sizes = _listed(inferer["roi_size"])
+        sizes = inferer.numbers("roi_size")
         sizes = sizes * 3 if len(sizes) == 1 else sizes
         if len(sizes) != 3:
             inferer.refuse("windows of volumes are understood, of three sizes")
-        overlap = inferer.get("overlap", 0.25)
+        sizes = [-1 if size is None or size <= 0 else int(size) for size in sizes]
+        overlaps = inferer.numbers("overlap", 0.25)
+        overlaps = overlaps * 3 if len(overlaps) == 1 else overlaps
+        if len(overlaps) != 3 or not all(0 <= each < 1 for each in overlaps):
+            inferer.refuse("its overlap must be one fraction of a window or three, each from 0 to below 1")
         modes = {"constant": "average", "gaussian": "monai"}
         mode = str(inferer.get("mode", "constant"))
         self.values |= {
-            "patch_size": tuple(-1 if size is None or size <= 0 else size for size in sizes),
-            "patch_overlap": tuple(map(float, overlap)) if isinstance(overlap, Sequence) else float(overlap),
+            "patch_size": tuple(sizes),
+            "patch_overlap": tuple(0 if size == -1 else shared(size, part) for size, part in zip(sizes, overlaps, strict=True)),
             "overlap_mode": modes.get(mode, mode),
         }
         if mode == "gaussian" and inferer.get("sigma_scale", 0.125) != 0.125:
@@ -396,7 +419,7 @@ class _Findings:
 
     def after(self, name: str) -> None:
         """Read what is made of the scores."""
-        is_discrete, inverted = False, None
+        is_discrete, inverted, late = False, None, None
         for step in self.configuration.steps(name):
             kind = step.kind
             if kind not in WRITING and PREDICTION not in _listed(step.get("keys", PREDICTION)):
@@ -408,11 +431,15 @@ class _Findings:
                 chosen = [each for each in ("softmax", "sigmoid") if step.own(each)]
                 if is_discrete or len(chosen) > 1 or step.own("other") is not None or "activation" in self.values:
                     step.refuse("one activation, softmax or sigmoid, is understood, before AsDiscrete")
-                if chosen:
+                if chosen and inverted == "linear":
+                    late = (step, chosen[0])
+                elif chosen:
                     self.values |= {"activation": chosen[0], "activates": "sums"}
             elif kind == "Invert":
-                nearest = bool(step.own("nearest_interp", True)) or is_discrete
+                nearest = bool(step.own("nearest_interp", True)) or is_discrete or self.values.get("order") == 0
                 inverted = "nearest" if nearest else "linear"
+                if not nearest and self.values.get("order", 1) == 3:
+                    step.refuse("scores are interpolated back linearly or by the nearest voxel, not by splines as the image is")
             elif kind == "AsDiscrete":
                 step.only("argmax", "threshold", "to_onehot", "rounding", "dim", "keepdim", "dtype")
                 largest, threshold = step.own("argmax", False), step.own("threshold")
@@ -420,13 +447,19 @@ class _Findings:
                     step.refuse("to_onehot and rounding are not understood")
                 if is_discrete or bool(largest) == (threshold is not None):
                     step.refuse("one of argmax and threshold is understood, once")
+                if late is not None and not largest:
+                    threshold = _before_activation(*late, threshold)
                 self.values["reduce"] = "argmax" if largest else threshold
-                is_discrete = True
+                is_discrete, late = True, None  # the largest is so before an activation, too
             elif kind == "Lambda" and self.configuration.parser is not None:
+                if late is not None:
+                    step.refuse("it comes after an activation of what Invert has interpolated")
                 self._function(step)
             elif kind not in WRITING:
                 code = f"its function is code: {CODE}" if kind == "Lambda" else "this transform is not understood"
                 step.refuse(code)
+        if late is not None:
+            late[0].refuse("after Invert, an activation is understood only before an AsDiscrete")
         # Without Invert, MONAI brings what it saves to the grid of the image by nearest neighbours.
         self.values["interpolation"] = inverted or "nearest"
 
@@ -435,6 +468,13 @@ class _Findings:
         function = self.configuration.evaluated(f"{step.place}#func")
         before = self.reduce if self.reduce is not None else self.values.pop("reduce", None)
         self.reduce = _Then(before, function)
+
+
+def _before_activation(step: _Component, activation: str, threshold: Any) -> float:
+    """Give the threshold for scores that is this one for what an activation makes of them."""
+    if activation != "sigmoid" or isinstance(threshold, bool) or not 0 < threshold < 1:
+        step.refuse("after Invert, an activation is understood only before argmax, or as sigmoid before a threshold from 0 to 1")
+    return math.log(threshold / (1 - threshold))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch.nn import functional
 from ...core.affines import Affine
 from ...core.boxes import Box
 from ...core.windows import MONAI, Gaussian
-from ...errors import OutputError, SizeError
+from ...errors import ModeError, OutputError, SizeError
 from ...inference.predictor import Predictor
 from ...inference.reductions import AfterSum, as_reduction
 from ...io.arrays import ArraySource
@@ -21,7 +21,9 @@ from ...io.protocols import Json, SpaceCodes, VolumeSource
 from ...models.outputs import weighted
 from ...volumes.libraries import imported
 
-__all__ = ["VoxloomInferer", "sliding_window_inference"]
+__all__ = ["VoxloomInferer", "shared", "sliding_window_inference"]
+
+PADDING = ("constant", "reflect", "replicate", "circular")
 
 
 def sliding_window_inference(
@@ -74,13 +76,15 @@ def sliding_window_inference(
         *args: further arguments of the network.
         reduce: see `Predictor`: `"argmax"` gives labels.
         memory_limit: see `Predictor`.
-        **kwargs: further arguments of the network. `condition`, a batch like the inputs, is cut into windows with them.
+        **kwargs: further arguments of the network. `condition`, a batch of as many volumes of that size, whose channels may be
+            others, is cut into windows with the inputs.
 
     Returns:
         What the network returns, for the whole volume: a tensor, a tuple or a dict.
 
     Raises:
-        SizeError: if the window does not fit the inputs.
+        SizeError: if the window, its weights or the condition do not fit the inputs.
+        ModeError: if there is no such padding mode.
         OutputError: if gradients of the inputs are asked for, or the network returns something else than tensors.
 
     Example:
@@ -98,11 +102,16 @@ def sliding_window_inference(
             f"the inputs have shape {tuple(inputs.shape)}: they must be (B, C, I, J, K) or (B, C, I, J), and not empty"
         )
     shape = _window(roi_size, spatial)
-    for part in [overlap] if isinstance(overlap, int | float) else overlap:
-        if not 0 <= part < 1:
-            raise SizeError(f"overlap is {overlap}: it must be a fraction of the window, at least 0 and below 1")
+    overlaps = [overlap] * len(shape) if isinstance(overlap, int | float) else list(overlap)
+    if len(overlaps) != len(shape) or not all(0 <= part < 1 for part in overlaps):
+        raise SizeError(
+            f"overlap is {overlap}: it must be a fraction of the window, at least 0 and below 1, or one for each axis of voxels"
+        )
+    name = str(getattr(padding_mode, "value", padding_mode))
+    if name not in PADDING:
+        raise ModeError(f"padding_mode is {padding_mode!r}: it must be one of {', '.join(map(repr, PADDING))}")
     plain = inputs.as_subclass(Tensor) if type(inputs) is not Tensor else inputs
-    condition = kwargs.pop("condition", None)
+    condition = _as_condition(kwargs.pop("condition", None), plain)
     weights, overlap_mode = _weights(mode, shape, sigma_scale, roi_weight_map, process_fn is not None)
     runs_on = torch.device(inputs.device if sw_device is None else sw_device)
     network = _Network(predictor, args, kwargs, plain, condition, with_coord, weights, process_fn)
@@ -110,7 +119,7 @@ def sliding_window_inference(
         Predictor,
         network,
         list(shape),
-        [float(part) for part in overlap] if isinstance(overlap, Sequence) else float(overlap),
+        [shared(size, part) for size, part in zip(shape, overlaps, strict=True)],
         overlap_mode,
         slice_axis=2 if len(shape) == 2 else None,
         batch_size=sw_batch_size,
@@ -123,8 +132,8 @@ def sliding_window_inference(
     )
     chosen, made = make(), []
     for number, volume in enumerate(plain):
-        volume, cut = _padded(volume, shape, padding_mode, cval)
-        also = None if condition is None else _padded(condition.as_subclass(Tensor)[number], shape, padding_mode, cval)[0]
+        volume, cut = _padded(volume, shape, name, cval)
+        also = None if condition is None else _padded(condition[number], shape, name, cval)[0]
         network.begin(number)
         source = _source(volume, also, with_coord)
         try:
@@ -147,10 +156,38 @@ def _window(roi_size: Any, spatial: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(whole if size is None or size <= 0 else int(size) for size, whole in zip(sizes, spatial, strict=True))
 
 
-def _weights(mode: Any, shape: tuple[int, ...], sigma_scale: Any, given: Tensor | None, is_changed: bool) -> tuple[Any, Any]:
+def shared(size: int, part: float) -> int:
+    """Give the voxels that windows share, by MONAI's own arithmetic: 0.8 of 20 are 17, since `20 * (1 - 0.8)` is below 4.
+
+    Source: MONAI Consortium, `sliding_window_inference`, https://docs.monai.io/en/stable/inferers.html.
+
+    Example:
+        >>> shared(20, 0.8), shared(20, 0.75), shared(4, 0.9)
+        (17, 15, 3)
+    """
+    return size - max(1, int(size * (1 - part)))
+
+
+def _as_condition(given: Any, inputs: Tensor) -> Tensor | None:
+    if given is None:
+        return None
+    expected = (len(inputs), *inputs.shape[2:])
+    if not isinstance(given, Tensor) or given.ndim != inputs.ndim or (len(given), *given.shape[2:]) != expected:
+        what = f"of shape {tuple(given.shape)}" if isinstance(given, Tensor) else f"a {type(given).__name__}"
+        raise SizeError(
+            f"condition is {what}, but the inputs have shape {tuple(inputs.shape)}: it must be a tensor of as many volumes,"
+            " and of the same size; its channels may be others"
+        )
+    return given.as_subclass(Tensor)
+
+
+def _weights(mode: Any, shape: tuple[int, ...], sigma_scale: Any, given: Any, is_changed: bool) -> tuple[Any, Any]:
     """Give the weights of a window, and by which of voxloom's modes it is summed: where there are weights, all count alike."""
     if given is not None:
-        return given.reshape(shape).float(), "average"
+        weights = torch.as_tensor(given).float()
+        if tuple(size for size in weights.shape if size != 1) != tuple(size for size in shape if size != 1):
+            raise SizeError(f"roi_weight_map has shape {tuple(weights.shape)}, but a window has {shape} voxels")
+        return weights.reshape(shape), "average"
     name = str(getattr(mode, "value", mode)) if not isinstance(mode, Gaussian) else mode
     if name == "constant":
         return (torch.ones(shape) if is_changed else None), "average"
@@ -169,9 +206,8 @@ def _padded(volume: Tensor, shape: tuple[int, ...], mode: str, value: float) -> 
     if not any(missing):
         return volume, cut
     pairs = [(first, count - first) for first, count in zip(before, missing, strict=True)]
-    name = str(getattr(mode, "value", mode))
     sides = [side for pair in reversed(pairs) for side in pair]
-    return functional.pad(volume[None], sides, mode=name, **({"value": value} if name == "constant" else {}))[0], cut
+    return functional.pad(volume[None], sides, mode=mode, **({"value": value} if mode == "constant" else {}))[0], cut
 
 
 def _source(volume: Tensor, condition: Tensor | None, with_coord: bool) -> VolumeSource:
@@ -227,7 +263,7 @@ class _Network:
     ) -> None:
         self._predictor, self._args, self._kwargs = predictor, args, dict(kwargs)
         self._channels, self._dtype = inputs.shape[1], inputs.dtype
-        self._has_condition, self._has_coordinates = condition is not None, with_coord
+        self._condition, self._has_coordinates = condition, with_coord
         self._weights, self._process = weights, process_fn
         self._number = 0
         self._names: list[Any] | None = None
@@ -241,8 +277,9 @@ class _Network:
 
     def __call__(self, batch: Tensor) -> Any:
         windows, args, kwargs = batch[:, : self._channels], list(self._args), self._kwargs
-        if self._has_condition:
-            kwargs = kwargs | {"condition": batch[:, self._channels : 2 * self._channels].to(self._dtype)}
+        if self._condition is not None:
+            own = batch[:, self._channels :][:, : self._condition.shape[1]]
+            kwargs = kwargs | {"condition": own.to(self._condition.dtype)}
         if self._has_coordinates:
             args.insert(0, self._coordinates(batch))
         windows = windows.to(self._dtype)
@@ -272,6 +309,11 @@ class _Network:
         raise OutputError(f"the network returned something of type {type(output).__name__}: it must be tensors")
 
     def _look(self, names: list[Any], outputs: Sequence[Tensor], spatial: Sequence[int]) -> None:
+        for output in outputs:
+            if not isinstance(output, Tensor) or output.ndim != 2 + len(spatial):
+                what = f"of shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"of type {type(output).__name__}"
+                axes = "(B, C, I, J, K)" if len(spatial) == 3 else "(B, C, I, J)"
+                raise OutputError(f"the network returned something {what}: it must be tensors {axes}")
         found = {
             name: tuple(made / given for made, given in zip(output.shape[2:], spatial, strict=True))
             for name, output in zip(names, outputs, strict=True)

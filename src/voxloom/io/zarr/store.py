@@ -29,7 +29,7 @@ __all__ = ["ZarrStore"]
 
 # How many times the bytes of a shard are in memory while it is encoded, at most: as values, perhaps turned, in chunks, as one
 # file, and what its next level is made of.
-SHARD_COPIES = 5.5
+SHARD_COPIES = 5.0
 
 
 class ZarrStore:
