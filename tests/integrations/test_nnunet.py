@@ -22,6 +22,7 @@ from voxloom.integrations import nnunet
 
 REGIONS = {"background": 0, "whole": [1, 2, 3], "core": [2, 3], "active": 3}
 # A name; the configuration; the rest of the folder; the scan.
+RESAMPLED = {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None}
 CASES = {
     "full resolution": ({"spacing": (1.4, 1.2, 1.0), "patch": (16, 16, 16)}, {}, {}),
     "two dimensions": ({"spacing": (1.2, 1.0), "patch": (16, 24)}, {"mirrored": (0, 1)}, {}),
@@ -68,6 +69,21 @@ CASES = {
         {"spacing": (1.4, 1.2, 1.0), "patch": (16, 16, 16), "schemes": ("RGBTo01Normalization",) * 3, "masked": (False,) * 3},
         {"channels": ("R", "G", "B"), "mirrored": None},
         {"channels": 3, "colours": True},
+    ),
+    "thick along another axis than the plans": (
+        {"spacing": (4.0, 1.0, 1.0), "patch": (8, 16, 16)},
+        {},
+        {"shape": (16, 26, 30), "spacing": (5.0, 0.9, 0.8)},
+    ),
+    "thick from another ratio on": (
+        {
+            "spacing": (4.0, 1.0, 1.0),
+            "patch": (8, 16, 16),
+            "resampling_fn_data_kwargs": RESAMPLED | {"order": 1, "separate_z_anisotropy_threshold": 10},
+            "resampling_fn_probabilities_kwargs": RESAMPLED | {"order": 1, "separate_z_anisotropy_threshold": 10},
+        },
+        {},
+        {"shape": (30, 26, 16), "spacing": (0.9, 0.8, 5.0)},
     ),
     "resampled by torch": (
         {
@@ -141,8 +157,18 @@ def test_labels_are_those_of_nnunet(name, tmp_path, reference, capsys):
     assert (made.data == in_half).float().mean() >= 0.998
 
 
-@pytest.mark.slow
-def test_a_cascade_runs_the_stage_before(tmp_path, reference, capsys, monkeypatch):
+def test_labels_of_a_cascade_lie_where_the_nearest_are_if_several_are_as_near(tmp_path, reference, capsys):
+    low, high = cascade(tmp_path)
+    files = write_case(tmp_path / "scans", "case")
+    for name, folder, previous in (("low", low, None), ("high", high, str(tmp_path / "low"))):
+        (tmp_path / name).mkdir()
+        (expected,) = reference(folder, [files], [tmp_path / name / "case"], previous=previous)
+    made = vx.predict(nnunet.load(high), files[0])
+    assert (made.data == expected).float().mean() >= 0.9999
+
+
+def cascade(tmp_path):
+    """Write the folders of two stages."""
     configurations = {
         "3d_lowres": configuration((2.2, 2.0, 2.1), (8, 8, 8), next_stage="3d_cascade_fullres"),
         "3d_cascade_fullres": configuration((1.4, 1.2, 1.0), (16, 16, 16), previous_stage="3d_lowres"),
@@ -151,6 +177,12 @@ def test_a_cascade_runs_the_stage_before(tmp_path, reference, capsys, monkeypatc
     high = write_folder(
         tmp_path / "t__p__3d_cascade_fullres", configurations, "3d_cascade_fullres", extra_inputs=3, mirrored=(0,), seed=3
     )
+    return low, high
+
+
+@pytest.mark.slow
+def test_a_cascade_runs_the_stage_before(tmp_path, reference, capsys, monkeypatch):
+    low, high = cascade(tmp_path)
     files = write_case(tmp_path / "scans", "case", spacing=(0.9, 1.0, 1.3))
     (tmp_path / "low").mkdir()
     reference(low, [files], [tmp_path / "low" / "case"])
@@ -238,6 +270,52 @@ class Evil:
 
     def __reduce__(self):
         return (Path("/tmp/voxloom-was-here").touch, ())
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"resampling_fn_probabilities_kwargs": RESAMPLED | {"order": 0}}, "resamples probabilities otherwise"),
+        ({"resampling_fn_data_kwargs": RESAMPLED | {"force_separate_z": True}}, "resamples probabilities otherwise"),
+        ({"resampling_fn_data_kwargs": RESAMPLED | {"order_z": 1}}, "order_z 1 in resampling_fn_data_kwargs"),
+        ({"resampling_fn_data_kwargs": RESAMPLED | {"order": 2}}, "order 2 in resampling_fn_data_kwargs"),
+        ({"resampling_fn_data_kwargs": RESAMPLED | {"order": "cubic"}}, "plans.json is not such as nnU-Net v2 writes"),
+        ({"resampling_fn_data": "my_resampling"}, "resampling_fn_data 'my_resampling'"),
+        ({"preprocessor_name": "Mine"}, "preprocessor_name 'Mine', and DefaultPreprocessor"),
+        ({"normalization_schemes": []}, "0 normalization_schemes and 1 use_mask_for_norm for 1 channels"),
+        ({"spacing": ["a", "b", "c"]}, "plans.json is not such as nnU-Net v2 writes"),
+    ],
+)
+def test_plans_that_are_not_done_exactly_are_refused(folder, values, message):
+    plans = json.loads((folder / "plans.json").read_text())
+    plans["configurations"]["tiny"] |= values
+    (folder / "plans.json").write_text(json.dumps(plans))
+    with pytest.raises(ModelFileError, match=message):
+        nnunet.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("plans.json", {"label_manager": "Mine"}, "label_manager 'Mine', and LabelManager"),
+        ("plans.json", {"transpose_forward": ["x", 1, 2]}, "plans.json is not such"),
+        ("dataset.json", {"labels": {"0": "background", "1": "liver"}}, "dataset.json is not such"),
+        ("dataset.json", [], "dataset.json is not such"),
+        ("dataset.json", {"labels": None}, "dataset.json has no labels"),
+    ],
+)
+def test_the_file_that_is_wrong_is_named(folder, name, value, message):
+    if isinstance(value, dict):
+        changed(folder / name, **value)
+    else:
+        (folder / name).write_text(json.dumps(value))
+    with pytest.raises(ModelFileError, match=message):
+        nnunet.load(folder)
+
+
+def test_names_of_channels_may_stand_in_the_place_of_their_numbers(folder):
+    changed(folder / "dataset.json", channel_names={"CT": "0"})
+    assert len(nnunet.load(folder).spec.channels) == 1
 
 
 def test_checkpoints_that_bring_code_are_refused(folder):

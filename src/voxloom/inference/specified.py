@@ -40,6 +40,8 @@ class ModelInput:
     source: VolumeSource
     steps: tuple[str, ...]
     """What was done to the image for it, in words."""
+    orders: tuple[int, ...]
+    """How the image was interpolated, along each axis of the model."""
     kinds: tuple[Interpolation, Interpolation, Interpolation]
     """How scores are interpolated back, along each axis of the model."""
     space: Space | None
@@ -144,6 +146,7 @@ def in_model_space(source: VolumeSource, spec: ModelSpec, name: str) -> ModelInp
             view = views[-1](view)
             steps.append(f"cropped to the foreground: {pretty_sizes(box.shape)} voxels from {box.start}")
     others: list[View] = []
+    orders: tuple[int, ...] = (spec.order,) * 3
     kinds: tuple[Interpolation, Interpolation, Interpolation] = (spec.interpolation,) * 3
     resampled: Space | None = None
 
@@ -170,7 +173,7 @@ def in_model_space(source: VolumeSource, spec: ModelSpec, name: str) -> ModelInp
             steps.append(f"resampled (order {orders[0] if len(set(orders)) == 1 else orders}): {_told(view)}")
     if spec.scale_after == "resampling":
         scale()
-    return ModelInput(view, tuple(steps), kinds, resampled, tuple(views), tuple(others))
+    return ModelInput(view, tuple(steps), orders, kinds, resampled, tuple(views), tuple(others))
 
 
 def _resampling(
@@ -178,9 +181,12 @@ def _resampling(
 ) -> tuple[Space, tuple[int, ...], tuple[Interpolation, Interpolation, Interpolation]]:
     """Say to which grid an image is resampled, with which order along each axis, and how scores are interpolated back."""
     space = GRIDS[spec.fits](view, spec.spacing)
-    thick = _thick_axis(spec, spacing_of(view.affine), spec.spacing)
+    own = spacing_of(view.affine)
+    wanted = [before if new is None else new for before, new in zip(own, spec.spacing, strict=True)]
+    # On either way, that axis which is the longest where it comes from, if it is long there.
+    thick, thick_back = _thick_axis(spec, own, wanted), _thick_axis(spec, wanted, own)
     orders = tuple(0 if axis == thick else spec.order for axis in range(3))
-    i, j, k = ("nearest" if axis == thick else spec.interpolation for axis in range(3))
+    i, j, k = ("nearest" if axis == thick_back else spec.interpolation for axis in range(3))
     return space, orders, (i, j, k)
 
 
@@ -224,12 +230,11 @@ GRIDS = {"spacing": at_spacing, "volume": _filling, "monai": at_spacing_of_monai
 """How a grid of a spacing is made, by what it fits."""
 
 
-def _thick_axis(spec: ModelSpec, own: Sequence[float], wanted: Sequence[float | None]) -> int | None:
-    """Say which axis, if any, is to be interpolated on its own because the voxels are much longer along it."""
+def _thick_axis(spec: ModelSpec, *spacings: Sequence[float]) -> int | None:
+    """Say which axis, if any, is to be interpolated on its own: the longest in the first of some spacings that is much longer."""
     if spec.thick_slices is None:
         return None
-    target = [before if new is None else new for before, new in zip(own, wanted, strict=True)]
-    for spacing in (own, target):
+    for spacing in spacings:
         longest = max(spacing)
         if longest / min(spacing) > spec.thick_slices:
             axes = [axis for axis, each in enumerate(spacing) if longest / each == 1]

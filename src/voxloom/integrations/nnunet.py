@@ -4,10 +4,11 @@ Source: Isensee et al., nnU-Net: a self-configuring method for deep learning-bas
 18, 203-211 (2021), https://doi.org/10.1038/s41592-020-01008-z.
 """
 
+import contextlib
 import importlib
 import json
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.boxes import Box
-from ..errors import MissingDependencyError, ModelFileError
+from ..errors import MissingDependencyError, ModelFileError, VoxloomError
 from ..inference.predictor import Predictor
 from ..inference.specified import ModelInput
 from ..io.composed import StackedSource
@@ -33,6 +34,8 @@ __all__ = ["cases_in", "json_of", "load"]
 
 # Where a separate interpolation of slices begins.
 THICK = 3.0
+# What interpolated indicators of labels differ by, at most, that are as large as one another.
+TIE = 1e-6
 READERS = {
     "SimpleITKIO": "native",
     "NibabelIO": "native",
@@ -73,13 +76,6 @@ def load(
         MissingDependencyError: if the package of the networks is not installed.
     """
     folder = Path(folder).expanduser()
-    try:
-        return _loaded(folder, folds, checkpoint, previous, mirror, allow_pickle)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ModelFileError(f"the plans in {folder} are not such as nnU-Net v2 writes: {error!r} is missing or wrong") from error
-
-
-def _loaded(folder: Path, folds: Any, checkpoint: str, previous: Any, mirror: bool, allow_pickle: bool) -> LoadedModel:
     plans, dataset = (json_of(folder, name) for name in ("plans.json", "dataset.json"))
     chosen = _folds_of(folder, folds, checkpoint)
     states = [_checkpoint(folder / f"fold_{fold}" / checkpoint, allow_pickle) for fold in chosen]
@@ -89,13 +85,15 @@ def _loaded(folder: Path, folds: Any, checkpoint: str, previous: Any, mirror: bo
             f"the folds of {folder} are of several configurations, {', '.join(sorted(names))}: give folds of one"
         )
     (name,) = names
-    configuration = _configuration(plans, name, folder)
-    labels = _Labels.of(dataset, folder)
-    stage = configuration.get("previous_stage")
-    channels = len(_channel_names(dataset, folder)) + (len(labels.foreground) if stage else 0)
-    networks = [_network(configuration, channels, labels.heads, state, folder, allow_pickle) for state in states]
+    with _understood(folder / "dataset.json"):
+        labels, names_of_channels = _Labels.of(dataset, folder), _channel_names(dataset, folder)
     axes = states[0].get("inference_allowed_mirroring_axes") if mirror else None
-    spec = _spec(plans, dataset, configuration, labels, axes, folder)
+    with _understood(folder / "plans.json"):
+        configuration = _configuration(plans, name, folder)
+        stage = configuration.get("previous_stage")
+        channels = len(names_of_channels) + (len(labels.foreground) if stage else 0)
+        networks = [_network(configuration, channels, labels.heads, state, folder, allow_pickle) for state in states]
+        spec = _spec(plans, names_of_channels, configuration, labels, axes, folder)
     identity = " ".join(hash_of_path(folder / f"fold_{fold}" / checkpoint) for fold in chosen)
     before = None
     if stage:
@@ -104,6 +102,17 @@ def _loaded(folder: Path, folds: Any, checkpoint: str, previous: Any, mirror: bo
             load(previous or beside, folds, checkpoint, mirror=mirror, allow_pickle=allow_pickle), labels.foreground
         )
     return LoadedModel(networks if len(networks) > 1 else networks[0], f"nnU-Net {name} {identity}", spec=spec, preceding=before)
+
+
+@contextlib.contextmanager
+def _understood(path: Path) -> Iterator[None]:
+    """Name the file of which something is missing, or of another kind than nnU-Net writes."""
+    try:
+        yield
+    except VoxloomError:
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError, AssertionError) as error:
+        raise ModelFileError(f"{path} is not such as nnU-Net v2 writes: {error!r} is missing or wrong") from error
 
 
 def cases_in(folder: Any, dataset: Json | None = None) -> dict[str, list[Path]]:
@@ -150,9 +159,12 @@ def json_of(folder: Path, name: str) -> Json:
             f" {_inner(folder) or 'nnUNetTrainer__nnUNetPlans__3d_fullres'}{old}"
         )
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ModelFileError(f"{path} is damaged: {error}") from error
+    if not isinstance(found, Mapping):
+        raise ModelFileError(f"{path} is not such as nnU-Net v2 writes: it holds no object with names")
+    return found
 
 
 def _inner(folder: Path) -> Path | None:
@@ -196,7 +208,7 @@ def _checkpoint(path: Path, allow_pickle: bool) -> Mapping[str, Any]:
         ) from error
     except Exception as error:  # whatever a damaged file makes torch stumble over
         raise ModelFileError(f"{path} cannot be read: {str(error).splitlines()[0] if str(error) else error!r}") from error
-    if not isinstance(found, Mapping) or "network_weights" not in found:
+    if not isinstance(found, Mapping) or not isinstance(found.get("network_weights"), Mapping):
         raise ModelFileError(f"{path} is no checkpoint of nnU-Net v2: it has no network_weights")
     return found
 
@@ -224,7 +236,9 @@ def _channel_names(dataset: Json, folder: Path) -> tuple[str, ...]:
     names = dataset.get("channel_names") or dataset.get("modality")
     if not isinstance(names, Mapping):
         raise ModelFileError(f"{folder / 'dataset.json'} has no channel_names")
-    given = [str(names[key]) for key in sorted(names, key=int)]
+    # By their numbers; where these are missing, or stand in the place of the names, in the order of the file.
+    numbered = sorted(names, key=int) if all(str(key).isdecimal() for key in names) else list(names)
+    given = [str(names[key]) for key in numbered]
     # Names need not differ there: what counts is the number.
     return tuple(given) if len(set(given)) == len(given) else tuple(f"{name}_{number:04d}" for number, name in enumerate(given))
 
@@ -343,8 +357,14 @@ def _old_architecture(configuration: Mapping[str, Any], folder: Path) -> dict[st
 
 
 def _spec(
-    plans: Json, dataset: Json, configuration: Mapping[str, Any], labels: _Labels, mirrored: Any, folder: Path
+    plans: Json, channels: tuple[str, ...], configuration: Mapping[str, Any], labels: _Labels, mirrored: Any, folder: Path
 ) -> ModelSpec:
+    for place, name, known in (
+        (configuration, "preprocessor_name", "DefaultPreprocessor"),
+        (plans, "label_manager", "LabelManager"),
+    ):
+        if place.get(name, known) != known:
+            raise ModelFileError(f"{folder / 'plans.json'} has {name} {place[name]!r}, and {known} is supported")
     reader = plans.get("image_reader_writer", "SimpleITKIO")
     if reader not in READERS:
         raise ModelFileError(f"{folder / 'plans.json'} reads images with {reader}, and {', '.join(READERS)} are supported")
@@ -352,24 +372,26 @@ def _spec(
     size = [int(each) for each in configuration["patch_size"]]
     is_flat = len(size) == 2
     spacing = [*([None] if is_flat else []), *map(float, configuration["spacing"])]
-    resampling = str(configuration.get("resampling_fn_data", "resample_data_or_seg_to_shape"))
-    options = configuration.get("resampling_fn_data_kwargs", {})
-    is_torch = resampling.startswith("resample_torch")
-    if resampling == "no_resampling_data_or_seg_to_shape":
+    image, scores = (_Resampling.of(configuration, name, folder) for name in ("data", "probabilities"))
+    if (image.thick, image.is_none) != (scores.thick, scores.is_none) or scores.order != 1:
+        raise ModelFileError(
+            f"{folder / 'plans.json'} resamples probabilities otherwise than is supported: linearly, and with the same slices"
+            " apart as the image"
+        )
+    if image.is_none:
         spacing = [None] * 3
-    separate = options.get("force_separate_z")
     axes = [int(axis) + is_flat for axis in mirrored or ()]
     return ModelSpec(
-        channels=_channel_names(dataset, folder),
+        channels=channels,
         orientation=READERS[reader],
         # Arrays of nnU-Net have their axes the other way round.
         axes=tuple(2 - axis for axis in forward),  # type: ignore[arg-type]
         crop=Crop(),
-        intensity=tuple(_intensities(plans, configuration, folder)),
+        intensity=tuple(_intensities(plans, configuration, len(channels), folder)),
         spacing=tuple(spacing),  # type: ignore[arg-type]
         fits="volume",
-        order=1 if is_torch else int(options.get("order", 3)),
-        thick_slices=THICK if separate is None else 1.0 if separate else None,
+        order=image.order,
+        thick_slices=image.thick,
         patch_size=tuple(size),
         patch_overlap=0.5,
         patch_spacing="even",
@@ -382,13 +404,63 @@ def _spec(
     )
 
 
-def _intensities(plans: Json, configuration: Mapping[str, Any], folder: Path) -> list[Intensity]:
+# What functions of nnU-Net's that resample are given, beside what says which axis is resampled apart: name and value, if these
+# are the only ones that are supported.
+USUAL = {"is_seg": False, "order_z": 0, "mode": "linear", "aniso_axis_mode": "nearest-exact"}
+IGNORED = ("num_threads", "device", "memefficient_seg_resampling")
+
+
+@dataclass(frozen=True)
+class _Resampling:
+    """How images, or scores, are resampled."""
+
+    order: int
+    thick: float | None
+    is_none: bool
+
+    @classmethod
+    def of(cls, configuration: Mapping[str, Any], name: str, folder: Path) -> "_Resampling":
+        """Read it from the plans.
+
+        Raises:
+            ModelFileError: if it is not supported; names what.
+        """
+        key = f"resampling_fn_{name}"
+        function = str(configuration.get(key, "resample_data_or_seg_to_shape"))
+        usual = {"order": 3 if name == "data" else 1, "force_separate_z": None}
+        options = dict(configuration.get(f"{key}_kwargs", usual))
+        if function == "no_resampling_data_or_seg_to_shape":
+            return cls(1, None, True)
+        if function not in ("resample_data_or_seg_to_shape", "resample_torch_fornnunet", "resample_torch_simple"):
+            raise ModelFileError(f"{folder / 'plans.json'} has {key} {function!r}, which is not supported")
+        is_torch = function.startswith("resample_torch")
+        order = 1 if is_torch else int(options.pop("order", 3))
+        separate = options.pop("force_separate_z", None if is_torch else False)
+        limit = float(options.pop("separate_z_anisotropy_threshold", THICK))
+        for option, value in options.items():
+            if option not in IGNORED and (option not in USUAL or value != USUAL[option]):
+                raise ModelFileError(f"{folder / 'plans.json'} has {option} {value!r} in {key}_kwargs, which is not supported")
+        if order not in (0, 1, 3):
+            raise ModelFileError(f"{folder / 'plans.json'} has order {order} in {key}_kwargs: 0, 1 and 3 are supported")
+        # Of torch's, one function leaves no axis apart.
+        if function == "resample_torch_simple":
+            separate = False
+        return cls(order, limit if separate is None else 1.0 if separate else None, False)
+
+
+def _intensities(plans: Json, configuration: Mapping[str, Any], count: int, folder: Path) -> list[Intensity]:
     properties = plans.get("foreground_intensity_properties_per_channel") or plans.get(
         "foreground_intensity_properties_by_modality", {}
     )
     made = []
-    masked = configuration.get("use_mask_for_norm", [False] * len(configuration["normalization_schemes"]))
-    for channel, (scheme, is_masked) in enumerate(zip(configuration["normalization_schemes"], masked, strict=True)):
+    schemes = configuration["normalization_schemes"]
+    masked = configuration.get("use_mask_for_norm", [False] * len(schemes))
+    if not len(schemes) == len(masked) == count:
+        raise ModelFileError(
+            f"{folder / 'plans.json'} has {len(schemes)} normalization_schemes and {len(masked)} use_mask_for_norm for {count}"
+            " channels"
+        )
+    for channel, (scheme, is_masked) in enumerate(zip(schemes, masked, strict=True)):
         if scheme == "CTNormalization":
             own = properties[str(channel)]
             clip = (float(own["percentile_00_5"]), float(own["percentile_99_5"]))
@@ -421,9 +493,12 @@ class _Cascade:
         found = Predictor(self.model, **options)(image, like=(like.shape, like.affine))
         source = made.source
         indicators: VolumeSource = _Indicators(made.turned_and_cropped(found), self.labels)
+        nearest = indicators
         if made.space is not None:
-            indicators = ResampledSource(indicators, made.space, [1 if kind == "linear" else 0 for kind in made.kinds])
-        return StackedSource([source, _Largest(indicators)], ["the image", "the labels of the stage before"], check_place=False)
+            nearest = ResampledSource(indicators, made.space, 0)
+            indicators = ResampledSource(indicators, made.space, [min(order, 1) for order in made.orders])
+        labels = _Largest(indicators, nearest)
+        return StackedSource([source, labels], ["the image", "the labels of the stage before"], check_place=False)
 
 
 class _Indicators(View):
@@ -451,16 +526,21 @@ class _Indicators(View):
 
 
 class _Largest(View):
-    """1 where a channel is the largest, else 0; without the first channel."""
+    """1 where a channel is the largest, else 0; without the first channel. Of several, that of the nearest voxel is taken."""
 
-    def __init__(self, of: VolumeSource) -> None:
+    def __init__(self, of: VolumeSource, nearest: VolumeSource) -> None:
         super().__init__(of)
+        self._nearest = nearest
         self.shape = (of.shape[0] - 1, *of.shape[1:])
         self.dtype, self.affine, self.chunks = of.dtype, of.affine, of.chunks
 
     def read(self, box: Box) -> Tensor:
         """See `VolumeSource`."""
-        largest = read_checked(self.of, box).argmax(0)
+        values = read_checked(self.of, box)
+        is_largest = values >= values.amax(0) - TIE
+        nearest = read_checked(self._nearest, box).argmax(0)
+        is_nearest = is_largest.gather(0, nearest[None])[0]
+        largest = torch.where(is_nearest, nearest, is_largest.to(torch.uint8).argmax(0))
         return torch.stack([largest == number for number in range(1, self.of.shape[0])]).to(self.dtype)
 
     def fingerprint(self) -> Json:
@@ -469,4 +549,4 @@ class _Largest(View):
 
     def over(self, source: VolumeSource) -> "_Largest":
         """See `View`."""
-        return _Largest(source)
+        return _Largest(source, self._nearest)
