@@ -50,6 +50,35 @@ def test_the_demonstration_writes_a_volume_and_a_picture_and_says_where(tmp_path
     assert all(panel.std() > 0.01 for panel in panels[:2] + panels[3:])
 
 
+def test_the_demonstration_replaces_nothing_but_its_own(tmp_path, run):
+    image = tmp_path / "scan.nii.gz"
+    vx.ScalarImage(torch.rand(1, 16, 16, 16)).save(image)
+    before = image.read_bytes()
+    for output in (tmp_path, tmp_path / "demo"):
+        (tmp_path / "demo").mkdir(exist_ok=True)
+        (tmp_path / "demo" / "input.nii.gz").write_text("mine")
+        done = run("demo", "--steps", 0, "--size", 16, "--patch-size", 8, "--output", output, code=1)
+        assert "not of a demonstration before" in done.err
+        done = run("demo", "--steps", 0, "--image", image, "--output", tmp_path, code=1)
+        assert "whose files are replaced" in done.err
+    assert image.read_bytes() == before
+    assert (tmp_path / "demo" / "input.nii.gz").read_text() == "mine"
+    for _ in range(2):
+        run("demo", "--steps", 0, "--size", 16, "--patch-size", 12, "--output", tmp_path / "new")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="bash closes the streams")
+def test_what_nobody_reads_is_no_error():
+    said = "from voxloom.cli.reporting import Report; r = Report(); [r.say('x' * 4096) for _ in range(99)]; r.warn('done')"
+    done = subprocess.run(
+        ["bash", "-c", f'set -o pipefail; {sys.executable} -c "{said}" | true'], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "done\n")
+    shown = "from voxloom.runtime.progress import shown\nwith shown('a', 2, 'parts') as told: told(1)"
+    done = subprocess.run(["bash", "-c", f'{sys.executable} -c "{shown}" 2>&-'], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
 def test_an_image_of_ones_own(tmp_path, run):
     image = vx.ScalarImage(torch.rand(2, 30, 20, 1), affine=np.diag([1, 2, 3, 1]))
     image.save(tmp_path / "flat.nii.gz")

@@ -194,3 +194,43 @@ def test_status_and_retry_of_parts(folder):
     assert (folder / "parts.png").stat().st_size > 1000
     assert f"{len(told['failed'])} parts that failed" in run("retry", target)
     assert json.loads(run("status", target, "--json"))[0]["failed"] == {}
+
+
+def test_labels_that_do_not_fit_leave_nothing_that_is_in_the_way(folder):
+    run("convert", "scan.nii.gz", "-o", "scan.ome.zarr")
+    vx.LabelMap(LABELS[:, :5]).save("other.nii")
+    assert "must be on its grid" in run("convert", "other.nii", "-o", "scan.ome.zarr/labels/organs", "--labels", code=1)
+    run("convert", "scan.nii.gz", "-o", "scan.ome.zarr", "--overwrite")
+
+
+def test_what_would_be_ignored_is_refused(folder):
+    assert "either that or --weighted" in run("index", "seg.nii", "--patch-size", 8, "--weighted", "--classes", 1)
+    assert "no result in parts" in run("retry", "nowhere.nii")
+    assert "not begun, and not in parts" in run("status", "nowhere.nii", "--picture", "parts.png")
+    assert "package.module:name" in run("cache", ":dataset", "-o", "kept")
+
+
+def test_a_file_that_fails_has_an_entry_and_does_not_stop_the_others(folder):
+    for arguments in (("index", "nowhere.nii", "seg.nii", "--patch-size", 8), ("info", "nowhere.nii", "seg.nii")):
+        result = CliRunner().invoke(cli.app, [*map(str, arguments), "--json"])
+        assert result.exit_code == 1
+        failed, done = json.loads(result.stdout)
+        assert (failed["file"], failed["kind"], done["file"]) == ("nowhere.nii", "ImageNotFoundError", "seg.nii")
+
+
+def test_pages_of_others_are_kept(folder):
+    (folder / "organs.html").write_text("mine")
+    arguments = ("predict", *PREDICT[:1], "scan.nii.gz", *PREDICT[1:], "-o", "organs.nii.gz", "--report")
+    assert "is no page of voxloom's" in run(*arguments, code=1)
+    assert (folder / "organs.html").read_text() == "mine"
+    run(*arguments, "--overwrite")
+    run(*arguments)
+    assert "organs" in (folder / "organs.html").read_text()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="names of files are text there")
+def test_names_that_are_no_text_do_not_end_the_process(folder):
+    run("convert", "seg.nii", "-o", "seg.mha")
+    (folder / "seg.mha").rename(folder / "seg\udcff.mha")
+    assert "not in UTF-8" in run("info", "seg\udcff.mha", code=1)
+    assert "not in UTF-8" in run("convert", "seg.nii", "-o", "other\udcff.mha", code=1)

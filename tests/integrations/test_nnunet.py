@@ -361,6 +361,14 @@ def test_the_command(folder, tmp_path, capsys, monkeypatch):
     expected = vx.predict(nnunet.load(folder, folds=0), tmp_path / "scans" / "one_0000.nii.gz")
     assert torch.equal(vx.LabelMap(tmp_path / "out" / "one.nii.gz").data, expected.data)
     capsys.readouterr()
+    (tmp_path / "scans" / "two_0000.nii.gz").rename(tmp_path / "scans" / "second.nii.gz")
+    assert run("predict", f"nnunet:{folder}", tmp_path / "scans", "-o", tmp_path / "out", "--folds", 0) == 0
+    assert "second.nii.gz: left out, since they are not named as nnU-Net names them" in capsys.readouterr().err
+    (tmp_path / "others").mkdir()
+    vx.ScalarImage(tmp_path / "scans" / "one_0000.nii.gz").save(tmp_path / "others" / "three_0000.mha")
+    assert run("predict", f"nnunet:{folder}", tmp_path / "others", "-o", tmp_path / "out", "--folds", 0) == 0
+    assert torch.equal(vx.LabelMap(tmp_path / "out" / "three.nii.gz").data, expected.data)
+    capsys.readouterr()
     assert run("plan", f"nnunet:{folder}", tmp_path / "scans", "--folds", 1) == 1
     assert "no fold 1" in capsys.readouterr().err
 

@@ -62,6 +62,12 @@ def test_what_is_there_is_kept(organs, tmp_path):
     with pytest.raises(SaveError, match="choose another name"):
         vx.split_labels(organs, mine, overwrite=True)
     assert (mine / "notes.txt").read_text() == "kept"
+    with pytest.raises(SaveError, match=r"one\.nii\.gz is in .*parts, which would be replaced"):
+        vx.split_labels(folder / "one.nii.gz", folder, overwrite=True)
+    (folder / "notes.txt").write_text("kept")
+    with pytest.raises(SaveError, match="choose another name"):
+        vx.split_labels(organs, folder, overwrite=True)
+    assert (folder / "notes.txt").read_text() == "kept"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "organs.nii.gz", "parts"]
 
 

@@ -24,7 +24,10 @@ __all__ = [
     "cases_of",
     "cases_of_table",
     "checked",
+    "images_in",
     "make_folder",
+    "make_folder_of",
+    "warn_of_left_out",
 ]
 
 IMAGES = endings(lambda each: not each.is_dicom and each.described_by is None)
@@ -135,12 +138,7 @@ def cases_of(images: Sequence[Path], results: Results, is_grouped: bool | None =
             raise ImageNotFoundError(f"there is no file or folder {path}")
         found, unknown = _images_in(path, output) if _is_folder_of_images(path) else ([path], [])
         if unknown:
-            listed = ", ".join(map(str, unknown[:3])) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
-            typer.echo(
-                f"voxloom: {path} also holds what may be images, {listed}: left out, since their names do not end in"
-                f" {', '.join(IMAGES)}. Give those that are wanted by name",
-                err=True,
-            )
+            warn_of_left_out(path, unknown, f"named with {', '.join(IMAGES)} in the end")
         if not found:
             raise ImageNotFoundError(f"the folder {path} holds no image ({', '.join(IMAGES)}, or a folder of DICOM files)")
         for file in found:
@@ -270,6 +268,19 @@ def _check_folder(output: Path, targets: tuple[str, ...]) -> None:
         raise SaveError(f"{output} is a file: give the name of a folder")
 
 
+def warn_of_left_out(folder: Path, paths: Sequence[Path], expected: str) -> None:
+    """Say which files of a folder are not taken."""
+    listed = ", ".join(map(str, paths[:3])) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
+    text = f"voxloom: {folder} also holds what may be images, {listed}: left out, since they are not {expected}."
+    typer.echo(f"{text} Give those that are wanted by name", err=True)
+
+
+def images_in(folder: Path, output: Path) -> list[Path]:
+    """Give all that may be images in a folder, but for those in the folder of results, if that is inside."""
+    found, unknown = _images_in(folder, output)
+    return found + unknown
+
+
 def _images_in(folder: Path, output: Path) -> tuple[list[Path], list[Path]]:
     """Give the images in a folder, but for those in the folder of results, if that is inside; and images of other kinds."""
     found, unknown = [], []
@@ -317,6 +328,16 @@ def beside(target: Path, ending: str) -> Path:
         store = target.parent.parent
         return store.with_name(f"{stem_of(store)}-{stem_of(target)}{ending}")
     return target.with_name(f"{stem_of(target)}{ending}")
+
+
+def make_folder_of(target: Path) -> None:
+    """Make the folder of a result; that of labels of an image is made with them, once it is known that they fit it.
+
+    Raises:
+        SaveError: if it cannot be made.
+    """
+    if not is_folder_target(target) or target.parent.name != "labels":
+        make_folder(target.parent)
 
 
 def make_folder(path: Path) -> None:

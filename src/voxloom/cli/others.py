@@ -7,7 +7,7 @@ from pathlib import Path
 from ..errors import ModeError
 from ..integrations import nnunet
 from ..models.loading import LoadedModel
-from .cases import Case, Results, checked
+from .cases import Case, Results, checked, images_in, warn_of_left_out
 
 __all__ = ["OTHERS", "LoadingOptions", "OtherModels", "cases_of_other", "names_channels", "other_model"]
 
@@ -44,7 +44,13 @@ class OtherModels:
 
 
 def _cases_of_nnunet(images: Path, model: Path, results: Results) -> list[Case]:
-    found = nnunet.cases_in(images, nnunet.json_of(model, "dataset.json"))
+    dataset = nnunet.json_of(model, "dataset.json")
+    # Their endings are a matter of training; where none is as there, any are taken.
+    found = nnunet.cases_in(images, dataset) or nnunet.cases_in(images)
+    taken = {path for files in found.values() for path in files}
+    left_out = [path for path in images_in(images, results.output) if path not in taken]
+    if found and left_out:
+        warn_of_left_out(images, left_out, f"named as nnU-Net names them, CASE_0000{dataset.get('file_ending', '.nii.gz')}")
     return checked([Case(name, tuple(files), results.at(name)) for name, files in found.items()])
 
 

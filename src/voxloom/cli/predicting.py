@@ -14,7 +14,6 @@ import typer
 from ..errors import ModeError, RecordError, SizeError, TargetExistsError, VoxloomError
 from ..inference import Launcher, Predictor
 from ..inference.parts.shards import ShardedRun
-from ..io.formats import is_folder_target
 from ..models.loading import LoadedModel
 from ..plotting.comparison import require_matplotlib
 from ..plotting.report import CaseReport, write_index, write_report
@@ -23,7 +22,7 @@ from ..runs.parts import is_being_published
 from ..volumes.image import LabelMap, ScalarImage
 from ..volumes.subject import Subject
 from .applied import predictor_of
-from .cases import TARGETS, Case, Results, as_ending, beside, cases_of, cases_of_table, make_folder
+from .cases import TARGETS, Case, Results, as_ending, beside, cases_of, cases_of_table, make_folder_of
 from .labels import write_labels
 from .options import CaseOptions, ModelOptions, PartsOptions
 from .others import cases_of_other, names_channels
@@ -148,7 +147,7 @@ class Predictions:
                 self.done += 1
                 self.report.done(text, entry)
         if len(self.pages) > 1:
-            write_index(self.wanted.output / "index.html", self.pages)
+            write_index(self.wanted.output / "index.html", self.pages, self.overwrite)
         if len(self.cases) > 1:
             listed = "".join(f"\n  {name}" for name in self.failed)
             self.report.say(f"{self.done} done, {self.complete} complete already, {len(self.failed)} failed{listed}")
@@ -224,13 +223,13 @@ class Predictions:
         progress = printable(case.name) if self._shows_progress else False
         logging.getLogger("voxloom").info("%s", printable(", ".join(map(str, case.files))))
         asked = asked_of(self.wanted, subject, case)
-        if not is_being_published(case.target):
-            self.predictor(subject, **asked, resume=self.resume, overwrite=self.overwrite, progress=progress)
-            return True
         try:
-            self.predictor.shards(subject, **asked, overwrite=self.overwrite).publish()
-        except RecordError:
-            if not self._is_made(subject, case):
+            if is_being_published(case.target):
+                self.predictor.shards(subject, **asked, overwrite=self.overwrite).publish()
+            else:
+                self.predictor(subject, **asked, resume=self.resume, overwrite=self.overwrite, progress=progress)
+        except (RecordError, TargetExistsError):
+            if self.overwrite or not self._is_made(subject, case):
                 raise
             return False  # another process has ended it meanwhile
         return True
@@ -265,8 +264,7 @@ class Predictions:
             case: where it goes.
             may_be_other: whether a result of something else is one that is to be replaced, rather than an error.
         """
-        if not is_folder_target(case.target) or case.target.parent.name != "labels":
-            make_folder(case.target.parent)
+        make_folder_of(case.target)
         try:
             return self.predictor.is_made(subject, **asked_of(self.wanted, subject, case))
         except TargetExistsError:
@@ -281,7 +279,7 @@ class Predictions:
         image = next(iter(subject.images.values()))
         found = CaseReport(case.name, image, kind(case.target), str(plan), seconds, self.predictor.spec.labels)
         page = beside(case.target, ".html")
-        write_report(page, found)
+        write_report(page, found, self.overwrite)
         of = self.wanted.output if self.wanted.output.is_dir() else self.wanted.output.parent
         self.pages[case.name] = os.path.relpath(page, of)
         return page

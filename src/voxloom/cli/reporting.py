@@ -1,8 +1,11 @@
 """What the command says: for people, quietly, or as JSON."""
 
 import json
+import os
+import sys
 import traceback
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -23,14 +26,14 @@ class Report:
     def say(self, text: str) -> None:
         """Say something that nobody needs who wants it quiet, or who reads JSON."""
         if not self.quiet and not self.as_json:
-            typer.echo(printable(text))
+            _print(text)
 
     def answer(self, text: str, entry: dict[str, Any]) -> None:
         """Give what was asked for: the text, or the same as an entry of the JSON."""
         if self.as_json:
             self.entries.append(entry)
         else:
-            typer.echo(printable(text))
+            _print(text)
 
     def done(self, text: str, entry: dict[str, Any]) -> None:
         """Say what has been done."""
@@ -49,15 +52,28 @@ class Report:
         self.entries.append({"case": name, "state": "failed", "error": text, "kind": type(error).__name__})
         self.warn(f"voxloom: {name} failed: {text}")
 
+    def failed_file(self, path: Path, error: Exception) -> None:
+        """Say what is wrong with one of several files."""
+        self.entries.append({"file": str(path), "state": "failed", "error": str(error), "kind": type(error).__name__})
+        self.warn(f"voxloom: {error}")
+
     def end(self) -> None:
         """Print the JSON, if that was asked for."""
         if self.as_json:
-            typer.echo(printable(json.dumps(self.entries, indent=1)))
+            _print(json.dumps(self.entries, indent=1))
             self.entries.clear()
 
 
 reporting = Report()
 """How this run of the command reports; the command's own options set it."""
+
+
+def _print(text: str) -> None:
+    """Print a text; nothing more once nobody reads it, which is no error of what is said."""
+    try:
+        typer.echo(printable(text))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def printable(text: str) -> str:

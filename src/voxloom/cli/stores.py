@@ -22,7 +22,7 @@ from ..volumes.cache import SubjectsCache
 from ..volumes.converting import convert
 from ..volumes.image import LabelMap
 from ..volumes.subject import Subject
-from .cases import Results, as_ending, cases_of, make_folder
+from .cases import Results, as_ending, cases_of, make_folder_of
 from .reporting import Report, printable
 
 __all__ = ["convert_cases", "index_labels", "keep_subjects", "tell_status", "try_again"]
@@ -38,7 +38,7 @@ def convert_cases(
     for case in cases_of(images, Results(output, as_ending(ending, WRITTEN), WRITTEN), is_grouped=False):
         entry = {"case": case.name, "target": str(case.target)}
         try:
-            make_folder(case.target.parent)
+            make_folder_of(case.target)
             progress = False if report.quiet or report.as_json else printable(case.name)
             convert(case.files[0], case.target, overwrite=overwrite, progress=progress, **options)
             size = size_of_path(case.target)
@@ -63,14 +63,23 @@ def index_labels(
     size: Any = patch_size
     sampler: PatchSampler
     if is_weighted:
+        if classes is not None:
+            raise ModeError("--classes are those of labels: give either that or --weighted")
         sampler = WeightedSampler(size, "map", border=border)
     else:
         shares = None if classes is None else dict.fromkeys(classes, 1.0)
         sampler = LabelSampler(size, label_name="map", label_probabilities=shares, border=border)
+    failed = False
     for path in images:
-        (folder,) = build_index(sampler, Subject(map=LabelMap(path)))
-        report.done(f"{path}: {folder}, {pretty_bytes(size_of_path(folder))}", {"file": str(path), "index": str(folder)})
+        try:
+            (folder,) = build_index(sampler, Subject(map=LabelMap(path)))
+            report.done(f"{path}: {folder}, {pretty_bytes(size_of_path(folder))}", {"file": str(path), "index": str(folder)})
+        except VoxloomError as error:
+            report.failed_file(path, error)
+            failed = True
     report.end()
+    if failed:
+        raise typer.Exit(1)
 
 
 def keep_subjects(name: str, folder: Path, size_limit: str | None, prune: bool, report: Report) -> None:
@@ -90,7 +99,7 @@ def keep_subjects(name: str, folder: Path, size_limit: str | None, prune: bool, 
 
 def _dataset(name: str) -> Any:
     module, colon, attribute = name.partition(":")
-    if not colon:
+    if not module or not colon:
         raise ModeError(f"the data set is {name!r}: it must be package.module:name, of a data set or of a function that makes it")
     try:
         found = getattr(importlib.import_module(module), attribute)
@@ -103,7 +112,10 @@ def tell_status(outputs: list[Path], picture: Path | None, report: Report) -> No
     """Say of results, or of all in a folder, how far their runs are."""
     for path in _all_results(outputs):
         text, entry = _status(path)
-        if picture is not None and (found := status_of(path)) is not None:
+        found = status_of(path) if picture is not None else None
+        if picture is not None and found is None and path in outputs:
+            raise ModeError(f"{path} is {text}, and not in parts, which a picture would show: leave out --picture")
+        if picture is not None and found is not None:
             draw_parts(found.boxes, found.numbers, set(found.failed), picture)
             text, entry["picture"] = f"{text}; {picture}", str(picture)
         report.answer(f"{path}: {text}", {"target": str(path), **entry})
@@ -170,6 +182,8 @@ def _status(path: Path) -> tuple[str, dict[str, Any]]:
 def try_again(outputs: list[Path], report: Report) -> None:
     """Forget which parts of results failed, or of all in a folder."""
     for path in _all_results(outputs):
+        if path in outputs and status_of(path) is None:
+            raise ModeError(f"{path} is no result in parts: there is nothing that could be tried again")
         count = forget_failures(path)
         report.done(f"{path}: {count} parts that failed are tried again by the next that computes it", {"target": str(path)})
     report.end()

@@ -8,7 +8,7 @@ from tqdm.auto import tqdm
 
 from ..core.sizes import pretty_sizes
 from ..datasets import HeadPhantom
-from ..errors import MissingDependencyError, VoxloomError
+from ..errors import MissingDependencyError, SaveError, VoxloomError
 from ..io.labels import Label
 from ..models.loading import load_model
 from ..models.packing import pack_model
@@ -65,7 +65,7 @@ def describe(files: list[Path], allow_pickle: bool, report: Report) -> None:
             text = "\n".join([str(path), *(f"  {name + ':':<13}{value}" for name, value in lines.items())])
             report.answer(text, {"file": str(path), **lines})
         except VoxloomError as error:
-            report.warn(f"voxloom: {error}")
+            report.failed_file(path, error)
             failed = True
     report.end()
     if failed:
@@ -99,7 +99,7 @@ def pack(model: str, spec: Path, output: Path, weights: Path | None, allow_pickl
 
 def show(image: Path | None, output: Path, size: int, patch_size: int, patch_overlap: int, overlap_mode: str, steps: int) -> None:
     """Apply a small network to an image as a whole and patch by patch, and show both; and train one, and predict with it."""
-    make_folder(output)
+    _make_demo_folder(output, image)
     scan = HeadPhantom(size).t1 if image is None else ScalarImage(image)
     typer.echo(f"Input: {scan}")
     result = run_demo(scan, patch_size, patch_overlap, overlap_mode, output, _progress)
@@ -125,6 +125,24 @@ def show(image: Path | None, output: Path, size: int, patch_size: int, patch_ove
     typer.echo(f"Again:   voxloom predict {result.model_file} {result.image_file} {options}")
     if steps:
         _show_whole_way(output, steps)
+
+
+def _make_demo_folder(output: Path, image: Path | None) -> None:
+    """Make the folder of the demonstration, or use that of one before, whose files are replaced.
+
+    Raises:
+        SaveError: if other files might be.
+    """
+    mark = output / ".voxloom-demo"
+    if image is not None and image.expanduser().resolve().parent == output.resolve():
+        raise SaveError(f"{image} is in {output}, whose files are replaced: choose another folder with --output")
+    if output.is_dir() and any(output.iterdir()) and not mark.exists():
+        raise SaveError(
+            f"{output} holds files that are not of a demonstration before, and might be replaced: choose an empty folder with"
+            " --output"
+        )
+    make_folder(output)
+    mark.touch()
 
 
 def _show_whole_way(output: Path, steps: int) -> None:

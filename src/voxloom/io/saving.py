@@ -209,6 +209,10 @@ def write_itk(path: Path, array: np.ndarray, affine: Affine, codes: SpaceCodes) 
     """Write what SimpleITK writes by the ending of the name."""
     import SimpleITK
 
+    from .itk.files import check_name
+
+    check_name(path)
+
     SimpleITK.WriteImage(simpleitk_of(array, affine), str(path), useCompression=True)
 
 

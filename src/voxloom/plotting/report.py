@@ -11,6 +11,7 @@ import numpy as np
 
 from ..core.boxes import Box
 from ..core.walking import walk
+from ..errors import SaveError
 from ..io.labels import Label, color_of
 from ..io.protocols import read_checked
 from ..io.saving import write_safely
@@ -23,6 +24,8 @@ __all__ = ["CaseReport", "write_index", "write_report"]
 
 # Voxels of a label map that are counted at a time.
 CHUNK_VOXELS = 2**22
+# By which pages are known that may be replaced.
+GENERATOR = "<meta name='generator' content='voxloom'>"
 STYLE = """
 body { font-family: system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1c2430; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
@@ -48,12 +51,17 @@ class CaseReport:
     """What the numbers of the result mean."""
 
 
-def write_report(path: Path, report: CaseReport) -> None:
+def write_report(path: Path, report: CaseReport, overwrite: bool = False) -> None:
     """Write the page of a case, which needs no other file.
+
+    Args:
+        path: the page; one that was written before is replaced.
+        report: what it says.
+        overwrite: replace any other file.
 
     Raises:
         MissingDependencyError: if matplotlib is not installed.
-        SaveError: if it could not be written.
+        SaveError: if it could not be written, or another file is there.
     """
     require_matplotlib()
     named = {label.value: label for label in report.labels}
@@ -72,17 +80,23 @@ def write_report(path: Path, report: CaseReport) -> None:
         f"<h2>Image</h2><pre>{html.escape(repr(report.image))}</pre>"
         f"<h2>Result</h2><pre>{html.escape(repr(report.result))}</pre>"
     )
-    write_safely(path, _page(report.name, text))
+    _write(path, _page(report.name, text), overwrite)
 
 
-def write_index(path: Path, pages: Mapping[str, str]) -> None:
-    """Write a page with a link for each case, by its name."""
+def write_index(path: Path, pages: Mapping[str, str], overwrite: bool = False) -> None:
+    """Write a page with a link for each case, by its name; see `write_report`."""
     links = "".join(f"<li><a href='{html.escape(page)}'>{html.escape(name)}</a></li>" for name, page in pages.items())
-    write_safely(path, _page("Predicted cases", f"<h1>Predicted cases</h1><ul>{links}</ul>"))
+    _write(path, _page("Predicted cases", f"<h1>Predicted cases</h1><ul>{links}</ul>"), overwrite)
+
+
+def _write(path: Path, page: str, overwrite: bool) -> None:
+    if path.exists() and not overwrite and GENERATOR.encode() not in path.read_bytes()[:1000]:
+        raise SaveError(f"{path} exists, and is no page of voxloom's: remove it, or give --overwrite")
+    write_safely(path, page)
 
 
 def _page(title: str, body: str) -> str:
-    head = f"<meta charset='utf-8'><title>{html.escape(title)}</title><style>{STYLE}</style>"
+    head = f"<meta charset='utf-8'>{GENERATOR}<title>{html.escape(title)}</title><style>{STYLE}</style>"
     return f"<!doctype html><html lang='en'><head>{head}</head><body>{body}</body></html>\n"
 
 

@@ -22,6 +22,9 @@ def shown(name: str, total: int, unit: str) -> Iterator[Callable[[int], object]]
         total: number of parts.
         unit: what parts are called, in the plural.
     """
+    if sys.stderr is None:  # it is closed
+        yield _nothing
+        return
     if sys.stderr.isatty() or "ipykernel" in sys.modules:
         with tqdm(total=total, unit=f" {unit}", unit_scale=True, desc=name) as bar:
             yield bar.update

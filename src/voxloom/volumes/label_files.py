@@ -120,6 +120,8 @@ def split_labels(
         with contextlib.suppress(OSError):  # it may be another user's
             restore_old(folder.with_name(f".{folder.name}.{mark}.old"), folder)
         shutil.rmtree(folder.with_name(f".{folder.name}.{mark}.part"), ignore_errors=True)
+    if any(path.resolve().is_relative_to(folder.resolve()) for path in given.paths):
+        raise SaveError(f"{given.paths[0]} is in {folder}, which would be replaced: choose another folder")
     if folder.exists() and not (overwrite and _is_split(folder)):
         way = "remove it, or choose another name" if overwrite else "remove it, or give overwrite=True (--overwrite)"
         raise SaveError(f"{folder} exists, and is kept: {way}")
@@ -136,7 +138,7 @@ def split_labels(
                     convert(OneLabelSource(source, label.value), part / f"{name}{ending}", labels=True)
                     show(1)
         write_label_table(list(named.values()), part / TABLE)
-        (part / RECORD).write_text(_record_of(given.paths))
+        (part / RECORD).write_text(_record_of(given.paths, [path.name for path in part.iterdir()]))
         replace_folder(part, folder, old)
         forget_old(old)
     except OSError as error:
@@ -230,10 +232,15 @@ def _named(labels: Sequence[Label]) -> dict[str, Label]:
     return named
 
 
-def _record_of(paths: Sequence[Path]) -> str:
-    return json.dumps({"of": written(paths[0], paths[0]) if len(paths) == 1 else None}, indent=2) + "\n"
+def _record_of(paths: Sequence[Path], files: Sequence[str]) -> str:
+    of = written(paths[0], paths[0]) if len(paths) == 1 else None
+    return json.dumps({"of": of, "files": sorted(files)}, indent=2) + "\n"
 
 
 def _is_split(folder: Path) -> bool:
-    """Whether `split_labels` made a folder."""
-    return (folder / RECORD).is_file() and (folder / TABLE).is_file()
+    """Whether `split_labels` made a folder, and nothing else is in it."""
+    try:
+        files = json.loads((folder / RECORD).read_text())["files"]
+        return {path.name for path in folder.iterdir()} <= {RECORD, *files}
+    except (OSError, ValueError, LookupError, TypeError):
+        return False

@@ -19,7 +19,7 @@ from ..files import FileSource
 from ..protocols import VolumeSpec
 from .integrity import Integrity
 
-__all__ = ["ItkFile", "ItkHeader", "dtype_of", "read_header"]
+__all__ = ["ItkFile", "ItkHeader", "check_name", "dtype_of", "read_header"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,8 @@ class ItkFile(FileSource):
         dtype: torch.dtype | None = None,
         integrity: Integrity | None = None,
     ) -> None:
+        for path in files:
+            check_name(path)
         self.paths = tuple(files)
         self.name = name
         self._integrity = integrity
@@ -124,6 +126,18 @@ class ItkFile(FileSource):
                 f" give its values as an array; a data set in HDF5 is named {path.name}:/its/path"
             )
         return CorruptImageError(f"{path} is not an image that can be read: {_reason(message)}. Copy or download it again")
+
+
+def check_name(path: Path) -> None:
+    """Check that ITK can take the name of a file: with bytes that are no text it ends the process.
+
+    Raises:
+        UnsupportedImageError: if it cannot.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise UnsupportedImageError(f"{path} has a name that is not in UTF-8, which ITK cannot take: rename it") from error
 
 
 def read_header(path: Path) -> ItkHeader:

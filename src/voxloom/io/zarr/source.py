@@ -61,7 +61,13 @@ def more_than_image(path: Path) -> list[str]:
         return ["what cannot be read"]
     levels = {"nifti"} if multiscales is None else {"nifti", *(level.path.partition("/")[0] for level in multiscales.levels)}
     own = re.compile(rf"zarr\.json|\.z[a-z]+|{re.escape(FOLDER_SIDECAR)}|{'' if isinstance(node, zarr.Group) else r'c|[0-9./]+'}")
-    return sorted(each.name for each in path.iterdir() if each.name not in levels and not own.fullmatch(each.name))
+    more = (each for each in path.iterdir() if each.name not in levels and not own.fullmatch(each.name))
+    return sorted(each.name for each in more if not _is_empty(each))
+
+
+def _is_empty(path: Path) -> bool:
+    """Whether it is a folder in which nothing is, as that of labels which could not be written."""
+    return path.is_dir() and not any(path.iterdir())
 
 
 class ZarrSource(FileSource):
