@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -73,19 +74,37 @@ class _Addition:
     old: int
     """To how many planes along the axis something was added before; others are set."""
 
-    def carry_out(self, channels: slice) -> None:
-        """Add some channels; without gradients."""
-        values, patch = self.values[channels], self.patch[channels]
-        if self.weights is None:
-            values.copy_(patch)
-            return
+    def carry_out(self, channels: slice | None = None) -> None:
+        """Add some channels, by default all; without gradients."""
+        values, patch, weights = self.values, self.patch, self.weights
+        if channels is not None:
+            values, patch = values[channels], patch[channels]
         new = values.shape[self.axis] - self.old
-        if self.old:
-            target, *factors = (each.narrow(self.axis, 0, self.old) for each in (values, patch, self.weights))
-            target.addcmul_(*factors)
-        if new:
-            target, *factors = (each.narrow(self.axis, self.old, new) for each in (values, patch, self.weights))
-            torch.mul(*factors, out=target)
+        if weights is None:
+            values.copy_(patch)
+        elif not new:
+            values.addcmul_(patch, weights)
+        elif not self.old:
+            torch.mul(patch, weights, out=values)
+        else:
+            for start, size, carry_out in ((0, self.old, Tensor.addcmul_), (self.old, new, _set_to_product)):
+                carry_out(*(each.narrow(self.axis, start, size) for each in (values, patch, weights)))
+
+
+def _set_to_product(target: Tensor, patch: Tensor, weights: Tensor) -> None:
+    torch.mul(patch, weights, out=target)
+
+
+class _Overlap(NamedTuple):
+    """Where a patch and an interval lie over one another along an axis."""
+
+    interval: int
+    source: slice
+    """Voxels of what the patch adds to."""
+    target: slice
+    """Voxels of the interval."""
+    is_whole: bool
+    """Whether these are all."""
 
 
 def _cut(additions: Sequence[_Addition]) -> list[Work]:
@@ -135,10 +154,12 @@ class StreamingAccumulator:
         self._dtype = dtype if weights is None else sum_dtype(dtype)
         self._weights = weights
         self._needed = needed
-        self._box = traversal.block_box(block)
         self._tiles: dict[Tile, _OpenTile] = {}
         self.num_bytes = 0
         """Memory that open sums take; counted along, since there may be hundreds of them."""
+        self._overlaps: dict[tuple[int, int], list[_Overlap]] = {}
+        # Where each axis of the volume comes in the traversal.
+        self._places = tuple(traversal.axes.index(axis) for axis in range(3))
         groups = (range(traversal.num_outer), block.middle, block.inner)
         # Intervals of each axis that lie in the block.
         self._intervals = [
@@ -148,7 +169,7 @@ class StreamingAccumulator:
 
     def bytes_to_open(self, numbers: Ints) -> int:
         """Memory that it will take in addition to add a patch."""
-        boxes = [self._traversal.tile_box(tile) for tile in self._added_to(numbers) if tile not in self._tiles]
+        boxes = [self._traversal.tile_box(tile) for tile, _ in self._added_to(numbers) if tile not in self._tiles]
         weights = sum_dtype(self._dtype).itemsize
         return sum(box.numel * (self._channels * self._dtype.itemsize + weights * self._is_partial(box)) for box in boxes)
 
@@ -161,31 +182,40 @@ class StreamingAccumulator:
             patch: tensor `(C, *patch size)`; it is only read.
             numbers: which one of the grid's it is.
         """
-        traversal = self._traversal
-        whole = traversal.span(numbers)
-        box = whole & self._box
-        origin = traversal.grid.location(numbers).index
-        piece = patch[(slice(None), *box.relative_to(origin).slices)].to(self._device, self._dtype)
-        weights = None if self._weights is None else self._weights.of(numbers)[box.relative_to(whole.start).slices]
-        additions = []
+        axes = self._traversal.grid.axes
+        starts = tuple(axis[number] for axis, number in zip(axes, numbers, strict=True))
+        inside = self._traversal.span(numbers).relative_to(starts).slices
+        piece = patch[(slice(None), *inside)].to(self._device, self._dtype)
+        weights = None if self._weights is None else self._weights.of(numbers)
         # Everything that takes memory comes first.
-        for tile in [self._open(tile) for tile in self._added_to(numbers)]:
-            part = box & tile.box
-            target = part.relative_to(tile.box.start).slices
-            source = part.relative_to(box.start).slices
-            additions.append(
-                self._addition(tile, piece[(slice(None), *source)], target, None if weights is None else weights[source])
-            )
+        tiles = [(self._open(tile), overlaps) for tile, overlaps in self._added_to(numbers)]
+        additions = [self._addition(tile, piece, overlaps, weights) for tile, overlaps in tiles]
         if self._share is None or piece.nbytes < SHARED_BYTES:
             for each in additions:
-                each.carry_out(slice(None))
+                each.carry_out()
         else:
             self._share(_cut(additions))
 
-    def _added_to(self, numbers: Ints) -> Iterable[Tile]:
-        """Give the tiles that a patch adds to."""
-        traversal = self._traversal
-        return self._in_block([part.adds_to(numbers[axis]) for part, axis in zip(traversal.parts, traversal.axes, strict=True)])
+    def _added_to(self, numbers: Ints) -> Iterator[tuple[Tile, tuple[_Overlap, ...]]]:
+        """Give the tiles that a patch adds to, with where it lies over them on the outer, the middle and the inner axis."""
+        along = [self._overlaps_of(place, numbers[axis]) for place, axis in enumerate(self._traversal.axes)]
+        for outer, middle, inner in itertools.product(*along):
+            yield (outer.interval, middle.interval, inner.interval), (outer, middle, inner)
+
+    def _overlaps_of(self, place: int, patch: int) -> list[_Overlap]:
+        """Give the intervals of this block that a patch adds to along an axis, by its place in the traversal."""
+        found = self._overlaps.get((place, patch))
+        if found is None:
+            part, own = self._traversal.parts[place], self._intervals[place]
+            start, stop = part.spans[patch]
+            found = self._overlaps[place, patch] = []
+            numbers = part.adds_to(patch)
+            for number in range(max(numbers.start, own.start), min(numbers.stop, own.stop)):
+                begin, end = part.intervals[number]
+                first, last = max(begin, start), min(end, stop)
+                source, target = slice(first - start, last - start), slice(first - begin, last - begin)
+                found.append(_Overlap(number, source, target, (first, last) == (begin, end)))
+        return found
 
     def _in_block(self, intervals: Iterable[range]) -> Iterable[Tile]:
         """Give the tiles of this block that lie in some intervals of each axis."""
@@ -195,19 +225,21 @@ class StreamingAccumulator:
         )
         return itertools.product(outer, middle, inner)
 
-    def _addition(self, tile: _OpenTile, piece: Tensor, target: tuple[slice, ...], weights: Tensor | None) -> _Addition:
-        """Say how to add a piece of a patch to a tile, of which that counts as done."""
-        first, second, inner = self._traversal.axes
-        start, stop = target[inner].start, target[inner].stop
+    def _addition(self, tile: _OpenTile, piece: Tensor, overlaps: tuple[_Overlap, ...], weights: Tensor | None) -> _Addition:
+        """Say how to add a patch to a tile, of which that counts as done."""
+        outer, middle, inner = overlaps
+        i, j, k = (overlaps[place] for place in self._places)
+        start, stop = inner.target.start, inner.target.stop
         # A patch of several that are gathered together may be the first in a tile without filling its cross-section.
-        is_whole = all(piece.shape[1 + axis] == tile.box.shape[axis] for axis in (first, second))
-        self._clear(tile, start if is_whole else stop)
+        self._clear(tile, start if outer.is_whole and middle.is_whole else stop)
         old = min(max(tile.reached - start, 0), stop - start)
-        values = tile.values[(slice(None), *target)]
         tile.reached = max(tile.reached, stop)
+        if weights is not None:
+            weights = weights[i.source, j.source, k.source]
         if tile.weights is not None:
-            tile.weights[target].add_(1 if weights is None else weights)
-        return _Addition(values, piece, weights, inner - 3, old)
+            tile.weights[i.target, j.target, k.target].add_(1 if weights is None else weights)
+        values, patch = tile.values[:, i.target, j.target, k.target], piece[:, i.source, j.source, k.source]
+        return _Addition(values, patch, weights, self._traversal.axes[2] - 3, old)
 
     def _clear(self, tile: _OpenTile, stop: int) -> None:
         """Set to 0 what no patch has been added to, up to some place.

@@ -37,6 +37,8 @@ __all__ = ["ThreadExecutor"]
 HOST = torch.device("cpu")
 # Tiles that may wait for the writer, so that what has no size, such as tiles without patches, is bounded too.
 MOST_WAITING = 32
+# Tiles that are smaller are handed over together, until they are as large.
+TOGETHER_BYTES = 2**20
 # Threads that add patches to sums, at most: more would not be faster, since memory is not.
 MOST_ADDING = 16
 SETTING_THREADS = threading.Lock()
@@ -112,6 +114,7 @@ class _Gathering:
         self._weights = [self._weights_of(number) for number in range(len(plan.outputs))]
         self._sums: list[StreamingAccumulator] = []  # of the block that is at hand, one for each output
         self._room = 0  # bytes for them and for what waits to be written
+        self._finished: deque[tuple[int, FinishedTile]] = deque()  # what the writer has not been given yet, with its output
         self._share: Share | None = None
 
     def _weights_of(self, number: int) -> PatchWeights | None:
@@ -183,11 +186,12 @@ class _Gathering:
                 if is_first:
                     self._writer.wait()  # until the slab before is recorded, so that no more than a batch beyond it is ever lost
                     is_first = False
-                self._make_room(patch)
+                self._make_room(patch, is_wanted)
                 for number, output in enumerate(values):
                     self._add(number, output, patch)
                 del values, output  # before the next batch is in the model
             self._finish(step, is_wanted)
+        self._hand_over(is_wanted)
         if is_wanted:
             self._writer.submit(self._slab_finished)
 
@@ -310,9 +314,12 @@ class _Gathering:
             weights.move_to(HOST)
         self.runner.models.free()
 
-    def _make_room(self, patch: Ints) -> None:
+    def _make_room(self, patch: Ints, is_wanted: bool) -> None:
         """Wait for the writer until there is room for what a patch adds to."""
-        self._writer.wait_for_room(self._room - sum(total.num_bytes + total.bytes_to_open(patch) for total in self._sums))
+        room = self._room - sum(total.num_bytes + total.bytes_to_open(patch) for total in self._sums)
+        if sum(each.num_bytes for _, each in self._finished) + self._writer.num_bytes > room:
+            self._hand_over(is_wanted)
+            self._writer.wait_for_room(room)
 
     def _warn(self, text: str) -> None:
         if text not in self.warnings:
@@ -326,16 +333,27 @@ class _Gathering:
         for number, total in enumerate(self._sums):
             for finished in total.finish(step):
                 if is_wanted or self.plan.maps is not None:
-                    self._writer.submit(self._deliver, number, [finished], is_wanted, num_bytes=finished.num_bytes)
-                del finished  # the writer alone holds it now
+                    self._finished.append((number, finished))
+                del finished  # the writer alone holds it soon
+                if len(self._finished) == MOST_WAITING or sum(each.num_bytes for _, each in self._finished) >= TOGETHER_BYTES:
+                    self._hand_over(is_wanted)
 
-    def _deliver(self, number: int, handed_over: list[FinishedTile], is_wanted: bool) -> None:
-        """Reduce and write a tile, of which nothing is left when that is done: the writer keeps its arguments for longer."""
-        finished = handed_over.pop()
-        finite = None
-        if is_wanted and finished.values is not None:
-            finite = self._check_values(number, finished)
-        self._delivery(number, finished, is_wanted, finite)
+    def _hand_over(self, is_wanted: bool) -> None:
+        """Give the writer what is finished: small tiles together, since another thread's turn takes longer than they do."""
+        if self._finished:
+            handed_over, self._finished = self._finished, deque()
+            num_bytes = sum(each.num_bytes for _, each in handed_over)
+            self._writer.submit(self._deliver, handed_over, is_wanted, num_bytes=num_bytes)
+
+    def _deliver(self, handed_over: deque[tuple[int, FinishedTile]], is_wanted: bool) -> None:
+        """Reduce and write tiles, of which nothing is left when that is done: the writer keeps its arguments for longer."""
+        while handed_over:
+            number, finished = handed_over.popleft()
+            finite = None
+            if is_wanted and finished.values is not None:
+                finite = self._check_values(number, finished)
+            self._delivery(number, finished, is_wanted, finite)
+            del finished
 
     def _check_values(self, number: int, finished: FinishedTile) -> bool:
         """Look for NaN, and say whether all values are finite."""
@@ -406,8 +424,13 @@ class _Writer:
 
     def wait_for_room(self, num_bytes: int) -> None:
         """Wait until no more bytes than these wait."""
-        while self._waiting and sum(size for _, size in self._waiting) > num_bytes:
+        while self._waiting and self.num_bytes > num_bytes:
             self._wait_for_one()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that wait, or are at hand."""
+        return sum(size for _, size in self._waiting)
 
     def _wait_for_one(self) -> None:
         self._waiting.popleft()[0].result()
