@@ -1,5 +1,6 @@
 """Patches that are spread evenly, or share an odd number of voxels, or all of an axis: promises hold for them too."""
 
+import itertools
 import warnings
 
 import pytest
@@ -8,6 +9,7 @@ from torch import nn
 
 import voxloom as vx
 from slow import slow
+from voxloom.core import traversal
 from voxloom.core.windows import gaussian
 from voxloom.errors import ModeError
 from voxloom.testing import SerialExecutor
@@ -84,6 +86,33 @@ def test_even_spacing_resumes_as_itself(tmp_path):
     with pytest.warns(RuntimeWarning, match="is resumed"):
         made = vx.predict(nn.Identity(), image(), patch_spacing="even", **options)
     assert torch.allclose(made.data, image().data, atol=1e-6)
+
+
+def test_a_run_of_a_version_that_groups_patches_otherwise_is_not_gone_on_with(tmp_path, monkeypatch):
+    """Slabs are counted by groups: gone on with by others, voxels would be left out."""
+    volume, count = torch.rand(1, 17, 52, 19), itertools.count()
+
+    def stopping(batch):
+        if next(count) == 60:
+            raise KeyboardInterrupt
+        return batch
+
+    options = {"patch_size": 16, "patch_overlap": (0, 15, 0), "output": tmp_path / "a.nii", "model_name": "none"}
+    with monkeypatch.context() as patch:
+        patch.setattr(traversal, "MOST_STEPS", 1000)
+        forget_traversals()
+        with pytest.raises(KeyboardInterrupt):
+            vx.predict(stopping, volume, **options)
+    forget_traversals()
+    with pytest.raises(vx.errors.RecordError, match=r"another version of voxloom.*resume=False"):
+        vx.predict(nn.Identity(), volume, **options)
+    made = vx.predict(nn.Identity(), volume, resume=False, **options)
+    assert torch.allclose(made.data, volume, atol=1e-6)
+
+
+def forget_traversals():
+    for each in (traversal.AxisTraversal.of, traversal.Traversal.smallest):
+        each.cache_clear()
 
 
 def test_all_of_an_axis_follows_the_image():

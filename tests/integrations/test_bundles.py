@@ -31,6 +31,8 @@ BEFORE = [
 ]
 SOFTMAX = {"_target_": "Activationsd", "keys": "pred", "softmax": True}
 INVERT = {"_target_": "Invertd", "keys": "pred", "transform": "@preprocessing", "orig_keys": "image", "nearest_interp": False}
+SIGMOID = {"_target_": "Activationsd", "keys": "pred", "sigmoid": True}
+THRESHOLD = {"_target_": "AsDiscreted", "keys": "pred", "threshold": 0.5}
 ARGMAX = {"_target_": "AsDiscreted", "keys": "pred", "argmax": True}
 CROP = {"_target_": "CropForegroundd", "keys": "image", "source_key": "image"}
 SAVE = {
@@ -193,6 +195,10 @@ CASES |= {
             SAVE,
         )
     ),
+    "sigmoid after all, with a foreground": of(
+        preprocessing=transforms(*BEFORE[:3], CROP, *BEFORE[4:]),
+        postprocessing=transforms(INVERT, SIGMOID, THRESHOLD | {"threshold": 0.6}, SAVE),
+    ),
     "nearest": of(
         preprocessing=transforms(*BEFORE[:3], BEFORE[3] | {"pixdim": [1.13, 1.0, 1.6], "mode": "nearest"}, *BEFORE[4:])
     ),
@@ -289,7 +295,23 @@ def changed(place, value):
             changed(["preprocessing", "transforms", 2, "labels"], [["R", "L"], ["A", "P"], ["S", "I"]]),
             "its labels are understood",
         ),
-        (changed(["preprocessing", "transforms", 4, "b_min"], None), "neither one of them nor clip"),
+        (changed(["preprocessing", "transforms", 4, "b_min"], None), "understood only together"),
+        (changed(["preprocessing", "transforms", 4, "b_min"], "low"), "its b_min is 'low', which is no number"),
+        (changed(["preprocessing", "transforms", 4, "a_max"], [1, 2]), "where one number is understood"),
+        (changed(["preprocessing", "transforms", 3, "pixdim"], []), "which is no number"),
+        (changed(["inferer", "overlap"], [0.5, None, 0.5]), "its overlap is None, which is no number"),
+        (changed(["postprocessing"], transforms(INVERT, SIGMOID, SIGMOID, THRESHOLD)), "one activation, softmax or sigmoid"),
+        (
+            of(preprocessing=transforms(*BEFORE[:3], CROP, *BEFORE[4:]), postprocessing=transforms(INVERT, SIGMOID, THRESHOLD)),
+            "threshold above 0.5",
+        ),
+        (
+            of(
+                preprocessing=transforms(*BEFORE[:3], CROP, *BEFORE[4:]),
+                postprocessing=transforms(INVERT | {"nearest_interp": True}, SIGMOID, THRESHOLD),
+            ),
+            "threshold above 0.5",
+        ),
         (changed(["preprocessing", "transforms", 4, "a_min"], None), "a_min must be less than a_max"),
         (changed(["postprocessing"], transforms(INVERT, SOFTMAX, SAVE)), "only before an AsDiscrete"),
         (

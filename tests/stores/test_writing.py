@@ -387,10 +387,28 @@ def test_a_full_disk_keeps_what_is_finished(tmp_path, monkeypatch):
     target = tmp_path / "out.ome.zarr"
     opened, count = Path.open, itertools.count()
 
-    def full(path, *arguments, **options):
-        if path.suffix == ".raw" and next(count) > 150:
+    class Full:
+        """A file that takes half of what is written."""
+
+        def __init__(self, file):
+            self.__dict__["file"] = file
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def write(self, data):
+            self.file.write(data.cast("B")[: data.nbytes // 2])
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return opened(path, *arguments, **options)
+
+    def full(path, mode="r", *arguments, **options):
+        file = opened(path, mode, *arguments, **options)
+        return Full(file) if path.suffix == ".raw" and mode != "rb" and next(count) > 100 else file
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", full)
@@ -477,6 +495,15 @@ def halves(tmp_path, put):
     for start in (0, 64):
         writer.write(Box((0, start, 0), (32, start + 64, 64)), values[:, :, start : start + 64])
     return writer, values
+
+
+def test_a_box_that_comes_again_must_have_the_size_that_it_had(tmp_path):
+    writer = PyramidWriter(
+        tmp_path / "parts", [lambda box, part: None], 1, [(8, 8, 8)], np.dtype(np.uint8), [(8, 8, 8)], [], False, True
+    )
+    writer.write(Box((0, 0, 0), (4, 8, 8)), np.zeros((1, 4, 8, 8), np.uint8))
+    with pytest.raises(RecordError, match="which comes again with"):
+        writer.write(Box((0, 0, 0), (3, 8, 8)), np.zeros((1, 3, 8, 8), np.uint8))
 
 
 def test_a_box_that_is_written_twice_has_the_later_values(tmp_path):

@@ -50,7 +50,8 @@ def _cases_of_nnunet(images: Path, model: Path, results: Results) -> list[Case]:
     taken = {path for files in found.values() for path in files}
     left_out = [path for path in images_in(images, results.output) if path not in taken]
     if found and left_out:
-        warn_of_left_out(images, left_out, f"named as nnU-Net names them, CASE_0000{dataset.get('file_ending', '.nii.gz')}")
+        example = next(iter(taken)).name.partition(".")[2]
+        warn_of_left_out(images, left_out, f"named as nnU-Net names them, CASE_0000.{example}")
     return checked([Case(name, tuple(files), results.at(name)) for name, files in found.items()])
 
 

@@ -16,7 +16,7 @@ from ..inference import Launcher, Predictor
 from ..inference.parts.shards import ShardedRun
 from ..models.loading import LoadedModel
 from ..plotting.comparison import require_matplotlib
-from ..plotting.report import CaseReport, write_index, write_report
+from ..plotting.report import CaseReport, check_page, write_index, write_report
 from ..runs.log import left_behind
 from ..runs.parts import is_being_published
 from ..volumes.image import LabelMap, ScalarImage
@@ -136,6 +136,8 @@ class Predictions:
 
     def make(self) -> None:
         """Predict all of them, and say in the end how many failed, also by the exit code."""
+        if self.with_pages:
+            self._check_pages()
         for number, case in enumerate(self.cases):
             with self._reporting(case.name):
                 if self.executor is not None and len(self.cases) > 1 and number % TOGETHER == 0:
@@ -147,13 +149,27 @@ class Predictions:
                 self.done += 1
                 self.report.done(text, entry)
         if len(self.pages) > 1:
-            write_index(self.wanted.output / "index.html", self.pages, self.overwrite)
+            write_index(self._index, self.pages, self.overwrite)
         if len(self.cases) > 1:
             listed = "".join(f"\n  {name}" for name in self.failed)
             self.report.say(f"{self.done} done, {self.complete} complete already, {len(self.failed)} failed{listed}")
         self.report.end()
         if self.failed:
             raise typer.Exit(1)
+
+    @property
+    def _index(self) -> Path:
+        return self.wanted.output / "index.html"
+
+    def _check_pages(self) -> None:
+        """Check, before anything is computed, that no page would replace a file of others.
+
+        Raises:
+            SaveError: names the first that would.
+        """
+        pages = [beside(case.target, ".html") for case in self.cases]
+        for page in [*pages, *([self._index] if len(pages) > 1 else [])]:
+            check_page(page, self.overwrite)
 
     @contextlib.contextmanager
     def _reporting(self, name: str) -> Iterator[None]:
@@ -223,13 +239,15 @@ class Predictions:
         progress = printable(case.name) if self._shows_progress else False
         logging.getLogger("voxloom").info("%s", printable(", ".join(map(str, case.files))))
         asked = asked_of(self.wanted, subject, case)
+        is_published = is_being_published(case.target)
         try:
-            if is_being_published(case.target):
+            if is_published:
                 self.predictor.shards(subject, **asked, overwrite=self.overwrite).publish()
             else:
                 self.predictor(subject, **asked, resume=self.resume, overwrite=self.overwrite, progress=progress)
         except (RecordError, TargetExistsError):
-            if self.overwrite or not self._is_made(subject, case):
+            # What is there may be what is to be replaced, unless it has just been published.
+            if (self.overwrite and not is_published) or not self._is_made(subject, case):
                 raise
             return False  # another process has ended it meanwhile
         return True

@@ -241,6 +241,15 @@ class PredictionPlan:
         begin = self.begin(outer) if outer else 0
         return sum(map(sum, counts)) - sum(counts[0][:begin]) if counts else 0
 
+    @property
+    def _groups(self) -> list[list[int]]:
+        """Ends of the groups of patches along each axis of the traversal, which slabs and blocks are counted by."""
+        return [[group.stop for group in part.groups] for part in self.traversal.parts]
+
+    def has_groups_of(self, recorded: Json) -> bool:
+        """Whether a run that was recorded groups the patches alike: those of another version may do otherwise."""
+        return bool(recorded.get("groups") == self._groups)
+
     def to_json(self) -> Json:
         """Give what a run that resumes this one must do alike."""
         axes = [axis.to_json() for axis in self.grid.axes]
@@ -251,6 +260,7 @@ class PredictionPlan:
                 [part.middle.start, part.middle.stop, part.inner.start, part.inner.stop, *part.before] for part in self.blocks
             ],
             "slabs": self.num_slabs,
+            "groups": self._groups,
             "batch_size": self.batch_size,
             "outputs": [
                 [each.source, each.channels, str(each.dtype), [str(factor) for factor in each.scale], each.copies]

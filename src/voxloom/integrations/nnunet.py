@@ -236,9 +236,9 @@ def _channel_names(dataset: Json, folder: Path) -> tuple[str, ...]:
     names = dataset.get("channel_names") or dataset.get("modality")
     if not isinstance(names, Mapping):
         raise ModelFileError(f"{folder / 'dataset.json'} has no channel_names")
-    # By their numbers; where these are missing, or stand in the place of the names, in the order of the file.
-    numbered = sorted(names, key=int) if all(str(key).isdecimal() for key in names) else list(names)
-    given = [str(names[key]) for key in numbered]
+    if not all(str(key).isdecimal() for key in names):  # the other way round, as some have it
+        names = {number: name for name, number in names.items()}
+    given = [str(names[key]) for key in sorted(names, key=int)]
     # Names need not differ there: what counts is the number.
     return tuple(given) if len(set(given)) == len(given) else tuple(f"{name}_{number:04d}" for number, name in enumerate(given))
 
@@ -372,12 +372,14 @@ def _spec(
     size = [int(each) for each in configuration["patch_size"]]
     is_flat = len(size) == 2
     spacing = [*([None] if is_flat else []), *map(float, configuration["spacing"])]
-    image, scores = (_Resampling.of(configuration, name, folder) for name in ("data", "probabilities"))
-    if (image.thick, image.is_none) != (scores.thick, scores.is_none) or scores.order != 1:
-        raise ModelFileError(
-            f"{folder / 'plans.json'} resamples probabilities otherwise than is supported: linearly, and with the same slices"
-            " apart as the image"
-        )
+    image = _Resampling.of(configuration, "data", folder)
+    for name in ("probabilities", *(["seg"] if configuration.get("previous_stage") else [])):
+        other = _Resampling.of(configuration, name, folder)
+        if (image.thick, image.is_none) != (other.thick, other.is_none) or other.order != 1:
+            raise ModelFileError(
+                f"{folder / 'plans.json'} resamples {name} otherwise than is supported: linearly, and with the same slices apart"
+                " as the image"
+            )
     if image.is_none:
         spacing = [None] * 3
     axes = [int(axis) + is_flat for axis in mirrored or ()]
@@ -406,7 +408,7 @@ def _spec(
 
 # What functions of nnU-Net's that resample are given, beside what says which axis is resampled apart: name and value, if these
 # are the only ones that are supported.
-USUAL = {"is_seg": False, "order_z": 0, "mode": "linear", "aniso_axis_mode": "nearest-exact"}
+USUAL = {"order_z": 0, "mode": "linear", "aniso_axis_mode": "nearest-exact"}
 IGNORED = ("num_threads", "device", "memefficient_seg_resampling")
 
 
@@ -427,13 +429,16 @@ class _Resampling:
         """
         key = f"resampling_fn_{name}"
         function = str(configuration.get(key, "resample_data_or_seg_to_shape"))
-        usual = {"order": 3 if name == "data" else 1, "force_separate_z": None}
+        is_torch = function.startswith("resample_torch")
+        usual = {"force_separate_z": None} if is_torch else {"order": 3 if name == "data" else 1, "force_separate_z": None}
         options = dict(configuration.get(f"{key}_kwargs", usual))
         if function == "no_resampling_data_or_seg_to_shape":
             return cls(1, None, True)
         if function not in ("resample_data_or_seg_to_shape", "resample_torch_fornnunet", "resample_torch_simple"):
             raise ModelFileError(f"{folder / 'plans.json'} has {key} {function!r}, which is not supported")
-        is_torch = function.startswith("resample_torch")
+        is_labels = name == "seg"
+        if options.pop("is_seg", is_labels) is not is_labels:
+            raise ModelFileError(f"{folder / 'plans.json'} has another is_seg in {key}_kwargs than nnU-Net writes")
         order = 1 if is_torch else int(options.pop("order", 3))
         separate = options.pop("force_separate_z", None if is_torch else False)
         limit = float(options.pop("separate_z_anisotropy_threshold", THICK))
@@ -493,11 +498,7 @@ class _Cascade:
         found = Predictor(self.model, **options)(image, like=(like.shape, like.affine))
         source = made.source
         indicators: VolumeSource = _Indicators(made.turned_and_cropped(found), self.labels)
-        nearest = indicators
-        if made.space is not None:
-            nearest = ResampledSource(indicators, made.space, 0)
-            indicators = ResampledSource(indicators, made.space, [min(order, 1) for order in made.orders])
-        labels = _Largest(indicators, nearest)
+        labels = _Largest(indicators, made.space, [min(order, 1) for order in made.orders])
         return StackedSource([source, labels], ["the image", "the labels of the stage before"], check_place=False)
 
 
@@ -526,17 +527,25 @@ class _Indicators(View):
 
 
 class _Largest(View):
-    """1 where a channel is the largest, else 0; without the first channel. Of several, that of the nearest voxel is taken."""
+    """1 where a channel is the largest on another grid, else 0; without the first one. Of several, the nearest voxel's is taken.
 
-    def __init__(self, of: VolumeSource, nearest: VolumeSource) -> None:
+    Args:
+        of: the channels.
+        space: the grid; None for their own.
+        orders: how they are interpolated to it.
+    """
+
+    def __init__(self, of: VolumeSource, space: Space | None, orders: Sequence[int]) -> None:
         super().__init__(of)
-        self._nearest = nearest
-        self.shape = (of.shape[0] - 1, *of.shape[1:])
-        self.dtype, self.affine, self.chunks = of.dtype, of.affine, of.chunks
+        self._space, self._orders = space, tuple(orders)
+        self._interpolated = of if space is None else ResampledSource(of, space, self._orders)
+        self._nearest = of if space is None else ResampledSource(of, space, 0)
+        self.shape = (of.shape[0] - 1, *self._interpolated.shape[1:])
+        self.dtype, self.affine, self.chunks = of.dtype, self._interpolated.affine, self._interpolated.chunks
 
     def read(self, box: Box) -> Tensor:
         """See `VolumeSource`."""
-        values = read_checked(self.of, box)
+        values = read_checked(self._interpolated, box)
         is_largest = values >= values.amax(0) - TIE
         nearest = read_checked(self._nearest, box).argmax(0)
         is_nearest = is_largest.gather(0, nearest[None])[0]
@@ -545,8 +554,8 @@ class _Largest(View):
 
     def fingerprint(self) -> Json:
         """See `VolumeSource`."""
-        return {"largest": True, "of": self.of.fingerprint()}
+        return {"largest": True, "of": self._interpolated.fingerprint()}
 
     def over(self, source: VolumeSource) -> "_Largest":
         """See `View`."""
-        return _Largest(source, self._nearest)
+        return _Largest(source, self._space, self._orders)

@@ -20,7 +20,7 @@ from ..volumes.image import Image
 from .comparison import require_matplotlib
 from .planes import plot_image, plot_images
 
-__all__ = ["CaseReport", "write_index", "write_report"]
+__all__ = ["CaseReport", "check_page", "write_index", "write_report"]
 
 # Voxels of a label map that are counted at a time.
 CHUNK_VOXELS = 2**22
@@ -90,9 +90,23 @@ def write_index(path: Path, pages: Mapping[str, str], overwrite: bool = False) -
 
 
 def _write(path: Path, page: str, overwrite: bool) -> None:
-    if path.exists() and not overwrite and GENERATOR.encode() not in path.read_bytes()[:1000]:
-        raise SaveError(f"{path} exists, and is no page of voxloom's: remove it, or give --overwrite")
+    check_page(path, overwrite)
     write_safely(path, page)
+
+
+def check_page(path: Path, overwrite: bool) -> None:
+    """Check that a page may be written: where there is nothing, or one of voxloom's.
+
+    Raises:
+        SaveError: if something else is there.
+    """
+    if path.is_dir():
+        raise SaveError(f"{path} is a folder, where a page would be written: remove it, or choose another output")
+    if path.exists() and not overwrite:
+        with path.open("rb") as file:
+            head = file.read(4000)
+        if GENERATOR.encode() not in head and STYLE.encode() not in head:  # by which those of earlier versions are known
+            raise SaveError(f"{path} exists, and is no page of voxloom's: remove it, or give --overwrite")
 
 
 def _page(title: str, body: str) -> str:

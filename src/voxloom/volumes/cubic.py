@@ -63,6 +63,7 @@ def cubic_at_angle(values: Tensor, space: ObliqueMap, clip: Callable[[Tensor], T
     resample.SetTransform(SimpleITK.AffineTransform(matrix[:, :3].ravel().tolist(), matrix[:, 3].tolist()))
     resample.SetSize(space.target_shape[::-1])
     resample.SetInterpolator(SimpleITK.sitkBSpline3)
+    resample.SetUseNearestNeighborExtrapolator(True)
     resample.SetOutputOrigin((0.0, 0.0, 0.0))
     resample.SetOutputSpacing((1.0, 1.0, 1.0))
     result = torch.empty((len(values), *space.target_shape), dtype=values.dtype)

@@ -120,8 +120,9 @@ def split_labels(
         with contextlib.suppress(OSError):  # it may be another user's
             restore_old(folder.with_name(f".{folder.name}.{mark}.old"), folder)
         shutil.rmtree(folder.with_name(f".{folder.name}.{mark}.part"), ignore_errors=True)
-    if any(path.resolve().is_relative_to(folder.resolve()) for path in given.paths):
-        raise SaveError(f"{given.paths[0]} is in {folder}, which would be replaced: choose another folder")
+    for path in given.paths:
+        if path.resolve().is_relative_to(folder.resolve()):
+            raise SaveError(f"{path} is in {folder}, which would be replaced: choose another folder")
     if folder.exists() and not (overwrite and _is_split(folder)):
         way = "remove it, or choose another name" if overwrite else "remove it, or give overwrite=True (--overwrite)"
         raise SaveError(f"{folder} exists, and is kept: {way}")

@@ -213,13 +213,22 @@ class _Component:
         """Give an argument as a plain value."""
         return self.configuration.value(f"{self.place}#{name}") if name in self.arguments else default
 
-    def numbers(self, name: str, default: Any = None) -> list[Any]:
+    def numbers(self, name: str, default: Any = None, may_be_none: bool = False) -> list[Any]:
         """Give an argument that is a number or a list of them, as a list."""
         found = _listed(self[name] if default is None else self.get(name, default))
-        for each in found:
-            if each is not None and (not isinstance(each, int | float) or isinstance(each, bool)):
+        for each in found or [found]:
+            if not (may_be_none and each is None) and (not isinstance(each, int | float) or isinstance(each, bool)):
                 self.refuse(f"its {name} is {each!r}, which is no number")
         return found
+
+    def number(self, name: str) -> Any:
+        """Give an argument that is a number; None where it is left out or null."""
+        if self.get(name) is None:
+            return None
+        found = self.numbers(name)
+        if len(found) != 1:
+            self.refuse(f"its {name} is {found!r}, where one number is understood")
+        return found[0]
 
     def own(self, name: str, default: Any = None) -> Any:
         """Give an argument that may be a list with a value for each key: that of the prediction."""
@@ -302,13 +311,13 @@ class _Findings:
             step.refuse("an image can be resampled only once")
         if step.get("diagonal") or step.get("scale_extent") or step.get("recompute_affine"):
             step.refuse("diagonal, scale_extent and recompute_affine are understood only where they are false")
-        if str(_listed(step.get("padding_mode", "border"))[0]) != "border":
+        if step.get("padding_mode", "border") not in ("border", ["border"]):
             step.refuse("what lies beyond the image is understood only as what is at its border")
         mode = _listed(step.get("mode", "bilinear"))[0]
         orders = {"bilinear": 1, "nearest": 0, 0: 0, 1: 1, 3: 3}
         if mode not in orders:
             step.refuse(f"its mode {mode!r} is not understood")
-        pixdim = step.numbers("pixdim")
+        pixdim = step.numbers("pixdim", may_be_none=True)
         pixdim += pixdim[-1:] * (3 - len(pixdim))
         self.values |= {
             "spacing": tuple(None if each is None or each <= 0 else float(each) for each in pixdim),
@@ -329,12 +338,12 @@ class _Findings:
 
     def _range(self, step: _Component) -> None:
         step.only("a_min", "a_max", "b_min", "b_max", "clip", "dtype")
-        (low,), (high,) = step.numbers("a_min"), step.numbers("a_max")
-        onto = (step.get("b_min"), step.get("b_max"))
+        low, high = step.number("a_min"), step.number("a_max")
+        onto = (step.number("b_min"), step.number("b_max"))
         if low is None or high is None or not low < high or (None not in onto and onto[0] == onto[1]):
             step.refuse("a_min must be less than a_max, and b_min and b_max must differ")
         if None in onto and (step.get("clip") or onto != (None, None)):
-            step.refuse("without both b_min and b_max, neither one of them nor clip is understood")
+            step.refuse("b_min and b_max are understood only together, and clip only with them")
         self._scaled(
             step,
             Intensity(
@@ -396,7 +405,7 @@ class _Findings:
             )
         if inferer.get("with_coord"):
             inferer.refuse("with_coord is not understood")
-        sizes = inferer.numbers("roi_size")
+        sizes = inferer.numbers("roi_size", may_be_none=True)
         sizes = sizes * 3 if len(sizes) == 1 else sizes
         if len(sizes) != 3:
             inferer.refuse("windows of volumes are understood, of three sizes")
@@ -429,9 +438,11 @@ class _Findings:
             if kind == "Activations":
                 step.only("softmax", "sigmoid", "other")
                 chosen = [each for each in ("softmax", "sigmoid") if step.own(each)]
-                if is_discrete or len(chosen) > 1 or step.own("other") is not None or "activation" in self.values:
+                is_second = "activation" in self.values or late is not None
+                if is_discrete or len(chosen) > 1 or step.own("other") is not None or is_second:
                     step.refuse("one activation, softmax or sigmoid, is understood, before AsDiscrete")
-                if chosen and inverted == "linear":
+                # The nearest voxel has the same value before and after; what lies beside the foreground has not.
+                if chosen and (inverted == "linear" or (inverted == "nearest" and "crop" in self.values)):
                     late = (step, chosen[0])
                 elif chosen:
                     self.values |= {"activation": chosen[0], "activates": "sums"}
@@ -448,7 +459,7 @@ class _Findings:
                 if is_discrete or bool(largest) == (threshold is not None):
                     step.refuse("one of argmax and threshold is understood, once")
                 if late is not None and not largest:
-                    threshold = _before_activation(*late, threshold)
+                    threshold = _before_activation(*late, threshold, least=0.5 if "crop" in self.values else 0.0)
                 self.values["reduce"] = "argmax" if largest else threshold
                 is_discrete, late = True, None  # the largest is so before an activation, too
             elif kind == "Lambda" and self.configuration.parser is not None:
@@ -470,10 +481,16 @@ class _Findings:
         self.reduce = _Then(before, function)
 
 
-def _before_activation(step: _Component, activation: str, threshold: Any) -> float:
-    """Give the threshold for scores that is this one for what an activation makes of them."""
-    if activation != "sigmoid" or isinstance(threshold, bool) or not 0 < threshold < 1:
-        step.refuse("after Invert, an activation is understood only before argmax, or as sigmoid before a threshold from 0 to 1")
+def _before_activation(step: _Component, activation: str, threshold: Any, least: float) -> float:
+    """Give the threshold for scores that is this one for what an activation makes of them.
+
+    Where a foreground is cut out, MONAI has scores of 0 beside it, of which a sigmoid makes 0.5.
+    """
+    if activation != "sigmoid" or not isinstance(threshold, float) or not least < threshold < 1:
+        step.refuse(
+            f"after Invert, an activation is understood only before argmax, or as sigmoid before a threshold above {least:g} and"
+            " below 1"
+        )
     return math.log(threshold / (1 - threshold))
 
 

@@ -27,9 +27,9 @@ from .writing import PyramidWriter, at_once
 
 __all__ = ["ZarrStore"]
 
-# How many times the bytes of a shard are in memory while it is encoded, at most: as values, perhaps turned, in chunks, as one
-# file, and what its next level is made of.
-SHARD_COPIES = 5.0
+# How many times the bytes of a shard are in memory, at most: while it is encoded (as values, turned, in chunks, and as one file),
+# or while the next level of labels is made of it.
+SHARD_COPIES, COARSER_COPIES = 4.5, 6.0
 
 
 class ZarrStore:
@@ -128,7 +128,8 @@ class ZarrStore:
         """See the function `writing_bytes`: of each shard that is encoded there are several copies meanwhile."""
         layout = self.layout(spec)
         sizes = [spec.shape[0] * voxels * layout.dtype.itemsize for voxels in layout.most_voxels]
-        return int(SHARD_COPIES * max(size * at_once(size) for size in sizes))
+        copies = COARSER_COPIES if spec.is_labels and len(sizes) > 1 else SHARD_COPIES
+        return int(copies * max(size * at_once(size) for size in sizes))
 
     def create(self, spec: VolumeSpec, run: str) -> None:
         """See `VolumeStore`."""

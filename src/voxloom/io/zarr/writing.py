@@ -94,13 +94,14 @@ class ShardWriter:
     ) -> None:
         self._folder, self._shape, self._dtype, self._shard = folder, tuple(shape), dtype, shard
         self._put, self._written, self._most_at_once = put, written, most_at_once
-        self._waiting: dict[str, dict[Ints, Ints]] = {}  # the shapes of the boxes in each file, by where these begin in a shard
+        # What is in each file: where a box begins in the shard, with its shape, and where it begins in the file.
+        self._waiting: dict[str, dict[Ints, tuple[Ints, int]]] = {}
         self._given: set[str] = set()
         self._again: set[str] = set()
 
     def to_json(self) -> Json:
         """Give what must be known to go on."""
-        waiting = {name: list(boxes.items()) for name, boxes in self._waiting.items()}
+        waiting = {name: [(start, shape) for start, (shape, _) in boxes.items()] for name, boxes in self._waiting.items()}
         return {"shard": list(self._shard), "waiting": waiting, "given": sorted(self._given)}
 
     def restore(self, told: Json) -> None:
@@ -112,14 +113,16 @@ class ShardWriter:
         """
         if told["shard"] != list(self._shard):
             raise ValueError("shards of another size")
-        self._waiting = {
-            str(name): {tuple(map(int, start)): tuple(map(int, shape)) for start, shape in boxes}
-            for name, boxes in told["waiting"].items()
-        }
+        self._waiting = {}
+        for name, told_boxes in told["waiting"].items():
+            boxes = self._waiting[str(name)] = {}
+            for start, shape in told_boxes:
+                size = tuple(map(int, shape))
+                boxes[tuple(map(int, start))] = size, self._end_of(boxes)
         self._given = set(map(str, told["given"]))
         for name, boxes in self._waiting.items():
             part = self._part(name)
-            if not part.exists() or part.stat().st_size < sum(map(self._num_bytes, boxes.values())):
+            if not part.exists() or part.stat().st_size < self._end_of(boxes):
                 raise RecordError(f"the unfinished part {part} is gone or damaged")
         for part in self._folder.glob("*.raw"):
             if part.stem not in self._waiting:  # given away, and not removed; or begun, and not recorded
@@ -130,6 +133,13 @@ class ShardWriter:
         start = tuple(number * size for number, size in zip(numbers, self._shard, strict=True))
         stop = tuple(min(at + size, length) for at, size, length in zip(start, self._shard, self._shape[1:], strict=True))
         return Box(start, stop)
+
+    def _end_of(self, boxes: dict[Ints, tuple[Ints, int]]) -> int:
+        """Where the file of some boxes ends: behind that which came last."""
+        if not boxes:
+            return 0
+        shape, place = boxes[next(reversed(boxes))]
+        return place + self._num_bytes(shape)
 
     def _num_bytes(self, shape: Ints) -> int:
         return self._shape[0] * math.prod(shape) * self._dtype.itemsize
@@ -160,13 +170,17 @@ class ShardWriter:
 
     def _keep(self, name: str, shard: Box, inside: Box, part: np.ndarray) -> None:
         """Put a box behind what the file of its shard holds, or where it is if it comes again."""
-        boxes = self._waiting.setdefault(name, {})
+        boxes = self._waiting.get(name, {})
         start = inside.relative_to(shard.start).start
-        before = list(boxes).index(start) if start in boxes else len(boxes)
+        shape, place = boxes.get(start, (inside.shape, self._end_of(boxes)))
+        if shape != inside.shape:
+            raise RecordError(
+                f"{self._part(name)} holds a box of {shape} voxels at {start}, which comes again with {inside.shape}"
+            )
         with self._part(name).open("r+b" if boxes else "wb") as file:
-            file.seek(sum(map(self._num_bytes, itertools.islice(boxes.values(), before))))
-            file.write(np.ascontiguousarray(part).data)
-        boxes[start] = inside.shape
+            file.seek(place)
+            file.write(np.ascontiguousarray(part, self._dtype).data)
+        self._waiting.setdefault(name, boxes)[start] = shape, place
 
     def _put_together(self, name: str) -> np.ndarray:
         """Read the boxes of a whole shard.
@@ -178,8 +192,9 @@ class ShardWriter:
         # With the first axis as the quickest, as arrays of Zarr hold it, so that they need no copy.
         values = np.empty((self._shape[0], *reversed(shape)), self._dtype).transpose(0, 3, 2, 1)
         with self._part(name).open("rb") as file:
-            for start, size in self._waiting[name].items():
+            for start, (size, place) in self._waiting[name].items():
                 box = Box.of_shape(size, start)
+                file.seek(place)
                 part = np.empty((self._shape[0], *size), self._dtype)
                 if file.readinto(part.data) != part.nbytes:
                     raise RecordError(f"the unfinished part {self._part(name)} is damaged")
@@ -192,7 +207,9 @@ class ShardWriter:
         Returns:
             Files that are of no more use once it is recorded what was given away.
         """
-        whole = [name for name, boxes in self._waiting.items() if sum(map(math.prod, boxes.values())) == self._box_of(name).numel]
+        whole = [
+            name for name, boxes in self._waiting.items() if self._end_of(boxes) == self._num_bytes(self._box_of(name).shape)
+        ]
         given = set(whole)
         with ThreadPoolExecutor(self._most_at_once, "voxloom-shards") as threads:
             begun: deque[tuple[Future[object], Box, np.ndarray]] = deque()
