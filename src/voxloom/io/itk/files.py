@@ -137,7 +137,7 @@ def check_name(path: Path) -> None:
     try:
         str(path).encode()
     except UnicodeEncodeError as error:
-        raise UnsupportedImageError(f"{path} has a name that is not in UTF-8, which ITK cannot take: rename it") from error
+        raise UnsupportedImageError(f"{path} has a name that is not UTF-8, which ITK cannot take: rename it") from error
 
 
 def read_header(path: Path) -> ItkHeader:

@@ -13,7 +13,7 @@ import numpy as np
 
 from ...errors import CorruptImageError, UnsupportedImageError
 from ..compression import GREATEST_GZIP_RATIO
-from .files import ItkFile, ItkHeader
+from .files import ItkFile, ItkHeader, check_name
 
 __all__ = ["IsolatedFile"]
 
@@ -53,7 +53,7 @@ class IsolatedFile(ItkFile):
 def _asked(path: Path, spare: int, target: Path | None = None) -> dict[str, Any]:
     question = json.dumps({"path": str(path.absolute()), "spare": spare, "target": None if target is None else str(target)})
     size = path.stat().st_size
-    _check_name(path)
+    check_name(path)
     if not sys.executable:
         raise UnsupportedImageError(
             f"{path} is read by a process of its own, and there is no sys.executable to start: convert it"
@@ -83,11 +83,3 @@ def _asked(path: Path, spare: int, target: Path | None = None) -> dict[str, Any]
     if "error" in said:
         raise ItkFile.explained(path, said["error"])
     return said
-
-
-def _check_name(path: Path) -> None:
-    """Refuse names that ITK cannot have: it takes them for text."""
-    try:
-        str(path).encode()
-    except UnicodeEncodeError as error:
-        raise UnsupportedImageError(f"{path!r} has a name that is not UTF-8, which ITK cannot open: rename it") from error
