@@ -315,7 +315,7 @@ def test_the_file_that_is_wrong_is_named(folder, name, value, message):
 
 def test_names_of_channels_may_stand_in_the_place_of_their_numbers(folder):
     changed(folder / "dataset.json", channel_names={"CT": "0"})
-    assert len(nnunet.load(folder).spec.channels) == 1
+    assert nnunet.load(folder).spec.channels == ("CT",)
 
 
 def test_checkpoints_that_bring_code_are_refused(folder):

@@ -87,12 +87,10 @@ class _Addition:
         elif not self.old:
             torch.mul(patch, weights, out=values)
         else:
-            for start, size, carry_out in ((0, self.old, Tensor.addcmul_), (self.old, new, _set_to_product)):
-                carry_out(*(each.narrow(self.axis, start, size) for each in (values, patch, weights)))
-
-
-def _set_to_product(target: Tensor, patch: Tensor, weights: Tensor) -> None:
-    torch.mul(patch, weights, out=target)
+            parts = [torch.split(each, [self.old, new], self.axis) for each in (values, patch, weights)]
+            (before, *added), (target, *factors) = zip(*parts, strict=True)
+            before.addcmul_(*added)
+            torch.mul(*factors, out=target)
 
 
 class _Overlap(NamedTuple):

@@ -149,7 +149,7 @@ class Predictions:
                 self.done += 1
                 self.report.done(text, entry)
         if len(self.pages) > 1:
-            write_index(self._index, self.pages, self.overwrite)
+            write_index(self._index, self.pages)
         if len(self.cases) > 1:
             listed = "".join(f"\n  {name}" for name in self.failed)
             self.report.say(f"{self.done} done, {self.complete} complete already, {len(self.failed)} failed{listed}")
@@ -297,7 +297,7 @@ class Predictions:
         image = next(iter(subject.images.values()))
         found = CaseReport(case.name, image, kind(case.target), str(plan), seconds, self.predictor.spec.labels)
         page = beside(case.target, ".html")
-        write_report(page, found, self.overwrite)
+        write_report(page, found)
         of = self.wanted.output if self.wanted.output.is_dir() else self.wanted.output.parent
         self.pages[case.name] = os.path.relpath(page, of)
         return page

@@ -112,12 +112,11 @@ def tell_status(outputs: list[Path], picture: Path | None, report: Report) -> No
     """Say of results, or of all in a folder, how far their runs are."""
     for path in _all_results(outputs):
         text, entry = _status(path)
-        found = status_of(path) if picture is not None else None
-        if picture is not None and found is None and path in outputs:
-            raise ModeError(f"{path} is {text}, and not in parts, which a picture would show: leave out --picture")
-        if picture is not None and found is not None:
+        if picture is not None and (found := status_of(path)) is not None:
             draw_parts(found.boxes, found.numbers, set(found.failed), picture)
             text, entry["picture"] = f"{text}; {picture}", str(picture)
+        elif picture is not None and path in outputs:
+            raise ModeError(f"{path} is {text}, and not in parts, which a picture would show: leave out --picture")
         report.answer(f"{path}: {text}", {"target": str(path), **entry})
     report.end()
 

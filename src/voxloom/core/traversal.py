@@ -26,7 +26,7 @@ from .sizes import Ints
 
 __all__ = ["AxisTraversal", "Block", "Step", "Tile", "Traversal"]
 
-# Groups of the outer and the middle axis that begin within the length of a patch.
+# Groups of the outer and the middle axis that begin within the length of a patch, at most.
 MOST_STEPS = 8
 
 Ends = tuple[int, int]

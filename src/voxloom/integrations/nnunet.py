@@ -364,7 +364,7 @@ def _spec(
         (plans, "label_manager", "LabelManager"),
     ):
         if place.get(name, known) != known:
-            raise ModelFileError(f"{folder / 'plans.json'} has {name} {place[name]!r}, and {known} is supported")
+            raise _not_supported(folder, f"has {name} {place[name]!r}, and {known} is supported")
     reader = plans.get("image_reader_writer", "SimpleITKIO")
     if reader not in READERS:
         raise ModelFileError(f"{folder / 'plans.json'} reads images with {reader}, and {', '.join(READERS)} are supported")
@@ -376,10 +376,8 @@ def _spec(
     for name in ("probabilities", *(["seg"] if configuration.get("previous_stage") else [])):
         other = _Resampling.of(configuration, name, folder)
         if (image.thick, image.is_none) != (other.thick, other.is_none) or other.order != 1:
-            raise ModelFileError(
-                f"{folder / 'plans.json'} resamples {name} otherwise than is supported: linearly, and with the same slices apart"
-                " as the image"
-            )
+            how = "linearly, and with the same slices apart as the image"
+            raise _not_supported(folder, f"resamples {name} otherwise than is supported: {how}")
     if image.is_none:
         spacing = [None] * 3
     axes = [int(axis) + is_flat for axis in mirrored or ()]
@@ -403,6 +401,13 @@ def _spec(
         reduce=0.0 if labels.regions else "argmax",
         regions=labels.regions,
         labels=labels.names,
+    )
+
+
+def _not_supported(folder: Path, what: str) -> ModelFileError:
+    """Say what of the plans is not done here as nnU-Net does it, and what to do."""
+    return ModelFileError(
+        f"{folder / 'plans.json'} {what}. Predict with nnU-Net, or export the network with torch.export and give a spec for it"
     )
 
 
@@ -435,18 +440,18 @@ class _Resampling:
         if function == "no_resampling_data_or_seg_to_shape":
             return cls(1, None, True)
         if function not in ("resample_data_or_seg_to_shape", "resample_torch_fornnunet", "resample_torch_simple"):
-            raise ModelFileError(f"{folder / 'plans.json'} has {key} {function!r}, which is not supported")
+            raise _not_supported(folder, f"has {key} {function!r}, which is not supported")
         is_labels = name == "seg"
         if options.pop("is_seg", is_labels) is not is_labels:
-            raise ModelFileError(f"{folder / 'plans.json'} has another is_seg in {key}_kwargs than nnU-Net writes")
+            raise _not_supported(folder, f"has another is_seg in {key}_kwargs than nnU-Net writes")
         order = 1 if is_torch else int(options.pop("order", 3))
         separate = options.pop("force_separate_z", None if is_torch else False)
         limit = float(options.pop("separate_z_anisotropy_threshold", THICK))
         for option, value in options.items():
             if option not in IGNORED and (option not in USUAL or value != USUAL[option]):
-                raise ModelFileError(f"{folder / 'plans.json'} has {option} {value!r} in {key}_kwargs, which is not supported")
+                raise _not_supported(folder, f"has {option} {value!r} in {key}_kwargs, which is not supported")
         if order not in (0, 1, 3):
-            raise ModelFileError(f"{folder / 'plans.json'} has order {order} in {key}_kwargs: 0, 1 and 3 are supported")
+            raise _not_supported(folder, f"has order {order} in {key}_kwargs: 0, 1 and 3 are supported")
         # Of torch's, one function leaves no axis apart.
         if function == "resample_torch_simple":
             separate = False

@@ -51,17 +51,12 @@ class CaseReport:
     """What the numbers of the result mean."""
 
 
-def write_report(path: Path, report: CaseReport, overwrite: bool = False) -> None:
-    """Write the page of a case, which needs no other file.
-
-    Args:
-        path: the page; one that was written before is replaced.
-        report: what it says.
-        overwrite: replace any other file.
+def write_report(path: Path, report: CaseReport) -> None:
+    """Write the page of a case, which needs no other file; see `check_page`.
 
     Raises:
         MissingDependencyError: if matplotlib is not installed.
-        SaveError: if it could not be written, or another file is there.
+        SaveError: if it could not be written.
     """
     require_matplotlib()
     named = {label.value: label for label in report.labels}
@@ -80,18 +75,13 @@ def write_report(path: Path, report: CaseReport, overwrite: bool = False) -> Non
         f"<h2>Image</h2><pre>{html.escape(repr(report.image))}</pre>"
         f"<h2>Result</h2><pre>{html.escape(repr(report.result))}</pre>"
     )
-    _write(path, _page(report.name, text), overwrite)
+    write_safely(path, _page(report.name, text))
 
 
-def write_index(path: Path, pages: Mapping[str, str], overwrite: bool = False) -> None:
-    """Write a page with a link for each case, by its name; see `write_report`."""
+def write_index(path: Path, pages: Mapping[str, str]) -> None:
+    """Write a page with a link for each case, by its name."""
     links = "".join(f"<li><a href='{html.escape(page)}'>{html.escape(name)}</a></li>" for name, page in pages.items())
-    _write(path, _page("Predicted cases", f"<h1>Predicted cases</h1><ul>{links}</ul>"), overwrite)
-
-
-def _write(path: Path, page: str, overwrite: bool) -> None:
-    check_page(path, overwrite)
-    write_safely(path, page)
+    write_safely(path, _page("Predicted cases", f"<h1>Predicted cases</h1><ul>{links}</ul>"))
 
 
 def check_page(path: Path, overwrite: bool) -> None:
@@ -104,8 +94,8 @@ def check_page(path: Path, overwrite: bool) -> None:
         raise SaveError(f"{path} is a folder, where a page would be written: remove it, or choose another output")
     if path.exists() and not overwrite:
         with path.open("rb") as file:
-            head = file.read(4000)
-        if GENERATOR.encode() not in head and STYLE.encode() not in head:  # by which those of earlier versions are known
+            head = file.read(1000)
+        if GENERATOR.encode() not in head:
             raise SaveError(f"{path} exists, and is no page of voxloom's: remove it, or give --overwrite")
 
 
