@@ -16,10 +16,12 @@ from .models.packing import save_model
 from .models.spec import Crop, ModelSpec
 from .runtime.chunk_cache import set_chunk_cache
 from .runtime.kept_memory import kept_memory
+from .sampling.by_label import LabelSampler
 from .sampling.grid import GridSampler
 from .sampling.indexing import build_index
+from .sampling.mixed import MixedSampler
 from .sampling.random import PatchSampler, UniformSampler
-from .sampling.weighted import LabelSampler, MixedSampler, WeightedSampler
+from .sampling.weighted import WeightedSampler
 from .training import Queue
 from .volumes.batch import ImagesBatch, SubjectsBatch
 from .volumes.cache import SubjectsCache

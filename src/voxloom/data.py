@@ -2,9 +2,11 @@
 
 from .aggregation.aggregators import GridAggregator, PatchAggregator
 from .core.locations import PatchLocation
+from .sampling.by_label import LabelSampler
 from .sampling.grid import GridSampler
+from .sampling.mixed import MixedSampler
 from .sampling.random import PatchSampler, UniformSampler
-from .sampling.weighted import LabelSampler, MixedSampler, WeightedSampler
+from .sampling.weighted import WeightedSampler
 from .training import Queue
 from .volumes.batch import ImagesBatch, SubjectsBatch
 from .volumes.image import Image, LabelMap, ScalarImage

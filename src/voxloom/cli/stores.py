@@ -15,9 +15,10 @@ from ..io.sidecars import read_sidecar, sidecar_of
 from ..plotting.drawings import draw_parts
 from ..runs.log import progress_of, targets_of_log
 from ..runs.parts import forget_failures, status_of, targets_of_records
+from ..sampling.by_label import LabelSampler
 from ..sampling.indexing import build_index
 from ..sampling.random import PatchSampler
-from ..sampling.weighted import LabelSampler, WeightedSampler
+from ..sampling.weighted import WeightedSampler
 from ..volumes.cache import SubjectsCache
 from ..volumes.converting import convert
 from ..volumes.image import LabelMap

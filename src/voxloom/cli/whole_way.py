@@ -15,7 +15,7 @@ from ..io.labels import Label
 from ..models.loading import load_model
 from ..models.packing import save_model
 from ..models.spec import ModelSpec
-from ..sampling.weighted import LabelSampler
+from ..sampling.by_label import LabelSampler
 from ..training.queue import Queue
 from ..volumes.image import LabelMap
 from ..volumes.intensities import Intensity

@@ -16,9 +16,10 @@ from ..core.windows import OverlapMode, for_axis, resolve_window
 from ..errors import SizeError, SubjectError, UnsupportedImageError
 from ..io.protocols import read_checked
 from ..io.zarr.source import open_zarr
+from ..sampling.by_label import LabelSampler
 from ..sampling.grid import GridSampler
 from ..sampling.random import PatchSampler
-from ..sampling.weighted import LabelSampler, WeightedSampler
+from ..sampling.weighted import WeightedSampler
 from ..training.queue import Queue
 from ..volumes.constants import LABEL
 from ..volumes.image import Image
