@@ -23,9 +23,10 @@ from .aggregation.tiles import ExtendedTile
 from .core.boxes import Box
 from .errors import OutputError, RecordError
 from .inference.delivery import Delivery
+from .inference.functions import predict
 from .inference.inputs import read_batch
 from .inference.plan import PredictionPlan
-from .inference.predictor import Predictor, predict
+from .inference.predictor import Predictor
 from .inference.runner import Executor, FirstBatch, Runner
 from .io.protocols import Json, SpaceCodes, VolumeSource, VolumeSpec, VolumeStore
 from .sampling.grid import GridSampler

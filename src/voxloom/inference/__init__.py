@@ -3,11 +3,12 @@
 from ..aggregation.aggregators import GridAggregator, PatchAggregator
 from ..io.stores import Sink
 from ..sampling.grid import GridSampler
+from .functions import plan, predict
 from .parts.launchers import Launcher, ProcessLauncher, SerialLauncher
 from .parts.shard_plan import ShardPlan
 from .parts.shards import ShardedRun
 from .plan import PredictionPlan
-from .predictor import Predictor, plan, predict
+from .predictor import Predictor
 from .reductions import Regions
 from .runner import Executor, FirstBatch, Runner
 from .sinks import MemorySink
