@@ -1,8 +1,9 @@
 """Dictionaries, transforms, inferers and bundles of MONAI."""
 
 from .bundles import load
+from .inferers import VoxloomInferer
 from .objects import Labelled, as_dict, batch_transform_of, dataset_of, from_dict, image_of, subject_of, transform_of
-from .sliding import VoxloomInferer, sliding_window_inference
+from .sliding import sliding_window_inference
 
 __all__ = [
     "Labelled",

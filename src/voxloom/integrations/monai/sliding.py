@@ -1,7 +1,6 @@
 """Sliding-window inference as MONAI calls it, by voxloom's engine."""
 
-import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,10 +17,10 @@ from ...inference.reductions import AfterSum, as_reduction
 from ...io.arrays import ArraySource
 from ...io.composed import StackedSource
 from ...io.protocols import Json, SpaceCodes, VolumeSource
-from ...models.outputs import weighted
 from ...volumes.libraries import imported
+from .windows import WindowsNetwork
 
-__all__ = ["VoxloomInferer", "shared", "sliding_window_inference"]
+__all__ = ["shared", "sliding_window_inference"]
 
 PADDING = ("constant", "reflect", "replicate", "circular")
 
@@ -114,7 +113,7 @@ def sliding_window_inference(
     condition = _as_condition(kwargs.pop("condition", None), plain)
     weights, overlap_mode = _weights(mode, shape, sigma_scale, roi_weight_map, process_fn is not None)
     runs_on = torch.device(inputs.device if sw_device is None else sw_device)
-    network = _Network(predictor, args, kwargs, plain, condition, with_coord, weights, process_fn)
+    network = WindowsNetwork(predictor, args, kwargs, plain, condition, with_coord, weights, process_fn)
     make = partial(
         Predictor,
         network,
@@ -243,111 +242,6 @@ class _Coordinates:
         return {"coordinates": list(self.shape)}
 
 
-class _Network:
-    """Calls a network as MONAI does, and gives its outputs the weights that MONAI gives them.
-
-    The weights follow each output as one more channel. Sums of both, in which all windows count alike, are divided by one another
-    when a voxel is complete: so the weights may be of any form, and may differ from window to window.
-    """
-
-    def __init__(
-        self,
-        predictor: Callable[..., Any],
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-        inputs: Tensor,
-        condition: Tensor | None,
-        with_coord: bool,
-        weights: Tensor | None,
-        process_fn: Callable[..., Any] | None,
-    ) -> None:
-        self._predictor, self._args, self._kwargs = predictor, args, dict(kwargs)
-        self._channels, self._dtype = inputs.shape[1], inputs.dtype
-        self._condition, self._has_coordinates = condition, with_coord
-        self._weights, self._process = weights, process_fn
-        self._number = 0
-        self._names: list[Any] | None = None
-        self._is_single = False
-        self.scales: dict[Any, tuple[float, ...]] = {}
-        """How many times larger than a window each output is, where one is not as large as that."""
-
-    def begin(self, number: int) -> None:
-        """Take the windows of another volume of the batch."""
-        self._number = number
-
-    def __call__(self, batch: Tensor) -> Any:
-        windows, args, kwargs = batch[:, : self._channels], list(self._args), self._kwargs
-        if self._condition is not None:
-            own = batch[:, self._channels :][:, : self._condition.shape[1]]
-            kwargs = kwargs | {"condition": own.to(self._condition.dtype)}
-        if self._has_coordinates:
-            args.insert(0, self._coordinates(batch))
-        windows = windows.to(self._dtype)
-        names, outputs = self._flat(self._predictor(windows, *args, **kwargs))
-        spatial = windows.shape[2:]
-        weights = None if self._weights is None else self._weights.to(windows.device)
-        if self._process is not None:
-            processed, weights = self._process(tuple(outputs), windows, weights)
-            outputs = list(processed)
-        self._look(names, outputs, spatial)
-        made = {name: self._weighted(output, weights) for name, output in zip(names, outputs, strict=True)}
-        return next(iter(made.values())) if self._is_single else made
-
-    def _flat(self, output: Any) -> tuple[list[Any], list[Tensor]]:
-        self._is_single = isinstance(output, Tensor)
-        if isinstance(output, Tensor):
-            self._names = None
-            return [None], [output]
-        if isinstance(output, Mapping):
-            self._names = list(output)
-            return [str(name) for name in output], list(output.values())
-        if isinstance(output, list | tuple) and len(output) == 1:
-            return self._flat(output[0])
-        if isinstance(output, list | tuple):
-            self._names = None
-            return [str(number) for number in range(len(output))], list(output)
-        raise OutputError(f"the network returned something of type {type(output).__name__}: it must be tensors")
-
-    def _look(self, names: list[Any], outputs: Sequence[Tensor], spatial: Sequence[int]) -> None:
-        for output in outputs:
-            if not isinstance(output, Tensor) or output.ndim != 2 + len(spatial):
-                what = f"of shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"of type {type(output).__name__}"
-                axes = "(B, C, I, J, K)" if len(spatial) == 3 else "(B, C, I, J)"
-                raise OutputError(f"the network returned something {what}: it must be tensors {axes}")
-        found = {
-            name: tuple(made / given for made, given in zip(output.shape[2:], spatial, strict=True))
-            for name, output in zip(names, outputs, strict=True)
-        }
-        if any(scale != 1 for each in found.values() for scale in each):
-            self.scales = {name: each if len(each) == 3 else (*each, 1.0) for name, each in found.items()}
-
-    def _weighted(self, output: Tensor, weights: Tensor | None) -> Tensor:
-        if weights is None:
-            return output
-        while weights.ndim < output.ndim:
-            weights = weights[None]
-        return weighted(output, weights)
-
-    def _coordinates(self, batch: Tensor) -> list[list[slice]]:
-        """Say where each window lies in its batch and volume."""
-        first = batch[:, -3:].flatten(2)[:, :, 0].round().long().tolist()
-        sizes = [*batch.shape[2:], 1][:3]
-        ndim = batch.ndim - 2
-        volume = [slice(self._number, self._number + 1), slice(None)]
-        return [
-            volume + [slice(start, start + size) for start, size in zip(starts[:ndim], sizes[:ndim], strict=True)]
-            for starts in first
-        ]
-
-    def restored(self, results: dict[Any, Tensor]) -> Any:
-        """Give results in the form in which the network gave its outputs."""
-        if self._is_single:
-            return next(iter(results.values()))
-        if self._names is None:
-            return tuple(results.values())
-        return dict(zip(self._names, results.values(), strict=True))
-
-
 def _reduction(reduce: Any, weights: Tensor | None) -> Any:
     return reduce if weights is None else AfterSum("divide", as_reduction(reduce))
 
@@ -370,104 +264,3 @@ def _stacked(results: list[Tensor], inputs: Any, device: Any) -> Tensor:
         return whole
     convert: Any = imported("monai", "monai").data.MetaTensor
     return convert(whole).copy_meta_from(inputs, copy_attr=False)
-
-
-def _inferer() -> Any:
-    """Give the class that MONAI's own inferers are derived from."""
-    try:
-        return importlib.import_module("monai.inferers").Inferer
-    except ImportError:
-        return object
-
-
-class VoxloomInferer(_inferer()):  # type: ignore[misc]
-    """Stands in for MONAI's `SlidingWindowInferer`, in a validation loop, a `SupervisedEvaluator` or a bundle's configuration.
-
-    Args:
-        roi_size: see `sliding_window_inference`, as for all others that are not listed.
-        sw_batch_size: windows that the network is given at a time.
-        overlap: fraction of a window that neighbours share.
-        mode: how windows are combined.
-        sigma_scale: width of the Gaussian.
-        padding_mode: how a volume that is smaller than a window is padded.
-        cval: value of that.
-        sw_device: where the network runs.
-        device: where the result goes.
-        progress: show how far it has come.
-        cache_roi_weight_map: accepted, and not needed.
-        cpu_thresh: number of voxels of a volume above which the result goes to the memory of the CPU.
-        buffer_steps: accepted, and not needed.
-        buffer_dim: likewise.
-        with_coord: give the network the place of each window.
-        reduce: `"argmax"` and others of `Predictor`: what is made of the scores of a voxel, which are then never held.
-        memory_limit: see `Predictor`.
-
-    Example:
-        >>> import torch
-        >>> from voxloom.integrations.monai import VoxloomInferer
-        >>> inferer = VoxloomInferer(roi_size=16, sw_batch_size=4, overlap=0.5, mode="gaussian", reduce="argmax")
-        >>> labels = inferer(torch.rand(1, 1, 40, 30, 20), torch.nn.Conv3d(1, 2, kernel_size=3, padding=1))
-        >>> labels.shape, labels.dtype
-        (torch.Size([1, 1, 40, 30, 20]), torch.uint8)
-    """
-
-    def __init__(
-        self,
-        roi_size: Sequence[int] | int,
-        sw_batch_size: int = 1,
-        overlap: Sequence[float] | float = 0.25,
-        mode: Any = "constant",
-        sigma_scale: Sequence[float] | float = 0.125,
-        padding_mode: str = "constant",
-        cval: float = 0.0,
-        sw_device: Any = None,
-        device: Any = None,
-        progress: bool = False,
-        cache_roi_weight_map: bool = False,
-        cpu_thresh: int | None = None,
-        buffer_steps: int | None = None,
-        buffer_dim: int = -1,
-        with_coord: bool = False,
-        *,
-        reduce: Any = None,
-        memory_limit: int | str | None = None,
-    ) -> None:
-        super().__init__()
-        self.roi_size, self.sw_batch_size, self.overlap, self.mode = roi_size, sw_batch_size, overlap, mode
-        self.sigma_scale, self.padding_mode, self.cval = sigma_scale, padding_mode, cval
-        self.sw_device, self.device, self.progress, self.cpu_thresh = sw_device, device, progress, cpu_thresh
-        self.with_coord, self.reduce, self.memory_limit = with_coord, reduce, memory_limit
-
-    def __repr__(self) -> str:
-        return f"VoxloomInferer({self.roi_size}, overlap={self.overlap}, mode={self.mode!r}, reduce={self.reduce!r})"
-
-    def __call__(self, inputs: Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Apply a network to a batch; see `sliding_window_inference`."""
-        device = kwargs.pop("device", self.device)
-        kwargs.pop("buffer_steps", None)
-        kwargs.pop("buffer_dim", None)
-        if device is None and self.cpu_thresh is not None and inputs.shape[2:].numel() > self.cpu_thresh:
-            device = "cpu"
-        return sliding_window_inference(
-            inputs,
-            self.roi_size,
-            self.sw_batch_size,
-            network,
-            self.overlap,
-            self.mode,
-            self.sigma_scale,
-            self.padding_mode,
-            self.cval,
-            self.sw_device,
-            device,
-            self.progress,
-            None,
-            None,
-            None,
-            -1,
-            self.with_coord,
-            *args,
-            reduce=self.reduce,
-            memory_limit=self.memory_limit,
-            **kwargs,
-        )
