@@ -17,7 +17,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import voxloom as vx
 from voxloom.core.random_numbers import draw_generator
@@ -174,6 +174,16 @@ def test_no_more_patches_are_held_than_was_said(num_subjects, samples, max_lengt
     for _ in range(2):
         for _ in queue:
             assert queue.num_patches < max_length  # the one that has just left is not held any more
+
+
+class Streamed(IterableDataset):
+    """Has a length, and no indices but for those that PyTorch's classes refuse."""
+
+    def __len__(self):
+        return 3
+
+    def __iter__(self):
+        return iter([])
 
 
 class Weak(np.ndarray):
@@ -613,6 +623,7 @@ def test_numbers_that_cannot_be(name, value):
         ({"subjects_dataset": None}, SubjectError, "needs subjects"),
         ({"subjects_dataset": make_subject(0)}, SubjectError, "not something of type Subject"),
         ({"subjects_dataset": 3}, SubjectError, "of type int"),
+        ({"subjects_dataset": Streamed()}, SubjectError, "with indices and a length, not something of type Streamed"),
         ({"sampler": None}, QueueError, "needs a sampler"),
         ({"sampler": vx.UniformSampler}, QueueError, "is UniformSampler.*made with a patch size"),
         ({"sampler": 64}, QueueError, "of type int"),

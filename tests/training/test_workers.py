@@ -357,6 +357,13 @@ def test_an_error_comes_at_once(folder):
     assert taken < 7 * 7 - 10
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_iteration_that_ends_within_a_transform_is_an_error_that_says_where(folder, num_workers):
+    queue = make_queue(folder, num_workers, transform=lambda subject: next(iter([])))
+    with pytest.raises(SubjectError, match=r"subject \d \(t1: .*raised StopIteration"):
+        next(iter(queue))
+
+
 @pytest.mark.parametrize("num_workers", [0, slow(1), 3])
 def test_subjects_that_cannot_be_read_are_skipped(folder, tmp_path, num_workers):
     damage(folder, tmp_path, 5, "truncated")

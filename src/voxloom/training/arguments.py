@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.utils.data import IterableDataset
 
 from ..core.sizes import as_int
 from ..errors import QueueError, SubjectError
@@ -36,7 +37,8 @@ def as_subjects(given: Any) -> Any:
         raise SubjectError("a queue needs subjects: Queue(SubjectsDataset(subjects), ...)")
     if isinstance(given, Sequence) and not isinstance(given, str):
         given = SubjectsDataset(given)
-    if isinstance(given, Subject) or not hasattr(given, "__len__") or not hasattr(given, "__getitem__"):
+    is_indexed = hasattr(given, "__len__") and hasattr(given, "__getitem__") and not isinstance(given, IterableDataset)
+    if isinstance(given, Subject) or not is_indexed:
         raise SubjectError(
             f"a queue needs a data set of subjects with indices and a length, not something of type {type(given).__name__}"
         )
