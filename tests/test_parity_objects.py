@@ -211,6 +211,16 @@ def test_a_sampler_with_an_image_of_its_own_for_a_map(base):
     assert make(vx).get_probability_map(one).sum().item() == pytest.approx(1)
 
 
+def test_methods_of_samplers_take_torchios_subjects_too():
+    one, other = both(seg=(DATA[:1] > 12_000).int())
+    sampler = vx.LabelSampler(4, "seg")
+    assert torch.equal(sampler.get_probability_map(other), sampler.get_probability_map(one))
+    assert torch.equal(sampler.get_probability_map_image(other).data, sampler.get_probability_map_image(one).data)
+    assert sampler.prepare(other)
+    patches = [vx.UniformSampler(4).extract_patch(each, (1, 2, 3)) for each in (one, other)]
+    assert torch.equal(patches[0].t1.data, patches[1].t1.data)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["get_probability_map_image", "get_probability_map"])
 def test_maps_of_subjects_that_share_an_image(method):

@@ -1,10 +1,12 @@
 """MONAI's dictionaries, data sets and transforms, with MONAI itself."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from monai import transforms as mt
-from monai.data import CacheDataset, Dataset, MetaTensor, PersistentDataset, decollate_batch
+from monai.data import CacheDataset, DataLoader, Dataset, MetaTensor, PersistentDataset, decollate_batch
 
 import voxloom as vx
 from voxloom.integrations.monai import Labelled, as_dict, from_dict
@@ -107,6 +109,37 @@ def test_a_batch_of_patches_is_decollated_as_it_is():
         assert torch.equal(part["image"].as_tensor(), one.image.data)
         assert torch.equal(part["image"].affine, torch.from_numpy(one.image.affine))
         assert part["patch_location"].tolist() == one.patch_location.tolist()
+
+
+def test_what_subjects_say_of_themselves_is_parted_with_their_batch():
+    own = [
+        {"list": [number, 5], "dict": {"a": number, "b": str(number)}, "path": Path(f"/{number}"), "none": None}
+        for number in range(3)
+    ]
+    subjects = [vx.Subject(image=vx.ScalarImage(torch.rand(1, 4, 4, 4)), **each) for each in own]
+    parts = decollate_batch(as_dict(next(iter(vx.SubjectsLoader(subjects, batch_size=3)))))
+    expected = [each | {"path": str(each["path"])} for each in own]
+    assert [{name: part[name] for name in own[0]} for part in parts] == expected
+    subjects[1]["list"] = [1, 2, 3]
+    with pytest.warns(RuntimeWarning, match="'list' of the subjects of a batch cannot be put as MONAI puts it"):
+        batch = as_dict(vx.SubjectsBatch.from_subjects(subjects))
+    assert batch["list"] == [[0, 5], [1, 2, 3], [2, 5]]
+
+
+@pytest.mark.filterwarnings("ignore:NvImgCodecPydicomReader")
+def test_metadata_of_images_are_those_of_monais_loader(tmp_path):
+    for number in range(2):
+        vx.ScalarImage(torch.rand(1, 4, 5, 6), affine=np.diag([1, 2, 3.0 + number, 1])).save(tmp_path / f"{number}.nii.gz")
+    items = [{"image": tmp_path / f"{number}.nii.gz"} for number in range(2)]
+    data = Dataset(items, mt.Compose([mt.LoadImaged("image"), mt.EnsureChannelFirstd("image")]))
+    ours = decollate_batch(as_dict(next(iter(vx.SubjectsLoader(data, batch_size=2)))))
+    theirs = decollate_batch(next(iter(DataLoader(data, batch_size=2))))
+    for one, other in zip(ours, theirs, strict=True):
+        mine, expected = one["image"].meta, other["image"].meta
+        assert mine.keys() == expected.keys()
+        for name in mine:
+            np.testing.assert_array_equal(np.asarray(mine[name]), np.asarray(expected[name]))
+    assert [one["image"].meta["filename_or_obj"] for one in ours] == [str(item["image"]) for item in items]
 
 
 # Data sets

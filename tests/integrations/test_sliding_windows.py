@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from monai.data import MetaTensor
 
 import voxloom as vx
+from voxloom.errors import ModeError, OutputError
 from voxloom.integrations.monai import VoxloomInferer, sliding_window_inference
 
 from strategies import examples
@@ -131,6 +132,91 @@ def test_conditions_have_channels_and_types_of_their_own():
         return batch + classes(condition[:, 0]).movedim(-1, 1)
 
     assert_close(*both(inputs, 8, 3, embedded, 0.5, condition=torch.randint(0, 4, (2, 1, 16, 12, 6))))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "number"),
+    [(torch.bfloat16, 301), (torch.float16, 70_000), (torch.float32, 2**24 + 1), (torch.float32, 2**40 + 1)],
+)
+def test_whole_numbers_of_a_condition_are_kept(dtype, number):
+    inputs, condition = inputs_of(1, 1, 8, 8, 8).to(dtype), torch.full((1, 1, 8, 8, 8), number)
+
+    def network(windows, condition):
+        assert (windows.dtype, condition.dtype) == (dtype, torch.int64)
+        return (condition == number).to(dtype)
+
+    assert bool((sliding_window_inference(inputs, 4, 1, network, 0.25, condition=condition) == 1).all())
+    with pytest.raises(ModeError, match=r"9007199254740994.*above 2\*\*53"):
+        sliding_window_inference(inputs, 4, 1, network, 0.25, condition=torch.full((1, 1, 8, 8, 8), 2**53 + 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int32, torch.int64, torch.uint8, torch.float16])
+def test_windows_are_exact_where_coordinates_are_asked_for(dtype):
+    inputs = (inputs_of(1, 1, 9, 8, 8).double() * (100 if dtype == torch.float16 else 2**28)).to(dtype)
+    seen = []
+
+    def network(windows, coordinates):
+        seen.append([torch.equal(window[None], inputs[tuple(place)]) for window, place in zip(windows, coordinates, strict=True)])
+        return windows.float()
+
+    sliding_window_inference(inputs, 5, 2, network, 0.25, with_coord=True)
+    assert len(seen) > 1
+    assert all(map(all, seen))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda outputs, windows, weights: ((outputs[0] * 1000, outputs[1]), weights),
+        lambda outputs, windows, weights: (outputs, -weights),
+        lambda outputs, windows, weights: (outputs, weights * 1e-30),
+    ],
+)
+def test_processing_of_named_outputs_and_weights_of_any_sign(change):
+    def network(windows):
+        return {"z": windows * 1, "a": windows * 2}
+
+    ours, theirs = both(inputs_of(1, 1, 9, 8, 8), 4, 1, network, 0.5, process_fn=change)
+    assert list(ours) == list(theirs)
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-4)
+
+
+def test_processing_may_give_another_number_of_outputs():
+    inputs = inputs_of(1, 1, 9, 8, 8)
+
+    def one(windows):
+        return windows * 1
+
+    def two(windows):
+        return windows * 1, windows * 2
+
+    def named(windows):
+        return {"a": windows * 1, "b": windows * 2}
+
+    def first(outputs, windows, weights):
+        return outputs[:1], weights
+
+    ours, theirs = both(inputs, 4, 2, one, 0.5, process_fn=lambda outputs, windows, weights: (outputs * 2, weights))
+    assert len(ours) == len(theirs) == 2
+    assert_close(*both(inputs, 4, 2, two, 0.5, process_fn=first))
+    with pytest.raises(OutputError, match="process_fn returned 1 outputs for 2, a, b"):
+        sliding_window_inference(inputs, 4, 2, named, process_fn=first)
+
+
+def test_weights_that_sum_to_nothing_are_not_taken_for_scores():
+    nothing, inputs = torch.zeros(4, 4, 4), inputs_of(1, 2, 8, 8, 8)
+    ours, theirs = both(inputs, 4, 2, lambda windows: windows * 1, 0.5, roi_weight_map=nothing)
+    assert bool(ours.isnan().all())
+    assert bool(theirs.isnan().all())
+    with pytest.raises(OutputError, match="weights of the windows sum to 0"):
+        sliding_window_inference(
+            inputs_of(1, 2, 8, 8, 8), 4, 2, lambda windows: windows * 1, roi_weight_map=nothing, reduce="argmax"
+        )
+
+
+def test_numbers_may_be_numpys(network):
+    assert_close(*both(inputs_of(1, 2, 9, 9, 9), np.int64(4), 2, network, np.float32(0.5), "gaussian", np.float32(0.125)))
 
 
 def test_weights_of_ones_own_and_processing(network):

@@ -143,6 +143,8 @@ def test_data_of_another_dimension_are_refused(shape, image):
     [
         ({}, "needs a path or a tensor"),
         ({"path": 5}, "path of an image is 5"),
+        ({"path": b"scan.nii"}, "path of an image is b'scan.nii', of type bytes"),
+        ({"source": None}, "needs a path or a tensor"),
         ({"path": []}, "empty list"),
         ({"path": ""}, "path of an image is empty"),
         ({"path": torch.zeros(1, 2, 2, 2), "tensor": torch.zeros(1, 2, 2, 2)}, "two tensors"),
@@ -265,6 +267,12 @@ def test_files_of_one_shape_become_channels(tmp_path):
     vx.ScalarImage(torch.zeros(1, 3, 4, 6)).save(tmp_path / "other.nii")
     with pytest.raises(RuntimeError, match="files of one image must agree"):
         _ = vx.ScalarImage([tmp_path / "0.nii", tmp_path / "other.nii"]).shape
+
+
+def test_a_file_may_be_named_as_in_torchio_2(tmp_path):
+    vx.ScalarImage(torch.rand(1, 4, 5, 6)).save(tmp_path / "scan.nii")
+    image = vx.ScalarImage(source=tmp_path / "scan.nii")
+    assert (image.path, dict(image.metadata)) == (tmp_path / "scan.nii", {})
 
 
 def test_a_reader_of_ones_own(tmp_path):

@@ -185,13 +185,14 @@ class Models:
         copies += int(self.weights is not None)
         return OutputSpec(request.source, output.shape[1], output.dtype, request.scale, copies)
 
+    @torch.no_grad()  # rather than inference mode: what a model keeps of a forward pass must be good for training, too
     def _average(self, batch: Tensor, requests_for: RequestsFor) -> list[Tensor]:
         sums: list[Tensor] = []
         requests: list[OutputRequest] | None = None
         for number, (model, flip) in enumerate(itertools.product(self.models, self.flips)):
             given = _copied(batch, flip) if self.num_passes > 1 else batch
             begin_model(has_freed=number > 0)
-            with torch.inference_mode(), torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
+            with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
                 outputs = outputs_of(model(self.form.given(given)))
             judge(sum(each.numel() * each.element_size() for each in outputs.values() if isinstance(each, Tensor)))
             requests = requests_for(list(outputs)) if requests is None else requests
@@ -260,10 +261,9 @@ def _parts_of(batch: Tensor) -> Iterator[tuple[slice, slice]]:
 def _activated(output: Tensor, request: OutputRequest, is_shared: bool) -> Tensor:
     if request.activation is None:
         return output
-    with torch.inference_mode():
-        # A function of the user's may write to what it is given.
-        copies = is_shared and request.activation not in ACTIVATIONS.values()
-        result = request.activation(output.clone() if copies else output)
+    # A function of the user's may write to what it is given.
+    copies = is_shared and request.activation not in ACTIVATIONS.values()
+    result = request.activation(output.clone() if copies else output)
     if not isinstance(result, Tensor) or result.ndim != 5 or len(result) != len(output):
         what = f"shape {tuple(result.shape)}" if isinstance(result, Tensor) else f"type {type(result).__name__}"
         raise OutputError(

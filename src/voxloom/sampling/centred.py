@@ -17,6 +17,7 @@ from ..core.sizes import Ints
 from ..core.walking import walk
 from ..errors import ModeError, SamplingError, SubjectError
 from ..volumes.image import Image
+from ..volumes.libraries import as_subject
 from ..volumes.subject import Subject
 from .indexing import kept_sums
 from .random import PatchSampler
@@ -84,6 +85,7 @@ class CentredSampler(PatchSampler):
         A class of your own may override it, and then nothing else says where centres are drawn. What it gives need not be
         normalised. It is kept as long as the images are the same.
         """
+        subject = as_subject(subject, "the subject")
         name, image = self._map(subject)
         centres = self._centres(subject)
         sums, values = self._sums(image, name, centres), image.read(centres)
@@ -99,6 +101,7 @@ class CentredSampler(PatchSampler):
         A class of your own may override it, and give one of as many voxels that is no image of the subject. What it
         gives is kept as long as the images are the same.
         """
+        subject = as_subject(subject, "the subject")
         return subject.get_image(self._map_name(subject))
 
     def _kept(self, subject: Subject, what: str, make: Callable[[], Any]) -> Any:
@@ -161,6 +164,7 @@ class CentredSampler(PatchSampler):
         Raises:
             SamplingError: if none can, and `on_empty` does not say what to do then.
         """
+        subject = as_subject(subject, "the subject")
         image, box, sums = self._classes(subject)
         if self._drawn_shares(sums):
             return True

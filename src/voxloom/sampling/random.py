@@ -167,6 +167,7 @@ class PatchSampler(IterableDataset[Subject]):
             subject: the subject.
             index_ini: where the patch begins `(I, J, K)`, in the frame of the volume.
         """
+        subject = as_subject(subject, "the subject")
         location = PatchLocation(tuple(int(value) for value in index_ini), self.patch_size)
         return PatchCutter(subject, self.domain(subject), self._mode).cut(location)
 

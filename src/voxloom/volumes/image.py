@@ -86,6 +86,8 @@ class Image(ImageEntries, Exchange, Copies, Views):
                 raise SubjectError("an image was given two tensors: one in place of the path, and one as tensor=")
             path, tensor = None, path
         if path is None and tensor is None:
+            path = metadata.pop("source", None)  # as TorchIO 2 calls it
+        if path is None and tensor is None:
             raise SubjectError(
                 "an image needs a path or a tensor: ScalarImage('t1.nii.gz') or ScalarImage(torch.rand(1, 8, 8, 8))"
             )

@@ -19,7 +19,7 @@ def as_path(path: Any, verify: bool) -> Path | list[Path]:
         SubjectError: if it is no path.
         ImageNotFoundError: if there is no such file.
     """
-    if isinstance(path, Sequence) and not isinstance(path, str):
+    if isinstance(path, Sequence) and not isinstance(path, str | bytes):
         if not path:
             raise SubjectError("an image was given an empty list of paths")
         return [_one_path(item, verify) for item in path]

@@ -1,11 +1,14 @@
 """MONAI's dictionaries of tensors, and its transforms of them."""
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from ...core.locations import PatchLocation
 from ...errors import SubjectError
@@ -52,8 +55,10 @@ def as_dict(thing: Subject | SubjectsBatch) -> dict[str, Any]:
     """Make the dictionary of a subject or a batch that MONAI's transforms, losses and metrics take.
 
     Images become `MetaTensor`s `(C, I, J, K)`, or `(B, C, I, J, K)` of a batch, with their affines, metadata and applied
-    operations; everything else stays as it is, but `patch_location` of a batch of patches becomes a tensor `(B, 6)` of where each
-    begins and ends, which `decollate_batch` can part. No voxel is copied.
+    operations. Everything else of a subject stays as it is; that of a batch is put as MONAI's loader puts it, so that
+    `decollate_batch` can part it: lists, tuples and dicts of each subject become one of what all have in a place, paths become
+    text, and `patch_location` a tensor `(B, 6)` of where each patch begins and ends. What of the metadata of images only some of
+    a batch have is left out. No voxel is copied.
 
     Args:
         thing: the subject, or the batch.
@@ -66,11 +71,12 @@ def as_dict(thing: Subject | SubjectsBatch) -> dict[str, Any]:
         ('MetaTensor', 45)
     """
     if isinstance(thing, SubjectsBatch):
-        found = {
-            name: _tensor_of_batch(value) if isinstance(value, ImagesBatch) else thing[name] for name, value in thing.items()
+        is_placed = all(isinstance(each, PatchLocation) for each in thing.get(PATCH_LOCATION) or [None])
+        given = {name: thing[LOCATION if name == PATCH_LOCATION and is_placed else name] for name in thing}
+        return {
+            name: _tensor_of_batch(value) if isinstance(value, ImagesBatch) else _put_together(name, value)
+            for name, value in given.items()
         }
-        is_placed = all(isinstance(each, PatchLocation) for each in found.get(PATCH_LOCATION, [None]))
-        return found | {PATCH_LOCATION: thing[LOCATION]} if is_placed else found
     return {name: _tensor_of(value) if isinstance(value, Image) else value for name, value in thing.items()}
 
 
@@ -86,12 +92,35 @@ def _tensor_of_batch(images: ImagesBatch) -> Any:
     monai = _monai()
     tensor = monai.data.MetaTensor(images.data)
     tensor.is_batch = True
-    tensor.meta = {"affine": images.affine.clone()}
-    paths = [str(path) for path in images["path"]]
-    if any(paths):
-        tensor.meta["filename_or_obj"] = paths
+    metas = [dict(image.metadata.get(META, {})) for image in images.templates]
+    for meta, path in zip(metas, images["path"], strict=True):
+        if path:
+            meta.setdefault("filename_or_obj", str(path))
+    common = set.intersection(*map(set, metas))
+    tensor.meta = {name: _put_together(name, [meta[name] for meta in metas]) for name in metas[0] if name in common}
+    tensor.meta["affine"] = images.affine.clone()
     tensor.applied_operations = [list(image.metadata.get(OPERATIONS, [])) for image in images.templates]
     return tensor
+
+
+def _put_together(name: str, values: Any) -> Any:
+    """Put what each subject of a batch has under a name as MONAI's loader does, which its `decollate_batch` relies on."""
+    if not isinstance(values, list):
+        return values
+    if not any(
+        isinstance(value, Mapping | Sequence | np.ndarray | Tensor) and not isinstance(value, str | bytes) for value in values
+    ):
+        return [str(value) if isinstance(value, PurePath) else value for value in values]
+    try:
+        return default_collate(values)
+    except (TypeError, RuntimeError, KeyError, ValueError) as error:
+        warnings.warn(
+            f"{name!r} of the subjects of a batch cannot be put as MONAI puts it, and stays a list with one for each, which"
+            f" decollate_batch does not part rightly: {error}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return values
 
 
 def from_dict(item: Mapping[str, Any], labels: Iterable[str] | None = None) -> Subject:

@@ -1,6 +1,6 @@
 """Sliding-window inference as MONAI calls it, by voxloom's engine."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from ...core.affines import Affine
 from ...core.boxes import Box
+from ...core.values import sum_dtype
 from ...core.windows import MONAI, Gaussian
 from ...errors import ModeError, OutputError, SizeError
 from ...inference.predictor import Predictor
@@ -101,7 +102,7 @@ def sliding_window_inference(
             f"the inputs have shape {tuple(inputs.shape)}: they must be (B, C, I, J, K) or (B, C, I, J), and not empty"
         )
     shape = _window(roi_size, spatial)
-    overlaps = [overlap] * len(shape) if isinstance(overlap, int | float) else list(overlap)
+    overlaps = _each(overlap, len(shape))
     if len(overlaps) != len(shape) or not all(0 <= part < 1 for part in overlaps):
         raise SizeError(
             f"overlap is {overlap}: it must be a fraction of the window, at least 0 and below 1, or one for each axis of voxels"
@@ -111,7 +112,8 @@ def sliding_window_inference(
         raise ModeError(f"padding_mode is {padding_mode!r}: it must be one of {', '.join(map(repr, PADDING))}")
     plain = inputs.as_subclass(Tensor) if type(inputs) is not Tensor else inputs
     condition = _as_condition(kwargs.pop("condition", None), plain)
-    weights, overlap_mode = _weights(mode, shape, sigma_scale, roi_weight_map, process_fn is not None)
+    weights_dtype = sum_dtype(plain.dtype) if plain.is_floating_point() else torch.float32
+    weights, overlap_mode = _weights(mode, shape, sigma_scale, roi_weight_map, process_fn is not None, weights_dtype)
     runs_on = torch.device(inputs.device if sw_device is None else sw_device)
     network = WindowsNetwork(predictor, args, kwargs, plain, condition, with_coord, weights, process_fn)
     make = partial(
@@ -125,14 +127,14 @@ def sliding_window_inference(
         device=runs_on,
         # As it is around this call.
         amp=torch.get_autocast_dtype(runs_on.type) if torch.is_autocast_enabled(runs_on.type) else False,
-        dtype=torch.float32 if with_coord else None,
         reduce=_reduction(reduce, weights),
         memory_limit=memory_limit,
     )
     chosen, made = make(), []
-    for number, volume in enumerate(plain):
+    parts = _alike(plain, condition)
+    for number, volume in enumerate(parts[0]):
         volume, cut = _padded(volume, shape, name, cval)
-        also = None if condition is None else _padded(condition[number], shape, name, cval)[0]
+        also = None if condition is None else _padded(parts[1][number], shape, name, cval)[0]
         network.begin(number)
         source = _source(volume, also, with_coord)
         try:
@@ -149,10 +151,15 @@ def sliding_window_inference(
 
 
 def _window(roi_size: Any, spatial: tuple[int, ...]) -> tuple[int, ...]:
-    sizes = [roi_size] * len(spatial) if roi_size is None or isinstance(roi_size, int | float) else list(roi_size)
+    sizes = _each(roi_size, len(spatial))
     if len(sizes) != len(spatial):
         raise SizeError(f"roi_size is {roi_size}, but the inputs have {len(spatial)} axes of voxels: (B, C, {spatial})")
     return tuple(whole if size is None or size <= 0 else int(size) for size, whole in zip(sizes, spatial, strict=True))
+
+
+def _each(given: Any, count: int) -> list[Any]:
+    """Give an argument that is a number, or one for each axis, as the latter."""
+    return list(given) if isinstance(given, Iterable) else [given] * count
 
 
 def shared(size: int, part: float) -> int:
@@ -180,10 +187,31 @@ def _as_condition(given: Any, inputs: Tensor) -> Tensor | None:
     return given.as_subclass(Tensor)
 
 
-def _weights(mode: Any, shape: tuple[int, ...], sigma_scale: Any, given: Any, is_changed: bool) -> tuple[Any, Any]:
+def _alike(inputs: Tensor, condition: Tensor | None) -> list[Tensor]:
+    """Bring what goes into one batch to types such that their common one holds each value exactly.
+
+    Raises:
+        ModeError: if there is none, since whole numbers beside others are too large.
+    """
+    parts = [each for each in (inputs, condition) if each is not None]
+    scores = [each.dtype for each in parts if each.is_floating_point()]
+    if len(scores) != 1 or len(parts) == 1:
+        return parts
+    largest = max(float(each.double().abs().max()) for each in parts if not each.is_floating_point() and each.numel())
+    fitting = [dtype for dtype in (*scores, torch.float32, torch.float64) if largest <= 2 / torch.finfo(dtype).eps]
+    if not fitting:
+        raise ModeError(
+            f"the condition and the inputs are whole numbers of up to {largest:.0f} and others: above 2**53 both must be whole"
+        )
+    return [each if each.is_floating_point() else each.to(fitting[0]) for each in parts]
+
+
+def _weights(
+    mode: Any, shape: tuple[int, ...], sigma_scale: Any, given: Any, is_changed: bool, dtype: torch.dtype
+) -> tuple[Any, Any]:
     """Give the weights of a window, and by which of voxloom's modes it is summed: where there are weights, all count alike."""
     if given is not None:
-        weights = torch.as_tensor(given).float()
+        weights = torch.as_tensor(given).to(dtype)
         if tuple(size for size in weights.shape if size != 1) != tuple(size for size in shape if size != 1):
             raise SizeError(f"roi_weight_map has shape {tuple(weights.shape)}, but a window has {shape} voxels")
         return weights.reshape(shape), "average"
@@ -191,7 +219,7 @@ def _weights(mode: Any, shape: tuple[int, ...], sigma_scale: Any, given: Any, is
     if name == "constant":
         return (torch.ones(shape) if is_changed else None), "average"
     if name == "gaussian":
-        scales = [sigma_scale] * len(shape) if isinstance(sigma_scale, int | float) else list(sigma_scale)
+        scales = [float(scale) for scale in _each(sigma_scale, len(shape))]
         window = Gaussian(scales + [1.0] * (3 - len(shape)), floor=MONAI.floor)
         return (window.of_patch(shape), "average") if is_changed else (None, window)
     return (torch.ones(shape) if is_changed else None), name
@@ -224,9 +252,9 @@ class _Coordinates:
 
     resident_bytes = 0
     paths = ()
-    dtype = torch.float32
 
     def __init__(self, of: VolumeSource) -> None:
+        self.dtype = torch.float32 if of.dtype.is_floating_point else torch.int32  # either holds those of any volume
         self.shape = (3, *of.shape[1:])
         self.chunks = of.chunks
         self.affine: Affine = of.affine
@@ -243,7 +271,7 @@ class _Coordinates:
 
 
 def _reduction(reduce: Any, weights: Tensor | None) -> Any:
-    return reduce if weights is None else AfterSum("divide", as_reduction(reduce))
+    return reduce if weights is None else AfterSum("divide_all", as_reduction(reduce))
 
 
 def _cropped(data: Tensor, cut: Sequence[slice], whole: Sequence[int], ndim: int) -> Tensor:

@@ -57,12 +57,10 @@ class WindowsNetwork:
             args.insert(0, self._coordinates(batch))
         windows = windows.to(self._dtype)
         names, outputs = self._flat(self._predictor(windows, *args, **kwargs))
-        spatial = windows.shape[2:]
         weights = None if self._weights is None else self._weights.to(windows.device)
         if self._process is not None:
-            processed, weights = self._process(tuple(outputs), windows, weights)
-            outputs = list(processed)
-        self._look(names, outputs, spatial)
+            names, outputs, weights = self._processed(self._process, names, outputs, windows, weights)
+        self._look(names, outputs, windows.shape[2:])
         made = {name: self._weighted(output, weights) for name, output in zip(names, outputs, strict=True)}
         return next(iter(made.values())) if self._is_single else made
 
@@ -72,14 +70,31 @@ class WindowsNetwork:
             self._names = None
             return [None], [output]
         if isinstance(output, Mapping):
-            self._names = list(output)
-            return [str(name) for name in output], list(output.values())
+            self._names = sorted(output)  # as MONAI gives them to `process_fn`, and back
+            return [str(name) for name in self._names], [output[name] for name in self._names]
         if isinstance(output, list | tuple) and len(output) == 1:
             return self._flat(output[0])
         if isinstance(output, list | tuple):
             self._names = None
             return [str(number) for number in range(len(output))], list(output)
         raise OutputError(f"the network returned something of type {type(output).__name__}: it must be tensors")
+
+    def _processed(
+        self, process: Callable[..., Any], names: list[Any], outputs: list[Tensor], windows: Tensor, weights: Any
+    ) -> tuple[list[Any], list[Tensor], Any]:
+        """Let a function change the outputs of a batch of windows, of which there may be another number then, and the weights."""
+        given = weights.to(windows.dtype) if windows.is_floating_point() else weights
+        processed, weights = process(tuple(outputs), windows, given)
+        changed = list(processed) if isinstance(processed, list | tuple) else [processed]
+        if self._names is None:
+            self._is_single = len(changed) == 1
+            return [None] if self._is_single else [str(number) for number in range(len(changed))], changed, weights
+        if len(changed) != len(names):
+            raise OutputError(
+                f"process_fn returned {len(changed)} outputs for {len(names)}, {', '.join(names)}: it must return as many, in"
+                " this order"
+            )
+        return names, changed, weights
 
     def _look(self, names: list[Any], outputs: Sequence[Tensor], spatial: Sequence[int]) -> None:
         for output in outputs:
