@@ -1,11 +1,15 @@
 """Sums of maps beside their files: found again, the same draws, and never those of another state of the file."""
 
+import errno
+import os
+
 import numpy as np
 import pytest
 import torch
 
 import voxloom as vx
 from voxloom.errors import ImageError, SaveError
+from voxloom.runtime.marks import new_mark
 from voxloom.sampling import indexing
 
 
@@ -57,6 +61,32 @@ def test_another_state_of_the_file_has_other_sums(path):
     vx.LabelMap(labels).save(path)
     assert {location.index for location in drawn(SAMPLERS["label"](0), path)} == {(11, 6, 8)}
     assert len(list(path.with_name(".seg.index").iterdir())) == 2
+
+
+def test_what_cannot_be_kept_is_said_where_it_was_asked_for(path, monkeypatch):
+    class Full:
+        def savez(self, *arguments, **arrays):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        def __getattr__(self, name):
+            return getattr(np, name)
+
+    path.with_name(".seg.index").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(indexing, "np", Full())
+        with pytest.raises(SaveError, match=r"seg\.index.*No space left on device"):
+            vx.build_index(SAMPLERS["label"](0), subject(path))
+        drawn(SAMPLERS["label"](0), path)  # which needs none
+    assert not list(path.with_name(".seg.index").iterdir())
+
+
+def test_what_a_killed_process_has_left_goes_away(path, monkeypatch):
+    vx.build_index(SAMPLERS["label"](0), subject(path))
+    left = path.with_name(".seg.index") / f".{new_mark()}.unfinished"
+    left.write_bytes(b"half")
+    monkeypatch.setattr("voxloom.runtime.marks.is_of_dead", lambda mark: True)
+    vx.build_index(SAMPLERS["weighted"](0), subject(path))
+    assert not left.exists()
 
 
 def test_without_a_folder_nothing_is_kept(path, tmp_path):

@@ -1,10 +1,12 @@
 """Converting between formats: voxels and affine stay bit for bit, in memory that does not grow."""
 
 import itertools
+import warnings
 
 import numpy as np
 import pytest
 import torch
+import zarr
 
 import voxloom as vx
 from voxloom.errors import SaveError, SpaceError, TargetExistsError, UnsupportedImageError
@@ -64,6 +66,22 @@ def test_labels_beside_an_image(tmp_path):
         vx.convert(labels[:, :8], tmp_path / "scan.ome.zarr/labels/part")
 
 
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+def test_labels_are_found_by_those_who_read_all_metadata_in_one(tmp_path, version):
+    path = tmp_path / "scan.ome.zarr"
+    vx.convert(vx.ScalarImage(TENSOR, affine=AFFINE), path, levels=2, version=version)
+    vx.convert(vx.LabelMap((TENSOR > 500).to(torch.uint8), affine=AFFINE), path / "labels/bright")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that Zarr v3 does not say what these are
+        zarr.consolidate_metadata(path)
+    vx.convert(vx.LabelMap((TENSOR > 100).to(torch.uint8), affine=AFFINE), path / "labels/most")
+    group = zarr.open_group(path, mode="r")
+    assert group.metadata.consolidated_metadata is not None
+    assert sorted(group["labels"].keys()) == ["bright", "most"]
+    attributes = dict(group["labels"].attrs)
+    assert attributes.get("ome", attributes)["labels"] == ["bright", "most"]
+
+
 def test_chunks_and_levels_are_chosen(tmp_path):
     import zarr
 
@@ -84,6 +102,19 @@ def test_bad_input(tmp_path):
         vx.convert(image, tmp_path / "a.png")
     with pytest.raises(SaveError, match="no folder"):
         vx.convert(image, tmp_path / "nowhere/a.zarr")
+
+
+@pytest.mark.parametrize("name", ["b.nrrd", "b.nii.gz", "b.ome.zarr"])
+def test_what_appears_meanwhile_is_kept(tmp_path, name):
+    class Slow(vx.ArraySource):
+        def read(self, box):
+            (tmp_path / name).write_text("mine")
+            return super().read(box)
+
+    with pytest.raises(TargetExistsError, match="has appeared while it was written, and is kept: remove it"):
+        vx.convert(Slow(TENSOR.numpy()), tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "mine"
 
 
 def test_an_input_that_breaks_off_leaves_nothing(tmp_path):

@@ -76,6 +76,20 @@ def test_what_numcodecs_does_not_know_zarr_python_decodes(tmp_path, voxels, tens
     check_source(source, tensor, AFFINE)
 
 
+@pytest.mark.parametrize("order", ["big", "little"])
+def test_shards_whose_codecs_zarr_python_alone_knows(tmp_path, voxels, tensor, order):
+    index = [zarr.codecs.BytesCodec(endian=order), zarr.codecs.Crc32cCodec()]
+    stored = np.ascontiguousarray(voxels.T)
+    for name, codecs in (("plain", []), ("turned", [zarr.codecs.TransposeCodec(order=axes) for axes in ((1, 0, 2), (2, 1, 0))])):
+        serializer = zarr.codecs.ShardingCodec(
+            chunk_shape=(4, 8, 8), codecs=[*codecs, zarr.codecs.BytesCodec(), ZSTD], index_codecs=index
+        )
+        made(tmp_path / f"{name}.zarr", stored, chunks=(8, 16, 16), serializer=serializer, compressors=None)
+        source = vx.open_zarr(tmp_path / f"{name}.zarr", axes="zyx", affine=AFFINE)
+        check_source(source, tensor, AFFINE)
+        assert (source.array._decode is None) == bool(codecs)
+
+
 @pytest.mark.parametrize("version", ["0.4", "0.5", "0.6"])
 @pytest.mark.parametrize("ending", [".ome.zarr", ".nii.zarr", ".zarr"])
 def test_a_patch_is_that_of_the_same_image_in_nifti(tmp_path, tensor, version, ending):
@@ -135,6 +149,10 @@ def test_images_of_nifti_zarr(tmp_path, tensor):
         source = vx.open_zarr(tmp_path / f"{codes[0]}.nii.zarr")
         check_source(source, theirs.data, AFFINE)
         assert (source.codes.qform, source.codes.sform) == codes
+    data = np.arange(9 * 8 * 10 * 2 * 3, dtype=np.int16).reshape(9, 8, 10, 2, 3)
+    nib.save(nib.Nifti1Image(data, AFFINE), tmp_path / "five.nii")
+    niizarr.nii2zarr(str(tmp_path / "five.nii"), str(tmp_path / "five.nii.zarr"))
+    check_source(vx.open_zarr(tmp_path / "five.nii.zarr", time=1), torch.from_numpy(data[..., 1, :]).permute(3, 0, 1, 2), AFFINE)
 
 
 def test_arrays_of_tensorstore(tmp_path, voxels, tensor):
@@ -202,6 +220,71 @@ def test_a_level_by_number_by_spacing_and_by_path(tmp_path, tensor):
         vx.open_zarr(tmp_path / "scan.ome.zarr", level=7)
 
 
+def renamed(folder, change):
+    """Change the attributes of a group."""
+    group = zarr.open_group(folder, mode="r+")
+    told = json.loads(json.dumps(dict(group.attrs)))
+    change(told)
+    group.attrs.put(told)
+
+
+def test_a_level_by_path_wherever_the_image_is(tmp_path, tensor):
+    """Also where folders in between are no groups, where a name does not say what is Zarr, and of a second image in a group."""
+    vx.convert(vx.ScalarImage(tensor, affine=AFFINE), tmp_path / "scan.ome.zarr", levels=2, chunks=16)
+    expected = vx.open_zarr(tmp_path / "scan.ome.zarr", level=1).affine
+    (tmp_path / "scan.ome.zarr/res").mkdir()
+    (tmp_path / "scan.ome.zarr/1").rename(tmp_path / "scan.ome.zarr/res/1")
+    renamed(tmp_path / "scan.ome.zarr", lambda told: told["ome"]["multiscales"][0]["datasets"][1].update(path="res/1"))
+    shutil.copytree(tmp_path / "scan.ome.zarr", tmp_path / "scan")
+
+    def with_second(told):
+        first = told["ome"]["multiscales"][0]
+        told["ome"]["multiscales"] = [first | {"datasets": first["datasets"][:1]}, first | {"datasets": first["datasets"][1:]}]
+
+    shutil.copytree(tmp_path / "scan.ome.zarr", tmp_path / "two.ome.zarr")
+    renamed(tmp_path / "two.ome.zarr", with_second)
+    renamed(tmp_path / "two.ome.zarr", lambda told: told.pop("voxloom"))
+    for place in (tmp_path / "scan.ome.zarr/res/1", tmp_path / "scan/res/1", f"file://{tmp_path}/scan/res/1"):
+        np.testing.assert_allclose(vx.ScalarImage(place).affine, expected)
+    assert vx.ScalarImage(tmp_path / "two.ome.zarr/res/1").spacing == pytest.approx(np.linalg.norm(expected[:3, :3], axis=0))
+
+
+def test_metadata_that_others_have_changed_since_are_not_passed_over(tmp_path, tensor):
+    oblique = AFFINE @ np.array([[0.8, -0.6, 0, 1], [0.6, 0.8, 0, 2], [0, 0, 1, 3], [0, 0, 0, 1]])
+    for version in ("0.4", "0.5", "0.6"):
+        path = tmp_path / f"{version}.ome.zarr"
+        vx.convert(vx.ScalarImage(tensor, affine=oblique), path, levels=2, version=version)
+
+        def stretched(told):
+            for each in told.get("ome", told)["multiscales"][0]["datasets"]:
+                (step,) = each["coordinateTransformations"][:1]
+                (step if "scale" in step else step["transformations"][0])["scale"][-3] *= 1.5
+
+        np.testing.assert_allclose(vx.ScalarImage(path).affine, oblique)
+        renamed(path, stretched)
+        for place in (path, path / "1"):
+            with pytest.raises(UnsupportedImageError, match="attribute 'voxloom' .* differ in where voxels lie"):
+                vx.open_zarr(place)
+        assert np.array_equal(vx.open_zarr(path, affine=AFFINE).affine, AFFINE)
+        renamed(path, lambda told: told.pop("voxloom"))
+        expected = np.linalg.norm(oblique[:3, :3], axis=0) * [1, 1, 1.5]
+        assert vx.ScalarImage(path).spacing == pytest.approx(expected)
+
+
+def test_names_of_channels_and_dimensions_that_are_not_clear(tmp_path):
+    path, _ = five(tmp_path)
+    renamed(path, lambda told: told["ome"]["omero"].update(channels=[{"label": "A"}, {"label": "A"}]))
+    with pytest.raises(NoSuchIndexError, match="several channels 'A': give the number"):
+        vx.open_zarr(path, time=0, channel="A")
+    renamed(path, lambda told: told["ome"]["omero"].update(channels=[{}, {}]))
+    with pytest.raises(NoSuchIndexError, match="no channel ''"):
+        vx.open_zarr(path, time=0, channel="")
+    told = json.loads((path / "0/zarr.json").read_text())
+    (path / "0/zarr.json").write_text(json.dumps(told | {"dimension_names": list("tcxyz")}))
+    with pytest.warns(RuntimeWarning, match="dimensions named t, c, x, y, z, but the axes .* t, c, z, y, x, which count"):
+        vx.open_zarr(path, time=0)
+
+
 def zipped(folder, target):
     with zipfile.ZipFile(target, "w") as file:
         for path in sorted(folder.rglob("*")):
@@ -217,6 +300,10 @@ def test_zip_files(tmp_path, tensor):
         check_source(vx.open_zarr(path), tensor, AFFINE)
         assert torch.equal(vx.ScalarImage(path).data, tensor)
         assert torch.equal(vx.ScalarImage(path / "0").data, tensor)
+    with zipfile.ZipFile(tmp_path / "within.zip", "w") as file:
+        file.write(tmp_path / "scan.ome.zarr/zarr.json", "scan.ome.zarr/zarr.json")
+    with pytest.raises(ImageNotFoundError, match=r"in it there is scan\.ome\.zarr: name what is meant"):
+        vx.open_zarr(tmp_path / "within.zip")
     (tmp_path / "bad.ozx").write_bytes(b"PK no")
     with pytest.raises(ImageFileError, match=r"bad\.ozx is no zip file"):
         vx.ScalarImage(tmp_path / "bad.ozx").load()
@@ -462,7 +549,28 @@ def test_hdf5_npy_and_dask(tmp_path, voxels, tensor):
     for order in "CF":
         np.save(tmp_path / "scan.npy", np.asarray(voxels, order=order))
         check_source(vx.ScalarImage(tmp_path / "scan.npy", affine=AFFINE), tensor, AFFINE)
+    with h5py.File(tmp_path / "parts.h5", "w") as file:
+        layout = h5py.VirtualLayout(voxels.shape, voxels.dtype)
+        layout[...] = h5py.VirtualSource("scan.h5", "group/data", voxels.shape)
+        file.create_virtual_dataset("data", layout)
+    whole = vx.ScalarImage(f"{tmp_path}/parts.h5:/data", affine=AFFINE)
+    check_source(whole, tensor, AFFINE)
+    assert tmp_path / "scan.h5" in whole.paths
+    (tmp_path / "scan.h5").rename(tmp_path / "elsewhere.h5")
+    with pytest.raises(ImageNotFoundError, match=r"put together from other files, of which .*scan\.h5 is not there"):
+        vx.ScalarImage(f"{tmp_path}/parts.h5:/data")
     (tmp_path / "bad.npy").write_bytes(b"\x93NUMPY?")
     with pytest.raises(ImageFileError, match=r"bad\.npy"):
         vx.ScalarImage(tmp_path / "bad.npy").load()
     check_source(vx.ScalarImage(vx.ArraySource(dask.array.from_array(voxels, chunks=10), affine=AFFINE)), tensor, AFFINE)
+    unknown = dask.array.from_array(voxels, chunks=10)
+    with pytest.raises(ImageError, match="compute_chunk_sizes"):
+        vx.ArraySource(unknown[unknown[:, 0, 0] > 10])
+
+
+def test_masked_values_are_not_taken_for_data(voxels):
+    masked = np.ma.masked_greater(voxels, 100)
+    for make in (vx.ArraySource, vx.ScalarImage):
+        with pytest.raises(ImageError, match=r"masked.*filled\(VALUE\)"):
+            make(masked)
+    assert vx.ScalarImage(np.ma.masked_greater(voxels, 10**4)).data.max() == int(voxels.max())

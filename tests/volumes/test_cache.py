@@ -1,5 +1,6 @@
 """Preprocessed subjects on the disk: the same as without, made once, and never half."""
 
+import errno
 import functools
 import json
 import multiprocessing
@@ -7,6 +8,7 @@ import os
 import signal
 import threading
 
+import filelock
 import numpy as np
 import pytest
 import torch
@@ -192,6 +194,26 @@ def test_threads(tmp_path, subjects):
 
 
 # Bad input
+
+
+def test_a_disk_that_is_full_or_may_not_be_written_to_is_named(tmp_path, subjects, monkeypatch):
+    class Full(filelock.FileLock):
+        def acquire(self, *arguments, **more):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), self.lock_file)
+
+    def full(*arguments, **more):
+        raise RuntimeError("Error while setting the slice")
+
+    cache = vx.SubjectsCache(vx.SubjectsDataset(subjects, prepare), tmp_path / "cache")
+    with monkeypatch.context() as patch:
+        patch.setattr("blosc2.asarray", full)
+        with pytest.raises(SaveError, match=r"cache.*Error while setting the slice.*bytes are free"):
+            cache[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "FileLock", Full)
+        with pytest.raises(SaveError, match=r"kept in .*cache cannot be written there: Permission denied"):
+            cache[0]
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == []
 
 
 def test_what_cannot_be_kept_is_named(tmp_path, subjects):

@@ -71,6 +71,19 @@ def test_what_is_there_is_kept(organs, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "organs.nii.gz", "parts"]
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_that_appears_meanwhile_is_kept(organs, tmp_path, monkeypatch, overwrite):
+    def table(labels, path):
+        path.write_text("")
+        (tmp_path / "parts").mkdir()
+        (tmp_path / "parts/notes.txt").write_text("mine")
+
+    monkeypatch.setattr("voxloom.volumes.label_files.write_label_table", table)
+    with pytest.raises(SaveError, match="has appeared while it was written, and is kept"):
+        vx.split_labels(organs, tmp_path / "parts", overwrite=overwrite)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["notes.txt", "organs.nii.gz", "parts"]
+
+
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.int64])
 def test_labels_of_every_type(tmp_path, dtype):
     data = (torch.arange(64).reshape(1, 4, 4, 4) % 2).to(dtype)

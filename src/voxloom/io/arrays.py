@@ -80,6 +80,7 @@ def as_tensor(data: Any) -> Tensor:
     narrow = {"torch.uint16", "torch.uint32", "torch.uint64"}
     if isinstance(data, Tensor) and str(data.dtype) in narrow:
         data = data.numpy()
+    _check_unmasked(data)
     if isinstance(data, np.ndarray):
         dtype = torch_dtype(data.dtype, "the array")
         widest_unsigned(data, "the array")
@@ -92,6 +93,11 @@ def as_tensor(data: Any) -> Tensor:
     data = data.detach()
     # A subclass may do other things than tensors do, and costs time for each of them.
     return data if type(data) is Tensor else data.as_subclass(Tensor)
+
+
+def _check_unmasked(data: Any) -> None:
+    if isinstance(data, np.ma.MaskedArray) and np.ma.is_masked(data):
+        raise ImageError("some values of the array are masked, which a tensor cannot say: give array.filled(VALUE)")
 
 
 def affine_of(data: Any) -> Affine | None:
@@ -166,6 +172,9 @@ class ArraySource:
     paths: tuple[Path, ...] = ()
 
     def __init__(self, array: Any, affine: Any = None) -> None:
+        _check_unmasked(array)
+        if any(size != size for size in array.shape):  # NaN, as Dask has it
+            raise ImageError(f"the array has shape {tuple(array.shape)}: let Dask find its sizes first, by compute_chunk_sizes()")
         self._array = array
         self._has_channels = len(array.shape) == 4
         if not self._has_channels and len(array.shape) != 3:

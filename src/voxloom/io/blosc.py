@@ -1,5 +1,6 @@
 """Arrays of Blosc2 (`.b2nd`), as nnU-Net keeps preprocessed cases: read block by block, and nothing else of the file."""
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -103,7 +104,11 @@ def write_blosc(path: Path, values: Tensor) -> None:
         "typesize": array.dtype.itemsize,
         "nthreads": 1,
     }
-    blosc2.asarray(array, urlpath=str(path), mode="w", chunks=chunks, blocks=blocks, cparams=packing)
+    try:
+        blosc2.asarray(array, urlpath=str(path), mode="w", chunks=chunks, blocks=blocks, cparams=packing)
+    except RuntimeError as error:  # which does not say why
+        free = shutil.disk_usage(path.parent).free
+        raise OSError(f"Blosc2 cannot write it ({error}); {free} bytes are free there") from error
 
 
 def _blosc2(name: str) -> Any:

@@ -37,7 +37,17 @@ class Hdf5Source(FileSource):
             c, i, j, k = shape if self._has_channels else (1, *shape)
             dtype = torch_dtype(np.dtype(array.dtype), self.name)
             self.spec = VolumeSpec((c, i, j, k), dtype, np.eye(4), SpaceCodes(qform=0, sform=0))
+            self.paths = (path, *self._sources_of(array))
             self._chunks = tuple(map(int, array.chunks[-3:])) if array.chunks else (1, j, k)
+
+    def _sources_of(self, array: Any) -> list[Path]:
+        """Name the files that a virtual data set is put together from; for one that is gone HDF5 would take fill values."""
+        named = {each.file_name for each in array.virtual_sources()} if array.is_virtual else set()
+        found = [self._path.parent / name for name in sorted(named - {"."}) if "%" not in name]
+        for path in found:
+            if not path.is_file():
+                raise ImageNotFoundError(f"{self.name} is put together from other files, of which {path} is not there")
+        return found
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._path, self._dataset)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..core.affines import Affine
-from ..errors import SaveError, UnsupportedImageError, VoxloomError
+from ..errors import SaveError, TargetExistsError, UnsupportedImageError, VoxloomError
 from ..runtime.marks import left_by_dead, new_mark
 from .compression import compressing
 from .protocols import MILLIMETRES, SpaceCodes
@@ -44,15 +44,17 @@ LARGEST_NIFTI1_SIZE = 32767
 NOT_OFFERED = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 
 
-def atomic_write(path: Path, write: Callable[[Path], None], ending: str) -> None:
+def atomic_write(path: Path, write: Callable[[Path], None], ending: str, overwrite: bool = True) -> None:
     """Let `write` make a new file beside the target, bring it to the disk, and only then put it in the target's place.
 
     Args:
         path: the target; it keeps its old content unless everything goes well. A link goes on pointing where it points.
         write: writes to the path that it is given.
         ending: how the name of that path ends, for writers that go by it.
+        overwrite: whether what is there by then may be replaced.
 
     Raises:
+        TargetExistsError: if something is there, and may not be replaced.
         SaveError: if anything could not be written. The unfinished file is removed.
     """
     try:
@@ -72,6 +74,9 @@ def atomic_write(path: Path, write: Callable[[Path], None], ending: str) -> None
             write(unfinished)
             with unfinished.open("rb+") as file:
                 os.fsync(file.fileno())
+            if not overwrite:
+                _put_new(unfinished, target)
+                return
             if target.exists():
                 unfinished.chmod(target.stat().st_mode & 0o777)
             unfinished.replace(target)
@@ -81,6 +86,26 @@ def atomic_write(path: Path, write: Callable[[Path], None], ending: str) -> None
         raise
     except (OSError, RuntimeError, ValueError) as error:
         raise as_save_error(path, error) from error
+
+
+def _put_new(source: Path, target: Path) -> None:
+    """Put a file under a name that nothing else has."""
+    try:
+        os.link(source, target)  # unlike a renaming, this replaces nothing
+    except FileExistsError:
+        raise appeared(target) from None
+    except OSError:  # a file system without links
+        if target.exists():
+            raise appeared(target) from None
+        source.replace(target)
+
+
+def appeared(path: Path) -> TargetExistsError:
+    """Say that something is there by now which was not when the writing began."""
+    return TargetExistsError(
+        f"{path} has appeared while it was written, and is kept: remove it, choose another name, or give overwrite=True"
+        " (--overwrite)"
+    )
 
 
 def write_safely(path: Path, text: str, mark: str = "") -> None:

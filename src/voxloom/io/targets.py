@@ -56,7 +56,9 @@ def as_target(path: Any) -> Path:
     return target
 
 
-def save_volume(path: Path, data: Tensor, affine: Affine, codes: SpaceCodes, is_labels: bool = False) -> None:
+def save_volume(
+    path: Path, data: Tensor, affine: Affine, codes: SpaceCodes, is_labels: bool = False, overwrite: bool = True
+) -> None:
     """Write a volume `(C, I, J, K)` in the format that the name's ending says.
 
     Raises:
@@ -74,7 +76,7 @@ def save_volume(path: Path, data: Tensor, affine: Affine, codes: SpaceCodes, is_
             " written, because two files cannot be replaced at once; nor are those that cannot hold an affine"
         )
     write, array = known.write, storable(data)
-    atomic_write(path, lambda target: write(target, array, affine, codes), known.ending)
+    atomic_write(path, lambda target: write(target, array, affine, codes), known.ending, overwrite)
 
 
 def discard_dead(store: VolumeStore) -> None:

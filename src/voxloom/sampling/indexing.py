@@ -2,9 +2,9 @@
 
 import contextlib
 import json
-import secrets
 import zipfile
 from collections.abc import Callable, Hashable
+from contextvars import ContextVar
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from ..errors import ImageError, SaveError
 from ..io.arrays import hash_of
 from ..io.formats import stem_of
 from ..io.saving import as_save_error
+from ..runtime.marks import left_by_dead, new_mark
 from ..volumes.image import Image
 from ..volumes.subject import Subject
 from .random import PatchSampler
@@ -21,6 +22,8 @@ from .random import PatchSampler
 __all__ = ["build_index", "index_folder", "kept_sums"]
 
 Classes = dict[int, RowSums]
+_failed: ContextVar[list[tuple[Path, OSError]] | None] = ContextVar("failed", default=None)
+"""What could not be written, where that is to be said."""
 
 
 def index_folder(image: Image) -> Path | None:
@@ -55,13 +58,20 @@ def kept_sums(image: Image, key: Hashable, compute: Callable[[], Classes]) -> Cl
         with contextlib.suppress(OSError):
             file.unlink()  # damaged
     sums = compute()
-    with contextlib.suppress(OSError):  # of a folder that may only be read, they are made each time
+    try:
         _write(file, sums)
+    except OSError as error:  # where nothing can be written, they are made each time
+        failed = _failed.get()
+        if failed is not None:
+            failed.append((file, error))
     return sums
 
 
 def _write(file: Path, sums: Classes) -> None:
-    unfinished = file.with_name(f".{secrets.token_hex(4)}.unfinished")
+    for _, left in left_by_dead(file.parent, ".", r"\.unfinished"):
+        with contextlib.suppress(OSError):
+            left.unlink()
+    unfinished = file.with_name(f".{new_mark()}.unfinished")
     try:
         with unfinished.open("wb") as opened:
             np.savez(opened, **{str(label): each.rows for label, each in sums.items()})  # type: ignore[arg-type]
@@ -85,7 +95,7 @@ def build_index(sampler: PatchSampler, *subjects: Subject) -> list[Path]:
 
     Raises:
         ImageError: if a subject has no image that is in a single file.
-        SaveError: if a folder cannot be made.
+        SaveError: if a folder cannot be made, or written to.
 
     Example:
         >>> import tempfile, torch, voxloom as vx
@@ -106,9 +116,14 @@ def build_index(sampler: PatchSampler, *subjects: Subject) -> list[Path]:
                 folder.mkdir()
         except OSError as error:
             raise as_save_error(new[0], error) from error
+        failed: list[tuple[Path, OSError]] = []
+        before = _failed.set(failed)
         try:
             sampler.prepare(subject)
+            if failed:
+                raise as_save_error(*failed[0]) from failed[0][1]
         finally:
+            _failed.reset(before)
             for folder in new:
                 with contextlib.suppress(OSError):
                     folder.rmdir()  # of images that are no maps: it is empty

@@ -163,13 +163,20 @@ class SubjectsCache(Dataset[Subject]):
 
     @contextlib.contextmanager
     def _locked(self, key: str) -> Iterator[None]:
-        lock = self.folder / f".{key}.lock"
+        lock = FileLock(self.folder / f".{key}.lock")
         try:
-            with FileLock(lock):
-                yield
+            lock.acquire()
+        except OSError as error:
+            raise SaveError(
+                f"what is to be kept in {self.folder} cannot be written there: {error.strerror or error}. Make it writable,"
+                " or give another folder"
+            ) from error
+        try:
+            yield
         finally:
+            lock.release()
             with contextlib.suppress(OSError):
-                lock.unlink()
+                Path(lock.lock_file).unlink()
 
     # Entries
 
@@ -207,9 +214,9 @@ class SubjectsCache(Dataset[Subject]):
             if (self.folder / key).exists():  # what is left of an entry
                 self._remove(self.folder / key)
             unfinished.rename(self.folder / key)
+        except VoxloomError:
+            raise
         except OSError as error:
-            if isinstance(error, SaveError):
-                raise
             raise as_save_error(self.folder / key, error) from error
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ..core.walking import walk
-from ..errors import ModeError, SaveError, VoxloomError
+from ..errors import ModeError, SaveError, TargetExistsError, VoxloomError
 from ..io.formats import format_of, is_folder_target
 from ..io.protocols import VolumeSpec, VolumeStore, is_source, read_checked
+from ..io.saving import appeared
 from ..io.spooling import spooled
 from ..io.targets import as_target, discard_dead, save_volume, store_at
 from ..io.zarr.source import is_label_of_image
@@ -86,7 +87,7 @@ def convert(
         path = Path(output).expanduser()
         if path.exists() and not overwrite:
             raise SaveError(f"{path} exists, and is kept: remove it, choose another name, or give overwrite=True (--overwrite)")
-        save_volume(path, given.data, given.affine, given.codes)
+        save_volume(path, given.data, given.affine, given.codes, overwrite=overwrite)
         return image_class(path)
     store = _store_of(output, overwrite, {**layout, "version": version})
     if store.path is not None and store.path.resolve() in {path.resolve() for path in given.paths}:
@@ -140,6 +141,9 @@ def _copied(image: Image, store: VolumeStore, spec: VolumeSpec, progress: bool |
                 told(box.numel)
             store.flush()
         return store.commit({}, run)
+    except TargetExistsError as error:
+        _leave_nothing(store, run)  # unlike a prediction's, which goes on from there
+        raise error if store.path is None else appeared(store.path) from error
     except BaseException:
         _leave_nothing(store, run)
         raise

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from ..core.boxes import Box
 from ..core.walking import walk
-from ..errors import ModeError, SaveError
+from ..errors import ModeError, SaveError, VoxloomError
 from ..io.formats import endings
 from ..io.labels import Label, as_labels, color_of
 from ..io.protocols import Json, VolumeSource, read_checked
 from ..io.replacing import forget_old, replace_folder, restore_old
-from ..io.saving import atomic_write
+from ..io.saving import appeared, atomic_write
 from ..io.sidecars import read_sidecar, sidecar_of, written
 from ..io.spooling import spooled
 from ..runtime.marks import left_by_dead, new_mark
@@ -140,8 +140,12 @@ def split_labels(
                     show(1)
         write_label_table(list(named.values()), part / TABLE)
         (part / RECORD).write_text(_record_of(given.paths, [path.name for path in part.iterdir()]))
+        if folder.exists() and not (overwrite and _is_split(folder)):
+            raise appeared(folder)
         replace_folder(part, folder, old)
         forget_old(old)
+    except VoxloomError:
+        raise
     except OSError as error:
         raise SaveError(f"{folder} cannot be written: {error.strerror or error}") from error
     finally:

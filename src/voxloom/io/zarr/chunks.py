@@ -9,7 +9,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -34,6 +34,7 @@ class Shards:
     index_at_end: bool
     index_is_checked: bool
     """Whether a checksum of four bytes follows the index."""
+    index_dtype: str = "<u8"
 
     def index_bytes(self, num_chunks: int) -> int:
         """Bytes of the index."""
@@ -68,6 +69,8 @@ class ChunkedArray:
         self.fill = np.zeros((), self.dtype) if fill is None else np.asarray(fill, dtype=self.dtype)
         self._encode_key = array.metadata.encode_chunk_key
         self._shards, self._decode = _reading_of(array, self.chunks, shards)
+        if shards and self._shards is None:  # zarr-python knows more codecs, and reads a shard at a time here
+            self.chunks = tuple(map(int, shards))
         self._owner = CHUNKS.new_owner()
         self.bytes_read = 0
         """Bytes that were read of chunks until now."""
@@ -154,7 +157,7 @@ class ChunkedArray:
             found = _checked(found) or b""
         if len(found) != 16 * math.prod(per_shard):
             raise CorruptImageError(f"the index of the shard {key} of {self.name} is damaged: copy or make the store again")
-        return np.frombuffer(found, dtype="<u8").reshape(*per_shard, 2)
+        return np.frombuffer(found, dtype=self._shards.index_dtype).reshape(*per_shard, 2)
 
     def _get(self, key: str, start: int | None = None, stop: int | None = None) -> bytes | None:
         try:
@@ -168,7 +171,7 @@ class ChunkedArray:
 
 
 def _reading_of(array: Any, chunks: tuple[int, ...], shards: Any) -> tuple[Shards | None, Decode | None]:
-    """Say how the chunks of an array are found and decoded; no way to decode if numcodecs knows none."""
+    """Say how the chunks of an array are found and decoded: neither for shards, nor a way to decode, where it is not known."""
     metadata = array.metadata
     dtype = np.dtype(array.dtype)
     if metadata.zarr_format == 2:
@@ -177,21 +180,26 @@ def _reading_of(array: Any, chunks: tuple[int, ...], shards: Any) -> tuple[Shard
     if not shards:
         return None, _decoder(codecs, dtype, chunks)
     outer = codecs[0].get("configuration", {})
-    index = [_plain(each)["name"] for each in outer.get("index_codecs", ())]
+    index_codecs = [_plain(each) for each in outer.get("index_codecs", ())]
+    index = [each["name"] for each in index_codecs]
     inner = _decoder([_plain(each) for each in outer.get("codecs", ())], dtype, chunks)
     is_known = len(codecs) == 1 and index in (["bytes"], ["bytes", "crc32c"]) and inner is not None
     if not is_known:
-        raise UnsupportedImageError(
-            f"the shards of {array.name or 'the array'} are encoded in a way that cannot be read: {codecs}"
-        )
+        return None, None
     place = outer.get("index_location", "end")
     at_end = str(getattr(place, "value", place)) == "end"
-    return Shards(tuple(map(int, shards)), at_end, "crc32c" in index), inner
+    return Shards(tuple(map(int, shards)), at_end, "crc32c" in index, f"{_order_of(index_codecs[0])}u8"), inner
 
 
 def _plain(codec: Any) -> dict[str, Any]:
     found: dict[str, Any] = codec if isinstance(codec, dict) else codec.to_dict()
     return found
+
+
+def _order_of(codec: dict[str, Any]) -> Literal["<", ">"]:
+    """Give the order of bytes that a codec named `bytes` says, as NumPy writes it."""
+    endian = (codec.get("configuration") or {}).get("endian")
+    return ">" if str(getattr(endian, "value", endian)) == "big" else "<"
 
 
 def _decoder_of_v2(metadata: Any, dtype: np.dtype, chunks: tuple[int, ...]) -> Decode | None:
@@ -221,8 +229,7 @@ def _decoder(codecs: Sequence[dict[str, Any]], dtype: np.dtype, chunks: tuple[in
         if name == "transpose" and order is None and not steps:
             order = [int(axis) for axis in options["order"]]
         elif name == "bytes":
-            endian = options.get("endian")
-            stored = dtype.newbyteorder(">" if str(getattr(endian, "value", endian)) == "big" else "<")
+            stored = dtype.newbyteorder(_order_of(codec))
         else:
             step = _step(name, options)
             if step is None:

@@ -5,6 +5,7 @@ import functools
 import io
 import itertools
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from operator import le
@@ -315,6 +316,19 @@ def describe_labels(folder: Path, labels: Sequence[Label]) -> None:
     node.attrs.put(attributes)
 
 
+def _consolidate_again(zarr: Any, folder: Path) -> None:
+    """Renew the copy of all metadata that a hierarchy may keep in its root, which readers believe."""
+    store = zarr.storage.LocalStore(folder)
+    try:
+        is_kept = zarr.open_group(store=store, mode="r").metadata.consolidated_metadata is not None
+    except (OSError, ValueError, KeyError):  # no group
+        return
+    if is_kept:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it is no part of the specification of Zarr v3
+            zarr.consolidate_metadata(store)
+
+
 def register_label(path: Path) -> None:
     """Name a label image in the list of its image's."""
     zarr = zarr_python()
@@ -327,5 +341,7 @@ def register_label(path: Path) -> None:
         if path.name not in names.setdefault("labels", []):
             names["labels"].append(path.name)
             group.attrs.put(attributes)
+        for each in (folder, folder.parent):
+            _consolidate_again(zarr, each)
     with contextlib.suppress(OSError):
         (folder / ".list.lock").unlink()

@@ -18,6 +18,10 @@ from ..protocols import Json
 
 __all__ = ["SPATIAL", "VERSIONS", "Axis", "Level", "Multiscales", "axes_by_names", "chosen_level", "described"]
 
+# How an array is opened whose metadata are of no use.
+WAY = "open_zarr('scan.zarr/0', axes='tczyx', affine=...)"
+# Versions whose metadata do not say where voxels lie.
+OLD = ("0.1", "0.2", "0.3")
 SPATIAL = ("x", "y", "z")
 VERSIONS = ("0.4", "0.5", "0.6")
 
@@ -90,12 +94,25 @@ class Multiscales:
     """The version of OME-Zarr that new parts are written in."""
 
     @classmethod
-    def of(cls, attributes: Mapping[str, Json], name: str) -> "Multiscales | None":
+    def naming(cls, path: str, attributes: Mapping[str, Json], name: str) -> "tuple[Multiscales, int] | None":
+        """Find the image of a group that has an array as one of its levels, and say as which; None if none has."""
+        ome = attributes.get("ome", attributes)
+        count = len(ome.get("multiscales", ())) if isinstance(ome, Mapping) else 0
+        for number in range(count):
+            found = cls.of(attributes, name, number)
+            levels = [level for level, each in enumerate(found.levels) if each.path == path] if found else []
+            if found is not None and levels:
+                return found, levels[0]
+        return None
+
+    @classmethod
+    def of(cls, attributes: Mapping[str, Json], name: str, number: int = 0) -> "Multiscales | None":
         """Read the attributes of a group; None if it is no image.
 
         Args:
             attributes: the attributes.
             name: what messages call the image.
+            number: which one, of several images in the group.
 
         Raises:
             CorruptImageError: if they are not what they should be.
@@ -105,14 +122,26 @@ class Multiscales:
         if not isinstance(ome, Mapping) or "multiscales" not in ome:
             return None
         try:
-            first = ome["multiscales"][0]
-            return _read(first, ome, name)
+            return _read(ome["multiscales"][number], ome, name)
         except VoxloomError:
             raise
         except (LookupError, TypeError, ValueError, AttributeError) as error:
+            version = _version_of(ome, number)
+            if version in OLD:
+                raise UnsupportedImageError(
+                    f"{name} is of OME-Zarr {version}, which does not say where voxels lie. Open one of its arrays,"
+                    f" and say it: {WAY}"
+                ) from error
             raise CorruptImageError(
                 f"the metadata of {name} are no multiscales of OME-Zarr 0.4, 0.5 or 0.6: {type(error).__name__}: {error}"
             ) from error
+
+
+def _version_of(ome: Mapping[str, Json], number: int) -> Json:
+    try:
+        return ome.get("version", ome["multiscales"][number].get("version"))
+    except (LookupError, TypeError, AttributeError):
+        return None
 
 
 def _read(found: Json, ome: Mapping[str, Json], name: str) -> Multiscales:
@@ -140,7 +169,9 @@ def _read(found: Json, ome: Mapping[str, Json], name: str) -> Multiscales:
     sizes = [np.prod(spacing_of(level.affine)) for level in levels]
     if any(later < before * (1 - 1e-6) for before, later in itertools.pairwise(sizes)):
         raise CorruptImageError(
-            f"the levels of {name} are out of order: the finest must come first, and voxels measure {sizes} mm³"
+            f"the levels of {name} are out of order: the finest must come first, and voxels measure"
+            f" {', '.join(f'{size:.4g}' for size in sizes)} mm³. Open one of its arrays, and say where its"
+            f" voxels lie: {WAY}"
         )
     omero = ome.get("omero")
     labels = [str(each.get("label", "")) for each in omero.get("channels", ())] if isinstance(omero, Mapping) else []

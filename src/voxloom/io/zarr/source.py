@@ -5,6 +5,8 @@ import json
 import math
 import os
 import re
+import warnings
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...core.affines import Affine, as_affine
+from ...core.affines import Affine, as_affine, spacing_of
 from ...core.boxes import Box
 from ...errors import (
     CorruptImageError,
@@ -28,7 +30,7 @@ from ..arrays import as_tensor, hash_of, torch_dtype
 from ..files import FOLDER_SIDECAR, FileSource, state_of_files
 from ..protocols import Json, SpaceCodes, VolumeSpec
 from .chunks import ChunkedArray
-from .ngff import SPATIAL, Axis, Multiscales, axes_by_names, chosen_level
+from .ngff import SPATIAL, Axis, Multiscales, axes_by_names, chosen_level, described
 from .storage import Storage, is_url, storage_at, zarr_python
 
 __all__ = ["OWN", "ZarrSource", "is_label_of_image", "is_zarr", "more_than_image", "open_zarr"]
@@ -37,6 +39,8 @@ __all__ = ["OWN", "ZarrSource", "is_label_of_image", "is_zarr", "more_than_image
 OWN = "voxloom"
 # Files that tell a folder of Zarr.
 MARKS = ("zarr.json", ".zgroup", ".zarray")
+# How many folders above an array the group of its image may be.
+DEEPEST = 3
 # Seconds after which a URL that does not answer is given up.
 TIMEOUT = 30.0
 
@@ -94,6 +98,10 @@ class ZarrSource(FileSource):
         self.name = f"{storage.name}/{inner}" if inner else storage.name
         self.paths = () if storage.path is None else (storage.path,)
         found = _Found.of(storage, inner, level, spacing, axes, self.name)
+        if found.multiscales is None and is_url(location) and not inner and axes is None:
+            found, storage = _found_above(str(location), timeout) or (found, storage)
+        if found.conflict and affine is None:
+            raise UnsupportedImageError(found.conflict)
         self._metadata = found.metadata
         self.multiscales = found.multiscales
         """What OME-Zarr says of the image; None for a plain array."""
@@ -220,6 +228,8 @@ class _Found:
     def __init__(self, path: str, array: Any, axes: Sequence[Axis], affine: Affine, codes: SpaceCodes) -> None:
         self.path, self.array, self.axes, self.affine, self.codes = path, array, tuple(axes), affine, codes
         self.channels: Sequence[str] = ()
+        self.conflict = ""
+        """What speaks against the affine, if anything."""
         self.multiscales: Multiscales | None = None
         self.scaling = (1.0, 0.0)
         self.metadata = ""
@@ -233,10 +243,9 @@ class _Found:
             for count in reversed(range(len(parts))):
                 above, last = "/".join(parts[:count]), "/".join(parts[count:])
                 group = _opened(zarr, storage, above, name, is_needed=False)
-                multiscales = Multiscales.of(dict(group.attrs), name) if isinstance(group, zarr.Group) else None
-                numbers = [number for number, each in enumerate(multiscales.levels) if each.path == last] if multiscales else []
-                if multiscales is not None and numbers:
-                    return cls._of_group(zarr, group, multiscales, numbers[0], above, name)
+                named = Multiscales.naming(last, dict(group.attrs), name) if isinstance(group, zarr.Group) else None
+                if named is not None:
+                    return cls._of_group(zarr, group, *named, above, name)
             return cls._of_array(inner, node, axes, name)
         multiscales = Multiscales.of(dict(node.attrs), name)
         if multiscales is None:
@@ -266,6 +275,20 @@ class _Found:
         # What is said of the finest level, by a NIfTI header or by voxloom, is known more exactly than OME-Zarr can say it.
         header, own = _header_of(group, zarr, name), _own_of(group.attrs, name)
         exact = own if header is None or _are_of_one(header, own) else header
+        if own is not None and exact is own and not _agrees(own[0], multiscales, name):
+            found.conflict = (
+                f"the attribute {OWN!r} of {name} and its multiscales differ in where voxels lie: the latter have been changed"
+                f" since voxloom wrote them, or the former was copied from another image. Remove the attribute {OWN!r}, and the"
+                " multiscales count, or give affine="
+            )
+        names = getattr(array.metadata, "dimension_names", None) or ()
+        if names and [each.name for each in multiscales.axes] != list(names) and set(names) == {"t", "c", *SPATIAL} & set(names):
+            warnings.warn(
+                f"the array {level.path} of {name} has dimensions named {', '.join(names)}, but the axes of its multiscales are"
+                f" {', '.join(each.name for each in multiscales.axes)}, which count",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         if exact is not None:
             whole, scaling, codes = exact
             found.affine = whole @ np.linalg.inv(multiscales.levels[0].affine) @ level.affine if number else whole
@@ -287,6 +310,17 @@ class _Found:
         found = cls(inner, array, axes_by_names(names, name), affine, codes)
         found.metadata = json.dumps([dict(array.attrs), repr(array.metadata)], default=str, sort_keys=True)
         return found
+
+
+def _agrees(affine: Affine, multiscales: Multiscales, name: str) -> bool:
+    """Whether what voxloom has written of an image fits its multiscales, but for directions, which not all versions can say."""
+    has_channels = any(axis.name == "c" for axis in multiscales.axes)
+    written = Multiscales.of(described(affine, (), has_channels, multiscales.version, "", False), name)
+    assert written is not None
+    one, other = written.levels[0].affine, multiscales.levels[0].affine
+    place, other_place = (np.sort(np.abs(each[:3, 3])) for each in (one, other))
+    is_near = np.allclose(place, other_place, rtol=1e-5, atol=1e-4)
+    return is_near and np.allclose(spacing_of(one), spacing_of(other), rtol=1e-5)
 
 
 def _are_known(names: Sequence[str]) -> bool:
@@ -327,11 +361,31 @@ def _header_of(group: Any, zarr: Any, name: str) -> Exact | None:
 
     raw = np.asarray(found[...]).tobytes()
     is_second = 540 in (int.from_bytes(raw[:4], "little"), int.from_bytes(raw[:4], "big"))
+    whole = _of_three_axes(raw.ljust(544, b"\0"), is_second)
     try:
-        header = NibabelFile(io.BytesIO(raw.ljust(544, b"\0")), nib.Nifti2Image if is_second else nib.Nifti1Image)
+        header = NibabelFile(io.BytesIO(whole), nib.Nifti2Image if is_second else nib.Nifti1Image)
     except VoxloomError as error:
         raise CorruptImageError(f"the NIfTI header of {name} is damaged: {error}") from error
     return header.affine, (header.slope, header.intercept), header.codes
+
+
+def _of_three_axes(raw: bytes, is_second: bool) -> bytes:
+    """Leave times and channels out of a NIfTI header: they are a matter of the array, of which some may be chosen."""
+    order = "<" if raw[:4] in (size.to_bytes(4, "little") for size in (348, 540)) else ">"
+    first, dtype = (16, f"{order}i8") if is_second else (40, f"{order}i2")
+    sizes = np.frombuffer(raw, dtype, count=8, offset=first).copy()
+    if sizes[0] > 3:
+        sizes[0], sizes[4:] = 3, 1
+    return raw[:first] + sizes.tobytes() + raw[first + sizes.nbytes :]
+
+
+def _named_in(storage: Storage) -> str:
+    """Say what there is at the top of a zip file."""
+    if storage.path is None or not storage.path.is_file():
+        return ""
+    with zipfile.ZipFile(storage.path) as file:
+        names = sorted({each.partition("/")[0] for each in file.namelist()})
+    return f"; in it there is {', '.join(names[:10]) or 'nothing'}: name what is meant, as in {storage.path}/PATH"
 
 
 def _opened(zarr: Any, storage: Storage, inner: str, name: str, is_needed: bool = True) -> Any:
@@ -343,11 +397,28 @@ def _opened(zarr: Any, storage: Storage, inner: str, name: str, is_needed: bool 
     except FileNotFoundError as error:
         if not is_needed:
             return None
-        raise ImageNotFoundError(f"there is no array and no group of Zarr at {name}") from error
+        raise ImageNotFoundError(f"there is no array and no group of Zarr at {name}{_named_in(storage)}") from error
     except Exception as error:  # whatever zarr-python, or what it calls, stumbles over in damaged metadata
         if not is_needed:
             return None
         raise CorruptImageError(f"{name} cannot be opened as Zarr: {type(error).__name__}: {error}") from error
+
+
+def _found_above(url: str, timeout: float) -> "tuple[_Found, Storage] | None":
+    """Find the image of which an array at a URL is a level, where its name does not say where the hierarchy begins."""
+    address, question, more = url.rstrip("/").partition("?")
+    inner: list[str] = []
+    for _ in range(DEEPEST):
+        address, _, last = address.rpartition("/")
+        inner.insert(0, last)
+        if address.endswith(("/", ":")) or not address:
+            return None
+        storage = storage_at(f"{address}{question}{more}", timeout)
+        group = _opened(zarr_python(), storage, "", url, is_needed=False)
+        named = Multiscales.naming("/".join(inner), dict(group.attrs), url) if hasattr(group, "keys") else None
+        if named is not None:
+            return _Found._of_group(zarr_python(), group, *named, "", url), storage
+    return None
 
 
 def _storage_of(location: str | Path, timeout: float) -> tuple[Storage, str]:
@@ -366,9 +437,9 @@ def _storage_of(location: str | Path, timeout: float) -> tuple[Storage, str]:
         return storage_at(above[0], timeout), path.relative_to(above[0]).as_posix()
     if not path.is_dir():
         raise ImageNotFoundError(f"there is no folder {path}")
-    root = whole = path.absolute()
-    while is_zarr(root.parent) and root.parent != root:
-        root = root.parent
+    whole = path.resolve() if ".." in path.parts else path.absolute()
+    # Groups of Zarr v3 need not be written down, so that a folder in between may look like any other.
+    root = next((each for each in reversed(whole.parents) if is_zarr(each)), whole)
     inner = whole.relative_to(root).as_posix()
     return storage_at(root, timeout), "" if inner == "." else inner
 
@@ -382,7 +453,9 @@ def _index(given: int, size: int, what: str, name: str) -> int:
 def _channel(given: int | str, size: int, names: Sequence[str], name: str) -> int:
     if not isinstance(given, str):
         return _index(given, size, "channel", name)
-    if given not in names:
+    if given and list(names).count(given) > 1:
+        raise NoSuchIndexError(f"{name} has several channels {given!r}: give the number of one, of {', '.join(map(repr, names))}")
+    if not given or given not in names:
         raise NoSuchIndexError(f"{name} has no channel {given!r}, only {', '.join(map(repr, names)) or f'{size} without names'}")
     return list(names).index(given)
 
