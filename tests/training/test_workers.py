@@ -26,6 +26,8 @@ import fresh
 import voxloom as vx
 from slow import slow
 from voxloom.errors import CorruptImageError, ImageFileError, QueueError, SubjectError, WorkerError
+from voxloom.training.messages import Packer, Unpacker
+from voxloom.training.patch_worker import MadePatch
 
 PATCH = 8
 SHAPES = [(20, 17, 23), (16, 24, 19), (25, 16, 18), (21, 21, 21), (18, 22, 16), (23, 19, 20), (17, 18, 26), (24, 16, 16)]
@@ -131,6 +133,19 @@ def test_a_grid_in_workers(folder):
     alone, shared = (make_queue(folder, number, sampler=vx.GridSampler(patch_size=PATCH, patch_overlap=4)) for number in (0, 2))
     assert len(alone) == len(shared) > 200
     assert [bits(patch) for patch in alone] == [bits(patch) for patch in shared]
+
+
+def test_a_block_whose_message_was_lost_comes_with_the_next_one():
+    packer, unpacker = Packer(1), Unpacker()
+    made = [MadePatch(3, vx.Subject(t1=vx.ScalarImage(torch.rand(1, 4, 4, 4))), None)]
+    packer.begin(1)
+    lost = packer.pack(0, made)
+    packer.was_not_sent(lost)
+    for _ in range(2):
+        packer.begin(1)
+        ((number, make),) = unpacker.unpack(packer.pack(0, made), lambda shape, dtype: torch.empty(shape, dtype=dtype))
+        assert number == 3
+        assert torch.equal(make().t1.data, made[0].patch.t1.data)
 
 
 def test_messages_of_every_size(folder, monkeypatch):

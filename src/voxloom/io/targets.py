@@ -12,7 +12,7 @@ from ..errors import SaveError, UnsupportedImageError
 from ..runtime.marks import left_by_dead, new_mark
 from .formats import endings, format_of, import_for, is_folder_target, stem_of
 from .protocols import SpaceCodes, VolumeSpec, VolumeStore
-from .saving import atomic_write, storable
+from .saving import atomic_write, saving, storable
 from .stores import NiftiStore
 from .zarr.source import is_zarr
 from .zarr.store import ZarrStore
@@ -50,7 +50,8 @@ def as_target(path: Any) -> Path:
         way = "it holds no image in Zarr, and is kept: choose another name" if is_folder else "give the name of a file in it"
         raise SaveError(f"{target} is a folder: {way}")
     if is_folder and is_zarr(target.parent.parent) and target.parent.name == "labels":
-        target.parent.mkdir(exist_ok=True)
+        with saving(target):
+            target.parent.mkdir(exist_ok=True)
     if not target.parent.is_dir():
         raise SaveError(f"{target} cannot be written: there is no folder {target.parent}; make it first")
     return target

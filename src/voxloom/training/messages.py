@@ -135,6 +135,10 @@ class Packer:
         block.is_new = False
         return message._replace(block=block.data)
 
+    def was_not_sent(self, message: Message) -> None:
+        """Let the next message in the same block bring it along, since this one never arrived."""
+        self._blocks[message.slot].is_new |= message.block is not None
+
 
 def _stripped(value: Any, tensors: Iterator[Tensor], block: _Block) -> Any:
     if not isinstance(value, Image):

@@ -203,11 +203,11 @@ def _work(worker: PatchWorker, doing: Tensor, tasks: connection.Connection, mess
     torch.set_num_threads(1)
     received: queue.SimpleQueue[PatchTask | None] = queue.SimpleQueue()
     made: queue.SimpleQueue[Message | Failure] = queue.SimpleQueue()
-    # Pipes hold little. So that nobody waits for the other to read, threads do nothing else.
-    threading.Thread(target=_receive, args=(tasks, received), daemon=True).start()
-    threading.Thread(target=_send, args=(messages, made), daemon=True).start()
     # The parent has copied a message before it asks for the one after the next `TASKS_AHEAD`.
     packer = Packer(TASKS_AHEAD + 1)
+    # Pipes hold little. So that nobody waits for the other to read, threads do nothing else.
+    threading.Thread(target=_receive, args=(tasks, received), daemon=True).start()
+    threading.Thread(target=_send, args=(messages, made, packer), daemon=True).start()
     while (task := received.get()) is not None:
         doing[0] = task.subject
         made.put(_answer(worker, packer, task))
@@ -234,7 +234,7 @@ def _receive(tasks: connection.Connection, received: "queue.SimpleQueue[PatchTas
     os._exit(1)
 
 
-def _send(messages: connection.Connection, made: "queue.SimpleQueue[Message | Failure]") -> None:
+def _send(messages: connection.Connection, made: "queue.SimpleQueue[Message | Failure]", packer: Packer) -> None:
     try:
         while True:
             message = made.get()
@@ -244,6 +244,8 @@ def _send(messages: connection.Connection, made: "queue.SimpleQueue[Message | Fa
             except GONE:
                 raise
             except (OSError, WorkerError) as error:  # nothing has been sent of what could not be shared
+                if isinstance(message, Message):
+                    packer.was_not_sent(message)
                 messages.send(Failure(_cannot_send(error), traceback.format_exc()))
     except GONE:  # nobody reads any more
         pass
