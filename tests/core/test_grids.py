@@ -173,13 +173,13 @@ def test_locations_scale_exactly_or_not_at_all():
     assert PatchLocation.from_row(location.tolist()).box == location.box
 
 
-@given(st.integers(1, 90), st.integers(1, 40), st.sampled_from([0.5, 0.2, 0.7, 0.75, 0.99]))
+@given(st.integers(1, 90), st.integers(1, 40), st.sampled_from([0.5, 0.2, 0.7, 0.75, 0.99, 1 / 3]))
 @example(48, 12, 0.7)
 def test_even_starts_are_those_of_nnunet(length, patch, overlap):
     """As their method is described: as many as are needed, as far apart as these allow, and rounded."""
     patch = min(patch, length)
     (axis,) = PatchGrid.cover((length,), (patch,), overlap, patch_spacing="even").axes
-    step = patch * {0.5: 0.5, 0.2: 0.8, 0.7: 0.3, 0.75: 0.25, 0.99: 0.01}[overlap]
+    step = patch * {0.5: 0.5, 0.2: 0.8, 0.7: 0.3, 0.75: 0.25, 0.99: 0.01, 1 / 3: 2 / 3}[overlap]
     if step >= 1:
         count = int(np.ceil((length - patch) / step)) + 1
         exact = (length - patch) / (count - 1) if count > 1 else 0

@@ -274,6 +274,15 @@ def test_a_module_runs_in_evaluation_mode_and_is_left_as_it_was(fails):
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
+def test_an_activation_may_write_to_what_a_model_in_inference_mode_gives():
+    @torch.inference_mode()
+    def model(batch):
+        return batch - 0.5
+
+    made = vx.predict(model, torch.rand(1, 9, 9, 9), 4, activation=lambda scores: scores.relu_())
+    assert float(made.data.min()) == 0
+
+
 def test_a_module_can_be_trained_that_keeps_what_a_forward_pass_makes():
     """As layers do whose sizes are known with the first batch only."""
     model = nn.LazyConv3d(1, 3, padding=1)

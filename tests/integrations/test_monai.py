@@ -121,9 +121,13 @@ def test_what_subjects_say_of_themselves_is_parted_with_their_batch():
     expected = [each | {"path": str(each["path"])} for each in own]
     assert [{name: part[name] for name in own[0]} for part in parts] == expected
     subjects[1]["list"] = [1, 2, 3]
-    with pytest.warns(RuntimeWarning, match="'list' of the subjects of a batch cannot be put as MONAI puts it"):
+    with pytest.warns(RuntimeWarning, match="'list' of the subjects of a batch cannot be collated as MONAI's loader does"):
         batch = as_dict(vx.SubjectsBatch.from_subjects(subjects))
     assert batch["list"] == [[0, 5], [1, 2, 3], [2, 5]]
+    for values in ([{"a": 1}, {"a": 2, "b": 3}], [[1], [0.1234567890123]]):
+        unlike = [vx.Subject(image=subjects[0].image, v=value) for value in values]
+        with pytest.warns(RuntimeWarning, match="they are not all of one form"):
+            assert as_dict(vx.SubjectsBatch.from_subjects(unlike))["v"] == values
 
 
 @pytest.mark.filterwarnings("ignore:NvImgCodecPydicomReader")

@@ -199,6 +199,8 @@ def test_processing_may_give_another_number_of_outputs():
 
     ours, theirs = both(inputs, 4, 2, one, 0.5, process_fn=lambda outputs, windows, weights: (outputs * 2, weights))
     assert len(ours) == len(theirs) == 2
+    for mine, expected in zip(ours, theirs, strict=True):
+        assert_close(mine, expected)
     assert_close(*both(inputs, 4, 2, two, 0.5, process_fn=first))
     with pytest.raises(OutputError, match="process_fn returned 1 outputs for 2, a, b"):
         sliding_window_inference(inputs, 4, 2, named, process_fn=first)

@@ -1,6 +1,8 @@
 """Converting between formats: voxels and affine stay bit for bit, in memory that does not grow."""
 
+import errno
 import itertools
+import os
 import warnings
 
 import numpy as np
@@ -76,10 +78,16 @@ def test_labels_are_found_by_those_who_read_all_metadata_in_one(tmp_path, versio
         zarr.consolidate_metadata(path)
     vx.convert(vx.LabelMap((TENSOR > 100).to(torch.uint8), affine=AFFINE), path / "labels/most")
     group = zarr.open_group(path, mode="r")
+    assert list((path / "labels").glob(".*.lock")) == []
     assert group.metadata.consolidated_metadata is not None
     assert sorted(group["labels"].keys()) == ["bright", "most"]
     attributes = dict(group["labels"].attrs)
     assert attributes.get("ome", attributes)["labels"] == ["bright", "most"]
+    next((path / "labels/bright").glob("*z*")).write_text("{")
+    with pytest.warns(RuntimeWarning, match="the copy of all metadata in .* could not be renewed"):
+        made = vx.convert(vx.LabelMap((TENSOR > 10).to(torch.uint8), affine=AFFINE), path / "labels/nearly")
+    assert made.data.any()
+    assert list((path / "labels").glob(".*")) == [] or version == "0.4"
 
 
 def test_chunks_and_levels_are_chosen(tmp_path):
@@ -104,8 +112,17 @@ def test_bad_input(tmp_path):
         vx.convert(image, tmp_path / "nowhere/a.zarr")
 
 
-@pytest.mark.parametrize("name", ["b.nrrd", "b.nii.gz", "b.ome.zarr"])
-def test_what_appears_meanwhile_is_kept(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "has_links"),
+    [("b.nrrd", True), ("b.nrrd", False), ("b.nii.gz", True), ("b.nii.gz", False), ("b.ome.zarr", True)],
+)
+def test_what_appears_meanwhile_is_kept(tmp_path, name, has_links, monkeypatch):
+    def link(*paths):
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    if not has_links:
+        monkeypatch.setattr(os, "link", link)
+
     class Slow(vx.ArraySource):
         def read(self, box):
             (tmp_path / name).write_text("mine")

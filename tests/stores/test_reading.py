@@ -88,6 +88,8 @@ def test_shards_whose_codecs_zarr_python_alone_knows(tmp_path, voxels, tensor, o
         source = vx.open_zarr(tmp_path / f"{name}.zarr", axes="zyx", affine=AFFINE)
         check_source(source, tensor, AFFINE)
         assert (source.array._decode is None) == bool(codecs)
+    with pytest.raises(UnsupportedImageError, match="leave out missing='error'"):
+        vx.open_zarr(tmp_path / "turned.zarr", axes="zyx", missing="error")
 
 
 @pytest.mark.parametrize("version", ["0.4", "0.5", "0.6"])
@@ -249,26 +251,90 @@ def test_a_level_by_path_wherever_the_image_is(tmp_path, tensor):
     assert vx.ScalarImage(tmp_path / "two.ome.zarr/res/1").spacing == pytest.approx(np.linalg.norm(expected[:3, :3], axis=0))
 
 
-def test_metadata_that_others_have_changed_since_are_not_passed_over(tmp_path, tensor):
+def steps_of(told):
+    """The scale and the translation of the finest level."""
+    steps = told.get("ome", told)["multiscales"][0]["datasets"][0]["coordinateTransformations"]
+    scale, translation = steps[0].get("transformations", steps)
+    return scale["scale"], translation["translation"]
+
+
+def other_scale(told):
+    steps_of(told)[0][-3] *= 1.01
+
+
+def other_place(told):
+    steps_of(told)[1][-1] += 0.02
+
+
+def opposite_place(told):
+    steps_of(told)[1][:] = [-value for value in steps_of(told)[1]]
+
+
+def exchanged_place(told):
+    steps_of(told)[1].reverse()
+
+
+def other_side(told):
+    image = told.get("ome", told)["multiscales"][0]
+    axis = (image.get("axes") or image["coordinateSystems"][0]["axes"])[-1]
+    before, _, after = axis["orientation"]["value"].split("-")
+    axis["orientation"]["value"] = f"{after}-to-{before}"
+
+
+@pytest.mark.parametrize("version", ["0.4", "0.5", "0.6"])
+@pytest.mark.parametrize("change", [other_scale, other_place, opposite_place, exchanged_place, other_side])
+def test_metadata_that_others_have_changed_since_are_not_passed_over(tmp_path, tensor, version, change):
+    path = tmp_path / "scan.ome.zarr"
+    vx.convert(vx.ScalarImage(tensor, affine=AFFINE), path, levels=2, version=version)
+    assert np.array_equal(vx.ScalarImage(path).affine, AFFINE)
+    renamed(path, change)
+    for place in (path, path / "1"):
+        with pytest.raises(UnsupportedImageError, match="attribute 'voxloom' .* differ in where voxels lie"):
+            vx.open_zarr(place)
+    assert np.array_equal(vx.open_zarr(path, affine=AFFINE).affine, AFFINE)
+    renamed(path, lambda told: told.pop("voxloom"))
+    assert not np.allclose(vx.ScalarImage(path).affine, AFFINE, atol=1e-4)
+
+
+@pytest.mark.parametrize("version", ["0.4", "0.5", "0.6"])
+def test_oblique_axes_are_known_by_what_voxloom_has_written(tmp_path, tensor, version):
+    """Also where another program has left out what is said of directions."""
     oblique = AFFINE @ np.array([[0.8, -0.6, 0, 1], [0.6, 0.8, 0, 2], [0, 0, 1, 3], [0, 0, 0, 1]])
-    for version in ("0.4", "0.5", "0.6"):
-        path = tmp_path / f"{version}.ome.zarr"
-        vx.convert(vx.ScalarImage(tensor, affine=oblique), path, levels=2, version=version)
+    vx.convert(vx.ScalarImage(tensor, affine=oblique), tmp_path / "scan.ome.zarr", version=version)
+    np.testing.assert_array_equal(vx.ScalarImage(tmp_path / "scan.ome.zarr").affine, oblique)
 
-        def stretched(told):
-            for each in told.get("ome", told)["multiscales"][0]["datasets"]:
-                (step,) = each["coordinateTransformations"][:1]
-                (step if "scale" in step else step["transformations"][0])["scale"][-3] *= 1.5
+    def plain(told):
+        for axis in told.get("ome", told)["multiscales"][0].get("axes", ()):
+            axis.pop("orientation")
 
-        np.testing.assert_allclose(vx.ScalarImage(path).affine, oblique)
-        renamed(path, stretched)
-        for place in (path, path / "1"):
-            with pytest.raises(UnsupportedImageError, match="attribute 'voxloom' .* differ in where voxels lie"):
-                vx.open_zarr(place)
-        assert np.array_equal(vx.open_zarr(path, affine=AFFINE).affine, AFFINE)
-        renamed(path, lambda told: told.pop("voxloom"))
-        expected = np.linalg.norm(oblique[:3, :3], axis=0) * [1, 1, 1.5]
-        assert vx.ScalarImage(path).spacing == pytest.approx(expected)
+    renamed(tmp_path / "scan.ome.zarr", plain)
+    np.testing.assert_array_equal(vx.ScalarImage(tmp_path / "scan.ome.zarr").affine, oblique)
+
+
+@pytest.mark.parametrize("images", [[], {}, None, 5, True])
+def test_a_level_of_an_image_that_is_none_is_an_error(tmp_path, tensor, images):
+    vx.ScalarImage(tensor).save(tmp_path / "scan.ome.zarr")
+    renamed(tmp_path / "scan.ome.zarr", lambda told: told["ome"].update(multiscales=images))
+    for place in ("scan.ome.zarr", "scan.ome.zarr/0"):
+        with pytest.raises(CorruptImageError, match="no multiscales of OME-Zarr"):
+            vx.open_zarr(tmp_path / place)
+
+
+def test_a_header_is_of_the_first_image_alone(tmp_path, tensor):
+    path = tmp_path / "scan.nii.zarr"
+    vx.convert(vx.ScalarImage(tensor, affine=AFFINE), path)
+    group = zarr.open_group(path, mode="r+")
+    group.create_array("other", shape=(4, 5, 6), dtype="u1")
+    steps = [{"type": "scale", "scale": [7, 7, 7]}, {"type": "translation", "translation": [50, 50, 50]}]
+
+    def with_other(told):
+        images = told["ome"]["multiscales"]
+        axes = [{"name": name, "type": "space", "unit": "millimeter"} for name in "zyx"]
+        images.append({"axes": axes, "datasets": [{"path": "other", "coordinateTransformations": steps}]})
+
+    renamed(path, with_other)
+    assert np.array_equal(vx.ScalarImage(path).affine, AFFINE)
+    np.testing.assert_allclose(vx.ScalarImage(path / "other").affine, [[7, 0, 0, 50], [0, 7, 0, 50], [0, 0, 7, 50], [0, 0, 0, 1]])
 
 
 def test_names_of_channels_and_dimensions_that_are_not_clear(tmp_path):
@@ -556,6 +622,9 @@ def test_hdf5_npy_and_dask(tmp_path, voxels, tensor):
     whole = vx.ScalarImage(f"{tmp_path}/parts.h5:/data", affine=AFFINE)
     check_source(whole, tensor, AFFINE)
     assert tmp_path / "scan.h5" in whole.paths
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/link.h5").symlink_to(tmp_path / "parts.h5")
+    check_source(vx.ScalarImage(f"{tmp_path}/elsewhere/link.h5:/data", affine=AFFINE), tensor, AFFINE)
     (tmp_path / "scan.h5").rename(tmp_path / "elsewhere.h5")
     with pytest.raises(ImageNotFoundError, match=r"put together from other files, of which .*scan\.h5 is not there"):
         vx.ScalarImage(f"{tmp_path}/parts.h5:/data")

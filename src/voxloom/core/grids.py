@@ -235,8 +235,8 @@ class PatchGrid(Sequence[PatchLocation]):
             before = shared // 2 + missing // 2 if padded else 0
             after = shared // 2 + missing - missing // 2 if padded else 0
             if patch_spacing == "even":
-                # 1 - 0.7 is a little more than 0.3, by which nnU-Net would multiply.
-                step = patch * round(1 - share, 12) if isinstance(share, float) else patch - share
+                # As a number of floating point, 1 - 0.7 is a little more than 0.3, by which nnU-Net would multiply.
+                step = patch * float(1 - Fraction(str(share))) if isinstance(share, float) else patch - share
                 axes.append(EvenAxisGrid.spread(-before, length + after, patch, step))
             else:
                 axes.append(AxisGrid(-before, length + after, patch, patch - shared))

@@ -304,7 +304,7 @@ class Function(_OfAll):
         return self(around.interpolate(around.read(None)).clone())
 
 
-AfterSumStep = Literal["softmax", "sigmoid", "divide", "divide_all"]
+AfterSumStep = Literal["softmax", "sigmoid", "divide", "divide_signed"]
 
 
 @dataclass(frozen=True)
@@ -313,7 +313,7 @@ class AfterSum:
 
     Args:
         first: what is done: `"softmax"`, `"sigmoid"`, or `"divide"` by the last channel, which is the sum of weights, and is 0
-            only where nothing was computed. With `"divide_all"` weights are the user's, and where they sum to 0 there is NaN.
+            only where nothing was computed. With `"divide_signed"` weights are the user's, and where they sum to 0 there is NaN.
         reduction: what is done then, also between voxels.
     """
 
@@ -339,7 +339,7 @@ class AfterSum:
         if self.first == "divide":
             # Where nothing was computed, both are 0.
             return block[:-1] / block[-1:].clamp(min=torch.finfo(block.dtype).tiny)
-        if self.first == "divide_all":
+        if self.first == "divide_signed":
             if self.is_labels and not bool(block[-1].all()):
                 raise OutputError("the weights of the windows sum to 0 at some voxel, which so has no label: give other weights")
             return block[:-1] / block[-1:]

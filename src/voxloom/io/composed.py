@@ -27,12 +27,15 @@ class StackedSource:
         sources: the sources.
         names: what to call them in a message.
         check_place: check that their affines agree; not where another one takes their place.
+        dtype: type of the values; by default one that all types become without being asked.
 
     Raises:
         SpaceError: if they do not agree.
     """
 
-    def __init__(self, sources: Sequence[VolumeSource], names: Sequence[str], check_place: bool = True) -> None:
+    def __init__(
+        self, sources: Sequence[VolumeSource], names: Sequence[str], check_place: bool = True, dtype: torch.dtype | None = None
+    ) -> None:
         self.parts, self.names = list(sources), list(names)
         first = self.parts[0]
         spatial = first.shape[1:]
@@ -47,6 +50,7 @@ class StackedSource:
         self.dtype = first.dtype
         for part in self.parts[1:]:
             self.dtype = torch.promote_types(self.dtype, part.dtype)
+        self.dtype = self.dtype if dtype is None else dtype
         self.shape = (sum(part.shape[0] for part in self.parts), *spatial)
         self.affine: Affine = first.affine
         self.codes: SpaceCodes = first.codes
@@ -96,7 +100,7 @@ class StackedSource:
     def unpacked(self, folder: Path) -> "StackedSource":
         """See `Packed`."""
         parts = [part.unpacked(folder) if isinstance(part, Packed) and part.packed_bytes else part for part in self.parts]
-        return StackedSource(parts, self.names, check_place=False)
+        return StackedSource(parts, self.names, check_place=False, dtype=self.dtype)
 
 
 def read_into(source: VolumeSource, out: Tensor, box: Box) -> None:

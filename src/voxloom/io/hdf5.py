@@ -1,5 +1,6 @@
 """Data sets in HDF5 files, named by the file and their path in it: `scan.h5:/group/data`."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,10 +44,17 @@ class Hdf5Source(FileSource):
     def _sources_of(self, array: Any) -> list[Path]:
         """Name the files that a virtual data set is put together from; for one that is gone HDF5 would take fill values."""
         named = {each.file_name for each in array.virtual_sources()} if array.is_virtual else set()
-        found = [self._path.parent / name for name in sorted(named - {"."}) if "%" not in name]
-        for path in found:
-            if not path.is_file():
-                raise ImageNotFoundError(f"{self.name} is put together from other files, of which {path} is not there")
+        found = []
+        for name in sorted(named - {"."}):
+            if "%" in name:  # a number stands there, of as many files as there are
+                continue
+            # Where HDF5 looks for it.
+            folders = [Path(os.environ.get("HDF5_VDS_PREFIX") or "."), self._path.parent, self._path.resolve().parent, Path()]
+            places = [folder / each for folder in folders for each in (name, Path(name).name)]
+            place = next((each for each in places if each.is_file()), None)
+            if place is None:
+                raise ImageNotFoundError(f"{self.name} is put together from other files, of which {name} is not there")
+            found.append(place)
         return found
 
     def __reduce__(self) -> tuple[Any, ...]:

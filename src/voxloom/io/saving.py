@@ -20,6 +20,7 @@ from .protocols import MILLIMETRES, SpaceCodes
 
 __all__ = [
     "Writer",
+    "appeared",
     "as_save_error",
     "atomic_write",
     "bring_to_disk",
@@ -34,6 +35,9 @@ __all__ = [
     "write_nifti",
     "write_safely",
 ]
+
+# What says that a file system has no links, or no more of them.
+WITHOUT_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 Writer = Callable[[Path, np.ndarray, Affine, SpaceCodes], None]
 """Writes a volume `(C, I, J, K)` to a path."""
@@ -94,18 +98,17 @@ def _put_new(source: Path, target: Path) -> None:
         os.link(source, target)  # unlike a renaming, this replaces nothing
     except FileExistsError:
         raise appeared(target) from None
-    except OSError:  # a file system without links
+    except OSError as error:
+        if error.errno not in WITHOUT_LINKS:
+            raise
         if target.exists():
             raise appeared(target) from None
         source.replace(target)
 
 
-def appeared(path: Path) -> TargetExistsError:
+def appeared(path: Path, way: str = "give overwrite=True (--overwrite)") -> TargetExistsError:
     """Say that something is there by now which was not when the writing began."""
-    return TargetExistsError(
-        f"{path} has appeared while it was written, and is kept: remove it, choose another name, or give overwrite=True"
-        " (--overwrite)"
-    )
+    return TargetExistsError(f"{path} has appeared while it was written, and is kept: remove it, choose another name, or {way}")
 
 
 def write_safely(path: Path, text: str, mark: str = "") -> None:

@@ -288,16 +288,15 @@ def put(source: Path, target: Path, overwrite: bool) -> None:
             os.link(source, target)  # unlike a renaming, this replaces nothing
             source.unlink()
             return
-        except FileExistsError:
+        except OSError:  # also of a file system without links
             if target.exists() and target.samefile(source):  # interrupted in between
                 source.unlink()
                 return
-            raise TargetExistsError(
-                f"{target} has appeared while its result was made, and is kept. The result is in {source.name}: the same call"
-                f" with {OVERWRITE} puts it there, and so does this one once the file is gone"
-            ) from None
-        except OSError:
-            pass  # a file system without links
+            if os.path.lexists(target):
+                raise TargetExistsError(
+                    f"{target} has appeared while its result was made, and is kept. The result is in {source.name}: the same call"
+                    f" with {OVERWRITE} puts it there, and so does this one once the file is gone"
+                ) from None
     if target.exists():
         source.chmod(target.stat().st_mode & 0o777)
     source.replace(target)

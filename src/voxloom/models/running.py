@@ -261,9 +261,10 @@ def _parts_of(batch: Tensor) -> Iterator[tuple[slice, slice]]:
 def _activated(output: Tensor, request: OutputRequest, is_shared: bool) -> Tensor:
     if request.activation is None:
         return output
-    # A function of the user's may write to what it is given.
-    copies = is_shared and request.activation not in ACTIVATIONS.values()
-    result = request.activation(output.clone() if copies else output)
+    with torch.inference_mode(output.is_inference()):  # as the model itself may have run
+        # A function of the user's may write to what it is given.
+        copies = is_shared and request.activation not in ACTIVATIONS.values()
+        result = request.activation(output.clone() if copies else output)
     if not isinstance(result, Tensor) or result.ndim != 5 or len(result) != len(output):
         what = f"shape {tuple(result.shape)}" if isinstance(result, Tensor) else f"type {type(result).__name__}"
         raise OutputError(

@@ -107,7 +107,8 @@ def build_index(sampler: PatchSampler, *subjects: Subject) -> list[Path]:
     """
     made: list[Path] = []
     for subject in subjects:
-        folders = [folder for image in subject.images.values() if (folder := index_folder(image)) is not None]
+        # Files of one stem share a folder.
+        folders = list(dict.fromkeys(filter(None, map(index_folder, subject.images.values()))))
         if not folders:
             raise ImageError("the subject has no image that is in a file of its own, beside which sums could be kept")
         new = [folder for folder in folders if not folder.exists()]

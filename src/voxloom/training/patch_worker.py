@@ -301,7 +301,7 @@ class PatchWorker:
             if isinstance(error, VoxloomError):
                 raise type(error)(f"{where}: {error}") from error
             if isinstance(error, StopIteration):  # a generator would make an error of it that does not say where it was
-                # With a cause, contextlib would raise that in its place.
+                # With a cause, `contextmanager` would raise that in its place, since it takes this error for one of a generator.
                 raise SubjectError(f"{where}: the data set or a transform raised StopIteration")  # noqa: B904
             error.add_note(f"This was {where}")
             raise

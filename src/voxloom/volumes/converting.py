@@ -143,7 +143,9 @@ def _copied(image: Image, store: VolumeStore, spec: VolumeSpec, progress: bool |
         return store.commit({}, run)
     except TargetExistsError as error:
         _leave_nothing(store, run)  # unlike a prediction's, which goes on from there
-        raise error if store.path is None else appeared(store.path) from error
+        if store.path is None:
+            raise
+        raise appeared(store.path) from error
     except BaseException:
         _leave_nothing(store, run)
         raise

@@ -141,7 +141,7 @@ def split_labels(
         write_label_table(list(named.values()), part / TABLE)
         (part / RECORD).write_text(_record_of(given.paths, [path.name for path in part.iterdir()]))
         if folder.exists() and not (overwrite and _is_split(folder)):
-            raise appeared(folder)
+            raise appeared(folder, "let only one at a time write there" if overwrite else "give overwrite=True (--overwrite)")
         replace_folder(part, folder, old)
         forget_old(old)
     except VoxloomError:

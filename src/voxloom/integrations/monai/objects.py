@@ -58,7 +58,7 @@ def as_dict(thing: Subject | SubjectsBatch) -> dict[str, Any]:
     operations. Everything else of a subject stays as it is; that of a batch is put as MONAI's loader puts it, so that
     `decollate_batch` can part it: lists, tuples and dicts of each subject become one of what all have in a place, paths become
     text, and `patch_location` a tensor `(B, 6)` of where each patch begins and ends. What of the metadata of images only some of
-    a batch have is left out. No voxel is copied.
+    a batch have is left out. No voxel of an image is copied.
 
     Args:
         thing: the subject, or the batch.
@@ -104,23 +104,33 @@ def _tensor_of_batch(images: ImagesBatch) -> Any:
 
 
 def _put_together(name: str, values: Any) -> Any:
-    """Put what each subject of a batch has under a name as MONAI's loader does, which its `decollate_batch` relies on."""
+    """Collate what each subject of a batch has under a name as MONAI's loader does, which its `decollate_batch` relies on."""
     if not isinstance(values, list):
         return values
-    if not any(
-        isinstance(value, Mapping | Sequence | np.ndarray | Tensor) and not isinstance(value, str | bytes) for value in values
-    ):
+    if all(isinstance(value, str | bytes) or not isinstance(value, Mapping | Sequence | np.ndarray | Tensor) for value in values):
         return [str(value) if isinstance(value, PurePath) else value for value in values]
+    forms = [_form_of(value) for value in values]
     try:
+        if any(form != forms[0] for form in forms):
+            raise ValueError("they are not all of one form")
         return default_collate(values)
     except (TypeError, RuntimeError, KeyError, ValueError) as error:
         warnings.warn(
-            f"{name!r} of the subjects of a batch cannot be put as MONAI puts it, and stays a list with one for each, which"
-            f" decollate_batch does not part rightly: {error}",
+            f"{name!r} of the subjects of a batch cannot be collated as MONAI's loader does ({error}): it stays a list with one"
+            " for each subject, which decollate_batch does not part",
             RuntimeWarning,
             stacklevel=3,
         )
         return values
+
+
+def _form_of(value: Any) -> Any:
+    """Say what a value is but for its numbers and texts: the same of those that can be collated without loss."""
+    if isinstance(value, Mapping):
+        return {key: _form_of(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_form_of(each) for each in value]
+    return type(value).__name__, getattr(value, "shape", None), getattr(value, "dtype", None)
 
 
 def from_dict(item: Mapping[str, Any], labels: Iterable[str] | None = None) -> Subject:

@@ -131,12 +131,12 @@ def sliding_window_inference(
         memory_limit=memory_limit,
     )
     chosen, made = make(), []
-    parts = _alike(plain, condition)
-    for number, volume in enumerate(parts[0]):
+    common = _common_dtype(plain, condition, with_coord)
+    for number, volume in enumerate(plain):
         volume, cut = _padded(volume, shape, name, cval)
-        also = None if condition is None else _padded(parts[1][number], shape, name, cval)[0]
+        also = None if condition is None else _padded(condition[number], shape, name, cval)[0]
         network.begin(number)
-        source = _source(volume, also, with_coord)
+        source = _source(volume, also, with_coord, common)
         try:
             result = chosen(source, progress=progress)
         except OutputError:
@@ -187,23 +187,25 @@ def _as_condition(given: Any, inputs: Tensor) -> Tensor | None:
     return given.as_subclass(Tensor)
 
 
-def _alike(inputs: Tensor, condition: Tensor | None) -> list[Tensor]:
-    """Bring what goes into one batch to types such that their common one holds each value exactly.
+def _common_dtype(inputs: Tensor, condition: Tensor | None, with_coord: bool) -> torch.dtype | None:
+    """Give a type that holds each value of both, where one is of whole numbers and the other is not; None where any does.
 
     Raises:
-        ModeError: if there is none, since whole numbers beside others are too large.
+        ModeError: if there is none, since the whole numbers are too large.
     """
-    parts = [each for each in (inputs, condition) if each is not None]
-    scores = [each.dtype for each in parts if each.is_floating_point()]
-    if len(scores) != 1 or len(parts) == 1:
-        return parts
-    largest = max(float(each.double().abs().max()) for each in parts if not each.is_floating_point() and each.numel())
-    fitting = [dtype for dtype in (*scores, torch.float32, torch.float64) if largest <= 2 / torch.finfo(dtype).eps]
-    if not fitting:
-        raise ModeError(
-            f"the condition and the inputs are whole numbers of up to {largest:.0f} and others: above 2**53 both must be whole"
-        )
-    return [each if each.is_floating_point() else each.to(fitting[0]) for each in parts]
+    if condition is None or inputs.is_floating_point() == condition.is_floating_point():
+        return None
+    whole, other = (condition, inputs) if inputs.is_floating_point() else (inputs, condition)
+    if whole.dtype not in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64):
+        whole = whole.double()  # for which there is a least and a largest value
+    largest = max(abs(int(value)) for value in whole.aminmax()) if whole.numel() else 0
+    for dtype in (torch.float32 if with_coord else other.dtype, torch.float32, torch.float64):
+        if largest <= 2 / torch.finfo(dtype).eps:
+            return torch.promote_types(dtype, other.dtype)
+    raise ModeError(
+        f"of the condition and the inputs one has whole numbers of up to {largest}, and the other has not: above 2**53 both must"
+        " have whole numbers"
+    )
 
 
 def _weights(
@@ -237,14 +239,14 @@ def _padded(volume: Tensor, shape: tuple[int, ...], mode: str, value: float) -> 
     return functional.pad(volume[None], sides, mode=mode, **({"value": value} if mode == "constant" else {}))[0], cut
 
 
-def _source(volume: Tensor, condition: Tensor | None, with_coord: bool) -> VolumeSource:
+def _source(volume: Tensor, condition: Tensor | None, with_coord: bool, common: torch.dtype | None) -> VolumeSource:
     volumes = [each if each.ndim == 4 else each[..., None] for each in (volume, condition) if each is not None]
     sources: list[VolumeSource] = [ArraySource(each) for each in volumes]
     if with_coord:
         sources.append(_Coordinates(sources[0]))
     if len(sources) == 1:
         return sources[0]
-    return StackedSource(sources, [f"part {number}" for number in range(len(sources))], check_place=False)
+    return StackedSource(sources, [f"part {number}" for number in range(len(sources))], check_place=False, dtype=common)
 
 
 class _Coordinates:
@@ -271,7 +273,7 @@ class _Coordinates:
 
 
 def _reduction(reduce: Any, weights: Tensor | None) -> Any:
-    return reduce if weights is None else AfterSum("divide_all", as_reduction(reduce))
+    return reduce if weights is None else AfterSum("divide_signed", as_reduction(reduce))
 
 
 def _cropped(data: Tensor, cut: Sequence[slice], whole: Sequence[int], ndim: int) -> Tensor:

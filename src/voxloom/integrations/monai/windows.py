@@ -59,7 +59,7 @@ class WindowsNetwork:
         names, outputs = self._flat(self._predictor(windows, *args, **kwargs))
         weights = None if self._weights is None else self._weights.to(windows.device)
         if self._process is not None:
-            names, outputs, weights = self._processed(self._process, names, outputs, windows, weights)
+            names, outputs, weights = self._processed(names, outputs, windows, weights)
         self._look(names, outputs, windows.shape[2:])
         made = {name: self._weighted(output, weights) for name, output in zip(names, outputs, strict=True)}
         return next(iter(made.values())) if self._is_single else made
@@ -70,7 +70,7 @@ class WindowsNetwork:
             self._names = None
             return [None], [output]
         if isinstance(output, Mapping):
-            self._names = sorted(output)  # as MONAI gives them to `process_fn`, and back
+            self._names = list(output) if self._process is None else sorted(output)  # as MONAI gives them to the function
             return [str(name) for name in self._names], [output[name] for name in self._names]
         if isinstance(output, list | tuple) and len(output) == 1:
             return self._flat(output[0])
@@ -80,11 +80,12 @@ class WindowsNetwork:
         raise OutputError(f"the network returned something of type {type(output).__name__}: it must be tensors")
 
     def _processed(
-        self, process: Callable[..., Any], names: list[Any], outputs: list[Tensor], windows: Tensor, weights: Any
+        self, names: list[Any], outputs: list[Tensor], windows: Tensor, weights: Any
     ) -> tuple[list[Any], list[Tensor], Any]:
         """Let a function change the outputs of a batch of windows, of which there may be another number then, and the weights."""
         given = weights.to(windows.dtype) if windows.is_floating_point() else weights
-        processed, weights = process(tuple(outputs), windows, given)
+        assert self._process is not None
+        processed, weights = self._process(tuple(outputs), windows, given)
         changed = list(processed) if isinstance(processed, list | tuple) else [processed]
         if self._names is None:
             self._is_single = len(changed) == 1

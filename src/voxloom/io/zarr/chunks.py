@@ -71,6 +71,11 @@ class ChunkedArray:
         self._shards, self._decode = _reading_of(array, self.chunks, shards)
         if shards and self._shards is None:  # zarr-python knows more codecs, and reads a shard at a time here
             self.chunks = tuple(map(int, shards))
+            if missing == "error":
+                raise UnsupportedImageError(
+                    f"the shards of {self.name} are encoded such that zarr-python alone reads them, which does not say what is"
+                    " missing: leave out missing='error'"
+                )
         self._owner = CHUNKS.new_owner()
         self.bytes_read = 0
         """Bytes that were read of chunks until now."""
@@ -110,6 +115,8 @@ class ChunkedArray:
 
     def _made(self, place: tuple[int, ...]) -> np.ndarray:
         """Read and decode a chunk; what is not there is an array without axes."""
+        if self._decode is None and self.missing == "fill":
+            return self._decoded_by_zarr(place)
         raw, where = self._raw(place)
         if raw is None:
             if self.missing == "error":
@@ -118,17 +125,27 @@ class ChunkedArray:
                 )
             return self.fill
         try:
-            if self._decode is None:
-                return np.asarray(
-                    self._array[tuple(slice(n * size, (n + 1) * size) for n, size in zip(place, self.chunks, strict=True))]
-                )
-            return self._decode(raw).reshape(self.chunks)
+            return self._decoded_by_zarr(place) if self._decode is None else self._decode(raw).reshape(self.chunks)
         except (VoxloomError, MemoryError):
             raise
         except Exception as error:  # whatever a codec stumbles over
-            raise CorruptImageError(
-                f"the chunk {where} of {self.name} is damaged: {type(error).__name__}: {error}. Copy or make the store again"
-            ) from error
+            raise self._damaged(where, error) from error
+
+    def _decoded_by_zarr(self, place: tuple[int, ...]) -> np.ndarray:
+        """Let zarr-python read a chunk: of missing ones it makes the fill value."""
+        try:
+            return np.asarray(
+                self._array[tuple(slice(n * size, (n + 1) * size) for n, size in zip(place, self.chunks, strict=True))]
+            )
+        except (VoxloomError, MemoryError):
+            raise
+        except Exception as error:  # whatever a codec stumbles over
+            raise self._damaged(self._encode_key(place), error) from error
+
+    def _damaged(self, where: str, error: Exception) -> CorruptImageError:
+        return CorruptImageError(
+            f"the chunk {where} of {self.name} is damaged: {type(error).__name__}: {error}. Copy or make the store again"
+        )
 
     def _raw(self, place: tuple[int, ...]) -> tuple[bytes | None, str]:
         """Give the bytes of a chunk as they are stored, and where that is."""

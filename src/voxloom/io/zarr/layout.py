@@ -25,8 +25,9 @@ from ..formats import stem_of
 from ..labels import Label, color_of
 from ..protocols import Json, VolumeSpec
 from ..saving import bring_to_disk, nifti_of
+from .hierarchy import OWN, is_zarr
 from .ngff import described
-from .source import OWN, ZarrSource, is_label_of_image
+from .source import ZarrSource, is_label_of_image
 from .storage import zarr_python
 from .writing import chunks_for
 
@@ -320,13 +321,18 @@ def _consolidate_again(zarr: Any, folder: Path) -> None:
     """Renew the copy of all metadata that a hierarchy may keep in its root, which readers believe."""
     store = zarr.storage.LocalStore(folder)
     try:
-        is_kept = zarr.open_group(store=store, mode="r").metadata.consolidated_metadata is not None
-    except (OSError, ValueError, KeyError):  # no group
-        return
-    if is_kept:
+        if zarr.open_group(store=store, mode="r").metadata.consolidated_metadata is None:
+            return
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that it is no part of the specification of Zarr v3
             zarr.consolidate_metadata(store)
+    except Exception as error:  # noqa: BLE001 - whatever else lies there, what was written is whole by now
+        warnings.warn(
+            f"the copy of all metadata in {folder} could not be renewed, so that who reads it does not see what is new:"
+            f" {type(error).__name__}: {error}. Renew it by zarr.consolidate_metadata",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def register_label(path: Path) -> None:
@@ -341,7 +347,7 @@ def register_label(path: Path) -> None:
         if path.name not in names.setdefault("labels", []):
             names["labels"].append(path.name)
             group.attrs.put(attributes)
-        for each in (folder, folder.parent):
+        for each in itertools.takewhile(is_zarr, (folder, *folder.parents)):
             _consolidate_again(zarr, each)
     with contextlib.suppress(OSError):
         (folder / ".list.lock").unlink()

@@ -6,7 +6,7 @@ anatomy, x goes to the right, y to the front and z up.
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 
 import numpy as np
@@ -92,13 +92,15 @@ class Multiscales:
     """Names of the channels, as far as there are any."""
     version: str = "0.4"
     """The version of OME-Zarr that new parts are written in."""
+    number: int = 0
+    """Which of several images in its group it is."""
 
     @classmethod
     def naming(cls, path: str, attributes: Mapping[str, Json], name: str) -> "tuple[Multiscales, int] | None":
         """Find the image of a group that has an array as one of its levels, and say as which; None if none has."""
         ome = attributes.get("ome", attributes)
-        count = len(ome.get("multiscales", ())) if isinstance(ome, Mapping) else 0
-        for number in range(count):
+        images = ome.get("multiscales") if isinstance(ome, Mapping) else None
+        for number in range(len(images) if isinstance(images, list) and images else 1):
             found = cls.of(attributes, name, number)
             levels = [level for level, each in enumerate(found.levels) if each.path == path] if found else []
             if found is not None and levels:
@@ -122,7 +124,7 @@ class Multiscales:
         if not isinstance(ome, Mapping) or "multiscales" not in ome:
             return None
         try:
-            return _read(ome["multiscales"][number], ome, name)
+            return replace(_read(ome["multiscales"][number], ome, name), number=number)
         except VoxloomError:
             raise
         except (LookupError, TypeError, ValueError, AttributeError) as error:
