@@ -84,6 +84,49 @@ def test_training_goes_on_with_the_very_next_batch(tmp_path, way, asks, steps):
     assert begun + fit(way, 1, asks, checkpoint=tmp_path / "c.ckpt") == whole
 
 
+class Save(pl.Callback):
+    """Saves a checkpoint after the first epoch, or after its last batch."""
+
+    def __init__(self, path, at_batch):
+        self.path, self.at_batch = path, at_batch
+
+    def on_train_batch_end(self, trainer, *_):
+        if self.at_batch and trainer.global_step == 2:
+            trainer.save_checkpoint(self.path)
+
+    def on_train_epoch_end(self, trainer, *_):
+        if not self.at_batch and trainer.current_epoch == 0:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("at_batch", [False, True])
+def test_epochs_that_the_trainer_cuts_short_are_over(tmp_path, at_batch):
+    def losses(*callbacks, checkpoint=None):
+        network, trainer = Network(), trainer_of(*callbacks)
+        trainer.limit_train_batches = 2
+        trainer.fit(network, datamodule=lightning.PatchDataModule(queue, batch_size=3), ckpt_path=checkpoint)
+        return network.losses
+
+    whole = losses(Save(tmp_path / "after.ckpt", at_batch))
+    assert len(whole) == 6
+    assert losses(checkpoint=tmp_path / "after.ckpt") == whole[2:]
+
+
+def test_a_loader_that_lightning_makes_anew_for_its_ranks_is_the_same():
+    from lightning.pytorch.utilities.data import _update_dataloader
+
+    heads = [vx.datasets.HeadPhantom(24, seed=number) for number in range(3)]
+    seen = []
+
+    def note(batch):
+        seen.append(len(batch.t1.data))
+        return batch
+
+    loader = vx.SubjectsLoader(vx.SubjectsDataset(heads), 2, batch_transform=note)
+    list(_update_dataloader(loader, torch.utils.data.SequentialSampler(loader.dataset)))
+    assert seen == [2, 1]
+
+
 def test_what_lightning_forgets_is_seen_in_the_losses(tmp_path):
     """If this fails, Lightning has mended it, and `ResumeLoaders` may go."""
     whole = fit("plain", 0, asks=True)

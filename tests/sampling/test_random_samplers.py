@@ -468,6 +468,24 @@ def test_other_mistakes():
         vx.SubjectsLoader(vx.GridSampler(subject, 3)).state_dict()
 
 
+class Asking(torch.utils.data.IterableDataset):
+    """Asks a sampler in a worker how far it is, as other loaders do."""
+
+    def __init__(self, sampler):
+        self.sampler = sampler
+
+    def __iter__(self):
+        for _ in self.sampler:
+            yield self.sampler.state_dict()["draw"]
+
+
+def test_how_far_a_sampler_is_cannot_be_said_in_one_of_several_workers():
+    sampler = vx.UniformSampler(vx.Subject(t1=vx.ScalarImage(torch.rand(1, 8, 8, 8))), 4, num_patches=4)
+    assert [int(draw) for draw in torch.utils.data.DataLoader(Asking(sampler), num_workers=1)] == [1, 2, 3, 4]
+    with pytest.raises(SamplingError, match="one of 2 workers.*take the state of a SubjectsLoader"):
+        next(iter(torch.utils.data.DataLoader(Asking(sampler), num_workers=2)))
+
+
 def test_labels_that_the_type_cannot_hold_are_nowhere():
     labels = torch.zeros(1, 7, 6, 5, dtype=torch.uint8)
     labels[0, 1, 1, 1], labels[0, 2, 2, 2], labels[0, 3, 3, 3] = 1, 44, 255

@@ -532,8 +532,22 @@ def test_a_rank_can_be_resumed_on_its_own():
     resumed = make_queue(rank=1, world_size=2)
     resumed.load_state_dict(state)
     assert [bits(patch) for patch in resumed] == [bits(patch) for patch in patches]
-    with pytest.raises(QueueError, match="cannot be resumed.*rank"):
-        make_queue(rank=0, world_size=2).load_state_dict(state)
+    with pytest.raises(QueueError, match="cannot be resumed.*world_size"):
+        make_queue(rank=1, world_size=3).load_state_dict(state)
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_a_rank_can_be_resumed_by_the_state_of_another(shuffle):
+    """Trainers save that of one rank alone; all of them are as far."""
+    first, second = (iter(make_queue(rank=rank, world_size=2, shuffle_subjects=shuffle)) for rank in range(2))
+    queue = make_queue(rank=0, world_size=2, shuffle_subjects=shuffle)
+    patches = iter(queue)
+    for each in (first, second, patches):
+        next(each)
+    for rank, rest in enumerate((first, second)):
+        resumed = make_queue(rank=rank, world_size=2, shuffle_subjects=shuffle)
+        resumed.load_state_dict(queue.state_dict())
+        assert [bits(patch) for patch in resumed] == [bits(patch) for patch in rest]
 
 
 @pytest.mark.parametrize("drop_last", [False, True])

@@ -3,7 +3,7 @@
 import heapq
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple, Self
 
@@ -65,6 +65,8 @@ class EpochSchedule:
     draws: tuple[int, ...]
     max_length: int
     shuffle_patches: bool = field(default=True, kw_only=True)
+    of_all_ranks: int = field(default=0, kw_only=True)
+    """Where ranks share the subjects: a number that tells the schedules of all of them from others."""
 
     def __post_init__(self) -> None:
         as_int(self.max_length, "max_length", 1)
@@ -121,7 +123,11 @@ class EpochSchedule:
         if shuffle_subjects:
             mine = order[np.isin(order, mine)]
         length = min(sums) if drop_last else max(sums)
-        return cls.in_order(seed, epoch, counts, mine.tolist(), max_length, shuffle_patches=shuffle_patches, length=length)
+        own = cls.in_order(seed, epoch, counts, mine.tolist(), max_length, shuffle_patches=shuffle_patches, length=length)
+        if world_size == 1:
+            return own
+        shared = repr((order.tolist(), amounts.tolist(), world_size, length, max_length, shuffle_patches))
+        return replace(own, of_all_ranks=zlib.crc32(shared.encode()))
 
     @classmethod
     def in_order(
@@ -208,8 +214,8 @@ class EpochSchedule:
 
     @property
     def fingerprint(self) -> int:
-        """A number that tells this schedule from others."""
-        return zlib.crc32(repr((self.subjects, self.draws, self.max_length, self.shuffle_patches)).encode())
+        """A number that tells this schedule from others, but for those of other ranks of the same."""
+        return self.of_all_ranks or zlib.crc32(repr((self.subjects, self.draws, self.max_length, self.shuffle_patches)).encode())
 
     def __repr__(self) -> str:
         subjects = len(set(self.subjects))

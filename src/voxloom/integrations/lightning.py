@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -71,7 +72,11 @@ class PatchDataModule(_base("LightningDataModule")):  # type: ignore[misc]
             made = self._makers[which]
             made = made() if callable(made) and not hasattr(made, "__iter__") else made
             is_loader = isinstance(made, torch.utils.data.DataLoader)
-            self._loaders[which] = made if is_loader else SubjectsLoader(made, batch_size=self._sizes[which], **self._options)
+            loader: Any = made if is_loader else SubjectsLoader(made, batch_size=self._sizes[which], **self._options)
+            if which == "train" and hasattr(loader, "state_dict"):
+                # Lightning asks it as well, and goes by that after all.
+                loader.state_dict = partial(self._state_of, loader)
+            self._loaders[which] = loader
         return self._loaders[which]
 
     def train_dataloader(self) -> Any:
@@ -94,6 +99,18 @@ class PatchDataModule(_base("LightningDataModule")):  # type: ignore[misc]
             return {} if self._state is None else {"train": self._state}
         return {"train": loader.state_dict()}
 
+    def _state_of(self, loader: Any) -> dict[str, Any]:
+        """Say how far the loader of training is; what the trainer does not want of an epoch counts as done."""
+        state: dict[str, Any] = type(loader).state_dict(loader)
+        return _of_next_epoch(state) if self._is_epoch_over() else state
+
+    def _is_epoch_over(self) -> bool:
+        """Whether the trainer has had all batches that it wants of an epoch, which may be fewer than there are."""
+        if self.trainer is None:
+            return False
+        ready = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        return bool(ready >= self.trainer.num_training_batches)
+
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from there, when training begins."""
         self._state = state_dict.get("train")
@@ -103,6 +120,12 @@ class PatchDataModule(_base("LightningDataModule")):  # type: ignore[misc]
         for loader in self._loaders.values():
             if isinstance(getattr(loader, "dataset", None), Queue):
                 loader.dataset.close()
+
+
+def _of_next_epoch(state: dict[str, Any]) -> dict[str, Any]:
+    """Give the state of a loader of which the rest of an epoch is not wanted."""
+    place = "position" if "position" in state else "draw"
+    return {"seed": state["seed"], "epoch": state["epoch"] + 1, place: 0} if state.get(place) else state
 
 
 class ResumeLoaders(_base("Callback")):  # type: ignore[misc]

@@ -17,7 +17,7 @@ from ..core.locations import PatchLocation
 from ..core.padding import check_padding_mode
 from ..core.random_numbers import draw_generator
 from ..core.sizes import Ints, as_int, as_sizes
-from ..errors import LocationError, SizeError, SubjectError
+from ..errors import LocationError, SamplingError, SizeError, SubjectError
 from ..runtime.epochs import EpochCounter
 from ..runtime.ranks import check_ranks, rank_and_size
 from ..volumes.libraries import as_subject
@@ -256,7 +256,17 @@ class PatchSampler(IterableDataset[Subject]):
             number += 1
 
     def state_dict(self) -> dict[str, int]:
-        """Say where a pass in this process has come to: with it, `load_state_dict` continues with the very next draw."""
+        """Say where a pass in this process has come to: with it, `load_state_dict` continues with the very next draw.
+
+        Raises:
+            SamplingError: in one of several workers of a loader, since each makes a part of the draws.
+        """
+        worker = get_worker_info()
+        if worker is not None and worker.num_workers > 1:
+            raise SamplingError(
+                f"how far a sampler is cannot be said in one of {worker.num_workers} workers, since each makes a part of the"
+                " draws: take the state of a SubjectsLoader"
+            )
         epoch, draw = self._position
         return {"seed": self.seed, "epoch": epoch, "draw": draw}
 

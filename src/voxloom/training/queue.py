@@ -335,8 +335,8 @@ class Queue(IterableDataset[Subject]):
 
         Raises:
             QueueError: if that is not the state of a queue, or of one of other subjects, numbers of patches, `max_length`,
-                shuffling or rank. Where there is a `subject_sampler`, that is found when the pass begins. A state between two
-                epochs fits all queues: these may go on with other subjects.
+                shuffling or number of ranks; it may be that of another rank. Where there is a `subject_sampler`, that is found
+                when the pass begins. A state between two epochs fits all queues: these may go on with other subjects.
         """
         given = QueueState.from_dict(state)
         seed_before, self._planner.seed = self._planner.seed, given.seed
@@ -347,7 +347,7 @@ class Queue(IterableDataset[Subject]):
         self._upcoming, self._fingerprint = given, given.fingerprint
         self._reached = (given.epoch, given.position)
         self._epoch = given.epoch
-        self._supply.rewind(schedule, given.position, given.skipped)
+        self._supply.rewind(schedule, given.position, given.skipped_of(schedule))
         self.times_loaded += 1
 
     def __getitem__(self, index: Any) -> Subject:

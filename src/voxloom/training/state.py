@@ -43,6 +43,13 @@ class QueueState:
             raise QueueError(f"{state!r} is no state of a queue: it must be what state_dict returned") from error
         return cls(seed, epoch, position, fingerprint, skipped)
 
+    def skipped_of(self, schedule: EpochSchedule | None) -> tuple[SkippedSubject, ...]:
+        """Give the subjects that were skipped, as far as they are a schedule's own: the state may be that of another rank."""
+        if schedule is None:
+            return self.skipped
+        places = dict(enumerate(schedule.subjects))
+        return tuple(skip for skip in self.skipped if places.get(skip.place) == skip.subject)
+
     def to_dict(self) -> dict[str, Any]:
         """Give it in plain types."""
         state: dict[str, Any] = {"seed": self.seed, "epoch": self.epoch, "position": self.position}
@@ -57,7 +64,7 @@ class QueueState:
 
     def other_order(self, subject_sampler: Any) -> QueueError:
         """Make the error for an epoch that has another order than when the state was taken."""
-        hint = "the subjects, their order or numbers of patches, max_length, shuffle_patches, rank or world_size differ"
+        hint = "the subjects, their order or numbers of patches, max_length, shuffle_patches or world_size differ"
         if subject_sampler is not None:
             hint += "; a DistributedSampler needs the set_epoch that it had"
         return QueueError(

@@ -265,6 +265,8 @@ class SubjectsLoader(DataLoader[Any]):
         kwargs["worker_init_fn"] = _WorkerSeeds(kwargs.get("worker_init_fn"))
         self._state: Any = None
         """After the batch that was delivered last: epoch and draw, or the data set's `times_loaded` and state."""
+        # Under their names, by which Lightning makes a loader of this class anew for each rank.
+        self.device, self.batch_transform = device, batch_transform
         self._delivery = None if device is None and batch_transform is None else Delivery(device, batch_transform)
         self._seed, self._passes = torch.initial_seed(), 0
         super().__init__(dataset, batch_size=batch_size, **kwargs)

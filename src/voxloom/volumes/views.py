@@ -1,5 +1,6 @@
 """Images in another space: turned, or resampled, when they are read."""
 
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -189,6 +190,8 @@ class CroppedSource(View):
 
 
 KINDS: dict[int, Interpolation] = {0: "nearest", 1: "linear", 3: "linear"}
+# Voxels by which axes that count as parallel may stray along the whole of a volume.
+PARALLEL = 0.01
 
 
 class ResampledSource(View):
@@ -237,14 +240,19 @@ class ResampledSource(View):
     @cached_property
     def extent(self) -> Extent | None:
         """Where the volume begins and ends: as what it is of, where that goes on for a part of a voxel; see `extent_of`."""
-        if not isinstance(self._map, AlignedMap):
+        matrix, sizes = np.linalg.inv(self.affine) @ self.of.affine, np.array(self.of.shape[1:])
+        # Single precision turns what is parallel by a little.
+        is_parallel = (np.abs(matrix[:3, :3] - np.diag(np.diag(matrix)[:3])) @ sizes < PARALLEL).all()
+        if not isinstance(self._map, AlignedMap) and not is_parallel:
             return None
-        matrix = np.linalg.inv(self.affine) @ self.of.affine
-        ends = np.array([(-0.5, -0.5, -0.5, 1), (*(size - 0.5 for size in self.of.shape[1:]), 1)]) @ matrix[:3].T
+        corners = np.array([(*corner, 1) for corner in itertools.product(*((-0.5, size - 0.5) for size in sizes))])
+        ends = corners @ matrix[:3].T
         lows, highs = ends.min(0).tolist(), ends.max(0).tolist()
         own = [(-0.5, size - 0.5) for size in self.shape[1:]]
+        # Where what is at the border goes on without end, so it does on the way back.
+        most = math.inf if self.fill is None else 1
         return tuple(
-            (low if -1 < low - first < 0 else first, high if 0 < high - last < 1 else last)
+            (low if -most < low - first < 0 else first, high if 0 < high - last < most else last)
             for low, high, (first, last) in zip(lows, highs, own, strict=True)
         )
 
