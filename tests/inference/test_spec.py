@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import itertools
 import json
 import pickle
 from dataclasses import replace
@@ -17,6 +18,7 @@ from torch import nn
 
 import voxloom as vx
 from voxloom.errors import ModelFileError, SpaceError, SpecError, TargetExistsError
+from voxloom.models.spec import Crop
 from voxloom.volumes.intensities import Intensity, foreground_box
 
 from strategies import examples
@@ -328,6 +330,21 @@ def test_a_model_file_brings_its_spec(tmp_path):
     (tmp_path / "beside.json").write_text('{"voxloom_spec": 1, "spaceing": 3}')
     with pytest.raises(SpecError, match="beside.json has an unknown key 'spaceing'"):
         vx.predict(tmp_path / "beside.pt2", image)
+
+
+@pytest.mark.parametrize("angle", [0.05, 0.06, 0.07])
+def test_scores_end_where_an_oblique_scan_or_its_foreground_does(tmp_path, angle):
+    """Its header has single precision, in which the axes of scan and model are not quite parallel."""
+    (a, b), (c, d) = np.cos([0.14, angle]), np.sin([0.14, angle])
+    affine = np.eye(4)
+    affine[:3, :3] = np.array([[b, 0, d], [c * d, a, -c * b], [-a * d, c, a * b]]) @ np.diag([-0.9, -0.9, 5])
+    scan = torch.zeros(1, 24, 26, 14)
+    scan[:, 4:20, 5:21, 3:11] = torch.rand(1, 16, 16, 8) + 0.1
+    vx.ScalarImage(scan, affine=affine).save(tmp_path / "scan.nii.gz")
+    for crop, image in itertools.product((None, Crop(above=0)), (tmp_path / "scan.nii.gz", vx.ScalarImage(scan, affine=affine))):
+        spec = vx.ModelSpec(orientation="RAS", spacing=(1.0, 1.0, 1.0), fits="monai", patch_size=16, crop=crop)
+        made = vx.predict(lambda batch: batch * 0 + 7, image, spec=spec).data
+        torch.testing.assert_close(made, torch.full_like(made, 7) if crop is None else (scan > 0) * 7.0)
 
 
 def test_thick_slices_are_interpolated_by_the_nearest_both_ways():

@@ -21,6 +21,9 @@ from voxloom.integrations.monai import load
 LPS = np.array([[-0.8, 0, 0, 30], [0, -0.93, 0, 20], [0, 0, 2.13, -15], [0, 0, 0, 1]])
 TURNED = np.eye(4)
 TURNED[:3, :3] = Rotation.from_euler("xyz", [2, 3, 1.5], degrees=True).as_matrix()
+# Thick slices at an angle: in the single precision of a header the axes of scan and model are not quite parallel.
+THICK = np.eye(4)
+THICK[:3, :3] = Rotation.from_euler("xyz", [8, 3, -2], degrees=True).as_matrix() @ np.diag([1, 1, 2.2])
 BEFORE = [
     {"_target_": "LoadImaged", "keys": "@image_key"},
     {"_target_": "EnsureChannelFirstd", "keys": "@image_key"},
@@ -134,6 +137,7 @@ FOUR = {"_target_": "SegResNet", "in_channels": 4, "out_channels": 3, "init_filt
 CASES = {
     "spleen": of(),
     "oblique": of(),
+    "oblique, thick slices": of(preprocessing=transforms(*BEFORE[:3], BEFORE[3] | {"pixdim": [1, 1, 1]}, *BEFORE[4:])),
     "gaussian": of(inferer=SLIDING | {"mode": "gaussian"}),
     "whole body": of(
         inferer=SLIDING | {"mode": "gaussian", "overlap": 0.25},
@@ -214,7 +218,7 @@ OF_FOUR_CHANNELS = ("four channels", "code")
 @pytest.mark.parametrize("name", [slow(name) if name in OF_FOUR_CHANNELS else name for name in CASES])
 def test_labels_are_those_of_bundle_run(name, tmp_path, monkeypatch):
     channels = 4 if name in OF_FOUR_CHANNELS else 1
-    write_bundle(tmp_path, CASES[name], channels, TURNED @ LPS if name == "oblique" else LPS)
+    write_bundle(tmp_path, CASES[name], channels, {"oblique": TURNED, "oblique, thick slices": THICK}.get(name, np.eye(4)) @ LPS)
     theirs = run_by_monai(tmp_path, monkeypatch)
     model = load(tmp_path, allow_code=name == "code")
     ours = vx.predict(model, tmp_path / "scans" / "case.nii.gz", output=tmp_path / "ours.nii.gz")
@@ -313,6 +317,15 @@ def changed(place, value):
             "threshold above 0.5",
         ),
         (changed(["preprocessing", "transforms", 4, "a_min"], None), "a_min must be less than a_max"),
+        (changed(["preprocessing", "transforms", 0, "as_closest_canonical"], True), "as_closest_canonical is not understood"),
+        (changed(["preprocessing", "transforms", 0, "dtype"], "$numpy.uint8"), "its dtype is '.numpy.uint8', and float32"),
+        (changed(["preprocessing", "transforms", 5, "dtype"], "torch.int16"), "its dtype is 'torch.int16'"),
+        (changed(["postprocessing", "transforms", 2, "dim"], 1), "with dim 0"),
+        (changed(["postprocessing", "transforms", 3, "scale"], 255), "scale is not understood"),
+        (
+            changed(["postprocessing"], transforms({"_target_": "CastToTyped", "keys": "pred", "dtype": "$torch.uint8"}, ARGMAX)),
+            "its dtype is '.torch.uint8'",
+        ),
         (changed(["postprocessing"], transforms(INVERT, SOFTMAX, SAVE)), "only before an AsDiscrete"),
         (
             changed(["postprocessing"], transforms(INVERT, SOFTMAX, ARGMAX | {"argmax": False, "threshold": 0.5}, SAVE)),
@@ -348,6 +361,24 @@ def test_metadata_that_are_not_as_they_should_be_do_no_harm(metadata, tmp_path):
     assert load(tmp_path).spec.labels == ()
 
 
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ((SOFTMAX, ARGMAX, INVERT, SAVE), "interpolates labels between one another"),
+        ((ARGMAX, SAVE), "has no Invertd, so that MONAI may save labels on the grid of the model"),
+        (
+            (INVERT, ARGMAX, {"_target_": "Lambdad", "keys": "pred", "func": "$lambda x: x"}, SAVE),
+            "a block of the volume at a time",
+        ),
+    ],
+)
+def test_what_is_done_otherwise_than_by_monai_is_said(steps, message, tmp_path):
+    write_bundle(tmp_path, of(postprocessing=transforms(*steps)))
+    with pytest.warns(RuntimeWarning, match=message):
+        load(tmp_path, allow_code=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*a block of the volume at a time:RuntimeWarning")
 def test_a_function_is_followed_by_nothing_that_would_be_lost(tmp_path):
     flip = {"_target_": "Lambdad", "keys": "pred", "func": "$lambda x: x.flip(0)"}
     write_bundle(tmp_path, of(postprocessing=transforms(SOFTMAX, flip, ARGMAX)))

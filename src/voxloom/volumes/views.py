@@ -248,11 +248,11 @@ class ResampledSource(View):
         corners = np.array([(*corner, 1) for corner in itertools.product(*((-0.5, size - 0.5) for size in sizes))])
         ends = corners @ matrix[:3].T
         lows, highs = ends.min(0).tolist(), ends.max(0).tolist()
+        if self.fill is None:  # its own grid goes on without end, or beyond the volume
+            return tuple(zip(lows, highs, strict=True))
         own = [(-0.5, size - 0.5) for size in self.shape[1:]]
-        # Where what is at the border goes on without end, so it does on the way back.
-        most = math.inf if self.fill is None else 1
         return tuple(
-            (low if -most < low - first < 0 else first, high if 0 < high - last < most else last)
+            (low if -1 < low - first < 0 else first, high if 0 < high - last < 1 else last)
             for low, high, (first, last) in zip(lows, highs, own, strict=True)
         )
 

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,6 +172,11 @@ class Component:
         """Give an argument as a plain value."""
         return self.configuration.value(f"{self.place}#{name}") if name in self.arguments else default
 
+    def written(self, name: str) -> str:
+        """Give an argument as it is written, without running code; nothing where it is left out or null."""
+        found = self.configuration.get(f"{self.place}#{name}") if name in self.arguments else None
+        return "" if found is None else str(found)
+
     def numbers(self, name: str, default: Any = None, may_be_none: bool = False) -> list[Any]:
         """Give an argument that is a number or a list of them, as a list."""
         found = listed(self[name] if default is None else self.get(name, default))
@@ -206,6 +212,10 @@ class Component:
         for name in self.arguments:
             if name not in (*known, "keys", "allow_missing_keys", "lazy"):
                 self.refuse(f"its argument {name} is not understood")
+
+    def warn(self, what: str) -> None:
+        """Say what is done otherwise than by MONAI."""
+        warnings.warn(f"{self.place} in {self.configuration.path}, {self.target}: {what}", RuntimeWarning, stacklevel=4)
 
     def refuse(self, why: str) -> None:
         """Say that it is not understood.

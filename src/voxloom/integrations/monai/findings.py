@@ -1,6 +1,7 @@
 """What the configuration of a bundle of MONAI amounts to, as a spec: its transforms and its inferer."""
 
 import math
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ __all__ = ["Findings"]
 # Transforms that change nothing for a model here: images are read, have channels, and come as the type of the weights.
 READING = ("LoadImage", "EnsureChannelFirst", "EnsureType", "ToTensor", "CastToType", "ToDevice")
 WRITING = ("SaveImage", "EnsureType", "ToTensor", "CastToType", "ToDevice")
+# Types that hold what is read, however they are written.
+FLOAT = re.compile(r"\$?(torch\.|numpy\.|np\.)?(float|float32|float64|double)")
 AXES = [["L", "R"], ["P", "A"], ["I", "S"]]
 
 
@@ -54,9 +57,22 @@ class Findings:
                 step.refuse(f"it transforms {', '.join(map(str, keys))}, where one image, {key}, is understood")
             if step.kind in handlers:
                 handlers[step.kind](step)
-            elif step.kind not in READING:
+            elif step.kind in READING:
+                self._reading(step)
+            else:
                 step.refuse("this transform is not understood")
         return "image" if key is None else key
+
+    def _reading(self, step: Component) -> None:
+        """Refuse what turns an image as it is read, or changes its values."""
+        for name in ("as_closest_canonical", "reverse_indexing"):
+            if step.written(name) not in ("", "False"):
+                step.refuse(f"{name} is not understood: turn the image by Orientation")
+        self._stays_float(step)
+
+    def _stays_float(self, step: Component) -> None:
+        if step.written("dtype") and FLOAT.fullmatch(step.written("dtype")) is None:
+            step.refuse(f"its dtype is {step.written('dtype')!r}, and float32 and float64 are understood, which change nothing")
 
     def _orientation(self, step: Component) -> None:
         step.only("axcodes", "as_closest_canonical", "labels")
@@ -213,8 +229,12 @@ class Findings:
                 inverted = "nearest" if nearest else "linear"
                 if not nearest and self.values.get("order", 1) == 3:
                     step.refuse("scores are interpolated back linearly or by the nearest voxel, not by splines as the image is")
+                if is_discrete and not step.own("nearest_interp", True):
+                    step.warn("MONAI interpolates labels between one another here; they are those of the nearest voxels instead")
             elif kind == "AsDiscrete":
                 step.only("argmax", "threshold", "to_onehot", "rounding", "dim", "keepdim", "dtype")
+                if step.own("dim") not in (None, 0):
+                    step.refuse("labels are understood only as the largest of the channels, with dim 0")
                 largest, threshold = step.own("argmax", False), step.own("threshold")
                 if step.own("to_onehot") or step.own("rounding"):
                     step.refuse("to_onehot and rounding are not understood")
@@ -228,17 +248,29 @@ class Findings:
                 if late is not None:
                     step.refuse("it comes after an activation of what Invert has interpolated")
                 self._function(step)
-            elif kind not in WRITING:
+            elif kind in WRITING:
+                if step.written("scale"):
+                    step.refuse("scale is not understood")
+                if not is_discrete:
+                    self._stays_float(step)
+            else:
                 code = f"its function is code: {CODE}" if kind == "Lambda" else "this transform is not understood"
                 step.refuse(code)
         if late is not None:
             late[0].refuse("after Invert, an activation is understood only before an AsDiscrete")
-        # Without Invert, MONAI brings what it saves to the grid of the image by nearest neighbours.
+        if inverted is None and self._is_resampled:
+            warnings.warn(
+                f"{name} in {self.configuration.path} has no Invertd, so that MONAI may save labels on the grid of the model;"
+                " here they are on that of the image, by the nearest voxels",
+                RuntimeWarning,
+                stacklevel=3,
+            )
         self.values["interpolation"] = inverted or "nearest"
 
     def _function(self, step: Component) -> None:
         step.only("func", "overwrite", "inv_func", "track_meta")
         function = self.configuration.evaluated(f"{step.place}#func")
+        step.warn("its function is called with a block of the volume at a time: what looks at neighbours gives something else")
         before = self.reduce if self.reduce is not None else self.values.pop("reduce", None)
         self.reduce = _Then(before, function)
 
