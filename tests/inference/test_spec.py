@@ -347,6 +347,13 @@ def test_scores_end_where_an_oblique_scan_or_its_foreground_does(tmp_path, angle
         torch.testing.assert_close(made, torch.full_like(made, 7) if crop is None else (scan > 0) * 7.0)
 
 
+def test_what_monai_does_at_the_border_of_a_sheared_scan_is_said():
+    affine = np.array([[1, 0, 0.3, 0], [0, 1, 0, 0], [0, 0, 2, 0], [0, 0, 0, 1.0]])
+    spec = vx.ModelSpec(orientation="RAS", spacing=(1.3, 1.0, 1.0), fits="monai", patch_size=16)
+    with pytest.warns(RuntimeWarning, match="not at right angles"):
+        vx.predict(lambda batch: batch, vx.ScalarImage(torch.rand(1, 20, 20, 12), affine=affine), spec=spec)
+
+
 def test_thick_slices_are_interpolated_by_the_nearest_both_ways():
     spec = vx.ModelSpec(spacing=(1, 1, 1), thick_slices=3, fits="volume", patch_size=16)
     image = scan((20, 20, 6), np.diag([0.8, 0.8, 4, 1]))

@@ -206,6 +206,13 @@ def test_processing_may_give_another_number_of_outputs():
         sliding_window_inference(inputs, 4, 2, named, process_fn=first)
 
 
+def test_named_outputs_are_in_monais_order():
+    ours, theirs = both(inputs_of(1, 1, 8, 8, 8), 4, 2, lambda windows: {"b": windows * 1, "a": windows * 2})
+    assert list(ours) == list(theirs) == ["a", "b"]
+    with pytest.raises(OutputError, match=r"keys \['b', 1\], which have no order"):
+        sliding_window_inference(inputs_of(1, 1, 8, 8, 8), 4, 2, lambda windows: {"b": windows, 1: windows})
+
+
 def test_weights_that_sum_to_nothing_are_not_taken_for_scores():
     nothing, inputs = torch.zeros(4, 4, 4), inputs_of(1, 2, 8, 8, 8)
     ours, theirs = both(inputs, 4, 2, lambda windows: windows * 1, 0.5, roi_weight_map=nothing)

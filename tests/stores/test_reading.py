@@ -246,8 +246,10 @@ def test_a_level_by_path_wherever_the_image_is(tmp_path, tensor):
     shutil.copytree(tmp_path / "scan.ome.zarr", tmp_path / "two.ome.zarr")
     renamed(tmp_path / "two.ome.zarr", with_second)
     renamed(tmp_path / "two.ome.zarr", lambda told: told.pop("voxloom"))
+    shape = vx.open_zarr(tmp_path / "scan.ome.zarr", level=1).shape
     for place in (tmp_path / "scan.ome.zarr/res/1", tmp_path / "scan/res/1", f"file://{tmp_path}/scan/res/1"):
         np.testing.assert_allclose(vx.ScalarImage(place).affine, expected)
+        assert vx.open_zarr(place, affine=AFFINE).shape == shape  # its axes are known from the group
     assert vx.ScalarImage(tmp_path / "two.ome.zarr/res/1").spacing == pytest.approx(np.linalg.norm(expected[:3, :3], axis=0))
 
 
@@ -603,7 +605,7 @@ def test_a_store_that_changes_has_another_fingerprint(tmp_path, tensor):
 
 
 @pytest.mark.slow
-def test_hdf5_npy_and_dask(tmp_path, voxels, tensor):
+def test_hdf5_npy_and_dask(tmp_path, voxels, tensor, monkeypatch):
     import dask.array
     import h5py
 
@@ -625,6 +627,19 @@ def test_hdf5_npy_and_dask(tmp_path, voxels, tensor):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere/link.h5").symlink_to(tmp_path / "parts.h5")
     check_source(vx.ScalarImage(f"{tmp_path}/elsewhere/link.h5:/data", affine=AFFINE), tensor, AFFINE)
+    shutil.copy(tmp_path / "scan.h5", tmp_path / "elsewhere/scan.h5")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert vx.ScalarImage(f"{tmp_path}/parts.h5:/data").paths[1] == tmp_path / "scan.h5"  # the one that HDF5 reads
+    monkeypatch.chdir(tmp_path)
+    with h5py.File(tmp_path / "deep.h5", "w") as file:
+        layout = h5py.VirtualLayout(voxels.shape, voxels.dtype)
+        layout[...] = h5py.VirtualSource("sub/scan.h5", "group/data", voxels.shape)
+        file.create_virtual_dataset("data", layout)
+    with pytest.raises(ImageNotFoundError, match=r"sub/scan\.h5 is not there"):  # the one beside it is another
+        vx.ScalarImage(f"{tmp_path}/deep.h5:/data")
+    monkeypatch.setenv("HDF5_VDS_PREFIX", "/nowhere:${ORIGIN}/elsewhere")
+    assert vx.ScalarImage(f"{tmp_path}/parts.h5:/data").paths[1] == tmp_path / "elsewhere/scan.h5"
+    monkeypatch.delenv("HDF5_VDS_PREFIX")
     (tmp_path / "scan.h5").rename(tmp_path / "elsewhere.h5")
     with pytest.raises(ImageNotFoundError, match=r"put together from other files, of which .*scan\.h5 is not there"):
         vx.ScalarImage(f"{tmp_path}/parts.h5:/data")

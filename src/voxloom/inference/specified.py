@@ -170,6 +170,13 @@ def in_model_space(source: VolumeSource, spec: ModelSpec, name: str) -> ModelInp
             fill, is_clipped = None if is_monai else 0, spec.order == 3 and not is_monai
             add([partial(ResampledSource, space=space, order=orders, fill=fill, is_clipped=is_clipped)])
             resampled = space
+            if is_monai and getattr(view, "extent", None) is None:
+                warnings.warn(
+                    f"the axes of {name} are not at right angles to one another: at its border scores are 0, where MONAI has"
+                    " those of the last voxels",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
             steps.append(f"resampled (order {orders[0] if len(set(orders)) == 1 else orders}): {_told(view)}")
     if spec.scale_after == "resampling":
         scale()

@@ -44,14 +44,15 @@ class Hdf5Source(FileSource):
     def _sources_of(self, array: Any) -> list[Path]:
         """Name the files that a virtual data set is put together from; for one that is gone HDF5 would take fill values."""
         named = {each.file_name for each in array.virtual_sources()} if array.is_virtual else set()
+        # Where HDF5 looks for them; by their last part alone if they were named from the root of the file system.
+        prefixes = os.environ.get("HDF5_VDS_PREFIX", "").replace("${ORIGIN}", str(self._path.resolve().parent)).split(":")
+        folders = [*map(Path, filter(None, prefixes)), self._path.parent, self._path.resolve().parent, Path()]
         found = []
         for name in sorted(named - {"."}):
             if "%" in name:  # a number stands there, of as many files as there are
                 continue
-            # Where HDF5 looks for it.
-            folders = [Path(os.environ.get("HDF5_VDS_PREFIX") or "."), self._path.parent, self._path.resolve().parent, Path()]
-            places = [folder / each for folder in folders for each in (name, Path(name).name)]
-            place = next((each for each in places if each.is_file()), None)
+            names = [name, Path(name).name] if Path(name).is_absolute() else [name]
+            place = next((folder / each for folder in folders for each in names if (folder / each).is_file()), None)
             if place is None:
                 raise ImageNotFoundError(f"{self.name} is put together from other files, of which {name} is not there")
             found.append(place)

@@ -25,6 +25,7 @@ __all__ = [
     "atomic_write",
     "bring_to_disk",
     "nifti_of",
+    "remove_unfinished",
     "reserve",
     "saving",
     "simpleitk_of",
@@ -69,11 +70,8 @@ def atomic_write(path: Path, write: Callable[[Path], None], ending: str, overwri
         target = path.resolve()
         if target.exists() and not os.access(target, os.W_OK):
             raise SaveError(f"{path} is write-protected: save under another name, or make it writable")
-        before, after = f".{path.name[:40]}.", f".unfinished{ending}"
-        for _, left in left_by_dead(target.parent, before, re.escape(after)):
-            with contextlib.suppress(OSError):  # it may be another user's
-                left.unlink()
-        unfinished = target.parent / f"{before}{new_mark()}{after}"
+        remove_unfinished(target, ending)
+        unfinished = target.parent / f".{target.name[:40]}.{new_mark()}.unfinished{ending}"
         try:
             write(unfinished)
             with unfinished.open("rb+") as file:
@@ -92,6 +90,13 @@ def atomic_write(path: Path, write: Callable[[Path], None], ending: str, overwri
         raise as_save_error(path, error) from error
 
 
+def remove_unfinished(target: Path, ending: str) -> None:
+    """Remove what killed processes have left beside a target; see `atomic_write`."""
+    for _, left in left_by_dead(target.parent, f".{target.name[:40]}.", re.escape(f".unfinished{ending}")):
+        with contextlib.suppress(OSError):  # it may be another user's
+            left.unlink()
+
+
 def _put_new(source: Path, target: Path) -> None:
     """Put a file under a name that nothing else has."""
     try:
@@ -101,7 +106,7 @@ def _put_new(source: Path, target: Path) -> None:
     except OSError as error:
         if error.errno not in WITHOUT_LINKS:
             raise
-        if target.exists():
+        if os.path.lexists(target):
             raise appeared(target) from None
         source.replace(target)
 

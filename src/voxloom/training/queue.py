@@ -336,7 +336,8 @@ class Queue(IterableDataset[Subject]):
         Raises:
             QueueError: if that is not the state of a queue, or of one of other subjects, numbers of patches, `max_length`,
                 shuffling or number of ranks; it may be that of another rank. Where there is a `subject_sampler`, that is found
-                when the pass begins. A state between two epochs fits all queues: these may go on with other subjects.
+                when the pass begins, and each rank needs a state of its own. A state between two epochs fits all queues: these
+                may go on with other subjects.
         """
         given = QueueState.from_dict(state)
         seed_before, self._planner.seed = self._planner.seed, given.seed

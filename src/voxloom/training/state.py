@@ -66,7 +66,7 @@ class QueueState:
         """Make the error for an epoch that has another order than when the state was taken."""
         hint = "the subjects, their order or numbers of patches, max_length, shuffle_patches or world_size differ"
         if subject_sampler is not None:
-            hint += "; a DistributedSampler needs the set_epoch that it had"
+            hint += "; a DistributedSampler needs the set_epoch that it had, and each of its ranks a state of its own"
         return QueueError(
             f"epoch {self.epoch} cannot be resumed at patch {self.position}, because it has another order than when the state"
             f" was taken: {hint}"

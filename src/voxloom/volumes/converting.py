@@ -10,7 +10,7 @@ from ..core.walking import walk
 from ..errors import ModeError, SaveError, TargetExistsError, VoxloomError
 from ..io.formats import format_of, is_folder_target
 from ..io.protocols import VolumeSpec, VolumeStore, is_source, read_checked
-from ..io.saving import appeared
+from ..io.saving import appeared, remove_unfinished
 from ..io.spooling import spooled
 from ..io.targets import as_target, discard_dead, save_volume, store_at
 from ..io.zarr.source import is_label_of_image
@@ -86,6 +86,8 @@ def convert(
     if _is_written_whole(output):
         path = Path(output).expanduser()
         if path.exists() and not overwrite:
+            known = format_of(path)
+            remove_unfinished(path.resolve(), "" if known is None else known.ending)
             raise SaveError(f"{path} exists, and is kept: remove it, choose another name, or give overwrite=True (--overwrite)")
         save_volume(path, given.data, given.affine, given.codes, overwrite=overwrite)
         return image_class(path)

@@ -70,7 +70,10 @@ class WindowsNetwork:
             self._names = None
             return [None], [output]
         if isinstance(output, Mapping):
-            self._names = list(output) if self._process is None else sorted(output)  # as MONAI gives them to the function
+            try:
+                self._names = sorted(output)  # as MONAI has them
+            except TypeError as error:
+                raise OutputError(f"the network returned a dict with the keys {list(output)}, which have no order") from error
             return [str(name) for name in self._names], [output[name] for name in self._names]
         if isinstance(output, list | tuple) and len(output) == 1:
             return self._flat(output[0])

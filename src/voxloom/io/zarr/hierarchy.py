@@ -59,7 +59,7 @@ class FoundVolume:
     """What speaks against the affine, if anything."""
 
 
-def find(location: str | Path, level: int, spacing: Any, axes: str | None, is_placed: bool, timeout: float) -> FoundVolume:
+def find(location: str | Path, level: int, spacing: Any, axes: str | None, timeout: float) -> FoundVolume:
     """Find an array, or a level of an image.
 
     Args:
@@ -67,7 +67,6 @@ def find(location: str | Path, level: int, spacing: Any, axes: str | None, is_pl
         level: which level of an image.
         spacing: the spacing wanted, in place of a level.
         axes: names of the axes of a plain array.
-        is_placed: whether the affine is given, so that none is looked for elsewhere.
         timeout: see `open_zarr`.
 
     Raises:
@@ -87,7 +86,7 @@ def find(location: str | Path, level: int, spacing: Any, axes: str | None, is_pl
             )
         number = chosen_level(multiscales, level, spacing, name)
         return _of_group(storage, inner, node, multiscales, number, name)
-    for above, group_path, last in _above(location, storage, inner, timeout, is_placed) if axes is None else ():
+    for above, group_path, last in _above(location, storage, inner, timeout) if axes is None else ():
         group = _opened(above, group_path, name, is_needed=False)
         named = Multiscales.naming(last, dict(group.attrs), name) if isinstance(group, zarr.Group) else None
         if named is not None:
@@ -125,14 +124,12 @@ def _storage_of(location: str | Path, timeout: float) -> tuple[Storage, str]:
     return storage_at(root, timeout), "" if inner == "." else inner
 
 
-def _above(
-    location: str | Path, storage: Storage, inner: str, timeout: float, is_placed: bool
-) -> Iterator[tuple[Storage, str, str]]:
+def _above(location: str | Path, storage: Storage, inner: str, timeout: float) -> Iterator[tuple[Storage, str, str]]:
     """Give the groups above an array, the nearest first: where each lies, its path there, and that of the array from it."""
     parts = inner.split("/") if inner else []
     for count in reversed(range(len(parts))):
         yield storage, "/".join(parts[:count]), "/".join(parts[count:])
-    if is_placed or inner:
+    if inner:
         return
     # The name of a URL may not say what is Zarr, and folders between groups of Zarr v3 need not be groups.
     if is_url(location):

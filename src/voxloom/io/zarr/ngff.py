@@ -135,7 +135,8 @@ class Multiscales:
                     f" and say it: {WAY}"
                 ) from error
             raise CorruptImageError(
-                f"the metadata of {name} are no multiscales of OME-Zarr 0.4, 0.5 or 0.6: {type(error).__name__}: {error}"
+                f"the metadata of {name} are no multiscales of OME-Zarr 0.4, 0.5 or 0.6: {type(error).__name__}: {error}. Mend"
+                f" them, or open one of its arrays, and say where its voxels lie: {WAY}"
             ) from error
 
 

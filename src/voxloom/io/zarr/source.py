@@ -78,7 +78,7 @@ class ZarrSource(FileSource):
         self._arguments = (location, level, spacing, time, channel, axes, affine, missing, timeout)
         if missing not in ("fill", "error"):
             raise ModeError(f"missing is {missing!r}: it must be 'fill' or 'error'")
-        found = find(location, level, spacing, axes, affine is not None, timeout)
+        found = find(location, level, spacing, axes, timeout)
         if found.conflict and affine is None:
             raise UnsupportedImageError(found.conflict)
         self.name = str(location).rstrip("/")
