@@ -165,18 +165,8 @@ def in_model_space(source: VolumeSource, spec: ModelSpec, name: str) -> ModelInp
     if spec.spacing != (None, None, None):
         space, orders, kinds = _resampling(view, spec)
         if space.shape != view.shape[1:] or not np.allclose(space.affine, view.affine):
-            # MONAI's grid may go on beyond the volume, where it takes what is at the border; and it clips nothing.
-            is_monai = spec.fits == "monai"
-            fill, is_clipped = None if is_monai else 0, spec.order == 3 and not is_monai
-            add([partial(ResampledSource, space=space, order=orders, fill=fill, is_clipped=is_clipped)])
+            add([_to_space(view, spec, space, orders, name)])
             resampled = space
-            if is_monai and getattr(view, "extent", None) is None:
-                warnings.warn(
-                    f"the axes of {name} are not at right angles to one another: at its border scores are 0, where MONAI has"
-                    " those of the last voxels",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
             steps.append(f"resampled (order {orders[0] if len(set(orders)) == 1 else orders}): {_told(view)}")
     if spec.scale_after == "resampling":
         scale()
@@ -195,6 +185,22 @@ def _resampling(
     orders = tuple(0 if axis == thick else spec.order for axis in range(3))
     i, j, k = ("nearest" if axis == thick_back else spec.interpolation for axis in range(3))
     return space, orders, (i, j, k)
+
+
+def _to_space(view: VolumeSource, spec: ModelSpec, space: Space, orders: tuple[int, ...], name: str) -> View:
+    """Say how an image is brought to the grid of the model."""
+    if spec.fits != "monai":
+        return partial(ResampledSource, space=space, order=orders, fill=0, is_clipped=spec.order == 3)
+    # MONAI's grid may go on beyond the volume, where it takes what is at the border; and it clips nothing.
+    found = partial(ResampledSource, space=space, order=orders, fill=None, is_clipped=False)
+    if found(view).extent is None:
+        warnings.warn(
+            f"the axes of {name} are not at right angles to one another: at its border scores are 0, where MONAI has those of the"
+            " last voxels",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return found
 
 
 def _scaled(view: VolumeSource, intensity: Sequence[Intensity], steps: list[str]) -> list[View]:

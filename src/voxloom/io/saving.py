@@ -25,6 +25,7 @@ __all__ = [
     "atomic_write",
     "bring_to_disk",
     "nifti_of",
+    "put_new",
     "remove_unfinished",
     "reserve",
     "saving",
@@ -36,9 +37,6 @@ __all__ = [
     "write_nifti",
     "write_safely",
 ]
-
-# What says that a file system has no links, or no more of them.
-WITHOUT_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 Writer = Callable[[Path, np.ndarray, Affine, SpaceCodes], None]
 """Writes a volume `(C, I, J, K)` to a path."""
@@ -77,7 +75,8 @@ def atomic_write(path: Path, write: Callable[[Path], None], ending: str, overwri
             with unfinished.open("rb+") as file:
                 os.fsync(file.fileno())
             if not overwrite:
-                _put_new(unfinished, target)
+                if not put_new(unfinished, target):
+                    raise appeared(target)
                 return
             if target.exists():
                 unfinished.chmod(target.stat().st_mode & 0o777)
@@ -97,18 +96,18 @@ def remove_unfinished(target: Path, ending: str) -> None:
             left.unlink()
 
 
-def _put_new(source: Path, target: Path) -> None:
-    """Put a file under a name that nothing else has."""
+def put_new(source: Path, target: Path) -> bool:
+    """Put a file under a name, unless something else has it: then it stays where it is, and False is given."""
     try:
         os.link(source, target)  # unlike a renaming, this replaces nothing
-    except FileExistsError:
-        raise appeared(target) from None
-    except OSError as error:
-        if error.errno not in WITHOUT_LINKS:
-            raise
+    except OSError:  # something is there, or the file system has no links
         if os.path.lexists(target):
-            raise appeared(target) from None
-        source.replace(target)
+            if not (target.exists() and target.samefile(source)):  # as after an interruption
+                return False
+        else:
+            source.replace(target)
+    source.unlink(missing_ok=True)
+    return True
 
 
 def appeared(path: Path, way: str = "give overwrite=True (--overwrite)") -> TargetExistsError:

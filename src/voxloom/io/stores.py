@@ -17,7 +17,7 @@ from .formats import format_of, stem_of
 from .labels import Label
 from .nifti_writer import NiftiWriter
 from .protocols import Json, VolumeSpec
-from .saving import saving, write_safely
+from .saving import put_new, saving, write_safely
 from .segments import SEGMENTS, check_segments, write_segments
 from .sidecars import is_as_written, other_told_of, read_sidecar, sidecar_of, written
 from .zarr.layout import Layout
@@ -284,19 +284,12 @@ def put(source: Path, target: Path, overwrite: bool) -> None:
     if not source.exists():  # that was done before an interruption
         return
     if not overwrite:
-        try:
-            os.link(source, target)  # unlike a renaming, this replaces nothing
-            source.unlink()
+        if put_new(source, target):
             return
-        except OSError:  # also of a file system without links
-            if target.exists() and target.samefile(source):  # interrupted in between
-                source.unlink()
-                return
-            if os.path.lexists(target):
-                raise TargetExistsError(
-                    f"{target} has appeared while its result was made, and is kept. The result is in {source.name}: the same call"
-                    f" with {OVERWRITE} puts it there, and so does this one once the file is gone"
-                ) from None
+        raise TargetExistsError(
+            f"{target} has appeared while its result was made, and is kept. The result is in {source.name}: the same call"
+            f" with {OVERWRITE} puts it there, and so does this one once the file is gone"
+        )
     if target.exists():
         source.chmod(target.stat().st_mode & 0o777)
     source.replace(target)

@@ -36,6 +36,12 @@ class Findings:
     """What is made of scores, if a spec cannot say it."""
     _is_resampled: bool = False
     _changes_space: bool = False
+    _is_discrete: bool = False
+    """Whether scores are labels by now."""
+    _inverted: str | None = None
+    """How they have been brought back to the grid of the image, if they have."""
+    _late: tuple[Component, str] | None = None
+    """An activation of what was interpolated, of which it turns out with the next step whether it can be done."""
 
     # Before the network
 
@@ -206,68 +212,85 @@ class Findings:
 
     def after(self, name: str) -> None:
         """Read what is made of the scores."""
-        is_discrete, inverted, late = False, None, None
+        handlers: dict[str, Callable[[Component], None]] = {
+            "Activations": self._activation,
+            "Invert": self._invert,
+            "AsDiscrete": self._discrete,
+        }
         for step in self.configuration.steps(name):
-            kind = step.kind
-            if kind not in WRITING and PREDICTION not in listed(step.get("keys", PREDICTION)):
+            if step.kind not in WRITING and PREDICTION not in listed(step.get("keys", PREDICTION)):
                 step.refuse(f"what is understood is made of {PREDICTION!r}")
-            if self.reduce is not None and kind in ("Activations", "AsDiscrete"):
-                step.refuse("it comes after a function")
-            if kind == "Activations":
-                step.only("softmax", "sigmoid", "other")
-                chosen = [each for each in ("softmax", "sigmoid") if step.own(each)]
-                is_second = "activation" in self.values or late is not None
-                if is_discrete or len(chosen) > 1 or step.own("other") is not None or is_second:
-                    step.refuse("one activation, softmax or sigmoid, is understood, before AsDiscrete")
-                # The nearest voxel has the same value before and after; what lies beside the foreground has not.
-                if chosen and (inverted == "linear" or (inverted == "nearest" and "crop" in self.values)):
-                    late = (step, chosen[0])
-                elif chosen:
-                    self.values |= {"activation": chosen[0], "activates": "sums"}
-            elif kind == "Invert":
-                nearest = bool(step.own("nearest_interp", True)) or is_discrete or self.values.get("order") == 0
-                inverted = "nearest" if nearest else "linear"
-                if not nearest and self.values.get("order", 1) == 3:
-                    step.refuse("scores are interpolated back linearly or by the nearest voxel, not by splines as the image is")
-                if is_discrete and not step.own("nearest_interp", True):
-                    step.warn("MONAI interpolates labels between one another here; they are those of the nearest voxels instead")
-            elif kind == "AsDiscrete":
-                step.only("argmax", "threshold", "to_onehot", "rounding", "dim", "keepdim", "dtype")
-                if step.own("dim") not in (None, 0):
-                    step.refuse("labels are understood only as the largest of the channels, with dim 0")
-                largest, threshold = step.own("argmax", False), step.own("threshold")
-                if step.own("to_onehot") or step.own("rounding"):
-                    step.refuse("to_onehot and rounding are not understood")
-                if is_discrete or bool(largest) == (threshold is not None):
-                    step.refuse("one of argmax and threshold is understood, once")
-                if late is not None and not largest:
-                    threshold = _before_activation(*late, threshold, least=0.5 if "crop" in self.values else 0.0)
-                self.values["reduce"] = "argmax" if largest else threshold
-                is_discrete, late = True, None  # the largest is so before an activation, too
-            elif kind == "Lambda" and self.configuration.parser is not None:
-                if late is not None:
-                    step.refuse("it comes after an activation of what Invert has interpolated")
+            if step.kind in handlers:
+                handlers[step.kind](step)
+            elif step.kind in WRITING:
+                self._writing(step)
+            elif step.kind == "Lambda":
                 self._function(step)
-            elif kind in WRITING:
-                if step.written("scale"):
-                    step.refuse("scale is not understood")
-                if not is_discrete:
-                    self._stays_float(step)
             else:
-                code = f"its function is code: {CODE}" if kind == "Lambda" else "this transform is not understood"
-                step.refuse(code)
-        if late is not None:
-            late[0].refuse("after Invert, an activation is understood only before an AsDiscrete")
-        if inverted is None and self._is_resampled:
+                step.refuse("this transform is not understood")
+        if self._late is not None:
+            self._late[0].refuse("after Invert, an activation is understood only before an AsDiscrete")
+        if self._inverted is None and self._is_resampled:
             warnings.warn(
                 f"{name} in {self.configuration.path} has no Invertd, so that MONAI may save labels on the grid of the model;"
                 " here they are on that of the image, by the nearest voxels",
                 RuntimeWarning,
                 stacklevel=3,
             )
-        self.values["interpolation"] = inverted or "nearest"
+        self.values["interpolation"] = self._inverted or "nearest"
+
+    def _activation(self, step: Component) -> None:
+        self._is_before_functions(step)
+        step.only("softmax", "sigmoid", "other")
+        chosen = [each for each in ("softmax", "sigmoid") if step.own(each)]
+        is_second = "activation" in self.values or self._late is not None
+        if self._is_discrete or len(chosen) > 1 or step.own("other") is not None or is_second:
+            step.refuse("one activation, softmax or sigmoid, is understood, before AsDiscrete")
+        # The nearest voxel has the same value before and after; what lies beside the foreground has not.
+        if chosen and (self._inverted == "linear" or (self._inverted == "nearest" and "crop" in self.values)):
+            self._late = (step, chosen[0])
+        elif chosen:
+            self.values |= {"activation": chosen[0], "activates": "sums"}
+
+    def _invert(self, step: Component) -> None:
+        asked = bool(step.own("nearest_interp", True))
+        nearest = asked or self._is_discrete or self.values.get("order") == 0
+        self._inverted = "nearest" if nearest else "linear"
+        if not nearest and self.values.get("order", 1) == 3:
+            step.refuse("scores are interpolated back linearly or by the nearest voxel, not by splines as the image is")
+        if self._is_discrete and not asked:
+            step.warn("MONAI interpolates labels between one another here; they are those of the nearest voxels instead")
+
+    def _discrete(self, step: Component) -> None:
+        self._is_before_functions(step)
+        step.only("argmax", "threshold", "to_onehot", "rounding", "dim", "keepdim", "dtype")
+        if step.own("dim") not in (None, 0):
+            step.refuse("labels are understood only as the largest of the channels, with dim 0")
+        largest, threshold = step.own("argmax", False), step.own("threshold")
+        if step.own("to_onehot") or step.own("rounding"):
+            step.refuse("to_onehot and rounding are not understood")
+        if self._is_discrete or bool(largest) == (threshold is not None):
+            step.refuse("one of argmax and threshold is understood, once")
+        if self._late is not None and not largest:
+            threshold = _before_activation(*self._late, threshold, least=0.5 if "crop" in self.values else 0.0)
+        self.values["reduce"] = "argmax" if largest else threshold
+        self._is_discrete, self._late = True, None  # the largest is so before an activation, too
+
+    def _is_before_functions(self, step: Component) -> None:
+        if self.reduce is not None:
+            step.refuse("it comes after a function")
+
+    def _writing(self, step: Component) -> None:
+        if step.written("scale"):
+            step.refuse("scale is not understood")
+        if not self._is_discrete:
+            self._stays_float(step)
 
     def _function(self, step: Component) -> None:
+        if self.configuration.parser is None:
+            step.refuse(f"its function is code: {CODE}")
+        if self._late is not None:
+            step.refuse("it comes after an activation of what Invert has interpolated")
         step.only("func", "overwrite", "inv_func", "track_meta")
         function = self.configuration.evaluated(f"{step.place}#func")
         step.warn("its function is called with a block of the volume at a time: what looks at neighbours gives something else")
