@@ -303,8 +303,8 @@ def costs(options, root):
 
 def planned_patches(options):
     """Give the patches of the grid, and how many are computed in parts."""
-    from voxloom.core.grids import PatchGrid
-    from voxloom.core.shards import ShardGrid
+    from voxloom.core.grid.grids import PatchGrid
+    from voxloom.core.grid.shards import ShardGrid
 
     shape, part = tuple(options.shape), tuple(options.part)
     grid = PatchGrid.cover(shape, (options.patch,) * 3, (options.overlap,) * 3)

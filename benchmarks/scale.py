@@ -29,8 +29,8 @@ RECORD_BYTES = 80
 
 def simulated(shape, itemsize, count, options):
     """Give what a prediction of labels from such volumes takes."""
-    from voxloom.core.grids import PatchGrid
-    from voxloom.core.shards import ShardGrid
+    from voxloom.core.grid.grids import PatchGrid
+    from voxloom.core.grid.shards import ShardGrid
     from voxloom.io.zarr.writing import chunks_for
 
     patch = tuple(min(options.patch, size) for size in shape)
@@ -61,8 +61,8 @@ def simulated(shape, itemsize, count, options):
 
 def planning(options):
     """Give seconds and bytes of planning ten million parts, and of asking for every ten-thousandth."""
-    from voxloom.core.grids import PatchGrid
-    from voxloom.core.shards import ShardGrid
+    from voxloom.core.grid.grids import PatchGrid
+    from voxloom.core.grid.shards import ShardGrid
 
     tracemalloc.start()
     began = time.perf_counter()

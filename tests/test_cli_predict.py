@@ -29,7 +29,7 @@ from torch import nn
 
 import voxloom as vx
 from slow import slow
-from voxloom.io import stores
+from voxloom.io.nifti import store as nifti_store
 from voxloom.models import program_check
 from voxloom.models.loading import load_model
 from voxloom.runs.log import RunLog
@@ -885,7 +885,7 @@ def test_a_command_that_is_ended_removes_what_it_unpacked(here):
 
 def test_a_result_that_was_interrupted_while_it_was_published_is_published(here, run, monkeypatch):
     arguments = ["predict", "mymodels:negative", "scans/a.nii.gz", "-o", "out.nii.gz", "--patch-size", 8]
-    put = stores.put
+    put = nifti_store.put
 
     def killed(source, target, overwrite):
         if target.suffix == ".json":
@@ -893,7 +893,7 @@ def test_a_result_that_was_interrupted_while_it_was_published_is_published(here,
         put(source, target, overwrite)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stores, "put", killed)
+        patch.setattr(nifti_store, "put", killed)
         run(*arguments, code=130)
     assert not Path("out.json").exists()
     run(*arguments)

@@ -17,9 +17,10 @@ from voxloom.aggregation.accumulator import Accumulator
 from voxloom.core.boxes import Box
 from voxloom.errors import ImageError, TargetExistsError
 from voxloom.inference import ThreadExecutor
-from voxloom.io.composed import StackedSource
+from voxloom.io.arrays.composed import StackedSource
 from voxloom.io.formats import open_volume
-from voxloom.io.stores import NiftiStore, SinkStore
+from voxloom.io.nifti.store import NiftiStore
+from voxloom.io.writing.sinks import SinkStore
 from voxloom.testing import MemoryStore, SerialExecutor, check_executor, check_source, check_store
 
 AFFINE = np.array([[0.0, 2, 0, -30], [-1.5, 0, 0, 4], [0, 0, 3, 5], [0, 0, 0, 1]])

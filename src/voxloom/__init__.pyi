@@ -1,11 +1,11 @@
 from . import data, datasets, errors, inference, integrations, loader, plot
 from ._version import __version__
 from .aggregation.aggregators import GridAggregator, PatchAggregator
-from .core.grids import PatchGrid
+from .core.grid.grids import PatchGrid
+from .core.grid.windows import Gaussian
 from .core.locations import PatchLocation
-from .core.windows import Gaussian
 from .inference import PredictionPlan, Predictor, Regions, plan, predict
-from .io.arrays import ArraySource
+from .io.arrays.memory import ArraySource
 from .io.dicom import stored_dicom
 from .io.labels import Label
 from .io.protocols import SpaceCodes, VolumeSource, VolumeSpec, VolumeStore
@@ -27,13 +27,13 @@ from .volumes.batch import ImagesBatch, SubjectsBatch
 from .volumes.cache import SubjectsCache
 from .volumes.constants import AFFINE, CHANNELS_DIMENSION, DATA, INTENSITY, LABEL, LOCATION, PATH, SAMPLING_MAP, STEM, TYPE
 from .volumes.converting import convert
-from .volumes.image import Image, LabelMap, ScalarImage
-from .volumes.intensities import Intensity
+from .volumes.images.image import Image, LabelMap, ScalarImage
 from .volumes.label_files import split_labels, write_label_table
 from .volumes.libraries import as_image
 from .volumes.loading import SubjectsDataset, SubjectsLoader
 from .volumes.subject import Subject
 from .volumes.transforms import Compose
+from .volumes.views.intensities import Intensity
 
 __all__ = [
     "AFFINE",

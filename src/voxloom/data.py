@@ -9,7 +9,7 @@ from .sampling.random import PatchSampler, UniformSampler
 from .sampling.weighted import WeightedSampler
 from .training import Queue
 from .volumes.batch import ImagesBatch, SubjectsBatch
-from .volumes.image import Image, LabelMap, ScalarImage
+from .volumes.images.image import Image, LabelMap, ScalarImage
 from .volumes.loading import SubjectsDataset, SubjectsLoader
 from .volumes.subject import Subject
 

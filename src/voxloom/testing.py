@@ -30,7 +30,7 @@ from .inference.predictor import Predictor
 from .inference.runner import Executor, FirstBatch, Runner
 from .io.protocols import Json, SpaceCodes, VolumeSource, VolumeSpec, VolumeStore
 from .sampling.grid import GridSampler
-from .volumes.image import ScalarImage
+from .volumes.images.image import ScalarImage
 from .volumes.subject import Subject
 
 __all__ = ["MemoryStore", "SerialExecutor", "check_executor", "check_source", "check_store"]

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from voxloom.core.affines import as_affine
+from voxloom.core.geometry.affines import as_affine
 from voxloom.errors import ImageError
 
 FLATTENING = st.sampled_from([0, 1e-17, 1e-15, 1e-13, 1e-10, 1e-6, 1])

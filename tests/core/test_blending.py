@@ -3,9 +3,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from voxloom.core.blending import AxisWeights
-from voxloom.core.grids import AxisGrid
-from voxloom.core.windows import resolve_window
+from voxloom.core.grid.blending import AxisWeights
+from voxloom.core.grid.grids import AxisGrid
+from voxloom.core.grid.windows import resolve_window
 from voxloom.errors import ModeError
 
 from strategies import WINDOWS

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from voxloom.core.blending import AxisWeights
 from voxloom.core.boxes import Box
-from voxloom.core.grids import AxisGrid, PatchGrid
+from voxloom.core.grid.blending import AxisWeights
+from voxloom.core.grid.grids import AxisGrid, PatchGrid
+from voxloom.core.grid.windows import WINDOWS
 from voxloom.core.locations import PatchLocation
-from voxloom.core.windows import WINDOWS
 from voxloom.errors import LocationError, ModeError, ScaleError, SizeError
 
 from strategies import examples, geometries

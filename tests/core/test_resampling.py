@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from scipy.ndimage import map_coordinates
 
 from voxloom.aggregation.tiles import TileEdges
-from voxloom.core.aligned import AlignedMap
 from voxloom.core.boxes import Box
-from voxloom.core.oblique import ObliqueMap, boxes_of
-from voxloom.core.resampling import space_map
+from voxloom.core.geometry.aligned import AlignedMap
+from voxloom.core.geometry.oblique import ObliqueMap, boxes_of
+from voxloom.core.geometry.resampling import space_map
 
 SHAPE = (11, 14, 9)
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from voxloom.core.grids import PatchGrid
-from voxloom.core.shards import ShardGrid
+from voxloom.core.grid.grids import PatchGrid
+from voxloom.core.grid.shards import ShardGrid
 
 SIZES = st.tuples(*[st.integers(1, 23)] * 3)
 

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from slow import slow
 from voxloom.aggregation.streaming import StreamingAccumulator
 from voxloom.aggregation.weights import PatchWeights
-from voxloom.core.grids import AxisGrid, PatchGrid
-from voxloom.core.openness import Openness
-from voxloom.core.traversal import AxisTraversal, Traversal
-from voxloom.core.windows import resolve_window
+from voxloom.core.grid.grids import AxisGrid, PatchGrid
+from voxloom.core.grid.openness import Openness
+from voxloom.core.grid.traversal import AxisTraversal, Traversal
+from voxloom.core.grid.windows import resolve_window
 from voxloom.errors import SizeError
 
 from strategies import geometries

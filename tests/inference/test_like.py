@@ -11,7 +11,7 @@ from torch import nn
 
 import voxloom as vx
 from slow import slow
-from voxloom.core import aligned, oblique
+from voxloom.core.geometry import aligned, oblique
 from voxloom.errors import ModeError, OutputError, RecordError, SaveError, SizeError, SpaceError, SubjectError, TargetExistsError
 from voxloom.inference import delivery, planner
 from voxloom.testing import SerialExecutor

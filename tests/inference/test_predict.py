@@ -19,9 +19,9 @@ from torch import nn
 import voxloom as vx
 from slow import slow
 from voxloom.aggregation.streaming import StreamingAccumulator
-from voxloom.core.blending import AxisWeights
-from voxloom.core.grids import PatchGrid
-from voxloom.core.traversal import Traversal
+from voxloom.core.grid.blending import AxisWeights
+from voxloom.core.grid.grids import PatchGrid
+from voxloom.core.grid.traversal import Traversal
 from voxloom.inference import planner, threads
 from voxloom.inference.plan import BASE_BYTES, count_batches
 from voxloom.models import modes

@@ -32,8 +32,9 @@ from slow import slow
 from voxloom.core.boxes import Box
 from voxloom.errors import RecordError, SaveError, TargetExistsError, UnsupportedImageError
 from voxloom.inference.plan import BASE_BYTES
-from voxloom.io import spooling, stores
-from voxloom.io.nifti_writer import NiftiWriter
+from voxloom.io import spooling
+from voxloom.io.nifti import store as nifti_store
+from voxloom.io.nifti.writing import NiftiWriter
 from voxloom.runs.log import RunLog
 
 from strategies import MODES, examples, geometries
@@ -272,7 +273,7 @@ def test_a_damaged_file_that_was_ready_is_not_published(scan, tmp_path, monkeypa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(stores, "put", killed)
+        patch.setattr(nifti_store, "put", killed)
         with pytest.raises(KeyboardInterrupt):
             vx.predict(Fragile(), scan, 10, 4, output=target)
     volume = unfinished(tmp_path)
@@ -387,11 +388,11 @@ def test_where_a_file_system_refuses_locks_the_file_itself_is_one(tmp_path, monk
     monkeypatch.setattr("fcntl.flock", refused)
     assert vx.predict(nn.Identity(), torch.rand(1, 16, 16, 16), 8, output=tmp_path / "out.nii").shape == (1, 16, 16, 16)
     assert names(tmp_path) == ["out.json", "out.nii"]
-    log = RunLog({None: stores.NiftiStore(tmp_path / "a.nii")})
+    log = RunLog({None: nifti_store.NiftiStore(tmp_path / "a.nii")})
     with pytest.raises(RecordError, match=r"another process is writing .*a\.nii.* remove .*\.a\.lock"):
-        RunLog({None: stores.NiftiStore(tmp_path / "a.nii")})
+        RunLog({None: nifti_store.NiftiStore(tmp_path / "a.nii")})
     log.close()
-    RunLog({None: stores.NiftiStore(tmp_path / "a.nii")}).close()
+    RunLog({None: nifti_store.NiftiStore(tmp_path / "a.nii")}).close()
     assert names(tmp_path) == ["out.json", "out.nii"]
 
 
@@ -632,8 +633,8 @@ def test_a_run_that_ends_while_it_is_published_is_published_the_next_time(scan, 
     model = Fragile()
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", failing(Path.replace))
-        patch.setattr(stores.os, "link", failing(stores.os.link))
-        patch.setattr(stores.shutil, "copyfileobj", failing(stores.shutil.copyfileobj))
+        patch.setattr(nifti_store.os, "link", failing(nifti_store.os.link))
+        patch.setattr(nifti_store.shutil, "copyfileobj", failing(nifti_store.shutil.copyfileobj))
         with contextlib.suppress(Interrupted):
             vx.predict(model, scan, 10, 4, output=target)
     calls = model.calls
@@ -874,7 +875,7 @@ def test_a_process_that_is_killed_while_a_slab_is_brought_to_the_disk(tmp_path):
         import os, sys, time
         import torch
         import voxloom as vx
-        from voxloom.io.nifti_writer import NiftiWriter
+        from voxloom.io.nifti.writing import NiftiWriter
 
         flush = NiftiWriter.flush
         NiftiWriter.flush = lambda writer: (time.sleep(0.3), flush(writer))

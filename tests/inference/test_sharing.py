@@ -10,9 +10,9 @@ import torch
 from voxloom.aggregation import streaming
 from voxloom.aggregation.streaming import StreamingAccumulator
 from voxloom.aggregation.weights import PatchWeights
-from voxloom.core.grids import PatchGrid
-from voxloom.core.traversal import Traversal
-from voxloom.core.windows import resolve_window
+from voxloom.core.grid.grids import PatchGrid
+from voxloom.core.grid.traversal import Traversal
+from voxloom.core.grid.windows import resolve_window
 from voxloom.runtime.sharing import SharedOut
 
 

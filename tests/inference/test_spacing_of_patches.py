@@ -9,8 +9,8 @@ from torch import nn
 
 import voxloom as vx
 from slow import slow
-from voxloom.core import traversal
-from voxloom.core.windows import gaussian
+from voxloom.core.grid import traversal
+from voxloom.core.grid.windows import gaussian
 from voxloom.errors import ModeError
 from voxloom.testing import SerialExecutor
 

@@ -19,7 +19,7 @@ from torch import nn
 import voxloom as vx
 from voxloom.errors import ModelFileError, SpaceError, SpecError, TargetExistsError
 from voxloom.models.spec import Crop
-from voxloom.volumes.intensities import Intensity, foreground_box
+from voxloom.volumes.views.intensities import Intensity, foreground_box
 
 from strategies import examples
 
@@ -197,7 +197,7 @@ def test_numbers_of_the_volume_are_exact(dtype, over):
 def test_percentiles_are_those_of_numpy(chunk, numbers):
     values = torch.tensor(numbers, dtype=torch.float32).reshape(1, -1, 1, 1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("voxloom.volumes.intensities.CHUNK_VOXELS", chunk)
+        patch.setattr("voxloom.volumes.views.intensities.CHUNK_VOXELS", chunk)
         found = Intensity(clip_percentiles=(12.5, 80)).of_channel(vx.ScalarImage(values), 0)
         z = Intensity(scale="z-score").of_channel(vx.ScalarImage(values), 0)
     assert (found.low, found.high) == pytest.approx(

@@ -23,7 +23,7 @@ from voxloom.cli import parts as cli_parts
 from voxloom.errors import RecordError, SaveError, TargetExistsError
 from voxloom.inference import Predictor, SerialLauncher
 from voxloom.inference.parts import shards
-from voxloom.io.stores import NiftiStore
+from voxloom.io.nifti.store import NiftiStore
 from voxloom.runs import claim, parts
 from voxloom.runs.claim import Claim
 from voxloom.runs.parts import status_of

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from voxloom.core.affines import spacing_of
+from voxloom.core.geometry.affines import spacing_of
 from voxloom.core.pyramids import factors_of_levels
 from voxloom.errors import CorruptImageError, NoSuchIndexError, SizeError, UnsupportedImageError
 from voxloom.io.zarr.ngff import Multiscales, chosen_level, described

@@ -11,7 +11,7 @@ import torch
 
 import voxloom as vx
 from voxloom.errors import CorruptImageError, ImageFileError, UnsupportedImageError
-from voxloom.io.formats import stem_of
+from voxloom.io.formats import FORMATS, stem_of
 
 AFFINE = np.array([[-0.8, 0.1, 0, 12], [0.1, 0.9, 0.2, -30], [0, -0.2, 2.5, 7], [0, 0, 0, 1]])
 STORED = ["uint8", "int8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "float32", "float64"]
@@ -275,3 +275,8 @@ def test_nifti_2_is_read(tmp_path):
     array = values((3, 4, 5))
     nib.save(nib.Nifti2Image(array, AFFINE), tmp_path / "x.nii.gz")
     np.testing.assert_array_equal(vx.ScalarImage(tmp_path / "x.nii.gz").numpy()[0], array)
+
+
+@pytest.mark.parametrize("known", FORMATS, ids=lambda known: known.ending)
+def test_what_opens_a_format_is_where_the_table_says(known):
+    assert callable(known.open.imported())

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 import voxloom as vx
 from voxloom.core.boxes import Box
-from voxloom.io.nifti import NibabelFile
+from voxloom.io.nifti.files import NibabelFile
 
 
 class CountingFile(io.BytesIO):

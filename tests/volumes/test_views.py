@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.ndimage import map_coordinates, zoom
 
 import voxloom as vx
-from voxloom.core.affines import scaled
+from voxloom.core.geometry.affines import scaled
 from voxloom.errors import ImageError, ModeError, SizeError, SpaceError, SubjectError
 from voxloom.testing import check_source
 

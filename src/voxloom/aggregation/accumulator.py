@@ -6,13 +6,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.blending import AxisWeights
 from ..core.boxes import Box
-from ..core.grids import PatchGrid
+from ..core.grid.blending import AxisWeights
+from ..core.grid.grids import PatchGrid
+from ..core.grid.windows import Window
 from ..core.locations import PatchLocation
 from ..core.sizes import Ints
 from ..core.values import can_hold, sum_dtype
-from ..core.windows import Window
 from ..errors import IncompleteError, OutputError
 from .weights import PatchWeights
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ..core.boxes import Box
-from ..core.grids import PatchGrid
+from ..core.grid.grids import PatchGrid
+from ..core.grid.windows import OverlapMode, resolve_window
 from ..core.locations import PatchLocation
 from ..core.sizes import Ints, Scale, as_overlap, as_scale, as_shape, as_shares, as_sizes
 from ..core.values import as_number, is_finite
-from ..core.windows import OverlapMode, resolve_window
 from ..errors import IncompleteError, LocationError, NoSuchKeyError, OutputError, ScaleError, SubjectError
 from ..sampling.grid import GridSampler
 from ..volumes.batch import SubjectsBatch

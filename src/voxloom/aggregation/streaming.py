@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..core.boxes import Box
+from ..core.grid.traversal import Block, Step, Tile, Traversal
 from ..core.sizes import Ints
-from ..core.traversal import Block, Step, Tile, Traversal
 from ..core.values import sum_dtype
 from ..runtime.sharing import Share, Work
 from .weights import PatchWeights

@@ -5,12 +5,12 @@ from collections import OrderedDict
 import torch
 from torch import Tensor
 
-from ..core.blending import AxisWeights
 from ..core.boxes import Box
-from ..core.grids import PatchGrid
+from ..core.grid.blending import AxisWeights
+from ..core.grid.grids import PatchGrid
+from ..core.grid.windows import Window, for_axis
 from ..core.locations import PatchLocation
 from ..core.sizes import Ints
-from ..core.windows import Window, for_axis
 from ..runtime import memory
 
 __all__ = ["KEPT_WEIGHTS", "PatchWeights"]

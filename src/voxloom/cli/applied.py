@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from ..core.grids import check_patch_spacing
+from ..core.grid.grids import check_patch_spacing
+from ..core.grid.windows import MODES, Gaussian, OverlapMode
 from ..core.sizes import pretty_sizes
-from ..core.windows import MODES, Gaussian, OverlapMode
 from ..errors import ModeError, SizeError
 from ..inference import Predictor
 from ..models.loading import LoadedModel, load_model

@@ -11,7 +11,7 @@ import typer
 from ..errors import ImageNotFoundError, ModeError, SaveError, SpecError, SubjectError
 from ..io.formats import OTHERS, endings, is_folder_target, is_image, is_other_image, stem_of
 from ..io.zarr.source import is_label_of_image, is_zarr
-from ..volumes.image import ScalarImage
+from ..volumes.images.image import ScalarImage
 from ..volumes.subject import Subject
 
 __all__ = [

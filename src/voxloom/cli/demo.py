@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..core.grid.windows import OverlapMode
 from ..core.sizes import as_overlap, as_sizes
-from ..core.windows import OverlapMode
 from ..inference import GridAggregator, predict
 from ..models.loading import load_model
 from ..sampling.grid import GridSampler
-from ..volumes.image import Image, ScalarImage
+from ..volumes.images.image import Image, ScalarImage
 from ..volumes.loading import SubjectsLoader
 from ..volumes.subject import Subject
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ..errors import SaveError
 from ..io.labels import Label
-from ..volumes.image import LabelMap
+from ..volumes.images.image import LabelMap
 from ..volumes.label_files import PER_LABEL, is_split_of, label_table, split_labels, write_label_table
 from .cases import as_ending, beside
 from .options import CaseOptions

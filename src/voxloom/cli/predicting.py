@@ -19,7 +19,7 @@ from ..plotting.comparison import require_matplotlib
 from ..plotting.report import CaseReport, check_page, write_index, write_report
 from ..runs.log import left_behind
 from ..runs.parts import is_being_published
-from ..volumes.image import LabelMap, ScalarImage
+from ..volumes.images.image import LabelMap, ScalarImage
 from ..volumes.subject import Subject
 from .applied import predictor_of
 from .cases import TARGETS, Case, Results, as_ending, beside, cases_of, cases_of_table, make_folder_of

@@ -11,7 +11,7 @@ from ..core.sizes import pretty_bytes
 from ..errors import ModeError, SubjectError, VoxloomError
 from ..io.files import size_of_path
 from ..io.formats import endings, format_of, is_folder_target
-from ..io.sidecars import read_sidecar, sidecar_of
+from ..io.writing.sidecars import read_sidecar, sidecar_of
 from ..plotting.drawings import draw_parts
 from ..runs.log import progress_of, targets_of_log
 from ..runs.parts import forget_failures, status_of, targets_of_records
@@ -21,7 +21,7 @@ from ..sampling.random import PatchSampler
 from ..sampling.weighted import WeightedSampler
 from ..volumes.cache import SubjectsCache
 from ..volumes.converting import convert
-from ..volumes.image import LabelMap
+from ..volumes.images.image import LabelMap
 from ..volumes.subject import Subject
 from .cases import Results, as_ending, cases_of, make_folder_of
 from .reporting import Report, printable

@@ -17,10 +17,10 @@ from ..models.packing import save_model
 from ..models.spec import ModelSpec
 from ..sampling.by_label import LabelSampler
 from ..training.queue import Queue
-from ..volumes.image import LabelMap
-from ..volumes.intensities import Intensity
+from ..volumes.images.image import LabelMap
 from ..volumes.loading import SubjectsDataset, SubjectsLoader
 from ..volumes.subject import Subject
+from ..volumes.views.intensities import Intensity
 
 __all__ = ["WholeWay", "run_whole_way"]
 

@@ -15,7 +15,7 @@ from ..models.packing import pack_model
 from ..models.spec import ModelSpec
 from ..plotting.comparison import require_matplotlib, save_comparison
 from ..plotting.report import CaseReport, write_report
-from ..volumes.image import ScalarImage
+from ..volumes.images.image import ScalarImage
 from .applied import predictor_of
 from .cases import make_folder
 from .demo import run_demo

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .affines import Affine, spacing_of
+from .geometry.affines import Affine, spacing_of
 from .sizes import Ints
 
 __all__ = ["coarser", "coarser_affine", "coarser_shape", "factors_of_levels"]

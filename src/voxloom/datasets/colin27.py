@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ..core.sizes import as_int
 from ..errors import DownloadError, SizeError
-from ..volumes.image import LabelMap, ScalarImage
+from ..volumes.images.image import LabelMap, ScalarImage
 from ..volumes.subject import Subject
 from .downloads import SOURCES, cached_archive
 

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..errors import DownloadError, ImageFileError, MissingDependencyError
-from ..io.saving import atomic_write
+from ..io.writing.saving import atomic_write
 
 __all__ = ["SOURCES", "Source", "cached_archive"]
 

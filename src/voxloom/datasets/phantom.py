@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..core.sizes import as_sizes
-from ..volumes.image import LabelMap, ScalarImage
+from ..volumes.images.image import LabelMap, ScalarImage
 from ..volumes.subject import Subject
 
 __all__ = ["HeadPhantom"]

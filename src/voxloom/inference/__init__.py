@@ -1,9 +1,10 @@
 """From patches back to volumes: samplers that cover a volume, aggregators that put it together again, and prediction."""
 
 from ..aggregation.aggregators import GridAggregator, PatchAggregator
-from ..io.stores import Sink
+from ..io.writing.sinks import Sink
 from ..sampling.grid import GridSampler
 from .functions import plan, predict
+from .memory_sink import MemorySink
 from .parts.launchers import Launcher, ProcessLauncher, SerialLauncher
 from .parts.shard_plan import ShardPlan
 from .parts.shards import ShardedRun
@@ -11,7 +12,6 @@ from .plan import PredictionPlan
 from .predictor import Predictor
 from .reductions import Regions
 from .runner import Executor, FirstBatch, Runner
-from .sinks import MemorySink
 from .threads import ThreadExecutor
 
 __all__ = [

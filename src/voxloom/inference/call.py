@@ -15,17 +15,18 @@ from ..core.sizes import pretty_bytes
 from ..errors import OutputError, RecordError, SaveError
 from ..io.protocols import Json, VolumeSource, VolumeStore
 from ..io.spooling import spooled
-from ..io.stores import BEGIN_AGAIN, SinkStore
+from ..io.writing.sinks import SinkStore
+from ..io.writing.words import BEGIN_AGAIN
 from ..runs.log import RunLog
 from ..runtime.chunk_cache import CHUNKS
 from ..runtime.progress import shown_if
 from .destinations import Destinations, Stores
+from .memory_sink import MemorySink, image_class
 from .plan import PredictionPlan
 from .planner import Input
 from .preparing import Preparation
 from .provenance import sidecar_of_run
 from .runner import FirstBatch, Runner
-from .sinks import MemorySink, image_class
 
 __all__ = ["Call"]
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from ..aggregation.streaming import FinishedTile
 from ..aggregation.tiles import ExtendedTile, TileEdges, joined
 from ..core.boxes import Box
-from ..core.interpolation import Part, SpaceMap, interpolated_dtype
-from ..core.traversal import Block
+from ..core.geometry.interpolation import Part, SpaceMap, interpolated_dtype
+from ..core.grid.traversal import Block
 from ..core.values import is_finite as are_finite
 from ..errors import OutputError
 from ..io.protocols import VolumeStore

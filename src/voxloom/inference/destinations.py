@@ -6,8 +6,8 @@ from typing import Any
 
 from ..errors import OutputError
 from ..io.protocols import VolumeStore, writing_bytes
-from ..io.stores import Sink, SinkStore
-from ..io.targets import as_target, store_at
+from ..io.writing.sinks import Sink, SinkStore
+from ..io.writing.targets import as_target, store_at
 from ..models.outputs import Name
 from .results import ResultSpec, of_name
 

@@ -6,16 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..core.interpolation import Interpolation
+from ..core.geometry.interpolation import Interpolation
 from ..errors import SubjectError
 from ..io.protocols import Space, VolumeSource
 from ..io.spooling import Packed, spooled
 from ..models.loading import Preceding
 from ..models.spec import ModelSpec
 from ..volumes.constants import INTENSITY
-from ..volumes.image import Image
+from ..volumes.images.image import Image
 from ..volumes.libraries import as_image, found_subject, library_of
-from ..volumes.spaces import space_of
+from ..volumes.views.spaces import space_of
 from .inputs import as_source, chosen_images, name_of
 from .masks import on_image
 from .planner import SPOOLED_PART, Input

@@ -5,8 +5,8 @@ from typing import Any, TypedDict, Unpack
 
 import torch
 
-from ..core.grids import PatchSpacing
-from ..core.windows import OverlapMode
+from ..core.grid.grids import PatchSpacing
+from ..core.grid.windows import OverlapMode
 from ..models.spec import ModelSpec
 from .plan import PredictionPlan
 from .predictor import Predictor, Sizes

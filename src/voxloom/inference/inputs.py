@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from ..core.boxes import Box
-from ..core.grids import PatchGrid
+from ..core.grid.grids import PatchGrid
 from ..core.sizes import Ints
 from ..errors import SpaceError, SubjectError
-from ..io.arrays import ArraySource
-from ..io.composed import StackedSource, read_into
+from ..io.arrays.composed import StackedSource, read_into
+from ..io.arrays.memory import ArraySource
 from ..io.protocols import VolumeSource, is_source
 from ..runtime import memory
 from ..sampling.padded import PaddedSource

@@ -11,15 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.affines import Affine
 from ..core.boxes import Box
-from ..core.grids import PatchGrid
+from ..core.geometry.affines import Affine
+from ..core.grid.grids import PatchGrid
 from ..core.sizes import Ints
 from ..core.walking import walk
 from ..errors import ImageError, SpaceError, SubjectError
 from ..io.protocols import Json, VolumeSource, is_source, read_checked
-from ..volumes.image import LabelMap
-from ..volumes.views import View
+from ..volumes.images.image import LabelMap
+from ..volumes.views.spatial import View
 
 __all__ = ["looks_at_input", "needed_patches", "on_image"]
 

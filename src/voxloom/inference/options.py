@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
-from ..core.grids import PatchSpacing, check_patch_spacing
+from ..core.grid.grids import PatchSpacing, check_patch_spacing
+from ..core.grid.windows import MONAI, Gaussian, OverlapMode, resolve_window
 from ..core.padding import check_padding_mode
 from ..core.sizes import as_int, checked_overlap
-from ..core.windows import MONAI, Gaussian, OverlapMode, resolve_window
 from ..errors import SizeError
 from ..models.forms import as_form, overlap_of_slices, size_of_slices
 from ..models.loading import LoadedModel

@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..core.affines import Affine
-from ..core.grids import PatchGrid
-from ..core.interpolation import Interpolation, SpaceMap
+from ..core.geometry.affines import Affine
+from ..core.geometry.interpolation import Interpolation, SpaceMap
+from ..core.grid.grids import PatchGrid
+from ..core.grid.traversal import Block, Traversal
+from ..core.grid.windows import Window
 from ..core.sizes import Ints, pretty_bytes, pretty_sizes
-from ..core.traversal import Block, Traversal
-from ..core.windows import Window
 from ..io.protocols import Json
 from ..models.outputs import OutputSpec
-from ..volumes.exchange import pictures
+from ..volumes.images.exchange import pictures
 from .results import ResultSpec
 
 __all__ = ["BASE_BYTES", "Batch", "Memory", "PredictionPlan", "count_batches"]

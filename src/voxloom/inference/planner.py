@@ -10,18 +10,18 @@ import numpy as np
 import torch
 
 from ..aggregation.weights import KEPT_WEIGHTS
-from ..core.affines import scaled
-from ..core.grids import PatchGrid, PatchSpacing
-from ..core.interpolation import Interpolation, SpaceMap
-from ..core.resampling import space_map
+from ..core.geometry.affines import scaled
+from ..core.geometry.interpolation import Interpolation, SpaceMap
+from ..core.geometry.resampling import space_map
+from ..core.grid.grids import PatchGrid, PatchSpacing
+from ..core.grid.traversal import AxisTraversal, Block, Traversal
+from ..core.grid.windows import OverlapMode, Window, sampled
 from ..core.sizes import Ints, filled_in, pretty_bytes
-from ..core.traversal import AxisTraversal, Block, Traversal
-from ..core.windows import OverlapMode, Window, sampled
 from ..errors import RecordError, SizeError
 from ..io.labels import Label
 from ..io.protocols import Json, Space, VolumeSource, chunk_bytes, extent_of, loading_bytes
 from ..io.spooling import Packed
-from ..io.stores import BEGIN_AGAIN
+from ..io.writing.words import BEGIN_AGAIN
 from ..models.forms import CallForm
 from ..models.outputs import OutputSpec
 from ..runtime.chunk_cache import CHUNKS

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 
 from ..core.arguments import known_arguments
-from ..core.grids import PatchSpacing
-from ..core.interpolation import as_interpolation
+from ..core.geometry.interpolation import as_interpolation
+from ..core.grid.grids import PatchSpacing
+from ..core.grid.windows import OverlapMode
 from ..core.values import as_number
-from ..core.windows import OverlapMode
 from ..errors import ModeError, SaveError, TargetExistsError
 from ..io.fingerprints import differences
 from ..io.protocols import Json, is_source
-from ..io.sidecars import is_as_written, read_sidecar, sidecar_of
-from ..io.targets import as_target
+from ..io.writing.sidecars import is_as_written, read_sidecar, sidecar_of
+from ..io.writing.targets import as_target
 from ..models.loading import as_loaded
 from ..models.running import Models, as_models
 from ..models.spec import ModelSpec

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.grids import PatchGrid
+from ..core.grid.grids import PatchGrid
 from ..io.fingerprints import state_of_model
 from ..io.protocols import Json, VolumeSource
 from ..io.spooling import spooled

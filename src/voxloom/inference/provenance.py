@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from .._version import __version__
-from ..core.windows import for_axis
+from ..core.grid.windows import for_axis
 from ..io.files import files_in, hash_of_path
 from ..io.fingerprints import fingerprint_of_model, fingerprint_of_option
 from ..io.protocols import Json

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from ..core.affines import scaled
-from ..core.grids import PatchGrid
-from ..core.interpolation import Interpolation, interpolated_dtype
+from ..core.geometry.affines import scaled
+from ..core.geometry.interpolation import Interpolation, interpolated_dtype
+from ..core.grid.grids import PatchGrid
 from ..core.sizes import Scale, as_scale
 from ..core.values import can_hold
 from ..errors import ModeError, NoSuchKeyError, OutputError

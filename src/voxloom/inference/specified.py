@@ -8,20 +8,20 @@ from typing import Any
 
 import numpy as np
 
-from ..core.affines import scaled, spacing_of
 from ..core.boxes import Box
-from ..core.interpolation import Interpolation
+from ..core.geometry.affines import scaled, spacing_of
+from ..core.geometry.interpolation import Interpolation
 from ..core.sizes import pretty_sizes
 from ..core.walking import walk
 from ..errors import MissingDependencyError, SpecError
-from ..io.composed import StackedSource
+from ..io.arrays.composed import StackedSource
 from ..io.protocols import Space, VolumeSource, read_checked
 from ..models.spec import NATIVE, ModelSpec
-from ..volumes.intensities import Intensity, NormalizedSource, foreground_box
 from ..volumes.libraries import found_subject
-from ..volumes.spaces import at_spacing, at_spacing_of_monai
 from ..volumes.subject import Subject
-from ..volumes.views import CroppedSource, ResampledSource, TurnedSource
+from ..volumes.views.intensities import Intensity, NormalizedSource, foreground_box
+from ..volumes.views.spaces import at_spacing, at_spacing_of_monai
+from ..volumes.views.spatial import CroppedSource, ResampledSource, TurnedSource
 from .inputs import check_one_grid
 
 __all__ = ["ModelInput", "in_model_space", "looks_at_volume", "named_channels"]

@@ -14,8 +14,8 @@ from torch import Tensor
 from ..aggregation.streaming import SHARED_BYTES, FinishedTile, StreamingAccumulator
 from ..aggregation.weights import PatchWeights
 from ..core.boxes import Box
+from ..core.grid.traversal import Block, Step
 from ..core.sizes import Ints
-from ..core.traversal import Block, Step
 from ..core.values import is_finite
 from ..errors import DeviceMemoryError, OutputError
 from ..io.protocols import VolumeSource, VolumeStore

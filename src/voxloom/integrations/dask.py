@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import ModeError
 from ..inference.parts.launchers import ATTEMPTS, Launcher, ShardJob, packed
-from ..io.saving import as_save_error
+from ..io.writing.saving import as_save_error
 from ..volumes.libraries import imported
 
 __all__ = ["DaskLauncher", "client_of", "launcher_of"]

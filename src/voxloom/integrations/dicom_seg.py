@@ -11,8 +11,8 @@ import pydicom
 from .._version import __version__
 from ..errors import ImageNotFoundError, MissingDependencyError, SpaceError, TargetExistsError, UnsupportedImageError
 from ..io.labels import Label, as_labels, color_of
-from ..io.saving import atomic_write
-from ..volumes.image import Image, LabelMap
+from ..io.writing.saving import atomic_write
+from ..volumes.images.image import Image, LabelMap
 
 __all__ = ["save_dicom_seg"]
 

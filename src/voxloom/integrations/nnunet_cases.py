@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import CorruptImageError, ImageNotFoundError, SubjectError
-from ..volumes.image import LabelMap, ScalarImage
+from ..volumes.images.image import LabelMap, ScalarImage
 from ..volumes.loading import SubjectsDataset
 from ..volumes.subject import Subject
 

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.affines import Affine
-from ..io.arrays import ArraySource
+from ..core.geometry.affines import Affine
+from ..io.arrays.memory import ArraySource
 from ..volumes.batch import SubjectsBatch
 from ..volumes.constants import AFFINE, DATA, HISTORY, INTENSITY, LABEL, PATH, STEM, TYPE
-from ..volumes.image import Image, LabelMap, ScalarImage
+from ..volumes.images.image import Image, LabelMap, ScalarImage
 from ..volumes.libraries import LibraryTransform, Transform, imported, in_its_type
 from ..volumes.loading import SubjectsDataset
 from ..volumes.subject import Subject

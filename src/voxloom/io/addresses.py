@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from .hdf5 import Hdf5Source
+from .arrays.hdf5 import Hdf5Source
 from .protocols import VolumeSource
 from .zarr.source import ZarrSource
 from .zarr.storage import is_url

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.affines import Affine
 from ..core.boxes import Box
+from ..core.geometry.affines import Affine
 from ..errors import CorruptImageError, ImageFileError, ImageNotFoundError
-from .arrays import hash_of
+from .arrays.memory import hash_of
 from .protocols import Json, SpaceCodes, VolumeSource, VolumeSpec
 
 __all__ = [

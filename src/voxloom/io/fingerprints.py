@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .arrays import hash_of, raw_bytes
+from .arrays.memory import hash_of, raw_bytes
 from .code import fingerprint_of_file, name_in_code, parts_of_class, source_of, used_beside, without_addresses
 from .protocols import Json
 

@@ -23,7 +23,7 @@ from ..errors import ImageNotFoundError, UnsupportedImageError
 from .dicom import is_dicom
 from .files import FileSource
 from .itk.integrity import METAIMAGE, NRRD, TIFF, Integrity
-from .saving import Writer, write_compressed_nifti, write_itk, write_mgh, write_nifti
+from .writing.whole_volumes import Writer, write_compressed_nifti, write_itk, write_mgh, write_nifti
 from .zarr.source import ZarrSource, is_label_of_image, is_zarr
 
 __all__ = [
@@ -68,9 +68,9 @@ class Reader:
         return opened
 
 
-NIFTI, WHOLE = Reader(".nifti", "NibabelFile"), Reader(".whole_files", "WholeFile")
+NIFTI, WHOLE = Reader(".nifti.files", "NibabelFile"), Reader(".whole_files", "WholeFile")
 NRRD_FILE, METAIMAGE_FILE, TIFF_FILE = (Reader(".itk.files", "ItkFile", each) for each in (NRRD, METAIMAGE, TIFF))
-ZARR, NIFTI_ZARR = Reader(".zarr.source", "ZarrSource"), Reader(".zarr.source", "ZarrSource", more=(".nifti",))
+ZARR, NIFTI_ZARR = Reader(".zarr.source", "ZarrSource"), Reader(".zarr.source", "ZarrSource", more=(".nifti.files",))
 DICOM, SERIES = Reader(".dicom.files", "open_dicom"), Reader(".dicom.files", "open_series")
 
 
@@ -117,8 +117,8 @@ FORMATS = (
     Format(".brik.gz", WHOLE, described_by=".head"),
     Format(".tif", TIFF_FILE),
     Format(".tiff", TIFF_FILE),
-    Format(".b2nd", Reader(".blosc", "BloscFile")),
-    Format(".npy", Reader(".npy", "NpyFile")),
+    Format(".b2nd", Reader(".arrays.blosc", "BloscFile")),
+    Format(".npy", Reader(".arrays.npy", "NpyFile")),
     Format(".ome.zarr", ZARR, is_streamed=True, is_folder=True),
     Format(".nii.zarr", NIFTI_ZARR, is_streamed=True, is_folder=True),
     Format(".zarr", ZARR, is_streamed=True, is_folder=True),

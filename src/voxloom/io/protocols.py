@@ -9,8 +9,8 @@ from typing import Any, Protocol, TypeGuard, runtime_checkable
 import torch
 from torch import Tensor
 
-from ..core.affines import Affine
 from ..core.boxes import Box
+from ..core.geometry.affines import Affine
 from ..errors import ImageError
 
 __all__ = [

@@ -11,7 +11,7 @@ from ..errors import SaveError
 from .compression import READ_ERRORS, open_compressed
 from .formats import format_of
 from .protocols import VolumeSource
-from .saving import as_save_error
+from .writing.saving import as_save_error
 
 __all__ = ["Packed", "is_packed", "spooled", "unpack"]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..core.boxes import Box
 from ..errors import CorruptImageError, MissingDependencyError, UnsupportedImageError, VoxloomError
-from .arrays import torch_dtype, widest_unsigned
+from .arrays.memory import torch_dtype, widest_unsigned
 from .compression import GREATEST_GZIP_RATIO, is_compressed
 from .files import FileSource, explained
 from .protocols import VolumeSpec

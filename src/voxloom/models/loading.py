@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MissingDependencyError, ModelFileError
-from ..io.arrays import hash_of, raw_bytes
+from ..io.arrays.memory import hash_of, raw_bytes
 from ..io.files import hash_of_path
 from ..io.formats import format_of
 from ..io.protocols import Space, VolumeSource

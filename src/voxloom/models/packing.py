@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from ..errors import ModelFileError, SpecError, TargetExistsError
-from ..io.saving import atomic_write
+from ..io.writing.saving import atomic_write
+from ..io.writing.words import OVERWRITE
 from .forms import CallForm, size_of_slices
 from .loading import SPEC_FILE, load_model
 from .modes import evaluating
@@ -88,7 +89,7 @@ def _check_target(target: Path, overwrite: bool) -> None:
     if target.suffix != ".pt2":
         raise ModelFileError(f"{target} must end in .pt2")
     if target.exists() and not overwrite:
-        raise TargetExistsError(f"{target} exists, and is kept: choose another name, or give overwrite=True (--overwrite)")
+        raise TargetExistsError(f"{target} exists, and is kept: choose another name, or give {OVERWRITE}")
 
 
 def _write(program: torch.export.ExportedProgram, spec: ModelSpec, target: Path) -> None:

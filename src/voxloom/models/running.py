@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.grid.windows import Gaussian
 from ..core.sizes import Ints
 from ..core.values import sum_dtype
-from ..core.windows import Gaussian
 from ..errors import DeviceMemoryError, ModeError, OutputError, SizeError
 from ..runtime import memory
 from ..runtime.devices import as_device

@@ -11,9 +11,9 @@ from typing import Any, Literal
 from ..errors import SpecError, VoxloomError
 from ..io.labels import Label
 from ..io.protocols import Json
-from ..volumes.intensities import Intensity
-from ..volumes.spaces import as_spacing
-from ..volumes.views import as_orientation
+from ..volumes.views.intensities import Intensity
+from ..volumes.views.spaces import as_spacing
+from ..volumes.views.spatial import as_orientation
 
 __all__ = ["VERSION", "Crop", "ModelSpec", "spec_beside"]
 

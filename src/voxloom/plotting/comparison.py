@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from ..core.grids import PatchGrid
+from ..core.grid.grids import PatchGrid
 from ..errors import MissingDependencyError
-from ..io.saving import atomic_write
+from ..io.writing.saving import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from ..core.affines import spacing_of
-from ..core.blending import AxisWeights
 from ..core.boxes import Box
-from ..core.grids import AxisGrid, PatchGrid
-from ..core.shards import ShardGrid
-from ..core.windows import OverlapMode, for_axis, resolve_window
+from ..core.geometry.affines import spacing_of
+from ..core.grid.blending import AxisWeights
+from ..core.grid.grids import AxisGrid, PatchGrid
+from ..core.grid.shards import ShardGrid
+from ..core.grid.windows import OverlapMode, for_axis, resolve_window
 from ..errors import SizeError, SubjectError, UnsupportedImageError
 from ..io.protocols import read_checked
 from ..io.zarr.source import open_zarr
@@ -22,7 +22,7 @@ from ..sampling.random import PatchSampler
 from ..sampling.weighted import WeightedSampler
 from ..training.queue import Queue
 from ..volumes.constants import LABEL
-from ..volumes.image import Image
+from ..volumes.images.image import Image
 from .comparison import require_matplotlib
 from .planes import plot_images
 
@@ -341,7 +341,7 @@ def compare(image: Image, predicted: Image, truth: Image, label: int | None = No
 
 
 def _of_labels(image: Image) -> type[Image]:
-    from ..volumes.image import LabelMap
+    from ..volumes.images.image import LabelMap
 
     return type(image) if image.type == LABEL else LabelMap
 

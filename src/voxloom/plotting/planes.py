@@ -14,7 +14,7 @@ from ..errors import SizeError, SubjectError, VoxloomError
 from ..io.labels import Label, color_of
 from ..io.protocols import read_checked
 from ..volumes.constants import LABEL
-from ..volumes.image import Image
+from ..volumes.images.image import Image
 from .comparison import require_matplotlib
 
 __all__ = ["html_of", "html_of_batch", "picture_of", "plot_image", "plot_images"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..core.openness import Openness
+from ..core.grid.openness import Openness
 from ..core.sizes import pretty_bytes
 from ..errors import ModeError, VoxloomError
 from ..inference.plan import PredictionPlan

@@ -14,9 +14,9 @@ from ..core.walking import walk
 from ..errors import SaveError
 from ..io.labels import Label, color_of
 from ..io.protocols import read_checked
-from ..io.saving import write_safely
+from ..io.writing.saving import write_safely
 from ..volumes.constants import LABEL
-from ..volumes.image import Image
+from ..volumes.images.image import Image
 from .comparison import require_matplotlib
 from .planes import plot_image, plot_images
 

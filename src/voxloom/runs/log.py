@@ -18,8 +18,8 @@ from ..errors import RecordError, SaveError
 from ..io.fingerprints import differences
 from ..io.formats import stem_of
 from ..io.protocols import Json, VolumeStore
-from ..io.saving import as_save_error, write_safely
-from ..io.stores import BEGIN_AGAIN
+from ..io.writing.saving import as_save_error, write_safely
+from ..io.writing.words import BEGIN_AGAIN
 
 __all__ = ["RunLog", "is_to_be_published", "left_behind", "progress_of", "remove_leftovers", "targets_of_log"]
 

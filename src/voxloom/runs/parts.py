@@ -19,13 +19,13 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from ..core.shards import ShardGrid
+from ..core.grid.shards import ShardGrid
 from ..core.sizes import Ints
 from ..errors import RecordError, SaveError
 from ..io.files import if_there
 from ..io.formats import stem_of
 from ..io.protocols import Json
-from ..io.saving import write_safely
+from ..io.writing.saving import write_safely
 from .claim import make_free
 
 __all__ = [

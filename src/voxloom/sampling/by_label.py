@@ -13,7 +13,7 @@ from ..core.sizes import as_int
 from ..core.values import can_hold
 from ..errors import SamplingError, SubjectError
 from ..volumes.constants import LABEL
-from ..volumes.image import Image
+from ..volumes.images.image import Image
 from ..volumes.subject import Subject
 from .centred import CentredSampler, Classes, parts
 from .random import Sizes

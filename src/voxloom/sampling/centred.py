@@ -16,7 +16,7 @@ from ..core.rows import RowSums
 from ..core.sizes import Ints
 from ..core.walking import walk
 from ..errors import ModeError, SamplingError, SubjectError
-from ..volumes.image import Image
+from ..volumes.images.image import Image
 from ..volumes.libraries import as_subject
 from ..volumes.subject import Subject
 from .indexing import kept_sums

@@ -6,7 +6,7 @@ from typing import Any, overload
 from torch.utils.data import Dataset
 
 from ..core.arguments import known_arguments
-from ..core.grids import PatchGrid, PatchSpacing, check_patch_spacing
+from ..core.grid.grids import PatchGrid, PatchSpacing, check_patch_spacing
 from ..core.padding import check_padding_mode
 from ..core.sizes import as_patch_size, checked_overlap
 from ..errors import SizeError, SubjectError

@@ -11,11 +11,11 @@ import numpy as np
 
 from ..core.rows import RowSums
 from ..errors import ImageError, SaveError
-from ..io.arrays import hash_of
+from ..io.arrays.memory import hash_of
 from ..io.formats import stem_of
-from ..io.saving import as_save_error
+from ..io.writing.saving import as_save_error
 from ..runtime.marks import left_by_dead, new_mark
-from ..volumes.image import Image
+from ..volumes.images.image import Image
 from ..volumes.subject import Subject
 from .random import PatchSampler
 

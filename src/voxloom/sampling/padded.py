@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.affines import Affine
 from ..core.boxes import Box
+from ..core.geometry.affines import Affine
 from ..core.padding import CONSTANT_MODES, Piece, axis_pieces, ramp
 from ..core.values import can_hold, limits_of
 from ..core.walking import walk
 from ..errors import ModeError, SubjectError
-from ..io.composed import read_into
+from ..io.arrays.composed import read_into
 from ..io.protocols import Json, SpaceCodes, VolumeSource, chunk_bytes, loading_bytes, read_checked
 
 __all__ = ["PaddedSource", "padding_constant"]

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from ..core.boxes import Box
-from ..core.grids import PatchGrid
+from ..core.grid.grids import PatchGrid
 from ..core.locations import PatchLocation
 from ..core.sizes import Ints
 from ..errors import SamplingError
 from ..runtime import memory
 from ..volumes.batch import ImagesBatch, SubjectsBatch, batch_memory
 from ..volumes.constants import PATCH_LOCATION
-from ..volumes.copies import own
+from ..volumes.images.copies import own
 from ..volumes.subject import Subject
 from .padded import PaddedSource
 

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from ..core.arguments import known_arguments
 from ..core.boxes import Box
-from ..core.grids import PatchGrid
+from ..core.grid.grids import PatchGrid
 from ..core.locations import PatchLocation
 from ..core.padding import check_padding_mode
 from ..core.random_numbers import draw_generator

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..core.boxes import Box
 from ..errors import SubjectError
-from ..volumes.image import Image
+from ..volumes.images.image import Image
 from ..volumes.subject import Subject
 from .centred import CentredSampler, Classes, weight_shares, weight_sums
 from .random import Sizes

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from ..core.grids import PatchGrid
+from ..core.grid.grids import PatchGrid
 from ..core.schedules import EpochSchedule
 from ..core.sizes import as_int
 from ..errors import QueueError, SizeError, SubjectError

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..runtime import memory
 from ..runtime.shared_memory import share
 from ..sampling.patches import MakeEmpty
-from ..volumes.image import Image
+from ..volumes.images.image import Image
 from ..volumes.subject import Subject
 from .patch_worker import MadePatch, SkippedSubject
 

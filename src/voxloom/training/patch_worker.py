@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..core.grids import PatchGrid
+from ..core.grid.grids import PatchGrid
 from ..core.random_numbers import Purpose, seed_words
 from ..errors import SamplingError, SubjectError, VoxloomError
 from ..runtime import memory

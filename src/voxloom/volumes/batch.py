@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate, get_worker_info
 
-from ..core.affines import Affine
+from ..core.geometry.affines import Affine
 from ..core.locations import PatchLocation
 from ..errors import NoSuchIndexError, NoSuchKeyError, SubjectError
 from ..runtime import memory
 from ..runtime.shared_memory import shared_storage
 from .constants import AFFINE, DATA, INDEX_INI, INTENSITY, LABEL, LOCATION, PATCH_LOCATION, PATH, STEM, TYPE
-from .copies import own
-from .exchange import pictures
-from .image import Image, LabelMap, ScalarImage
+from .images.copies import own
+from .images.exchange import pictures
+from .images.image import Image, LabelMap, ScalarImage
 from .libraries import as_subject
 from .subject import Subject
 

@@ -23,19 +23,19 @@ from torch.utils.data import ConcatDataset, Dataset
 
 from .._version import __version__
 from ..errors import CorruptImageError, NoSuchIndexError, SaveError, SubjectError, VoxloomError
-from ..io.arrays import hash_of
-from ..io.blosc import BloscFile, write_blosc
+from ..io.arrays.blosc import BloscFile, write_blosc
+from ..io.arrays.memory import hash_of
 from ..io.files import size_of_path
 from ..io.fingerprints import fingerprint_of_option
 from ..io.plain import MOST_NUMBERS, from_plain, to_plain
 from ..io.protocols import Json, SpaceCodes
-from ..io.saving import as_save_error, bring_to_disk, write_safely
+from ..io.writing.saving import as_save_error, bring_to_disk, write_safely
 from ..runtime.limits import as_bytes
 from ..runtime.marks import left_by_dead, new_mark
 from ..runtime.seeding import reseed, seeded
 from .constants import HISTORY
 from .contents import TRANSFORMS, dry_subjects_of, leaf_at, leaves_of, name_of, transforms_of
-from .image import Image, LabelMap, ScalarImage
+from .images.image import Image, LabelMap, ScalarImage
 from .libraries import LIBRARIES, as_subject, found_subject
 from .loading import SubjectsDataset
 from .subject import Subject

@@ -10,15 +10,16 @@ from ..core.walking import walk
 from ..errors import ModeError, SaveError, TargetExistsError, VoxloomError
 from ..io.formats import format_of, is_folder_target
 from ..io.protocols import VolumeSpec, VolumeStore, is_source, read_checked
-from ..io.saving import appeared, remove_unfinished
 from ..io.spooling import spooled
-from ..io.targets import as_target, discard_dead, save_volume, store_at
+from ..io.writing.saving import appeared, remove_unfinished
+from ..io.writing.targets import as_target, discard_dead, save_volume, store_at
+from ..io.writing.words import OVERWRITE
 from ..io.zarr.source import is_label_of_image
 from ..io.zarr.store import ZarrStore
 from ..runtime.marks import new_mark
 from ..runtime.progress import shown_if
 from .constants import LABEL
-from .image import Image, LabelMap, ScalarImage
+from .images.image import Image, LabelMap, ScalarImage
 from .libraries import as_image
 
 __all__ = ["convert"]
@@ -88,7 +89,7 @@ def convert(
         if path.exists() and not overwrite:
             known = format_of(path)
             remove_unfinished(path.resolve(), "" if known is None else known.ending)
-            raise SaveError(f"{path} exists, and is kept: remove it, choose another name, or give overwrite=True (--overwrite)")
+            raise SaveError(f"{path} exists, and is kept: remove it, choose another name, or give {OVERWRITE}")
         save_volume(path, given.data, given.affine, given.codes, overwrite=overwrite)
         return image_class(path)
     store = _store_of(output, overwrite, {**layout, "version": version})

@@ -21,16 +21,17 @@ from ..errors import ModeError, SaveError, VoxloomError
 from ..io.formats import endings
 from ..io.labels import Label, as_labels, color_of
 from ..io.protocols import Json, VolumeSource, read_checked
-from ..io.replacing import forget_old, replace_folder, restore_old
-from ..io.saving import appeared, atomic_write
-from ..io.sidecars import read_sidecar, sidecar_of, written
 from ..io.spooling import spooled
+from ..io.writing.replacing import forget_old, replace_folder, restore_old
+from ..io.writing.saving import appeared, atomic_write
+from ..io.writing.sidecars import read_sidecar, sidecar_of, written
+from ..io.writing.words import OVERWRITE
 from ..runtime.marks import left_by_dead, new_mark
 from ..runtime.progress import shown_if
 from .converting import convert
-from .image import LabelMap
+from .images.image import LabelMap
 from .libraries import as_image
-from .views import View
+from .views.spatial import View
 
 __all__ = ["PER_LABEL", "is_split_of", "known_labels", "label_table", "split_labels", "write_label_table"]
 
@@ -124,7 +125,7 @@ def split_labels(
         if path.resolve().is_relative_to(folder.resolve()):
             raise SaveError(f"{path} is in {folder}, which would be replaced: choose another folder")
     if folder.exists() and not (overwrite and _is_split(folder)):
-        way = "remove it, or choose another name" if overwrite else "remove it, or give overwrite=True (--overwrite)"
+        way = "remove it, or choose another name" if overwrite else f"remove it, or give {OVERWRITE}"
         raise SaveError(f"{folder} exists, and is kept: {way}")
     told = as_labels(labels) if labels is not None else known_labels(given.paths[0]) if given.paths else []
     mark = new_mark()
@@ -141,7 +142,7 @@ def split_labels(
         write_label_table(list(named.values()), part / TABLE)
         (part / RECORD).write_text(_record_of(given.paths, [path.name for path in part.iterdir()]))
         if folder.exists() and not (overwrite and _is_split(folder)):
-            raise appeared(folder, "let only one at a time write there" if overwrite else "give overwrite=True (--overwrite)")
+            raise appeared(folder, "let only one at a time write there" if overwrite else f"give {OVERWRITE}")
         replace_folder(part, folder, old)
         forget_old(old)
     except VoxloomError:

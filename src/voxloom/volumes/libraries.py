@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from ..errors import ImageError, MissingDependencyError, SubjectError
-from ..io.arrays import affine_of
-from ..io.objects import source_of
+from ..io.arrays.memory import affine_of
+from ..io.arrays.objects import source_of
 from ..io.protocols import is_source
 from .constants import INTENSITY, LABEL
-from .image import Image, LabelMap, ScalarImage
+from .images.image import Image, LabelMap, ScalarImage
 from .subject import Subject
 
 __all__ = [

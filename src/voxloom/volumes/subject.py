@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch.utils.data._utils.collate import default_collate_fn_map
 
-from ..core.affines import SPACE_TOLERANCE, corner_displacement
+from ..core.geometry.affines import SPACE_TOLERANCE, corner_displacement
 from ..core.locations import PatchLocation
 from ..errors import NoSuchKeyError, SpaceError, SubjectError
 from .constants import INDEX_INI, INTENSITY, LABEL, LOCATION, PATCH_LOCATION
-from .exchange import pictures
-from .image import Image
-from .slices import as_slices
+from .images.exchange import pictures
+from .images.image import Image
+from .images.slices import as_slices
 
 __all__ = ["Subject"]
 

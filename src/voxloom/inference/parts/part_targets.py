@@ -10,14 +10,14 @@ from typing import Any, Self
 from ...core.sizes import Ints
 from ...errors import OutputError, SaveError
 from ...io.formats import stem_of
-from ...io.sidecars import run_of
+from ...io.writing.sidecars import run_of
 from ...io.zarr.layout import Layout
 from ...io.zarr.parts import PartsStore
 from ...models.outputs import Name
 from ...runs.parts import records_of
 from ..destinations import Stores
+from ..memory_sink import image_class
 from ..plan import PredictionPlan
-from ..sinks import image_class
 
 __all__ = ["PartTarget", "PartTargets", "PartsStores", "as_parts_stores"]
 

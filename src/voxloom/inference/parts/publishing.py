@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ...errors import RecordError
 from ...io.protocols import Json, VolumeSpec
-from ...io.sidecars import run_of
+from ...io.writing.sidecars import run_of
 from ...io.zarr.parts import PartsStore
 from ...runs.claim import Claim
 

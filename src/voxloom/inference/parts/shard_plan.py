@@ -4,10 +4,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ...core.affines import scaled
 from ...core.boxes import Box
-from ...core.shards import ShardGrid
-from ...core.traversal import Block
+from ...core.geometry.affines import scaled
+from ...core.grid.shards import ShardGrid
+from ...core.grid.traversal import Block
 from ...errors import SizeError
 from ..plan import PredictionPlan
 
@@ -36,7 +36,7 @@ class ShardPlan:
 
     Example:
         >>> import torch, voxloom as vx
-        >>> from voxloom.core.shards import ShardGrid
+        >>> from voxloom.core.grid.shards import ShardGrid
         >>> from voxloom.inference import ShardPlan
         >>> plan = vx.plan(torch.nn.Identity(), torch.zeros(1, 128, 128, 128), patch_size=32, patch_overlap=0.5)
         >>> parts = ShardPlan(plan, ShardGrid((128, 128, 128), (64, 64, 64)))

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from ...core.boxes import Box
-from ...core.shards import ShardGrid
+from ...core.grid.shards import ShardGrid
 from ...core.sizes import Ints, as_sizes
 from ...errors import OutputError, RecordError, ShardError
 from ...io.fingerprints import differences
-from ...io.saving import saving
+from ...io.writing.saving import saving
 from ...io.zarr.layout import Layout, put_shard
 from ...io.zarr.writing import ShardWriter
 from ...runs.claim import Claim

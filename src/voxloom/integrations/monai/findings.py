@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...inference.reductions import as_reduction
 from ...models.spec import Crop
-from ...volumes.intensities import Intensity
+from ...volumes.views.intensities import Intensity
 from .configuration import CODE, PREDICTION, Component, Configuration, listed
 from .sliding import shared
 

@@ -12,10 +12,10 @@ from torch.utils.data import default_collate
 
 from ...core.locations import PatchLocation
 from ...errors import SubjectError
-from ...io.arrays import affine_of
+from ...io.arrays.memory import affine_of
 from ...volumes.batch import ImagesBatch, SubjectsBatch
 from ...volumes.constants import INTENSITY, LABEL, LOCATION, PATCH_LOCATION
-from ...volumes.image import Image, LabelMap, ScalarImage
+from ...volumes.images.image import Image, LabelMap, ScalarImage
 from ...volumes.libraries import LibraryTransform, Transform, as_subject, imported, in_its_type
 from ...volumes.subject import Subject
 

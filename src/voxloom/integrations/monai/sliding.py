@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ...core.affines import Affine
 from ...core.boxes import Box
+from ...core.geometry.affines import Affine
+from ...core.grid.windows import MONAI, Gaussian
 from ...core.values import sum_dtype
-from ...core.windows import MONAI, Gaussian
 from ...errors import ModeError, OutputError, SizeError
 from ...inference.predictor import Predictor
 from ...inference.reductions import AfterSum, as_reduction
-from ...io.arrays import ArraySource
-from ...io.composed import StackedSource
+from ...io.arrays.composed import StackedSource
+from ...io.arrays.memory import ArraySource
 from ...io.protocols import Json, SpaceCodes, VolumeSource
 from ...volumes.libraries import imported
 from .windows import WindowsNetwork

@@ -10,10 +10,10 @@ from torch import Tensor
 from ...core.boxes import Box
 from ...inference.predictor import Predictor
 from ...inference.specified import ModelInput
-from ...io.composed import StackedSource
+from ...io.arrays.composed import StackedSource
 from ...io.protocols import Json, Space, VolumeSource, read_checked
 from ...models.loading import LoadedModel
-from ...volumes.views import ResampledSource, View
+from ...volumes.views.spatial import ResampledSource, View
 
 __all__ = ["Cascade"]
 

@@ -9,7 +9,7 @@ from ...errors import ModelFileError
 from ...io.labels import Label
 from ...io.protocols import Json
 from ...models.spec import Crop, ModelSpec
-from ...volumes.intensities import Intensity
+from ...volumes.views.intensities import Intensity
 
 __all__ = ["Labels", "channel_names", "configuration_of", "spec_of"]
 

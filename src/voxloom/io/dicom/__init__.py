@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ...core.affines import Affine
+from ...core.geometry.affines import Affine
 
 __all__ = ["is_dicom", "stored_dicom"]
 

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from pydicom.uid import RLELossless
 
-from ...core.affines import Affine
 from ...core.boxes import Box
+from ...core.geometry.affines import Affine
 from ...errors import CorruptImageError, SeriesError, VoxloomError
 from ..files import FileSource
 from ..itk.files import ItkFile, dtype_of, read_header

@@ -14,7 +14,7 @@ import pydicom
 from pydicom.errors import BytesLengthException, InvalidDicomError
 from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian, RTDoseStorage, SegmentationStorage
 
-from ...core.affines import Affine
+from ...core.geometry.affines import Affine
 from ...errors import CorruptImageError, ImageNotFoundError, SeriesError, UnsupportedImageError, VoxloomError
 from . import MARK, MARK_PLACE
 from .planes import arranged, arranged_with_gaps

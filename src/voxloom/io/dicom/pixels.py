@@ -14,10 +14,10 @@ from pydicom.pixels.utils import pixel_array
 from pydicom.uid import RLELossless
 from torch import Tensor
 
-from ...core.affines import Affine
 from ...core.boxes import Box
+from ...core.geometry.affines import Affine
 from ...errors import CorruptImageError, ImageNotFoundError, UnsupportedImageError
-from ..arrays import torch_dtype, widest_unsigned
+from ..arrays.memory import torch_dtype, widest_unsigned
 from ..files import FileSource
 from ..protocols import VolumeSpec, loading_bytes
 from .frames import DAMAGE, EMPTY, DicomHeader, FrameTable, brief, frame_count, is_segmentation, place_of, scales_of

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ...core.affines import Affine, lps_to_ras
+from ...core.geometry.affines import Affine, lps_to_ras
 from ...errors import SeriesError
 
 __all__ = ["arranged", "arranged_with_gaps"]

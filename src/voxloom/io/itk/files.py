@@ -11,10 +11,10 @@ import SimpleITK
 import torch
 from torch import Tensor
 
-from ...core.affines import Affine, lps_to_ras
 from ...core.boxes import Box
+from ...core.geometry.affines import Affine, lps_to_ras
 from ...errors import CorruptImageError, UnsupportedImageError, VoxloomError
-from ..arrays import torch_dtype, widest_unsigned
+from ..arrays.memory import torch_dtype, widest_unsigned
 from ..files import FileSource
 from ..protocols import VolumeSpec
 from .integrity import Integrity

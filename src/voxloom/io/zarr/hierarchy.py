@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ...core.affines import Affine, as_affine, corner_displacement, spacing_of
+from ...core.geometry.affines import Affine, as_affine, corner_displacement, spacing_of
 from ...errors import CorruptImageError, ImageError, ImageNotFoundError, UnsupportedImageError, VoxloomError
 from ..protocols import Json, SpaceCodes
 from .ngff import SPATIAL, Axis, Multiscales, axes_by_names, chosen_level, described
@@ -281,7 +281,7 @@ def _header_of(group: Any, name: str) -> Exact | None:
         return None
     import nibabel as nib
 
-    from ..nifti import NibabelFile
+    from ..nifti.files import NibabelFile
 
     raw = np.asarray(found[...]).tobytes()
     is_second = 540 in (int.from_bytes(raw[:4], "little"), int.from_bytes(raw[:4], "big"))

@@ -16,15 +16,16 @@ import numpy as np
 import torch
 from filelock import FileLock
 
-from ...core.affines import SPACE_TOLERANCE, corner_displacement, spacing_of
 from ...core.boxes import Box
+from ...core.geometry.affines import SPACE_TOLERANCE, corner_displacement, spacing_of
 from ...core.pyramids import coarser_shape, factors_of_levels
 from ...core.sizes import Ints
 from ...errors import ModeError, RecordError, SizeError, SpaceError
 from ..formats import stem_of
 from ..labels import Label, color_of
 from ..protocols import Json, VolumeSpec
-from ..saving import bring_to_disk, nifti_of
+from ..writing.saving import bring_to_disk
+from ..writing.whole_volumes import nifti_of
 from .hierarchy import OWN, is_zarr
 from .ngff import described
 from .source import ZarrSource, is_label_of_image

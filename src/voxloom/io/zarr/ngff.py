@@ -11,7 +11,7 @@ from numbers import Integral
 
 import numpy as np
 
-from ...core.affines import Affine, spacing_of
+from ...core.geometry.affines import Affine, spacing_of
 from ...core.pyramids import coarser_affine
 from ...errors import CorruptImageError, NoSuchIndexError, SizeError, UnsupportedImageError, VoxloomError
 from ..protocols import Json

@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from ...core.boxes import Box
-from ...core.shards import ShardGrid
+from ...core.grid.shards import ShardGrid
 from ..protocols import Json, VolumeSpec, VolumeStore
 from .layout import Layout, put_shard
 from .writing import PyramidWriter

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...core.affines import as_affine
 from ...core.boxes import Box
+from ...core.geometry.affines import as_affine
 from ...errors import (
     ImageError,
     ModeError,
@@ -20,7 +20,7 @@ from ...errors import (
     UnsupportedImageError,
     VoxloomError,
 )
-from ..arrays import as_tensor, hash_of, torch_dtype
+from ..arrays.memory import as_tensor, hash_of, torch_dtype
 from ..files import FOLDER_SIDECAR, FileSource, state_of_files
 from ..protocols import Json, VolumeSpec
 from .chunks import ChunkedArray

@@ -16,9 +16,10 @@ from ..files import sidecar_in
 from ..formats import stem_of
 from ..labels import Label
 from ..protocols import Json, VolumeSpec
-from ..replacing import forget_old, replace_folder, restore_old
-from ..saving import saving, write_safely
-from ..sidecars import run_of, written
+from ..writing.replacing import forget_old, replace_folder, restore_old
+from ..writing.saving import saving, write_safely
+from ..writing.sidecars import run_of, written
+from ..writing.words import BEGIN_AGAIN, OVERWRITE
 from .layout import Layout, describe_labels, put_shard, register_label
 from .ngff import VERSIONS
 from .parts import make_coarser
@@ -103,9 +104,7 @@ class ZarrStore:
     def check(self) -> None:
         """See `VolumeStore`."""
         if self.path.exists() and not self.overwrite:
-            raise TargetExistsError(
-                f"{self.path} exists, and is kept: remove it, choose another name, or give overwrite=True (--overwrite)"
-            )
+            raise TargetExistsError(f"{self.path} exists, and is kept: remove it, choose another name, or give {OVERWRITE}")
         if self.path.exists() and not is_zarr(self.path):
             raise TargetExistsError(f"{self.path} exists, and is no Zarr store: choose another name")
         if self.path.exists() and (more := more_than_image(self.path)):
@@ -140,12 +139,12 @@ class ZarrStore:
         """See `VolumeStore`."""
         whole = self._at(run, ".zarr")
         if not whole.is_dir():
-            raise RecordError(f"the unfinished folder {whole} is gone: start over with resume=False (--no-resume)")
+            raise RecordError(f"the unfinished folder {whole} is gone: {BEGIN_AGAIN}")
         try:
             with saving(self.path):
                 self._open(spec, run, is_new=False)
         except RecordError as error:
-            raise RecordError(f"{error}: start over with resume=False (--no-resume)") from error
+            raise RecordError(f"{error}: {BEGIN_AGAIN}") from error
 
     def _open(self, spec: VolumeSpec, run: str, is_new: bool) -> None:
         layout = self._layout = self.layout(spec)
@@ -225,9 +224,7 @@ class ZarrStore:
     def _complete(self, whole: Path, parts: Path, sidecar: Mapping[str, Json], run: str) -> None:
         """Say in the folder how its image was made."""
         if parts.exists() and any(parts.rglob("*.raw")):
-            raise RecordError(
-                f"{parts} holds shards of which a part was never written: start over with resume=False (--no-resume)"
-            )
+            raise RecordError(f"{parts} holds shards of which a part was never written: {BEGIN_AGAIN}")
         for ending in ("partial", "unfinished"):  # of a process that was killed while it wrote a shard, or what is said of it
             for unfinished in whole.rglob(f"*.{ending}"):
                 unfinished.unlink(missing_ok=True)
@@ -242,6 +239,6 @@ class ZarrStore:
         if self.path.exists() and not self.overwrite:
             raise TargetExistsError(
                 f"{self.path} has appeared while its result was made, and is kept. The result is in {whole.name}: the same"
-                " call with overwrite=True (--overwrite) puts it there, and so does this one once the folder is gone"
+                f" call with {OVERWRITE} puts it there, and so does this one once the folder is gone"
             )
         replace_folder(whole, self.path, old)

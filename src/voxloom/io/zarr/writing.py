@@ -16,7 +16,7 @@ from ...core.pyramids import coarser
 from ...core.sizes import Ints
 from ...errors import RecordError
 from ..protocols import Json
-from ..saving import bring_to_disk, write_safely
+from ..writing.saving import bring_to_disk, write_safely
 
 __all__ = ["PyramidWriter", "ShardWriter", "at_once", "chunks_for"]
 

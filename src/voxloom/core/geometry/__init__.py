@@ -1,0 +1,1 @@
+"""Affines, and interpolation between grids of voxels."""

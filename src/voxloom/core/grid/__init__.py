@@ -1,0 +1,1 @@
+"""Grids of patches: weights, traversal, parts."""

@@ -1,0 +1,1 @@
+"""NIfTI, Analyze and MGH: read through nibabel, written block by block."""

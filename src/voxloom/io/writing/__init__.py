@@ -1,0 +1,1 @@
+"""Writing in one step: files, folders, stores of results, and what is written beside them."""

@@ -1,0 +1,131 @@
+"""Whole volumes, as the libraries that write files have them."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...core.geometry.affines import Affine
+from ...errors import UnsupportedImageError
+from ..compression import compressing
+from ..protocols import MILLIMETRES, SpaceCodes
+
+__all__ = [
+    "Writer",
+    "nifti_of",
+    "simpleitk_of",
+    "storable",
+    "write_compressed_nifti",
+    "write_itk",
+    "write_mgh",
+    "write_nifti",
+]
+
+Writer = Callable[[Path, np.ndarray, Affine, SpaceCodes], None]
+"""Writes a volume `(C, I, J, K)` to a path."""
+
+# NIfTI-1 keeps sizes in 16 bits.
+LARGEST_NIFTI1_SIZE = 32767
+
+
+def storable(data: Tensor) -> np.ndarray:
+    """Give the values in a type that files can hold, exactly.
+
+    Booleans become uint8, half precision float32, and int64 int32 where every value fits, because few programs read int64.
+    """
+    data = data.detach().cpu()
+    if data.dtype == torch.bool:
+        data = data.to(torch.uint8)
+    elif data.is_floating_point() and data.dtype not in (torch.float32, torch.float64):
+        data = data.to(torch.float32)
+    elif data.dtype == torch.int64 and data.numel():
+        low, high = (int(value) for value in data.aminmax())
+        limits = torch.iinfo(torch.int32)
+        if limits.min <= low and high <= limits.max:
+            data = data.to(torch.int32)
+    return data.numpy()
+
+
+def write_nifti(path: Path, array: np.ndarray, affine: Affine, codes: SpaceCodes) -> None:
+    """Write `.nii`."""
+    image = nifti_of(array, affine, codes)
+    with path.open("wb") as file:
+        image.to_stream(file)
+
+
+def write_compressed_nifti(path: Path, array: np.ndarray, affine: Affine, codes: SpaceCodes) -> None:
+    """Write `.nii.gz`."""
+    image = nifti_of(array, affine, codes)
+    with path.open("wb") as file, compressing(file) as packed:
+        image.to_stream(packed)
+
+
+def nifti_of(array: np.ndarray, affine: Affine, codes: SpaceCodes) -> Any:
+    """Make an image of nibabel's, with both forms in the unit that the original had."""
+    import nibabel as nib
+
+    volume = _channels_last(array)
+    image_class: Any = nib.Nifti2Image if max(volume.shape) > LARGEST_NIFTI1_SIZE else nib.Nifti1Image
+    to_unit = np.diag([*[1 / MILLIMETRES.get(codes.space_unit, 1.0)] * 3, 1.0])
+    sform, qform = to_unit @ affine, to_unit @ np.array(codes.qform_world) @ affine
+    image = image_class(volume, sform, dtype=volume.dtype)
+    # A quaternion cannot say every matrix; and without a form that is valid the affine would not be written at all.
+    qform_code = codes.qform if _is_rigid(qform) else 0
+    image.set_qform(qform, qform_code, strip_shears=True)
+    image.set_sform(sform, codes.sform or int(not qform_code))
+    image.header.set_xyzt_units(codes.space_unit, codes.time_unit)
+    if volume.ndim == 4:
+        image.header["pixdim"][4] = codes.time_step
+    return image
+
+
+def write_mgh(path: Path, array: np.ndarray, affine: Affine, codes: SpaceCodes) -> None:
+    """Write `.mgh` or `.mgz`."""
+    import nibabel as nib
+
+    known = ("uint8", "int16", "int32", "float32")
+    if array.dtype.name not in known:
+        raise UnsupportedImageError(
+            f"MGH holds {', '.join(known)}, not {array.dtype.name}: convert the image, or save it as .nii.gz"
+        )
+    # Unlike NIfTI, nibabel writes MGH only to a path, and picks compression by its ending.
+    nib.MGHImage(_channels_last(array), affine).to_filename(path)
+
+
+def write_itk(path: Path, array: np.ndarray, affine: Affine, codes: SpaceCodes) -> None:
+    """Write what SimpleITK writes by the ending of the name."""
+    import SimpleITK
+
+    from ..itk.files import check_name
+
+    check_name(path)
+
+    SimpleITK.WriteImage(simpleitk_of(array, affine), str(path), useCompression=True)
+
+
+def simpleitk_of(array: np.ndarray, affine: Affine) -> Any:
+    """Make an image of SimpleITK's; channels become the components of its voxels."""
+    import SimpleITK
+
+    is_vector = len(array) > 1
+    planes = np.ascontiguousarray(array.transpose(3, 2, 1, 0) if is_vector else array[0].transpose(2, 1, 0))
+    image = SimpleITK.GetImageFromArray(planes, isVector=is_vector)
+    lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
+    spacing = np.sqrt((lps[:3, :3] ** 2).sum(axis=0))
+    image.SetSpacing(spacing.tolist())
+    image.SetOrigin(lps[:3, 3].tolist())
+    image.SetDirection((lps[:3, :3] / spacing).ravel().tolist())
+    return image
+
+
+def _channels_last(array: np.ndarray) -> np.ndarray:
+    return array[0] if len(array) == 1 else np.moveaxis(array, 0, -1)
+
+
+def _is_rigid(affine: Affine) -> bool:
+    """Whether a quaternion and a spacing can say the same as the matrix."""
+    axes = affine[:3, :3] / np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
+    return bool(np.allclose(axes.T @ axes, np.eye(3), atol=1e-6))

@@ -1,0 +1,1 @@
+"""Images: a volume, where it lies in the world, and what it means."""
