@@ -25,7 +25,7 @@ from .errors import OutputError, RecordError
 from .inference.delivery import Delivery
 from .inference.functions import predict
 from .inference.inputs import read_batch
-from .inference.plan import PredictionPlan
+from .inference.planning.plan import PredictionPlan
 from .inference.predictor import Predictor
 from .inference.runner import Executor, FirstBatch, Runner
 from .io.protocols import Json, SpaceCodes, VolumeSource, VolumeSpec, VolumeStore

@@ -13,7 +13,8 @@ import voxloom as vx
 from slow import slow
 from voxloom.core.geometry import aligned, oblique
 from voxloom.errors import ModeError, OutputError, RecordError, SaveError, SizeError, SpaceError, SubjectError, TargetExistsError
-from voxloom.inference import delivery, planner
+from voxloom.inference import delivery
+from voxloom.inference.planning import planner
 from voxloom.testing import SerialExecutor
 
 SHAPE = (28, 26, 22)

@@ -22,8 +22,9 @@ from voxloom.aggregation.streaming import StreamingAccumulator
 from voxloom.core.grid.blending import AxisWeights
 from voxloom.core.grid.grids import PatchGrid
 from voxloom.core.grid.traversal import Traversal
-from voxloom.inference import planner, threads
-from voxloom.inference.plan import BASE_BYTES, count_batches
+from voxloom.inference import threads
+from voxloom.inference.planning import block_memory, planner
+from voxloom.inference.planning.plan import BASE_BYTES, count_batches
 from voxloom.models import modes
 from voxloom.models.running import Models
 from voxloom.runtime.memory import BufferPool
@@ -760,7 +761,7 @@ def test_blocks_are_cut_such_that_the_fewest_passes_are_made(geometry, room):
     splits = [traversal.split(*each) for each in itertools.product(*counts)]
     least = max(map(traversal.open_voxels, splits[-1]))
     limit = int(least + (traversal.open_voxels(traversal.whole) - least) * room)
-    found = planner.best_split(traversal, traversal.open_voxels, limit, True, 1)
+    found = block_memory.best_split(traversal, traversal.open_voxels, limit, True, 1)
     fitting = [blocks for blocks in splits if max(map(traversal.open_voxels, blocks)) <= limit]
     assert found in fitting
     assert count_batches(traversal, found, 1, None) == min(count_batches(traversal, blocks, 1, None) for blocks in fitting)
@@ -769,7 +770,7 @@ def test_blocks_are_cut_such_that_the_fewest_passes_are_made(geometry, room):
 @pytest.fixture
 def sums(monkeypatch):
     """Bytes of all sums together, whenever one is made."""
-    monkeypatch.setattr(planner, "WAITING_BYTES", 0)
+    monkeypatch.setattr(block_memory, "WAITING_BYTES", 0)
     used, alive, empty = [], weakref.WeakSet(), BufferPool.empty
 
     def counting(self, shape, dtype):

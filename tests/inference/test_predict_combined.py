@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import voxloom as vx
-from voxloom.inference import planner
+from voxloom.inference.planning import block_memory
 
 import reference
 from strategies import MODES, examples, geometries
@@ -123,7 +123,7 @@ def test_whatever_is_asked_for_is_what_the_definition_says(geometry, case):
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patched, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that several blocks cost more
         if case["waits"]:
-            patched.setattr(planner, "WAITING_BYTES", 0)
+            patched.setattr(block_memory, "WAITING_BYTES", 0)
         arguments = (model, data, patch, overlap, case["mode"])
         if case["room"] is not None:
             whole = vx.plan(*arguments, **options, reduce=case["reduce"]).peak_bytes

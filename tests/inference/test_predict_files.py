@@ -31,7 +31,7 @@ from reductions import Scaling, scaling
 from slow import slow
 from voxloom.core.boxes import Box
 from voxloom.errors import RecordError, SaveError, TargetExistsError, UnsupportedImageError
-from voxloom.inference.plan import BASE_BYTES
+from voxloom.inference.planning.plan import BASE_BYTES
 from voxloom.io import spooling
 from voxloom.io.nifti import store as nifti_store
 from voxloom.io.nifti.writing import NiftiWriter

@@ -8,7 +8,7 @@ from .memory_sink import MemorySink
 from .parts.launchers import Launcher, ProcessLauncher, SerialLauncher
 from .parts.shard_plan import ShardPlan
 from .parts.shards import ShardedRun
-from .plan import PredictionPlan
+from .planning.plan import PredictionPlan
 from .predictor import Predictor
 from .reductions import Regions
 from .runner import Executor, FirstBatch, Runner

@@ -22,8 +22,8 @@ from ..runtime.chunk_cache import CHUNKS
 from ..runtime.progress import shown_if
 from .destinations import Destinations, Stores
 from .memory_sink import MemorySink, image_class
-from .plan import PredictionPlan
-from .planner import Input
+from .planning.plan import PredictionPlan
+from .planning.settings import Input
 from .preparing import Preparation
 from .provenance import sidecar_of_run
 from .runner import FirstBatch, Runner

@@ -16,14 +16,12 @@ from ..errors import OutputError
 from ..io.protocols import VolumeStore
 from ..models.running import is_out_of_memory
 from ..runtime.sharing import Share
-from .plan import PredictionPlan
+from .planning.block_memory import PIECE_BYTES
+from .planning.plan import PredictionPlan
+from .planning.results import ResultSpec
 from .reductions import Function, Reduction, Surroundings
-from .results import ResultSpec
 
-__all__ = ["PIECE_BYTES", "Delivery"]
-
-# Bytes of a result that are interpolated before they are written.
-PIECE_BYTES = 8 * 2**20
+__all__ = ["Delivery"]
 
 
 class Delivery:

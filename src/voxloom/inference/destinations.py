@@ -9,7 +9,7 @@ from ..io.protocols import VolumeStore, writing_bytes
 from ..io.writing.sinks import Sink, SinkStore
 from ..io.writing.targets import as_target, store_at
 from ..models.outputs import Name
-from .results import ResultSpec, of_name
+from .planning.results import ResultSpec, of_name
 
 __all__ = ["Destinations", "Stores", "as_store", "as_stores"]
 

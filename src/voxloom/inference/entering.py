@@ -18,7 +18,8 @@ from ..volumes.libraries import as_image, found_subject, library_of
 from ..volumes.views.spaces import space_of
 from .inputs import as_source, chosen_images, name_of
 from .masks import on_image
-from .planner import SPOOLED_PART, Input
+from .planning.planner import SPOOLED_PART
+from .planning.settings import Input
 from .specified import in_model_space, looks_at_volume, named_channels
 
 __all__ = ["Entered", "Entrance", "Request"]

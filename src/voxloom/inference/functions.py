@@ -8,7 +8,7 @@ import torch
 from ..core.grid.grids import PatchSpacing
 from ..core.grid.windows import OverlapMode
 from ..models.spec import ModelSpec
-from .plan import PredictionPlan
+from .planning.plan import PredictionPlan
 from .predictor import Predictor, Sizes
 
 __all__ = ["PredictorOptions", "plan", "predict"]

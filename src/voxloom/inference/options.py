@@ -13,9 +13,9 @@ from ..errors import SizeError
 from ..models.forms import as_form, overlap_of_slices, size_of_slices
 from ..models.loading import LoadedModel
 from ..models.spec import ModelSpec
-from .planner import Settings
+from .planning.results import ResultOptions
+from .planning.settings import Settings
 from .reductions import AfterSumStep, Regions
-from .results import ResultOptions
 
 __all__ = ["UsualOptions", "settings_of", "usual_options"]
 

@@ -34,8 +34,8 @@ from .entering import Entrance, Request
 from .options import settings_of, usual_options
 from .parts.launchers import ProcessLauncher, ShardJob, as_launcher
 from .parts.shards import ShardedRun
-from .plan import PredictionPlan
-from .planner import Input
+from .planning.plan import PredictionPlan
+from .planning.settings import Input
 from .preparing import Preparation
 from .threads import ThreadExecutor
 

@@ -18,11 +18,12 @@ from ..models.running import Models
 from .destinations import Destinations
 from .inputs import padded, read_batch, widened
 from .masks import looks_at_input, needed_patches
-from .outlook import Outlook, Seen
-from .plan import Batch, PredictionPlan
-from .planner import Input, Planner, Settings
+from .planning.outlook import Outlook, Seen
+from .planning.plan import Batch, PredictionPlan
+from .planning.planner import Planner
+from .planning.results import ResultOptions, result_specs
+from .planning.settings import Input, Settings
 from .provenance import fingerprint_of_models, fingerprint_of_run
-from .results import ResultOptions, result_specs
 from .runner import Executor, FirstBatch
 
 __all__ = ["Preparation"]

@@ -16,9 +16,9 @@ from ..io.fingerprints import fingerprint_of_model, fingerprint_of_option
 from ..io.protocols import Json
 from ..models.forms import CallForm
 from ..models.running import Models
-from .plan import PredictionPlan
-from .planner import Input, Settings
-from .results import ResultOptions
+from .planning.plan import PredictionPlan
+from .planning.results import ResultOptions
+from .planning.settings import Input, Settings
 
 __all__ = ["fingerprint_of_models", "fingerprint_of_run", "sidecar_of_run"]
 

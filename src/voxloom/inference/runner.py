@@ -10,7 +10,7 @@ from ..errors import OutputError
 from ..io.protocols import VolumeSource, VolumeStore
 from ..models.outputs import Name, OutputRequest, called
 from ..models.running import Models
-from .plan import Batch, PredictionPlan
+from .planning.plan import Batch, PredictionPlan
 from .reductions import Reduction
 
 __all__ = ["Executor", "FirstBatch", "Runner"]

@@ -28,8 +28,8 @@ from ..runtime.memory import BufferPool
 from ..runtime.sharing import Share, SharedOut
 from .delivery import Delivery
 from .inputs import read_batch
-from .plan import BASE_BYTES, Batch, PredictionPlan
-from .planner import open_bytes
+from .planning.block_memory import open_bytes
+from .planning.plan import BASE_BYTES, Batch, PredictionPlan
 from .runner import FirstBatch, Runner
 
 __all__ = ["ThreadExecutor"]

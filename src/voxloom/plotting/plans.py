@@ -11,7 +11,7 @@ import numpy as np
 from ..core.grid.openness import Openness
 from ..core.sizes import pretty_bytes
 from ..errors import ModeError, VoxloomError
-from ..inference.plan import PredictionPlan
+from ..inference.planning.plan import PredictionPlan
 from .comparison import require_matplotlib
 
 __all__ = ["html_of_plan", "plot_plan"]

@@ -17,7 +17,7 @@ from ...models.outputs import Name
 from ...runs.parts import records_of
 from ..destinations import Stores
 from ..memory_sink import image_class
-from ..plan import PredictionPlan
+from ..planning.plan import PredictionPlan
 
 __all__ = ["PartTarget", "PartTargets", "PartsStores", "as_parts_stores"]
 

@@ -9,7 +9,7 @@ from ...core.geometry.affines import scaled
 from ...core.grid.shards import ShardGrid
 from ...core.grid.traversal import Block
 from ...errors import SizeError
-from ..plan import PredictionPlan
+from ..planning.plan import PredictionPlan
 
 __all__ = ["Shard", "ShardPlan", "as_share"]
 

@@ -28,8 +28,8 @@ from ...runs.claim import Claim
 from ...runs.parts import PartsRecords, PartsState, records_of
 from ...runtime.kept_memory import kept_for_models
 from ..destinations import Stores
-from ..plan import PredictionPlan
-from ..planner import Input
+from ..planning.plan import PredictionPlan
+from ..planning.settings import Input
 from ..preparing import Preparation
 from ..provenance import sidecar_of_run
 from ..runner import Runner

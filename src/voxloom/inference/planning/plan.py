@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..core.geometry.affines import Affine
-from ..core.geometry.interpolation import Interpolation, SpaceMap
-from ..core.grid.grids import PatchGrid
-from ..core.grid.traversal import Block, Traversal
-from ..core.grid.windows import Window
-from ..core.sizes import Ints, pretty_bytes, pretty_sizes
-from ..io.protocols import Json
-from ..models.outputs import OutputSpec
-from ..volumes.images.exchange import pictures
+from ...core.geometry.affines import Affine
+from ...core.geometry.interpolation import Interpolation, SpaceMap
+from ...core.grid.grids import PatchGrid
+from ...core.grid.traversal import Block, Traversal
+from ...core.grid.windows import Window
+from ...core.sizes import Ints, pretty_bytes, pretty_sizes
+from ...io.protocols import Json
+from ...models.outputs import OutputSpec
+from ...volumes.images.exchange import pictures
 from .results import ResultSpec
 
 __all__ = ["BASE_BYTES", "Batch", "Memory", "PredictionPlan", "count_batches"]

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.sizes import Ints
-from ..errors import OutputError, SizeError
-from ..models.guards import exported_for_others
-from ..models.outputs import Name, OutputRequest, OutputSpec, called
-from ..models.running import Models
-from .planner import Settings
+from ...core.sizes import Ints
+from ...errors import OutputError, SizeError
+from ...models.guards import exported_for_others
+from ...models.outputs import Name, OutputRequest, OutputSpec, called
+from ...models.running import Models
 from .results import ResultOptions, ResultRequest
+from .settings import Settings
 
 __all__ = ["Outlook", "Seen"]
 

@@ -6,15 +6,15 @@ from typing import Any
 
 import torch
 
-from ..core.geometry.affines import scaled
-from ..core.geometry.interpolation import Interpolation, interpolated_dtype
-from ..core.grid.grids import PatchGrid
-from ..core.sizes import Scale, as_scale
-from ..core.values import can_hold
-from ..errors import ModeError, NoSuchKeyError, OutputError
-from ..io.protocols import Space, VolumeSource, VolumeSpec
-from ..models.outputs import Name, OutputRequest, OutputSpec, as_activation
-from .reductions import AfterSum, AfterSumStep, Function, Reduction, as_reduction
+from ...core.geometry.affines import scaled
+from ...core.geometry.interpolation import Interpolation, interpolated_dtype
+from ...core.grid.grids import PatchGrid
+from ...core.sizes import Scale, as_scale
+from ...core.values import can_hold
+from ...errors import ModeError, NoSuchKeyError, OutputError
+from ...io.protocols import Space, VolumeSource, VolumeSpec
+from ...models.outputs import Name, OutputRequest, OutputSpec, as_activation
+from ..reductions import AfterSum, AfterSumStep, Function, Reduction, as_reduction
 
 __all__ = ["ResultOptions", "ResultRequest", "ResultSpec", "of_name", "result_specs", "spec_of_result"]
 

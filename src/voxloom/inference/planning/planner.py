@@ -2,36 +2,32 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fractions import Fraction
 from functools import partial
 
-import numpy as np
 import torch
 
-from ..aggregation.weights import KEPT_WEIGHTS
-from ..core.geometry.affines import scaled
-from ..core.geometry.interpolation import Interpolation, SpaceMap
-from ..core.geometry.resampling import space_map
-from ..core.grid.grids import PatchGrid, PatchSpacing
-from ..core.grid.traversal import AxisTraversal, Block, Traversal
-from ..core.grid.windows import OverlapMode, Window, sampled
-from ..core.sizes import Ints, filled_in, pretty_bytes
-from ..errors import RecordError, SizeError
-from ..io.labels import Label
-from ..io.protocols import Json, Space, VolumeSource, chunk_bytes, extent_of, loading_bytes
-from ..io.spooling import Packed
-from ..io.writing.words import BEGIN_AGAIN
-from ..models.forms import CallForm
-from ..models.outputs import OutputSpec
-from ..runtime.chunk_cache import CHUNKS
-from ..runtime.limits import free_bytes
-from .delivery import PIECE_BYTES
-from .destinations import Destinations
+from ...core.geometry.affines import scaled
+from ...core.geometry.interpolation import SpaceMap
+from ...core.geometry.resampling import space_map
+from ...core.grid.grids import PatchGrid
+from ...core.grid.traversal import Block, Traversal
+from ...core.grid.windows import sampled
+from ...errors import RecordError, SizeError
+from ...io.protocols import Json, VolumeSource, chunk_bytes, extent_of, loading_bytes
+from ...io.spooling import Packed
+from ...io.writing.words import BEGIN_AGAIN
+from ...models.outputs import OutputSpec
+from ...runtime.chunk_cache import CHUNKS
+from ...runtime.limits import free_bytes
+from ..destinations import Destinations
+from .block_memory import PIECE_BYTES, batch_bytes, best_split, interpolation_bytes, open_bytes, reduced_bytes
 from .plan import Memory, PredictionPlan, count_batches
 from .results import ResultSpec, spec_of_result
+from .settings import Input, Settings
 
-__all__ = ["Input", "Planner", "Settings", "best_split", "open_bytes"]
+__all__ = ["Planner"]
 
 # Of the memory that is free, what a prediction takes at most if no limit is given.
 USED_PART = 0.9
@@ -39,91 +35,8 @@ USED_PART = 0.9
 MAPPED_AROUND = 2**17
 # Files are not unpacked to the disk where they take less than this part of the memory that is free, and no limit is given.
 SPOOLED_PART = 1 / 8
-# Finished sums that may wait for the writer beside all that is open, at most. Less would make small sums wait for one another.
-WAITING_BYTES = 16 * 2**20
 # Decoded chunks of the input take no more than this part of a limit that is given.
 CHUNKS_PART = 4
-# Threads that interpolate at a time.
-INTERPOLATING = 2
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a model is applied, whatever it is applied to."""
-
-    patch_size: Ints
-    """-1 stands for all of an axis."""
-    patch_overlap: tuple[int | float, ...]
-    """Voxels, or fractions of the patch."""
-    patch_spacing: PatchSpacing
-    overlap_mode: OverlapMode
-    window: Window | None
-    batch_size: int
-    full_batches: bool
-    padding_mode: str | float | None
-    fill: float
-    memory_limit: int | None
-    dtype: torch.dtype | None
-    form: CallForm = CallForm()  # noqa: RUF009 - it is frozen
-
-    @property
-    def context(self) -> Ints:
-        """Voxels around a patch that the model is given, and that it does not predict."""
-        return self.form.context
-
-    @property
-    def input_size(self) -> Ints:
-        """Voxels that the model is given for a patch."""
-        return self.form.input_size(self.patch_size)
-
-    def for_shape(self, shape: Ints) -> "Settings":
-        """Give the settings for a volume, whose axes are in place of -1."""
-        return replace(self, patch_size=filled_in(self.patch_size, shape))
-
-    def grid_of(self, shape: Ints) -> PatchGrid:
-        """Cover a volume with patches; an axis that is shorter than a patch is padded in any case."""
-        spacing = self.patch_spacing
-        if self.padding_mode is not None:
-            return PatchGrid.cover(shape, self.patch_size, self.patch_overlap, padded=True, patch_spacing=spacing)
-        axes = [
-            PatchGrid.cover(
-                (length,), (patch,), 0 if length < patch else shared, padded=length < patch, patch_spacing=spacing
-            ).axes[0]
-            for length, patch, shared in zip(shape, self.patch_size, self.patch_overlap, strict=True)
-        ]
-        return PatchGrid(tuple(axes), tuple(shape), any(map(int.__lt__, shape, self.patch_size)))
-
-
-@dataclass(frozen=True, eq=False)
-class Input:
-    """What a plan is made for."""
-
-    source: VolumeSource
-    name: str
-    """What messages call it."""
-    dtype: torch.dtype
-    """Type of the batches that are made of it."""
-    resident_bytes: int
-    """Memory that it takes because it cannot be read in parts, before anything of it has been read."""
-    packed_bytes: int
-    """How much of this unpacking its files to the disk would save, where that may be done."""
-    needed: np.ndarray | None = None
-    """Which patches are computed, by their numbers; None for all."""
-    like: Space | None = None
-    """The grid that results are interpolated to; None for that of each output."""
-    kinds: tuple[Interpolation, Interpolation, Interpolation] = ("linear", "linear", "linear")
-    """How scores are interpolated to it, along each axis of the input."""
-    steps: tuple[str, ...] = ()
-    """What was done to an image for the input, in words."""
-    labels: tuple[Label, ...] = ()
-    """What the numbers of label maps mean."""
-    unpacked: VolumeSource | None = None
-    """What is read in place of the source, if its files have been unpacked."""
-
-    @property
-    def readable(self) -> VolumeSource:
-        """What is read."""
-        return self.source if self.unpacked is None else self.unpacked
 
 
 class Planner:
@@ -334,130 +247,6 @@ class Planner:
         # Of each plane the rows of the patch; or, where planes are small, all of it.
         in_parts = planes * (line * min(source.shape[2], patch[1]) + MAPPED_AROUND)
         return source.shape[0] * min(in_parts, planes * line * source.shape[2] + MAPPED_AROUND)
-
-
-def open_bytes(outputs: Sequence[OutputSpec], traversals: Sequence[Traversal], block: Block, is_partial: bool) -> int:
-    """Bytes of the open sums of all outputs while a block is gathered, and of what waits to be reduced and written."""
-    size = sum(
-        traversal.open_voxels(block) * output.bytes_per_voxel(traversal.is_cropped, is_partial)
-        for output, traversal in zip(outputs, traversals, strict=True)
-    )
-    return size + min(size // 8, WAITING_BYTES)
-
-
-def reduced_bytes(
-    outputs: Sequence[OutputSpec], traversals: Sequence[Traversal], results: Sequence[ResultSpec], is_partial: bool
-) -> int:
-    """Bytes of what is made of the sums that are finished together: the most that one tile comes to."""
-    most = 0
-    for number, (output, traversal) in enumerate(zip(outputs, traversals, strict=True)):
-        tile = math.prod(max(stop - start for start, stop in part.intervals) for part in traversal.parts)
-        made = [result for result in results if result.output == number]
-        # Twice the result, as reduced and as it is stored.
-        size = sum(2 * result.volume.shape[0] * result.volume.dtype.itemsize for result in made)
-        size += output.bytes_per_voxel(traversal.is_cropped, is_partial) * any(result.needs_copy for result in made)
-        most = max(most, tile * size)
-    return most
-
-
-def interpolation_bytes(
-    outputs: Sequence[OutputSpec],
-    traversals: Sequence[Traversal],
-    maps: Sequence[SpaceMap],
-    block: Block,
-    is_partial: bool,
-) -> int:
-    """Bytes of the edges of tiles that are kept for those behind them, and of what is interpolated and written together."""
-    total = 0
-    for output, traversal, space in zip(outputs, traversals, maps, strict=True):
-        sizes = [
-            [stop - start for start, stop in part.intervals if stop > first and start < last]
-            for part, (first, last) in zip(traversal.parts, _ends(traversal, block), strict=True)
-        ]
-        deepest, middle, inner = max(sizes[0]) + 1, sum(sizes[1]) + len(sizes[1]), sum(sizes[2]) + len(sizes[2])
-        row = max(sizes[1]) + 1
-        edges = (middle + row) * inner + 2 * deepest * (inner + row)
-        total += (edges + INTERPOLATING * space.part_voxels) * output.bytes_per_voxel(traversal.is_cropped, is_partial)
-    return total
-
-
-def _ends(traversal: Traversal, block: Block) -> list[tuple[int, int]]:
-    """First voxel of a block, and one past the last, on the outer, the middle and the inner axis."""
-    box = traversal.block_box(block)
-    return [(box.start[axis], box.stop[axis]) for axis in traversal.axes]
-
-
-def batch_bytes(settings: Settings, channels: int, dtype: torch.dtype, outputs: Sequence[OutputSpec], num_models: int) -> int:
-    """Bytes of batches on their way into a model, of its outputs, and of the weights of patches."""
-    patch_size, batch_size, is_cropped = settings.patch_size, settings.batch_size, settings.window is None
-    # One is read, one waits, one is in the model, and where it is used more than once, a copy of it.
-    total = (3 + int(num_models > 1)) * batch_size * channels * math.prod(settings.input_size) * dtype.itemsize
-    for each in outputs:
-        voxels, held = math.prod(each.size(patch_size)), each.held_dtype(is_cropped)
-        total += voxels * batch_size * each.channels * each.dtype.itemsize * each.copies
-        total += voxels * (KEPT_WEIGHTS + 1) * held.itemsize
-        if held != each.dtype:
-            total += voxels * each.channels * held.itemsize  # a patch in the type of the sum
-    return total
-
-
-def best_split(
-    traversal: Traversal,
-    memory_of: Callable[[Block], int],
-    limit: int | None,
-    is_given: bool,
-    batch_size: int,
-    has_edges: bool = False,
-) -> list[Block]:
-    """Cut the volume into as many blocks as are needed for each to fit, such that the fewest passes are made.
-
-    Raises:
-        SizeError: if no cut fits; says the least that would do.
-    """
-    whole = traversal.whole
-    if limit is None or memory_of(whole) <= limit:
-        return [whole]
-    best: tuple[int, list[Block]] | None = None
-
-    def peak(middle: int, inner: int) -> int:
-        return _peak(traversal, traversal.split(middle, inner, has_edges), memory_of)
-
-    _, middles, inners = (_counts_of_parts(part) for part in traversal.parts)
-    for middle in middles:
-        fitting = next((inner for inner in inners if peak(middle, inner) <= limit), None)
-        if fitting is not None:
-            blocks = traversal.split(middle, fitting, has_edges)
-            passes = count_batches(traversal, blocks, batch_size, None)
-            if best is None or passes < best[0]:
-                best = passes, blocks
-            if fitting == 1:
-                break  # more middle only cost more
-    if best is None:
-        least = peak(len(whole.middle), len(whole.inner))
-        raise SizeError(
-            f"{'memory_limit is' if is_given else 'the memory that is free comes to'} {pretty_bytes(limit)}, but at least"
-            f" {pretty_bytes(least)} ({least} bytes) are needed: {'allow that, or ' if is_given else ''}use smaller patches, a"
-            " smaller batch_size, or a reduction that keeps less"
-        )
-    return best[1]
-
-
-def _peak(traversal: Traversal, blocks: Sequence[Block], memory_of: Callable[[Block], int]) -> int:
-    """Give the memory for the largest of the blocks; only those that differ are looked at."""
-    whole = traversal.whole
-    kinds = {}
-    for block in blocks:
-        shape = traversal.block_box(block).shape
-        ends = [
-            (part.start == 0, part.stop == len(of)) for part, of in ((block.middle, whole.middle), (block.inner, whole.inner))
-        ]
-        kinds[shape, *ends] = block
-    return max(map(memory_of, kinds.values()))
-
-
-def _counts_of_parts(part: AxisTraversal) -> list[int]:
-    """Numbers of parts that an axis can be cut into, such that each makes the longest of them shorter."""
-    return sorted({len(part.cut(count)) for count in range(1, len(part.groups) + 1)})
 
 
 def _as_dtype(name: str) -> torch.dtype:

@@ -1,0 +1,1 @@
+"""The plan of a prediction: what comes out, in what order patches come, and what fits into memory."""
