@@ -97,6 +97,15 @@ def test_batches_of_a_data_set_are_transformed_too_each_differently():
     assert len({float(each.sum()) for each in first + second}) == 4
 
 
+def test_delivery_may_change_between_epochs():
+    loader = vx.SubjectsLoader(queue(), batch_size=2)
+    data_of(loader)
+    loader.batch_transform = noise
+    always = vx.SubjectsLoader(queue(), batch_size=2, batch_transform=noise)
+    data_of(always)
+    assert_same(data_of(loader), data_of(always))
+
+
 def test_the_users_random_numbers_and_threads_are_left_alone():
     threads, counted = torch.get_num_threads(), []
 

@@ -267,24 +267,31 @@ class SubjectsLoader(DataLoader[Any]):
         """After the batch that was delivered last: epoch and draw, or the data set's `times_loaded` and state."""
         # Under their names, by which Lightning makes a loader of this class anew for each rank.
         self.device, self.batch_transform = device, batch_transform
-        self._delivery = None if device is None and batch_transform is None else Delivery(device, batch_transform)
+        self._delivery()
         self._seed, self._passes = torch.initial_seed(), 0
         super().__init__(dataset, batch_size=batch_size, **kwargs)
 
     def __iter__(self) -> Iterator[SubjectsBatch]:  # type: ignore[override]
         batches = self._explained() if self.num_workers else super().__iter__()
+        delivery = self._delivery()
         if isinstance(self.dataset, Resumable):
             fetched = self._followed(batches, self.dataset)
         elif self._source is not None:
             fetched = self._counted(batches, self._source)
-        elif self._delivery is not None:
+        elif delivery is not None:
             fetched = self._numbered(batches)
         else:
             return batches
-        return self._noted(fetched if self._delivery is None else self._delivery.of(fetched))
+        return self._noted(fetched if delivery is None else delivery.of(fetched))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.dataset!r}; batch size: {self.batch_size}; {self.num_workers} workers)"
+
+    def _delivery(self) -> Delivery | None:
+        """Say how batches are delivered, which may be changed between epochs."""
+        if self.device is None and self.batch_transform is None:
+            return None
+        return Delivery(self.device, self.batch_transform)
 
     def _explained(self) -> Iterator[SubjectsBatch]:
         check_descriptors(self.num_workers, DESCRIPTORS_PER_WORKER, DESCRIPTORS_BESIDE)
