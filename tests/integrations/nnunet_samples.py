@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import torch
+from scipy.spatial.transform import Rotation
 
 import voxloom as vx
 
@@ -182,12 +183,28 @@ def _train(network, channels, patch, heads, steps):
 
 
 def write_case(
-    folder, name, shape=(30, 26, 22), spacing=(0.9, 1.1, 1.6), channels=1, seed=0, border=3, codes=(-1, -1, 1), colours=False
+    folder,
+    name,
+    shape=(30, 26, 22),
+    spacing=(0.9, 1.1, 1.6),
+    channels=1,
+    seed=0,
+    border=3,
+    codes=(-1, -1, 1),
+    colours=False,
+    angles=(0, 0, 0),
+    empty=0,
 ):
-    """Write the files of a case: smooth noise, with a border of zeros; of colours from 0 to 255."""
+    """Write the files of a case: smooth noise, with a border of zeros; of colours from 0 to 255.
+
+    Args:
+        angles: by how many degrees the scan is turned about each axis.
+        empty: voxels of a corner within the border that are 0 as well, along each axis.
+    """
     folder.mkdir(exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
-    affine = np.diag([*(np.array(codes) * spacing), 1.0])
+    affine = np.eye(4)
+    affine[:3, :3] = Rotation.from_euler("xyz", angles, degrees=True).as_matrix() * (np.array(codes) * spacing)
     affine[:3, 3] = (17, -9, 4)
     files = []
     for channel in range(channels):
@@ -198,6 +215,8 @@ def write_case(
         if colours:
             values = values.abs().clamp(max=255)
         values[0, shape[0] // 2, shape[1] // 2, shape[2] // 2] = 0  # a hole
+        if empty:
+            values[:, : border + empty, : border + empty, : border + empty] = 0
         files.append(folder / f"{name}_{channel:04d}.nii.gz")
         vx.ScalarImage(values, affine=affine).save(files[-1])
     return files

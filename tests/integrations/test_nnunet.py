@@ -17,6 +17,7 @@ from nnunet_samples import configuration, write_case, write_folder
 import voxloom as vx
 from slow import slow
 from voxloom import cli
+from voxloom.core.boxes import Box
 from voxloom.errors import ModelFileError, SpecError
 from voxloom.integrations import nnunet
 
@@ -84,6 +85,22 @@ CASES = {
         },
         {},
         {"shape": (30, 26, 16), "spacing": (0.9, 0.8, 5.0)},
+    ),
+    # In single precision the spacing of a matrix is above 3, or 4 mm along one axis only, or more than half a voxel is left.
+    "oblique, all but thick": (
+        {"spacing": (1.1, 1.2, 1.4), "patch": (16, 16, 16)},
+        {"mirrored": None},
+        {"shape": (31, 27, 20), "spacing": (1.0, 1.0, 3.0), "angles": (7, 13, -8)},
+    ),
+    "oblique, two thick axes": (
+        {"spacing": (1.1, 1.2, 1.4), "patch": (16, 16, 16)},
+        {"mirrored": None},
+        {"shape": (20, 21, 30), "spacing": (4.0, 4.0, 1.0), "angles": (5, -9, 12)},
+    ),
+    "oblique, half a voxel": (
+        {"spacing": (1.0, 1.0, 1.0), "patch": (16, 16, 16)},
+        {"mirrored": None},
+        {"shape": (47, 43, 30), "spacing": (0.5, 0.5, 1.0), "angles": (-11, 5, 17)},
     ),
     "resampled by torch": (
         {
@@ -167,11 +184,50 @@ def test_labels_of_a_cascade_lie_where_the_nearest_are_if_several_are_as_near(tm
     assert (made.data == expected).float().mean() >= 0.9999
 
 
-def cascade(tmp_path):
+BY_TORCH = {
+    "resampling_fn_seg": "resample_torch_fornnunet",
+    "resampling_fn_seg_kwargs": {"is_seg": True, "force_separate_z": None},
+}
+
+
+@pytest.mark.parametrize("options", [{}, BY_TORCH], ids=["as usual", "by torch"])
+def test_labels_of_a_cascade_count_where_the_image_is_empty(tmp_path, reference, capsys, monkeypatch, options):
+    scaled = {"schemes": ("ZScoreNormalization",), "masked": (True,)}
+    low, high = cascade(tmp_path, **scaled, **options)
+    files = write_case(tmp_path / "scans", "case", shape=(33, 29, 25), empty=14)
+    given = []
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(action="ignore"):
+        from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+        own = nnUNetPredictor.predict_logits_from_preprocessed_data
+        patch.setattr(
+            nnUNetPredictor, "predict_logits_from_preprocessed_data", lambda self, data: given.append(data) or own(self, data)
+        )
+        for name, folder, previous in (("low", low, None), ("high", high, str(tmp_path / "low"))):
+            (tmp_path / name).mkdir()
+            (expected,) = reference(folder, [files], [tmp_path / name / "case"], previous=previous)
+    outside = vx.ScalarImage(files[0]).data == 0
+    assert vx.LabelMap(tmp_path / "low" / "case.nii.gz").data[outside].any()
+
+    class Seen(type(nnunet.load(high).preceding)):
+        def added(self, image, found, made):
+            source = super().added(image, found, made)
+            given.append(source.read(Box.of_shape(source.shape[1:])))
+            return source
+
+    monkeypatch.setattr("voxloom.integrations.nnunet.loading.Cascade", Seen)
+    made = vx.predict(nnunet.load(high), files[0])
+    *_, theirs, ours = given
+    assert torch.allclose(ours[:1], theirs[:1], atol=1e-4)
+    assert (ours[1:] == theirs[1:]).all()
+    assert (made.data == expected).float().mean() >= 0.9999
+
+
+def cascade(tmp_path, **options):
     """Write the folders of two stages."""
     configurations = {
-        "3d_lowres": configuration((2.2, 2.0, 2.1), (8, 8, 8), next_stage="3d_cascade_fullres"),
-        "3d_cascade_fullres": configuration((1.4, 1.2, 1.0), (16, 16, 16), previous_stage="3d_lowres"),
+        "3d_lowres": configuration((2.2, 2.0, 2.1), (8, 8, 8), next_stage="3d_cascade_fullres", **options),
+        "3d_cascade_fullres": configuration((1.4, 1.2, 1.0), (16, 16, 16), previous_stage="3d_lowres", **options),
     }
     low = write_folder(tmp_path / "t__p__3d_lowres", configurations, "3d_lowres", mirrored=(0,))
     high = write_folder(

@@ -13,6 +13,7 @@ import zipfile
 
 import fsspec
 import nibabel as nib
+import numcodecs
 import numpy as np
 import pytest
 import torch
@@ -29,7 +30,6 @@ from voxloom.errors import (
     NoSuchIndexError,
     UnsupportedImageError,
 )
-from voxloom.io.zarr import storage
 from voxloom.runtime.chunk_cache import CHUNKS
 from voxloom.testing import check_source
 from zarr_samples import AFFINE, SHAPE
@@ -391,29 +391,35 @@ def test_workers_that_are_forked_read_a_zip_file_side_by_side(tmp_path):
 
 @pytest.fixture
 def server(tmp_path):
-    """Serves the folder; what is in `late` is never answered."""
+    """Serves the folder: what has a name with `late` in it is never answered, and what a list has, given with it, not at once."""
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def do_GET(self):
             if "late" in self.path:
                 stop.wait(20)
                 return
+            for name in list(busy):
+                if self.path.endswith(name):
+                    busy.remove(name)
+                    self.send_error(503)
+                    return
             super().do_GET()
 
         def log_message(self, *arguments):
             pass
 
-    stop = threading.Event()
+    stop, busy = threading.Event(), []
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(tmp_path))) as running:
         thread = threading.Thread(target=running.serve_forever, daemon=True)
         thread.start()
-        yield f"http://127.0.0.1:{running.server_port}"
+        yield f"http://127.0.0.1:{running.server_port}", busy
         stop.set()
         running.shutdown()
 
 
 @pytest.mark.filterwarnings("ignore:.*unclosed.*:ResourceWarning")
 def test_urls(tmp_path, tensor, server, monkeypatch):
+    server, _ = server
     vx.convert(vx.ScalarImage(tensor, affine=AFFINE), tmp_path / "scan.ome.zarr", levels=2, chunks=16)
     source = vx.open_zarr(f"{server}/scan.ome.zarr")
     assert torch.equal(source.read(Box((3, 3, 3), (20, 20, 20))), tensor[:, 3:20, 3:20, 3:20])
@@ -426,12 +432,28 @@ def test_urls(tmp_path, tensor, server, monkeypatch):
     assert torch.equal(made.data, tensor)
     with pytest.raises(ImageNotFoundError, match=r"nothing\.zarr"):
         vx.open_zarr(f"{server}/nothing.zarr")
-    monkeypatch.setattr(storage, "PAUSE_SECONDS", 0.01)
-    source.array.storage._timeout = 0.2
+    monkeypatch.setattr("voxloom.io.zarr.patient_store.PAUSE_SECONDS", 0.01)
+    source = vx.open_zarr(f"{server}/scan.ome.zarr", timeout=0.2)
     source.array._encode_key = lambda place: "late"
     CHUNKS.clear()
     with pytest.raises(ImageFileError, match=r"scan\.ome\.zarr/0/late gave no answer within 0\.2 s, 3 times"):
         source.read(Box((0, 0, 0), (4, 4, 4)))
+
+
+@pytest.mark.filterwarnings("ignore:.*unclosed.*:ResourceWarning")
+def test_metadata_at_urls_are_asked_for_again_though_not_for_ever(tmp_path, tensor, server, monkeypatch):
+    server, busy = server
+    monkeypatch.setattr("voxloom.io.zarr.patient_store.PAUSE_SECONDS", 0.01)
+    vx.convert(vx.ScalarImage(tensor, affine=AFFINE), tmp_path / "scan.ome.zarr", chunks=16)
+    busy += ["scan.ome.zarr/zarr.json", "0/zarr.json", "0/c/0/0/0", "0/c/0/0/0"]
+    assert torch.equal(vx.ScalarImage(vx.open_zarr(f"{server}/scan.ome.zarr")).data, tensor)
+    assert not busy
+    busy += ["0/zarr.json"] * 3
+    with pytest.raises(ImageFileError, match=r"scan\.ome\.zarr/0/zarr\.json could not be read: .*503.*, 3 times"):
+        vx.open_zarr(f"{server}/scan.ome.zarr")
+    (tmp_path / "scan.ome.zarr").rename(tmp_path / "late.ome.zarr")
+    with pytest.raises(ImageFileError, match=r"late\.ome\.zarr/zarr\.json gave no answer within 0\.2 s, 3 times"):
+        vx.open_zarr(f"{server}/late.ome.zarr", timeout=0.2)
 
 
 @pytest.mark.parametrize("url", ["memory://{}", "file://{}", "simplecache::memory://{}"])
@@ -581,6 +603,55 @@ def test_what_is_no_image_is_named(tmp_path):
     with pytest.raises(ImageError, match="say what its axes are"):
         vx.ScalarImage(tmp_path / "flat.zarr").load()
     assert vx.open_zarr(tmp_path / "flat.zarr", axes="yx").shape == (1, 4, 4, 1)
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_a_chunk_of_blosc_that_was_cut_off_is_damaged(tmp_path, version):
+    # Noise is stored as it is, of which Blosc reads as much as the chunk should have, whatever lies behind it in memory.
+    noise = np.random.default_rng(0).integers(0, 2**16, (32, 32, 32)).astype("uint16")
+    codec = {2: numcodecs.Blosc("lz4"), 3: zarr.codecs.BloscCodec(cname="lz4", shuffle="noshuffle")}[version]
+    zarr.create_array(tmp_path / "a.zarr", data=noise, chunks=noise.shape, compressors=codec, zarr_format=version)
+    (chunk,) = (tmp_path / "a.zarr").rglob("0.0.0" if version == 2 else "c/0/0/0")
+    whole = chunk.read_bytes()
+    assert len(whole) > noise.nbytes
+    for count in (len(whole) - 1, len(whole) // 2, 16, 3):
+        chunk.write_bytes(whole[:count])
+        with pytest.raises(CorruptImageError, match=f"has {count} bytes"):
+            vx.ScalarImage(vx.open_zarr(tmp_path / "a.zarr")).load()
+
+
+def test_metadata_of_levels_that_are_damaged_are_named(tmp_path, tensor):
+    vx.convert(vx.ScalarImage(tensor, affine=AFFINE), tmp_path / "scan.nii.zarr", chunks=16)
+    for name, said in (("0/zarr.json", "0"), ("nifti/zarr.json", "nifti"), ("nifti/c/0", "the NIfTI header")):
+        file = tmp_path / "scan.nii.zarr" / name
+        whole = file.read_bytes()
+        file.write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(CorruptImageError, match=rf"{said} (in|of) .*scan\.nii\.zarr is damaged"):
+            vx.open_zarr(tmp_path / "scan.nii.zarr")
+        file.write_bytes(whole)
+
+
+def test_a_damaged_member_of_a_zip_file_is_named(tmp_path, tensor):
+    vx.convert(vx.ScalarImage(tensor, affine=AFFINE), tmp_path / "scan.ome.zarr", chunks=16)
+    with zipfile.ZipFile(tmp_path / "scan.zarr.zip", "w") as file:
+        for each in (tmp_path / "scan.ome.zarr").rglob("*"):
+            file.write(each, each.relative_to(tmp_path / "scan.ome.zarr"))
+        at = file.getinfo("0/c/0/0/0").header_offset
+    raw = bytearray((tmp_path / "scan.zarr.zip").read_bytes())
+    raw[at + 60] ^= 1
+    (tmp_path / "scan.zarr.zip").write_bytes(raw)
+    with pytest.raises(CorruptImageError, match=r"0/c/0/0/0 in .*scan\.zarr\.zip is damaged: Bad CRC-32"):
+        vx.ScalarImage(tmp_path / "scan.zarr.zip").load()
+
+
+def test_the_time_step_of_a_nifti_zarr_stays(tmp_path):
+    image = nib.Nifti1Image(np.arange(240, dtype="int16").reshape(4, 5, 6, 2), np.eye(4))
+    image.header["pixdim"][4] = 2.5
+    image.header.set_xyzt_units("mm", "sec")
+    nib.save(image, tmp_path / "a.nii")
+    vx.convert(tmp_path / "a.nii", tmp_path / "a.nii.zarr")
+    vx.convert(tmp_path / "a.nii.zarr", tmp_path / "b.nii")
+    assert nib.load(tmp_path / "b.nii").header.get_zooms() == (1, 1, 1, 2.5)
 
 
 def test_a_damaged_note_of_ours_is_an_error(tmp_path, tensor):

@@ -280,3 +280,35 @@ def test_nifti_2_is_read(tmp_path):
 @pytest.mark.parametrize("known", FORMATS, ids=lambda known: known.ending)
 def test_what_opens_a_format_is_where_the_table_says(known):
     assert callable(known.open.imported())
+
+
+def test_voxels_do_not_begin_within_a_header(tmp_path):
+    path = nifti(values((4, 4, 4)), tmp_path / "x.nii")
+    raw = bytearray(path.read_bytes())
+    raw[108:112] = np.float32(0).tobytes()
+    path.write_bytes(raw)
+    with pytest.raises(CorruptImageError, match=r"x\.nii says that its voxels begin at byte 0, .* vox_offset 352"):
+        vx.ScalarImage(path).load()
+
+
+def test_colours_have_no_scale(tmp_path):
+    colours = np.zeros((3, 4, 5), [(name, "u1") for name in "RGB"])
+    colours["G"] = 200
+    image = nib.Nifti1Image(colours, np.eye(4))
+    image.header.set_slope_inter(0.5, 3)
+    nib.save(image, tmp_path / "x.nii")
+    raw = bytearray((tmp_path / "x.nii").read_bytes())
+    raw[112:120] = np.float32([0.5, 3]).tobytes()
+    (tmp_path / "x.nii").write_bytes(raw)
+    read = vx.ScalarImage(tmp_path / "x.nii")
+    assert (read.dtype, read.data[:, 0, 0, 0].tolist()) == (torch.uint8, [0, 200, 0])
+
+
+def test_where_the_sform_has_other_voxels_than_pixdim_a_warning_says_so(tmp_path):
+    path = nifti(values((10, 10, 10)), tmp_path / "x.nii", affine=np.diag([1.0, 1, 2, 1]))
+    raw = bytearray(path.read_bytes())
+    raw[252:254] = np.int16(0).tobytes()
+    raw[80:92] = np.float32([1, 1, 3]).tobytes()
+    path.write_bytes(raw)
+    with pytest.warns(RuntimeWarning, match=r"x\.nii: voxels are 1 × 1 × 2 mm by the sform, but 1 × 1 × 3 mm by pixdim"):
+        assert vx.ScalarImage(path).spacing == (1, 1, 2)

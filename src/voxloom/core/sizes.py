@@ -51,6 +51,16 @@ def pretty_sizes(sizes: Iterable[int | None]) -> str:
     return " × ".join("any" if size is None else str(size) for size in sizes)
 
 
+def pretty_mm(lengths: Iterable[float]) -> str:
+    """Say lengths in millimetres for people.
+
+    Example:
+        >>> pretty_mm((0.5, 0.5, 3.00000002))
+        '0.5 × 0.5 × 3 mm'
+    """
+    return f"{' × '.join(f'{each:.4g}' for each in lengths)} mm"
+
+
 def pretty_bytes(num_bytes: float) -> str:
     """Say a number of bytes for people.
 

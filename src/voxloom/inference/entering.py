@@ -98,15 +98,16 @@ class Entrance:
         name = name_of(request.image, image)
         own = Space(image.shape[1:], image.affine, image.codes)
         unpacked = None
+        before = None if self.preceding is None else self.preceding.found(image, self.shared_options)
         if looks_at_volume(self.spec) and self._is_to_be_unpacked(image):
             # What it says of the volume is found without holding all of it.
-            found = in_model_space(stack.enter_context(spooled(image)), self.spec, name)
+            found = in_model_space(stack.enter_context(spooled(image)), self.spec, name, before)
             unpacked, found = found.source, found.over(image)
         else:
-            found = in_model_space(image, self.spec, name)
+            found = in_model_space(image, self.spec, name, before)
         source = found.source
-        if self.preceding is not None:
-            source, unpacked = self.preceding.added(image, found, own, self.shared_options), None
+        if self.preceding is not None and before is not None:
+            source, unpacked = self.preceding.added(image, before, found), None
         like = own if self.spec.changes_space else None
         return Entered(
             source=source,

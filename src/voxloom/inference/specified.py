@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from ..core.boxes import Box
-from ..core.geometry.affines import scaled, spacing_of
+from ..core.geometry.affines import scaled, spacing_of, stated_spacing
 from ..core.geometry.interpolation import Interpolation
-from ..core.sizes import pretty_sizes
+from ..core.sizes import pretty_mm, pretty_sizes
 from ..core.walking import walk
 from ..errors import MissingDependencyError, SpecError
 from ..io.arrays.composed import StackedSource
@@ -24,7 +24,7 @@ from ..volumes.views.spaces import at_spacing, at_spacing_of_monai
 from ..volumes.views.spatial import CroppedSource, ResampledSource, TurnedSource
 from .inputs import check_one_grid
 
-__all__ = ["ModelInput", "in_model_space", "looks_at_volume", "named_channels"]
+__all__ = ["ModelInput", "filled_mask", "in_model_space", "looks_at_volume", "named_channels"]
 
 View = Callable[[VolumeSource], VolumeSource]
 """Makes a view of a source."""
@@ -103,13 +103,14 @@ def looks_at_volume(spec: ModelSpec) -> bool:
     return spec.crop is not None or any(each.looks_at_volume for each in (*spec.intensity, *spec.then_intensity))
 
 
-def in_model_space(source: VolumeSource, spec: ModelSpec, name: str) -> ModelInput:
+def in_model_space(source: VolumeSource, spec: ModelSpec, name: str, labels: VolumeSource | None = None) -> ModelInput:
     """Give a source as a model expects it.
 
     Args:
         source: the image.
         spec: what the model expects.
         name: what messages call the image.
+        labels: a label map on the grid of the image, whose labels count as filled where a mask says what is scaled.
 
     Raises:
         SpecError: if the image is not such as the spec needs.
@@ -158,7 +159,7 @@ def in_model_space(source: VolumeSource, spec: ModelSpec, name: str) -> ModelInp
     def scale() -> None:
         for intensity in (spec.intensity, spec.then_intensity):
             if intensity:
-                add(_scaled(view, intensity, steps))
+                add(_scaled(view, intensity, labels and _viewed(labels, (*views, *others)), steps))
 
     if spec.scale_after == "cropping":
         scale()
@@ -178,7 +179,7 @@ def _resampling(
 ) -> tuple[Space, tuple[int, ...], tuple[Interpolation, Interpolation, Interpolation]]:
     """Say to which grid an image is resampled, with which order along each axis, and how scores are interpolated back."""
     space = GRIDS[spec.fits](view, spec.spacing)
-    own = spacing_of(view.affine)
+    own = stated_spacing(view.affine)
     wanted = [before if new is None else new for before, new in zip(own, spec.spacing, strict=True)]
     # On either way, that axis which is the longest where it comes from, if it is long there.
     thick, thick_back = _thick_axis(spec, own, wanted), _thick_axis(spec, wanted, own)
@@ -203,11 +204,11 @@ def _to_space(view: VolumeSource, spec: ModelSpec, space: Space, orders: tuple[i
     return found
 
 
-def _scaled(view: VolumeSource, intensity: Sequence[Intensity], steps: list[str]) -> list[View]:
+def _scaled(view: VolumeSource, intensity: Sequence[Intensity], labels: VolumeSource | None, steps: list[str]) -> list[View]:
     each = list(intensity) * (view.shape[0] if len(intensity) == 1 else 1)
     if len(each) != view.shape[0]:
         raise SpecError(f"intensity of the spec has {len(each)} entries, but there are {view.shape[0]} channels")
-    mask = _filled_mask(view) if any(one.over == "mask" for one in each) else None
+    mask = filled_mask(view, labels) if any(one.over == "mask" for one in each) else None
     scalings = [one.of_channel(view, channel, mask) for channel, one in enumerate(each)]
     if all(scaling.is_nothing for scaling in scalings):
         return []
@@ -215,21 +216,30 @@ def _scaled(view: VolumeSource, intensity: Sequence[Intensity], steps: list[str]
     return [partial(NormalizedSource, scalings=scalings, mask=mask)]
 
 
-def _filled_mask(view: VolumeSource) -> np.ndarray:
-    """Say which voxels have a channel that is not 0, or are enclosed by such."""
+def filled_mask(view: VolumeSource, labels: VolumeSource | None = None) -> np.ndarray:
+    """Say which voxels have a channel that is not 0, or are enclosed by such; or have a label.
+
+    Raises:
+        MissingDependencyError: if SciPy is not installed.
+    """
     try:
         from scipy.ndimage import binary_fill_holes
     except ImportError as error:
         raise MissingDependencyError("a spec whose intensities are over a mask needs SciPy: pip install scipy") from error
+    mask = np.asarray(binary_fill_holes(_where_not_0(view)))
+    return mask if labels is None else mask | _where_not_0(labels)
+
+
+def _where_not_0(view: VolumeSource) -> np.ndarray:
     mask = np.empty(view.shape[1:], dtype=bool)
     for box in walk(Box.of_shape(view.shape[1:]), view.chunks, CHUNK_VOXELS):
         mask[box.slices] = (read_checked(view, box) != 0).any(0).numpy()
-    return np.asarray(binary_fill_holes(mask))
+    return mask
 
 
 def _filling(source: VolumeSource, spacing: Sequence[float | None]) -> Space:
     """Give the grid of as nearly a spacing as whole voxels allow that fills the volume exactly."""
-    old = spacing_of(source.affine)
+    old = stated_spacing(source.affine)
     shape = [
         length if new is None else max(1, round(before / new * length))
         for before, new, length in zip(old, spacing, source.shape[1:], strict=True)
@@ -256,5 +266,4 @@ def _thick_axis(spec: ModelSpec, *spacings: Sequence[float]) -> int | None:
 
 
 def _told(source: VolumeSource) -> str:
-    spacing = " × ".join(f"{each:.4g}" for each in spacing_of(source.affine))
-    return f"{pretty_sizes(source.shape[1:])} voxels of {spacing} mm"
+    return f"{pretty_sizes(source.shape[1:])} voxels of {pretty_mm(spacing_of(source.affine))}"

@@ -21,7 +21,7 @@ from ..errors import MissingDependencyError, ModelFileError
 from ..io.arrays.memory import hash_of, raw_bytes
 from ..io.files import hash_of_path
 from ..io.formats import format_of
-from ..io.protocols import Space, VolumeSource
+from ..io.protocols import VolumeSource
 from .guards import Guards
 from .program_check import ProgramRefusedError, inspected, is_program
 from .spec import ModelSpec, spec_beside
@@ -38,14 +38,22 @@ ALLOW = "it would run code from the file: give --allow-pickle if you trust where
 class Preceding(Protocol):
     """What comes before a model, and gives it more channels."""
 
-    def added(self, image: VolumeSource, made: Any, like: Space, options: Mapping[str, Any]) -> VolumeSource:
-        """Give the input of a model with what comes before it.
+    def found(self, image: VolumeSource, options: Mapping[str, Any]) -> VolumeSource:
+        """Give what comes before, labels on the image's own grid.
 
         Args:
             image: the image, with its channels in the order of the spec.
-            made: the input that the model's spec makes of it.
-            like: the image's own grid.
             options: how models are run: the keywords of `Predictor` that are not a matter of one model.
+        """
+        ...
+
+    def added(self, image: VolumeSource, found: VolumeSource, made: Any) -> VolumeSource:
+        """Give the input of a model with what comes before it.
+
+        Args:
+            image: see above.
+            found: what came before.
+            made: the input that the model's spec makes of the image.
         """
         ...
 

@@ -18,6 +18,7 @@ __all__ = [
     "scaled",
     "shifted",
     "spacing_of",
+    "stated_spacing",
 ]
 
 Affine = NDArray[np.float64]
@@ -30,6 +31,11 @@ A tenth of a voxel is more than what single precision makes of the same rotation
 
 CLEARLY_SOLID = 1e-9
 """Above this part of the cube of its norm, the determinant of a 3 × 3 matrix leaves no doubt of its rank."""
+STATED_DIGITS = 6
+"""Headers seldom state a spacing with more digits."""
+SINGLE_NOISE = 2e-7
+"""By what part of it a length differs at most that is computed from a matrix or a quaternion in single precision."""
+DOUBLE_NOISE = 1e-12
 LEAST_EXACT = 1e-250
 """Numbers far above those of which a float does not hold all digits."""
 
@@ -70,6 +76,30 @@ def spacing_of(affine: Affine) -> tuple[float, float, float]:
     """Millimetres from one voxel to the next along each axis."""
     i, j, k = np.sqrt((affine[:3, :3] ** 2).sum(axis=0)).tolist()
     return i, j, k
+
+
+def stated_spacing(affine: Affine) -> tuple[float, float, float]:
+    """Give the spacing as the header that an affine is from has most probably stated it, for what is decided by it.
+
+    Of axes that lie along those of the world, that is the affine's own. Of others an affine in single precision has it up to its
+    rounding: 3 mm may be 3.0000002. There it is the nearest number of few digits, as single precision has that, if it is so near.
+    """
+    i, j, k = (
+        length if np.count_nonzero(column) == 1 else _stated(length)
+        for length, column in zip(spacing_of(affine), affine[:3, :3].T, strict=True)
+    )
+    return i, j, k
+
+
+def _stated(length: float) -> float:
+    short = float(f"{length:.{STATED_DIGITS}g}")
+    single = float(np.float32(short))
+    for stated, noise in ((short, DOUBLE_NOISE), (single, SINGLE_NOISE)):
+        if abs(length - stated) <= noise * stated:
+            return stated
+    # Sizes such as 0.48828125 have more digits, but few binary ones.
+    binary = round(length * 2**12) / 2**12
+    return binary if abs(length - binary) <= SINGLE_NOISE * length else length
 
 
 def shifted(affine: Affine, index: tuple[int, ...], step: tuple[int, ...] = (1, 1, 1)) -> Affine:

@@ -10,7 +10,7 @@ from ...models.loading import LoadedModel
 from .cascades import Cascade
 from .folder import checkpoint_of, configuration_name, folds_of, json_of, understood
 from .networks import network_of
-from .plans import Labels, channel_names, configuration_of, spec_of
+from .plans import Labels, channel_names, configuration_of, resamples_labels_by_torch, spec_of
 
 __all__ = ["load"]
 
@@ -65,5 +65,6 @@ def load(
     before = None
     if stage:
         beside = folder.with_name(folder.name.replace(name, str(stage)))
-        before = Cascade(load(previous or beside, folds, checkpoint, mirror=mirror, allow_pickle=allow_pickle), labels.foreground)
+        model = load(previous or beside, folds, checkpoint, mirror=mirror, allow_pickle=allow_pickle)
+        before = Cascade(model, labels.foreground, resamples_labels_by_torch(configuration))
     return LoadedModel(networks if len(networks) > 1 else networks[0], f"nnU-Net {name} {identity}", spec=spec, preceding=before)

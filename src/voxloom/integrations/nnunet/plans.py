@@ -11,7 +11,7 @@ from ...io.protocols import Json
 from ...models.spec import Crop, ModelSpec
 from ...volumes.views.intensities import Intensity
 
-__all__ = ["Labels", "channel_names", "configuration_of", "spec_of"]
+__all__ = ["Labels", "channel_names", "configuration_of", "resamples_labels_by_torch", "spec_of"]
 
 # Where a separate interpolation of slices begins.
 THICK = 3.0
@@ -23,8 +23,9 @@ READERS = {
 }
 # What functions of nnU-Net's that resample are given, beside what says which axis is resampled apart: name and value, if these
 # are the only ones that are supported.
-USUAL = {"order_z": 0, "mode": "linear", "aniso_axis_mode": "nearest-exact"}
-IGNORED = ("num_threads", "device", "memefficient_seg_resampling")
+FOR_LABELS = "memefficient_seg_resampling"
+USUAL = {"order_z": 0, "mode": "linear", "aniso_axis_mode": "nearest-exact", FOR_LABELS: False}
+IGNORED = ("num_threads", "device")
 
 
 def configuration_of(plans: Json, name: str, folder: Path, visited: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -158,6 +159,11 @@ def spec_of(
     )
 
 
+def resamples_labels_by_torch(configuration: Mapping[str, Any]) -> bool:
+    """Whether the labels of a stage before are resampled by PyTorch."""
+    return str(configuration.get("resampling_fn_seg", "")).startswith("resample_torch")
+
+
 def _not_supported(folder: Path, what: str) -> ModelFileError:
     """Say what of the plans is not done here as nnU-Net does it, and what to do."""
     return ModelFileError(
@@ -196,7 +202,8 @@ class _Resampling:
         separate = options.pop("force_separate_z", None if is_torch else False)
         limit = float(options.pop("separate_z_anisotropy_threshold", THICK))
         for option, value in options.items():
-            if option not in IGNORED and (option not in USUAL or value != USUAL[option]):
+            is_ignored = option in IGNORED or (option == FOR_LABELS and not is_labels)
+            if not is_ignored and (option not in USUAL or value != USUAL[option]):
                 raise _not_supported(folder, f"has {option} {value!r} in {key}_kwargs, which is not supported")
         if order not in (0, 1, 3):
             raise _not_supported(folder, f"has order {order} in {key}_kwargs: 0, 1 and 3 are supported")

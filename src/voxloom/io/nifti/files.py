@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...core.boxes import Box
 from ...core.geometry.affines import SPACE_TOLERANCE, Affine, corner_displacement, spacing_of
+from ...core.sizes import pretty_mm
 from ...errors import CorruptImageError, ImageFileError, UnsupportedImageError, VoxloomError
 from ...runtime import memory
 from ..arrays.memory import torch_dtype, widest_unsigned
@@ -171,7 +172,14 @@ class NibabelFile(FileSource):
         self.samples = len(proxy.dtype.names or "1")
         self.raw_dtype = proxy.dtype
         self.offset = int(proxy.offset)
-        self.slope, self.intercept = float(proxy.slope), float(proxy.inter)
+        # Of colours a scale means nothing, as the standard says.
+        self.slope, self.intercept = (float(proxy.slope), float(proxy.inter)) if self.samples == 1 else (1.0, 0.0)
+        header = image.header
+        if isinstance(self.file, Path) and getattr(header, "is_single", False) and self.offset < header.single_vox_offset:
+            raise CorruptImageError(
+                f"{self.name} says that its voxels begin at byte {self.offset}, which is within its header: write it again, with"
+                f" vox_offset {header.single_vox_offset} if they follow the header"
+            )
         self.file_shape = self._spatial_and_channels(proxy.shape)
         self.data_path = Path(image.file_map["image"].filename or self.file) if isinstance(self.file, Path) else None
         self.is_sliceable = self.data_path is None or not is_compressed(self.data_path)
@@ -262,7 +270,8 @@ def _affine_of(image: Any, name: str) -> tuple[Affine, tuple[tuple[float, ...], 
 
     The sform counts where there is one, with a warning if the qform says otherwise; then what nibabel takes.
     """
-    scale = np.diag([*[MILLIMETRES.get(_units_of(image)[0], 1.0)] * 3, 1.0])
+    unit = MILLIMETRES.get(_units_of(image)[0], 1.0)
+    scale = np.diag([*[unit] * 3, 1.0])
     affine = scale @ np.asarray(image.affine, dtype=np.float64)
     world = np.eye(4)
     with contextlib.suppress(AttributeError, nib.spatialimages.HeaderDataError, np.linalg.LinAlgError):
@@ -275,6 +284,15 @@ def _affine_of(image: Any, name: str) -> tuple[Affine, tuple[tuple[float, ...], 
                 world = qform @ np.linalg.inv(affine)
                 warnings.warn(
                     f"{name}: sform and qform disagree by up to {distance:.3g} mm; the sform is used",
+                    RuntimeWarning,
+                    stacklevel=7,
+                )
+        elif sform_code and np.isfinite(sform).all():
+            own, stated = spacing_of(affine), [unit * float(size) for size in image.header.get_zooms()[:3]]
+            sides = zip(own, stated, image.shape, strict=False)
+            if any(abs(one - other) * size > SPACE_TOLERANCE * min(own) for one, other, size in sides):
+                warnings.warn(
+                    f"{name}: voxels are {pretty_mm(own)} by the sform, but {pretty_mm(stated)} by pixdim; the sform is used",
                     RuntimeWarning,
                     stacklevel=7,
                 )

@@ -21,6 +21,7 @@ __all__ = ["ChunkedArray"]
 
 # What the index of a shard says of a chunk that is not there.
 MISSING = 2**64 - 1
+BLOSC_HEADER_BYTES = 16
 
 Decode = Callable[[bytes], np.ndarray]
 
@@ -227,10 +228,12 @@ def _decoder_of_v2(metadata: Any, dtype: np.dtype, chunks: tuple[int, ...]) -> D
     if not all(isinstance(each, numcodecs.abc.Codec) for each in steps):
         return None
 
+    decoders = [_decoder_of(step) for step in steps]
+
     def decode(raw: bytes) -> np.ndarray:
         values: Any = raw
-        for step in reversed(steps):
-            values = step.decode(values)
+        for step in reversed(decoders):
+            values = step(values)
         return np.frombuffer(values, dtype=dtype).reshape(chunks, order=order)
 
     return decode
@@ -277,8 +280,23 @@ def _step(name: str, options: dict[str, Any]) -> Callable[[Any], Any] | None:
         codec = get_codec({"id": name.removeprefix("numcodecs."), **options})
     else:
         return None
+    return _decoder_of(codec)
+
+
+def _decoder_of(codec: Any) -> Callable[[Any], Any]:
+    """Give what decodes by a codec of numcodecs, which for Blosc does not look whether all bytes are there that it reads."""
     decode: Callable[[Any], Any] = codec.decode
-    return decode
+    if codec.codec_id != "blosc":
+        return decode
+
+    def decode_whole(values: Any) -> Any:
+        held = memoryview(values).nbytes
+        said = int.from_bytes(bytes(memoryview(values)[12:16]), "little")
+        if held < BLOSC_HEADER_BYTES or said != held:
+            raise ValueError(f"it has {held} bytes, and says that it has {said}")
+        return decode(values)
+
+    return decode_whole
 
 
 def _checked(values: bytes) -> bytes | None:

@@ -1,12 +1,13 @@
 """What a Zarr hierarchy says of an array in it: which axis is which, and where its voxels lie."""
 
+import contextlib
 import io
 import json
 import re
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,24 @@ def _opened(storage: Storage, inner: str, name: str, is_needed: bool = True) -> 
         raise CorruptImageError(f"{name} cannot be opened as Zarr: {type(error).__name__}: {error}") from error
 
 
+@contextlib.contextmanager
+def _said_of(what: str) -> Iterator[None]:
+    """Let an error of zarr-python, or of what it calls, say what could not be read."""
+    try:
+        yield
+    except (VoxloomError, MemoryError):
+        raise
+    except Exception as error:  # whatever they stumble over in damaged metadata
+        reason = f"{type(error).__name__}: {error}"
+        raise CorruptImageError(f"{what} is damaged: {reason}. Copy or make the store again") from error
+
+
+def _member(group: Any, path: str, name: str) -> Any:
+    """Give what lies in a group, of which there may be nothing."""
+    with _said_of(f"{path} in {name}"):
+        return group.get(path)
+
+
 def _named_in(storage: Storage) -> str:
     """Say what there is at the top of a zip file."""
     if storage.path is None or not storage.path.is_file():
@@ -179,7 +198,7 @@ def _named_in(storage: Storage) -> str:
 
 def _of_group(storage: Storage, inner: str, group: Any, multiscales: Multiscales, number: int, name: str) -> FoundVolume:
     level = multiscales.levels[number]
-    array = group.get(level.path)
+    array = _member(group, level.path, name)
     if not isinstance(array, zarr_python().Array):
         raise CorruptImageError(f"{name} has no array {level.path!r}, which its metadata name as level {number}: copy it again")
     if array.ndim != len(multiscales.axes):
@@ -276,28 +295,36 @@ def _are_of_one(header: Exact, own: Exact | None) -> bool:
 
 def _header_of(group: Any, name: str) -> Exact | None:
     """Give what the header of a NIfTI-Zarr says, if it is one."""
-    found = group.get("nifti")
+    found = _member(group, "nifti", name)
     if not isinstance(found, zarr_python().Array):
         return None
     import nibabel as nib
 
     from ..nifti.files import NibabelFile
 
-    raw = np.asarray(found[...]).tobytes()
+    with _said_of(f"the NIfTI header of {name}"):
+        raw = np.asarray(found[...]).tobytes()
     is_second = 540 in (int.from_bytes(raw[:4], "little"), int.from_bytes(raw[:4], "big"))
-    whole = _of_three_axes(raw.ljust(544, b"\0"), is_second)
+    whole, step = _of_three_axes(raw.ljust(544, b"\0"), is_second)
     try:
         header = NibabelFile(io.BytesIO(whole), nib.Nifti2Image if is_second else nib.Nifti1Image)
     except VoxloomError as error:
         raise CorruptImageError(f"the NIfTI header of {name} is damaged: {error}") from error
-    return header.affine, (header.slope, header.intercept), header.codes
+    codes = header.codes if step is None else replace(header.codes, time_step=step)
+    return header.affine, (header.slope, header.intercept), codes
 
 
-def _of_three_axes(raw: bytes, is_second: bool) -> bytes:
-    """Leave times and channels out of a NIfTI header: they are a matter of the array, of which some may be chosen."""
+def _of_three_axes(raw: bytes, is_second: bool) -> tuple[bytes, float | None]:
+    """Leave times and channels out of a NIfTI header: they are a matter of the array, of which some may be chosen.
+
+    Returns:
+        The header, and what it says of the time from one volume to the next.
+    """
     order = "<" if raw[:4] in (size.to_bytes(4, "little") for size in (348, 540)) else ">"
     first, dtype = (16, f"{order}i8") if is_second else (40, f"{order}i2")
     sizes = np.frombuffer(raw, dtype, count=8, offset=first).copy()
-    if 3 < sizes[0] <= 7:
-        sizes[0], sizes[4:] = 3, 1
-    return raw[:first] + sizes.tobytes() + raw[first + sizes.nbytes :]
+    steps = np.frombuffer(raw, f"{order}{'f8' if is_second else 'f4'}", count=8, offset=104 if is_second else 76)
+    if not 3 < sizes[0] <= 7:
+        return raw, None
+    sizes[0], sizes[4:] = 3, 1
+    return raw[:first] + sizes.tobytes() + raw[first + sizes.nbytes :], float(steps[4])

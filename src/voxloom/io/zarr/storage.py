@@ -1,25 +1,22 @@
 """Where a Zarr hierarchy lies: in a folder, in a zip file, or at a URL. Values are asked for by their keys."""
 
-import asyncio
 import os
 import re
 import threading
-import time
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
-from ...errors import ImageFileError, ImageNotFoundError, MissingDependencyError, VoxloomError
+from ...errors import CorruptImageError, ImageFileError, ImageNotFoundError, MissingDependencyError
+
+# What the members of a zip file are that cannot be unpacked: another checksum, an end too early, an unknown way.
+DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError)
 
 __all__ = ["FolderStorage", "Storage", "is_url", "storage_at", "zarr_python"]
 
 URL = re.compile(r"([a-z][a-z0-9+.-]+::)*[a-z][a-z0-9+.-]+://", re.IGNORECASE)
-# A URL is asked so many times, with pauses in between of which each is twice as long, before it is given up.
-ATTEMPTS = 3
-PAUSE_SECONDS = 0.5
-
-T = TypeVar("T")
 
 
 class Storage(Protocol):
@@ -129,9 +126,12 @@ class ZipStorage:
             except KeyError:
                 return None
             first, last = _span(info.file_size, start, stop)
-            with opened.open(info) as member:
-                member.seek(first)
-                return _all_of(member.read, last - first)
+            try:
+                with opened.open(info) as member:
+                    member.seek(first)
+                    return _all_of(member.read, last - first)
+            except DAMAGE as error:
+                raise CorruptImageError(f"{key} in {self.name} is damaged: {error}. Copy or make the file again") from error
 
     def store(self) -> Any:
         """See `Storage`."""
@@ -160,7 +160,9 @@ class RemoteStorage:
                 store = zarr.storage.FsspecStore.from_url(self.name, read_only=True)
             except (ImportError, ValueError) as error:  # fsspec, or what it needs for this kind of URL
                 raise MissingDependencyError(f"{self.name} cannot be opened: {error}. pip install 'voxloom[remote]'") from error
-            self._opened = (os.getpid(), store)
+            from .patient_store import PatientStore
+
+            self._opened = (os.getpid(), PatientStore(store, self.name, self._timeout))
         return self._opened[1]
 
     def get(self, key: str, start: int | None = None, stop: int | None = None) -> bytes | None:
@@ -174,30 +176,8 @@ class RemoteStorage:
             wanted = SuffixByteRequest(-start)
         elif start is not None and stop is not None:
             wanted = RangeByteRequest(start, stop)
-        store = self.store()
-        found = self._patiently(key, lambda: sync(store.get(key, default_buffer_prototype(), wanted), timeout=self._timeout))
+        found = sync(self.store().get(key, default_buffer_prototype(), wanted))
         return None if found is None else found.to_bytes()
-
-    def _patiently(self, key: str, ask: Callable[[], T]) -> T:
-        """Ask until there is an answer, though not for ever.
-
-        Raises:
-            ImageFileError: names the URL.
-        """
-        for attempt in range(ATTEMPTS):
-            try:
-                return ask()
-            except VoxloomError:
-                raise
-            except Exception as error:  # noqa: BLE001 - whatever a way of access raises
-                failure = error
-                if attempt + 1 < ATTEMPTS:
-                    time.sleep(PAUSE_SECONDS * 2**attempt)
-        is_late = isinstance(failure, TimeoutError | asyncio.TimeoutError)
-        what = (
-            f"gave no answer within {self._timeout:g} s" if is_late else f"could not be read: {type(failure).__name__}: {failure}"
-        )
-        raise ImageFileError(f"{self.name}/{key} {what}, {ATTEMPTS} times: check the address and the network") from failure
 
 
 def _span(size: int, start: int | None, stop: int | None) -> tuple[int, int]:
