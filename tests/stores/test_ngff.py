@@ -106,6 +106,22 @@ def test_coordinate_systems_of_version_06():
     assert np.allclose(read(named).levels[0].affine, np.diag([1, 2, 4, 1]))
 
 
+def test_levels_in_several_coordinate_systems_are_refused():
+    found = in_systems(scale(1, 1, 1), systems=("intrinsic", "other"))
+    found["datasets"] += [{"path": "s1", "coordinateTransformations": [
+        {**scale(2, 2, 2), "input": {"path": "s1"}, "output": {"name": "other"}}]}]  # fmt: skip
+    with pytest.raises(UnsupportedImageError, match="several coordinate systems, intrinsic, other"):
+        read(found)
+
+
+def test_places_that_differ_from_time_to_time_are_refused():
+    moving = np.eye(4, 5)
+    moving[3, 0] = 7
+    found = image([{"type": "affine", "affine": moving.tolist()}], names="tzyx")
+    with pytest.raises(UnsupportedImageError, match="other places for each time or channel"):
+        read(found)
+
+
 @pytest.mark.parametrize(
     ("found", "error", "says"),
     [

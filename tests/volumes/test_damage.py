@@ -3,6 +3,7 @@
 import contextlib
 import gzip
 import os
+import re
 import struct
 import tracemalloc
 import warnings
@@ -234,6 +235,71 @@ def test_voxels_as_text(tmp_path):
     path.write_text(text.rsplit(" ", 1)[0])
     with pytest.raises(CorruptImageError, match="23 of 24 numbers"):
         vx.ScalarImage(path).load()
+
+
+@pytest.mark.parametrize("size", [None, 0, "half", "more"])
+def test_compressed_metaimages_say_how_many_bytes_there_are(tmp_path, size):
+    """Where they do not, or say another number, ITK gives what is in memory."""
+    path = tmp_path / "x.mha"
+    vx.ScalarImage(torch.from_numpy(SCAN[None].copy())).save(path)
+    head, _, packed = path.read_bytes().partition(b"ElementDataFile = LOCAL\n")
+    kept = b"".join(line for line in head.splitlines(True) if not line.startswith(b"CompressedDataSize"))
+    assert len(kept) < len(head)
+    said = {"half": len(packed) // 2, "more": len(packed) + 1}.get(size, size)
+    line = b"" if said is None else f"CompressedDataSize = {said}\n".encode()
+    path.write_bytes(kept + line + b"ElementDataFile = LOCAL\n" + packed)
+    with pytest.raises(CorruptImageError, match=rf"x\.mha is damaged.*({said} bytes are|CompressedDataSize)"):
+        vx.ScalarImage(path).load()
+
+
+def test_compressed_metaimages_are_one_stream(tmp_path):
+    path = tmp_path / "x.mha"
+    vx.ScalarImage(torch.from_numpy(SCAN[None].copy())).save(path)
+    head, _, packed = path.read_bytes().partition(b"ElementDataFile = LOCAL\n")
+    values = zlib.decompress(packed)
+    packed = zlib.compress(values[:1000]) + zlib.compress(values[1000:])
+    head = re.sub(rb"CompressedDataSize = \d+", f"CompressedDataSize = {len(packed)}".encode(), head)
+    path.write_bytes(head + b"ElementDataFile = LOCAL\n" + packed)
+    with pytest.raises(CorruptImageError, match=r"x\.mha has 1000 of \d+ bytes"):
+        vx.ScalarImage(path).load()
+
+
+def test_metaimages_whose_voxels_would_begin_in_their_header(tmp_path):
+    path = tmp_path / "x.mha"
+    vx.ScalarImage(torch.from_numpy(SCAN[None].copy())).save(path)
+    path.write_bytes(path.read_bytes().replace(b"ElementDataFile", b"HeaderSize = 4\nElementDataFile"))
+    with pytest.raises(CorruptImageError, match=r"x\.mha is damaged.*4 bytes \(HeaderSize\)"):
+        _ = vx.ScalarImage(path).shape
+
+
+@pytest.mark.parametrize(
+    ("ending", "line", "factor"),
+    [
+        (".nrrd", 'space units: "um" "um" "um"', 1e-3),
+        (".nrrd", 'space units: "mm" "mm" "mm"', 1),
+        (".nrrd", 'space units: "cm" "cm" "cm"', 10),
+        (".mha", "DistanceUnits = um", 1e-3),
+        (".mha", "DistanceUnits = ?", 1),
+    ],
+)
+def test_units_of_lengths_count(tmp_path, ending, line, factor):
+    affine = np.diag([0.5, 0.6, 0.7, 1])
+    affine[:3, 3] = (1, 2, 3)
+    path = tmp_path / f"x{ending}"
+    vx.ScalarImage(torch.from_numpy(SCAN[None].copy()), affine=affine).save(path)
+    before = b"ElementDataFile" if ending == ".mha" else b"endian:"
+    path.write_bytes(path.read_bytes().replace(before, f"{line}\n".encode() + before, 1))
+    read = vx.ScalarImage(path)
+    assert np.allclose(read.affine[:3], affine[:3] * factor)
+    assert np.array_equal(read.data[0], SCAN)
+
+
+def test_a_unit_that_is_no_length_is_named(tmp_path):
+    path = tmp_path / "x.nrrd"
+    vx.ScalarImage(torch.from_numpy(SCAN[None].copy())).save(path)
+    path.write_bytes(path.read_bytes().replace(b"endian:", b'space units: "ell" "ell" "ell"\nendian:'))
+    with pytest.raises(UnsupportedImageError, match=r"x\.nrrd has space units 'ell', which is no length that is known \(mm, "):
+        _ = vx.ScalarImage(path).shape
 
 
 def test_an_encoding_that_cannot_be_read_is_not_called_damage(tmp_path):

@@ -8,7 +8,7 @@ from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 import voxloom as vx
-from voxloom.errors import SeriesError
+from voxloom.errors import SeriesError, UnsupportedImageError
 
 ROWS, COLUMNS, SLICES = 6, 5, 8
 SPACING = (0.8, 0.5)  # between rows, between columns
@@ -117,6 +117,52 @@ def test_uneven_slices_are_refused(tmp_path):
 def test_positions_that_were_rounded_are_accepted(tmp_path):
     write_series(tmp_path, [(0, 0, round(number * 2.5123, 2)) for number in range(SLICES)])
     assert vx.ScalarImage(tmp_path).spacing[2] == pytest.approx(2.5123, abs=2e-3)
+
+
+def test_steps_that_add_up_to_another_place_are_refused(tmp_path):
+    # Each is within a twentieth of the others, and the middle is 1.2 mm off.
+    along = np.concatenate([np.arange(50), 50 + 1.048 * np.arange(50)])
+    write_series(tmp_path, [(0, 0, place) for place in along], values=np.repeat(volume()[:1], 100, axis=0))
+    with pytest.raises(SeriesError, match=r"s\d+\.dcm lies 1\.\d+ mm beside where even spacing puts it"):
+        _ = vx.ScalarImage(tmp_path).shape
+
+
+def test_slices_that_go_aside_and_back_are_refused(tmp_path):
+    aside = [0, 0.1, 0.2, 0.3, 0.3, 0.2, 0.1, 0]
+    write_series(tmp_path, [(each, 0, STEP * number) for number, each in enumerate(aside)])
+    with pytest.raises(SeriesError, match=r"lies 0\.3 mm beside where even spacing puts it"):
+        _ = vx.ScalarImage(tmp_path).shape
+
+
+def test_directions_of_few_digits_leave_the_sizes_of_pixels_alone(tmp_path):
+    write_series(tmp_path, orientation=(0.7, 0.7, 0, -0.7, 0.7, 0))
+    np.testing.assert_allclose(vx.ScalarImage(tmp_path).spacing[:2], (0.5, 0.8), rtol=1e-12)
+
+
+def test_pixels_of_two_sizes_are_no_series(tmp_path):
+    write_series(tmp_path, values=volume()[:4])
+    more = [(10, -20, 30 + STEP * number) for number in (4, 5)]
+    write_series(tmp_path, more, values=volume()[4:6], prefix="z", PixelSpacing=[1.6, 1.0])
+    with pytest.raises(
+        SeriesError, match=r"z005\.dcm has pixels of 1 × 1\.6 mm, but s000\.dcm has pixels of 0\.5 × 0\.8 mm|z000"
+    ):
+        _ = vx.ScalarImage(tmp_path).shape
+
+
+@pytest.mark.parametrize(
+    ("tags", "says"),
+    [
+        ({"BitsStored": 12, "HighBit": 15}, "keeps 12 bits below bit 15"),
+        ({"ModalityLUTSequence": [pydicom.Dataset()]}, "has a table of what its stored numbers mean"),
+    ],
+)
+def test_numbers_that_mean_something_else_are_refused(tmp_path, tags, says):
+    write_series(tmp_path, **tags)
+    for path in (tmp_path, next(tmp_path.iterdir())):
+        with pytest.raises(UnsupportedImageError, match=rf"\.dcm {says}"):
+            _ = vx.ScalarImage(path).shape
+    if "ModalityLUTSequence" in tags:
+        assert vx.stored_dicom(next(tmp_path.iterdir()))[0].shape == (1, COLUMNS, ROWS, 1)
 
 
 def test_a_tilted_gantry_is_refused_with_its_angle(tmp_path):

@@ -9,6 +9,7 @@ import pydicom.data
 import pytest
 import SimpleITK
 import torch
+from pydicom.encaps import encapsulate, generate_frames
 from pydicom.uid import CTImageStorage, RLELossless
 
 import voxloom as vx
@@ -101,6 +102,34 @@ def test_segments_are_channels_of_0_and_1_and_frames_left_out_are_empty(tmp_path
     assert image.dtype == torch.uint8
     np.testing.assert_array_equal(image.numpy(), segments(masks()))
     np.testing.assert_allclose(image.spacing, (0.5, 0.8, STEP), atol=1e-6)
+
+
+@pytest.mark.parametrize("places", [(0, 3, 7), (0, 2, 5, 7)])
+def test_planes_of_segments_lie_as_thick_as_they_are_if_nothing_else_fits(tmp_path, places):
+    entries = [(1, place) for place in places]
+    image = vx.LabelMap(
+        write_segments(tmp_path / "a.dcm", entries, np.ones((len(places), ROWS, COLUMNS), np.uint8), 1, step=None)
+    )
+    np.testing.assert_allclose(image.spacing, (0.5, 0.8, STEP), atol=1e-6)
+    assert np.flatnonzero(image.numpy()[0, 0, 0]).tolist() == list(places)
+
+
+def test_positions_of_segments_may_differ_by_their_rounding(tmp_path):
+    entries = [(1, 0), (1, 1), (2, 1 + 4e-4), (2, 2), (1, 3)]
+    image = vx.LabelMap(write_segments(tmp_path / "a.dcm", entries, masks(), step=None))
+    assert image.shape == (2, COLUMNS, ROWS, 4)
+
+
+def test_a_frame_in_run_lengths_that_is_missing_is_damage(tmp_path):
+    write_enhanced(tmp_path / "a.dcm", range(FRAMES), frames())
+    data = pydicom.dcmread(tmp_path / "a.dcm")
+    data.compress(RLELossless)
+    pieces = list(generate_frames(data.PixelData, number_of_frames=FRAMES))
+    data.PixelData = encapsulate(pieces[:-1])
+    data["PixelData"].is_undefined_length = True
+    data.save_as(tmp_path / "a.dcm")
+    with pytest.raises(CorruptImageError, match=r"a\.dcm cannot be decoded"):
+        list(map(vx.ScalarImage.load, [vx.ScalarImage(tmp_path / "a.dcm")]))
 
 
 def test_fractional_segments_are_parts_of_1(tmp_path):

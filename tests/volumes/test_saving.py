@@ -223,6 +223,29 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
     assert all(vx.ScalarImage(path).data.sum() == 64 for path in paths)
 
 
+@pytest.mark.slow
+def test_a_disk_that_is_full_at_the_last_bytes_leaves_the_old_file(tmp_path):
+    paths = [str(tmp_path / f"x{ending}") for ending in ENDINGS]
+    for path in paths:
+        vx.ScalarImage(torch.ones(1, 4, 4, 4)).save(path)
+    script = f"""
+        import os, resource, signal, torch, voxloom as vx
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        image = vx.ScalarImage(torch.rand(1, 20, 20, 20))
+        for path in {paths!r}:
+            image.save(path + ".whole" + path.rpartition("x")[2])
+            size = os.path.getsize(path + ".whole" + path.rpartition("x")[2])
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1, -1))
+            try:
+                image.save(path)
+            except vx.errors.SaveError as error:
+                print(error)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
+    """
+    assert fresh.printed(script).count("could not be written, and was left as it was") == len(paths)
+    assert all(vx.ScalarImage(path).data.sum() == 64 for path in paths)
+
+
 @pytest.mark.parametrize("ending", [slow(".nii"), ".nii.gz"])
 def test_a_killed_process_leaves_the_old_file_or_the_new_one(tmp_path, ending):
     path = tmp_path / f"x{ending}"

@@ -15,15 +15,19 @@ from pydicom.uid import RLELossless
 
 from ...core.boxes import Box
 from ...core.geometry.affines import Affine
+from ...core.sizes import pretty_mm
 from ...errors import CorruptImageError, SeriesError, VoxloomError
 from ..files import FileSource
 from ..itk.files import ItkFile, dtype_of, read_header
 from ..itk.isolated import IsolatedFile
 from .frames import DAMAGE, DicomHeader, brief, frame_count, header_of, is_segmentation, scales_of, spacing_of, table_of
-from .pixels import DecodedFile, DecodedSlices, OrderedFrames, RescaledFrames, check_size
+from .pixels import DecodedFile, DecodedSlices, OrderedFrames, RescaledFrames, check_size, check_values
 from .planes import arranged
 
 __all__ = ["open_dicom", "open_series", "stored_dicom"]
+
+# By how much the sides of pixels of one volume may differ.
+PIXEL_TOLERANCE = 1e-3
 
 
 def open_dicom(path: Path) -> FileSource:
@@ -58,6 +62,8 @@ def _opened(path: Path, is_stored: bool) -> FileSource:
         )
     try:
         check_size(header)
+        if not is_stored:
+            check_values(header)
         table = table_of(header.data, path)
         if is_stored or not _is_for_itk(header.data):
             frames: FileSource = DecodedFile(header, is_stored)
@@ -174,6 +180,12 @@ def _checked_series(slices: list[Slice], folder: Path) -> FileSource:
             )
         if each.frames > 1:
             raise SeriesError(f"{each.path} holds {each.frames} slices, and is one of several: open such files one by one")
+        try:
+            _check_pixels(each, first)
+        except VoxloomError:
+            raise
+        except DAMAGE as error:
+            raise CorruptImageError(f"{each.path}: its DICOM header cannot be used: {brief(error)}. Copy it again") from error
     positions = np.array([_numbers(each, "ImagePositionPatient", 3) for each in slices])
     orientations = np.array([_numbers(each, "ImageOrientationPatient", 6) for each in slices])
     names = [each.path.name for each in slices]
@@ -188,6 +200,16 @@ def _checked_series(slices: list[Slice], folder: Path) -> FileSource:
     types = {dtype_of(read_header(path), str(path)) for path in kinds.values()}
     # Slices that are scaled on their own, as in PET, may have types of their own, too.
     return ItkFile([each.path for each in ordered], str(folder), affine, None if len(types) == 1 else torch.float64)
+
+
+def _check_pixels(each: Slice, first: Slice) -> None:
+    own, others = spacing_of(each.header.data), spacing_of(first.header.data)
+    if max(abs(one - other) for one, other in zip(own, others, strict=True)) > PIXEL_TOLERANCE * max(others):
+        raise SeriesError(
+            f"{each.path} has pixels of {pretty_mm(own)}, but {first.path.name} has pixels of {pretty_mm(others)}: a series must"
+            " be of one kind"
+        )
+    check_values(each.header)
 
 
 def _kind_of_values(header: Any) -> tuple[str, ...]:

@@ -45,6 +45,7 @@ DAMAGE: tuple[Any, ...] = (
     OSError,
     RecursionError,
     RuntimeError,
+    StopIteration,
     TypeError,
     ValueError,
     struct.error,
@@ -59,6 +60,8 @@ GREATEST_DEFLATE_RATIO = 1032
 FIRST_GROUPS = (b"\x02\0", b"\x08\0", b"\0\x08")
 # Whole numbers, floats and doubles.
 PIXELS = (0x7FE00010, 0x7FE00008, 0x7FE00009)
+# Positions of segments that lie in one plane may differ by so many millimetres.
+ONE_PLACE = 0.01
 # Attributes that number the planes of one volume: what they tell apart are places, and not volumes.
 PLACES = (0x00200032, 0x00209057, 0x00201041)
 
@@ -276,13 +279,7 @@ def _segments(header: Any, path: Path, planes: _Planes) -> FrameTable:
         channel_of = {number: i for i, number in enumerate(sorted(int(each.SegmentNumber) for each in header.SegmentSequence))}
     if len(numbers) != count or not channel_of.keys() >= set(numbers):
         raise CorruptImageError(f"{path}: not all of its frames name a segment that it describes: it is damaged")
-    normal = np.cross(planes.orientations[0, :3], planes.orientations[0, 3:])
-    distances = np.diff(np.unique((planes.positions @ normal).round(3)))
-    is_stated = bool(_first(planes.measures, "SpacingBetweenSlices", 0))
-    # Positions are rounded, so that the least distance is a little less than a step.
-    usual = float(np.median(distances[distances < 1.5 * distances.min()])) if len(distances) else 0.0
-    step = usual if usual and not is_stated else _distance(planes.measures)
-    places, affine = arranged_with_gaps(str(path), planes.positions, planes.orientations, planes.spacing, step)
+    places, affine = arranged_with_gaps(str(path), planes.positions, planes.orientations, planes.spacing, _steps_of(planes))
     table = np.full((len(channel_of), int(places.max()) + 1), EMPTY)
     for frame, (segment, place) in enumerate(zip(numbers, places, strict=True)):
         before = table[channel_of[segment], place]
@@ -290,6 +287,19 @@ def _segments(header: Any, path: Path, planes: _Planes) -> FrameTable:
             raise SeriesError(f"{path}: frames {before + 1} and {frame + 1} are of one segment and at one place: remove one")
         table[channel_of[segment], place] = frame
     return FrameTable(table, affine)
+
+
+def _steps_of(planes: _Planes) -> list[float]:
+    """Give what the distance of the planes of a segmentation may be, which may lack most of them; nothing if nothing says it."""
+    stated, thickness = (abs(float(_first(planes.measures, name, 0))) for name in ("SpacingBetweenSlices", "SliceThickness"))
+    if stated:
+        return [stated]
+    normal = np.cross(planes.orientations[0, :3], planes.orientations[0, 3:])
+    distances = np.diff(np.sort(planes.positions @ normal))
+    distances = distances[distances > ONE_PLACE]
+    # Positions are rounded, so that the least distance is a little less than a step.
+    usual = [float(np.median(distances[distances < 1.5 * distances.min()]))] if len(distances) else []
+    return usual + [thickness] * (thickness > 0)
 
 
 def _dose(header: Any, path: Path, count: int) -> FrameTable:
@@ -329,11 +339,6 @@ def _dimension_values(header: Any, count: int) -> Iterator[Sequence[int]]:
     for frame in _groups(header, count, "FrameContentSequence"):
         values = None if frame is None else frame.get("DimensionIndexValues")
         yield [] if values is None else [values] if isinstance(values, int) else values
-
-
-def _distance(measures: Any | None) -> float:
-    """Say how far planes are apart by what their header states."""
-    return abs(float(_first(measures, "SpacingBetweenSlices", 0)) or float(_first(measures, "SliceThickness", 0))) or 1.0
 
 
 def _first(item: Any | None, name: str, default: float) -> Any:

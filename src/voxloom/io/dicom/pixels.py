@@ -236,6 +236,26 @@ class OrderedFrames(FileSource):
         return out
 
 
+def check_values(header: DicomHeader) -> None:
+    """Refuse what says of its stored numbers what is not done here.
+
+    Raises:
+        UnsupportedImageError: names it.
+    """
+    path, data = header.path, header.data
+    if data.get("ModalityLUTSequence"):
+        raise UnsupportedImageError(
+            f"{path} has a table of what its stored numbers mean (ModalityLUTSequence), which is not applied: take the stored"
+            " numbers, voxloom.stored_dicom, or convert it"
+        )
+    stored, highest = data.get("BitsStored"), data.get("HighBit")
+    if stored is not None and highest is not None and int(highest) != int(stored) - 1:
+        raise UnsupportedImageError(
+            f"{path} keeps {stored} bits below bit {highest} (BitsStored, HighBit), and not the lowest ones, as DICOM has it now:"
+            " convert it"
+        )
+
+
 def check_size(header: DicomHeader) -> None:
     """Compare what a header promises with the size of the file, before memory is asked for.
 

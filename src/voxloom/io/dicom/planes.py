@@ -65,15 +65,18 @@ def arranged(
                 + (f" {round(gap) - 1} of them are missing" if round(gap) > 1 else " the slices are not evenly spaced")
             )
     _check_tilt(where, positions, normal)
-    sideways = float(np.linalg.norm(steps - along[:, None] * normal, axis=1).max())
-    if sideways > SLICE_TOLERANCE * usual:
-        raise SeriesError(f"{where}: slices are shifted sideways by up to {sideways:.3g} mm, so that no affine fits: resample it")
     step = (positions[-1] - positions[0]) / (len(positions) - 1)
+    beside = np.linalg.norm(positions - positions[0] - np.arange(len(positions))[:, None] * step, axis=1)
+    if beside.max() > SLICE_TOLERANCE * usual:
+        raise SeriesError(
+            f"{where}: {names[int(beside.argmax())]} lies {beside.max():.3g} mm beside where even spacing puts it, so that no"
+            " affine fits: resample it"
+        )
     return order, _affine(orientations[0], spacing, step, positions[0])
 
 
 def arranged_with_gaps(
-    where: str, positions: np.ndarray, orientations: np.ndarray, spacing: Sequence[float], step: float
+    where: str, positions: np.ndarray, orientations: np.ndarray, spacing: Sequence[float], steps: Sequence[float]
 ) -> tuple[np.ndarray, Affine]:
     """Place parallel planes of which some may be left out, as segmentations leave out those that are empty; see `arranged`.
 
@@ -82,7 +85,7 @@ def arranged_with_gaps(
         positions: `(N, 3)`; planes may be at the same place.
         orientations: `(N, 6)`.
         spacing: mm from column to column, and from row to row.
-        step: mm from plane to plane.
+        steps: mm from plane to plane; of several the first that fits.
 
     Returns:
         The place of each plane, from 0, and the RAS+ affine.
@@ -92,21 +95,33 @@ def arranged_with_gaps(
     """
     normal = _normal(where, orientations)
     along = (positions - positions[0]) @ normal
-    first = int(along.argmin())
-    places = (along - along[first]) / step
+    first, last = int(along.argmin()), int(along.argmax())
+    along -= along[first]
+    tried = [(each, *_whole_places(along, each)) for each in steps or (1.0,)]
+    step, whole, off = next((each for each in tried if each[2] <= 1), tried[0])
+    if off > 1:
+        raise SeriesError(
+            f"{where}: planes lie {off * SLICE_TOLERANCE:.2g} of their distance ({step:.4g} mm) beside where even spacing puts"
+            " them: resample it"
+        )
+    step = float(along[last]) / int(whole[last]) if whole[last] else step
+    _check_tilt(where, positions[[first, last]], normal)
+    line = (positions[last] - positions[first]) / max(1, int(whole[last]))
+    sideways = positions - positions[first] - whole[:, None] * line
+    sideways -= (sideways @ normal)[:, None] * normal
+    if np.linalg.norm(sideways, axis=1).max() > SLICE_TOLERANCE * step:
+        raise SeriesError(f"{where}: its planes are shifted sideways, so that no affine fits: resample it")
+    return whole, _affine(orientations[0], spacing, normal * step, positions[first])
+
+
+def _whole_places(along: np.ndarray, step: float) -> tuple[np.ndarray, float]:
+    """Number planes by steps; with how far they lie beside these, of what is let pass."""
+    places = along / step
     whole = np.rint(places).astype(int)
     if whole.max():
         places *= whole.max() / places.max()  # the step that was given may be rounded
-    off = float(np.abs(places - whole).max())
     # Rounding errors add up over the planes, but not to a plane.
-    if off > SLICE_TOLERANCE * (1 + len(np.unique(whole)) / 50):
-        raise SeriesError(
-            f"{where}: planes lie {off:.2g} of their distance ({step:.4g} mm) beside where even spacing puts them: resample it"
-        )
-    if whole.max():
-        step = float(along.max() - along[first]) / int(whole.max())
-    _check_tilt(where, positions[[first, int(along.argmax())]], normal)
-    return whole, _affine(orientations[0], spacing, normal * step, positions[first])
+    return whole, float(np.abs(places - whole).max()) / (SLICE_TOLERANCE * (1 + len(np.unique(whole)) / 50))
 
 
 def _normal(where: str, orientations: np.ndarray) -> np.ndarray:
@@ -132,5 +147,7 @@ def _check_tilt(where: str, positions: np.ndarray, normal: np.ndarray) -> None:
 
 
 def _affine(orientation: np.ndarray, spacing: Sequence[float], step: np.ndarray, origin: np.ndarray) -> Affine:
-    columns = np.stack([orientation[:3] * spacing[0], orientation[3:] * spacing[1], step], axis=1)
+    # Directions may be stored with few digits, sizes of pixels are not.
+    row, column = (each / np.linalg.norm(each) for each in (orientation[:3], orientation[3:]))
+    columns = np.stack([row * spacing[0], column * spacing[1], step], axis=1)
     return lps_to_ras(columns, (1.0, 1.0, 1.0), origin)

@@ -54,6 +54,10 @@ class Integrity(Protocol):
         """Check the voxels, before they are read; see `check_header`."""
         ...
 
+    def units(self, path: Path) -> tuple[tuple[float, float, float], float]:
+        """Give millimetres of a step along each axis, and of the origin, where ITK takes all for millimetres."""
+        ...
+
 
 @dataclass(frozen=True)
 class _ByLayout:
@@ -68,6 +72,11 @@ class _ByLayout:
     def check_data(self, path: Path) -> None:
         """See `Integrity`."""
         _checked(path, self._check_contents)
+
+    def units(self, path: Path) -> tuple[tuple[float, float, float], float]:
+        """See `Integrity`."""
+        layout = self.layout_of(path)
+        return layout.millimetres, layout.origin_millimetres
 
     def _check_sizes(self, path: Path) -> None:
         layout = self.layout_of(path)
@@ -90,6 +99,10 @@ class _Tiff:
 
     def check_data(self, path: Path) -> None:
         """See `Integrity`."""
+
+    def units(self, path: Path) -> tuple[tuple[float, float, float], float]:
+        """See `Integrity`."""
+        return (1.0, 1.0, 1.0), 1.0
 
 
 METAIMAGE, NRRD, TIFF = _ByLayout(layout_of_metaimage), _ByLayout(layout_of_nrrd), _Tiff()

@@ -7,6 +7,7 @@ compared with its header first.
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import IO
@@ -40,6 +41,19 @@ NRRD_BYTES = {
     }.items()
     for name in names.split("|")
 }
+MILLIMETRES_IN = {
+    name: size
+    for size, names in {
+        1.0: "|?|mm|millimeter|millimeters|millimetre|millimetres",
+        10.0: "cm|centimeter|centimeters|centimetre|centimetres",
+        1000.0: "m|meter|meters|metre|metres",
+        1e-3: "um|µm|μm|micron|microns|micrometer|micrometers|micrometre|micrometres",
+        1e-6: "nm|nanometer|nanometers|nanometre|nanometres",
+        25.4: "in|inch|inches",
+    }.items()
+    for name in names.split("|")
+}
+"""Of a unit of length, as files say it; what is not said is millimetres."""
 NRRD_ENCODINGS = {"raw": "raw", "gz": "gzip", "gzip": "gzip", "txt": "text", "text": "text", "ascii": "text", "hex": "hex"}
 
 
@@ -56,6 +70,8 @@ class Part:
     lines_to_skip: int = 0
     skipped_when_unpacked: int = 0
     """Bytes before them in what is compressed."""
+    packed_bytes: int | None = None
+    """Bytes that are compressed, where the header says it, and ITK believes it."""
 
     def check_size(self, encoding: str) -> None:
         """Compare the size of the file with what it should hold, before memory is asked for.
@@ -64,6 +80,8 @@ class Part:
             EOFError: if it is too short.
         """
         size = self.path.stat().st_size - (self.offset or 0)
+        if self.packed_bytes is not None and self.packed_bytes != size:
+            raise ValueError(f"its header says that {self.packed_bytes} bytes are compressed voxels, but there are {size}")
         needed, most = self.num_bytes, size
         if encoding in ("gzip", "zlib"):
             most = size * GREATEST_GZIP_RATIO
@@ -102,19 +120,23 @@ class Layout:
     parts: tuple[Part, ...]
     encoding: str
     """`"raw"`, `"zlib"`, `"gzip"`, `"text"` or `"hex"`."""
+    millimetres: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    """What a step along each axis is a multiple of."""
+    origin_millimetres: float = 1.0
+    """What the place of the first voxel is a multiple of."""
 
 
 def _unit(encoding: str) -> str:
     return "numbers" if encoding == "text" else "bytes"
 
 
-def _unpacked_bytes(file: IO[bytes], needed: int) -> int:
-    """Count the bytes that are compressed in what follows; all checksums are compared."""
+def _unpacked_bytes(file: IO[bytes], needed: int, may_go_on: bool = True) -> int:
+    """Count the bytes that are compressed in what follows, in one stream or more; all checksums are compared."""
     count = 0
     stream = isal_zlib.decompressobj(wbits=47)  # finds out whether it is zlib or gzip
     while chunk := stream.unconsumed_tail or file.read(CHUNK_BYTES):
         count += len(stream.decompress(chunk, CHUNK_BYTES))
-        while stream.eof and count < needed and (chunk := stream.unused_data or file.read(CHUNK_BYTES)):
+        while stream.eof and may_go_on and count < needed and (chunk := stream.unused_data or file.read(CHUNK_BYTES)):
             stream = isal_zlib.decompressobj(wbits=47)  # gzip may go on with another member
             count += len(stream.decompress(chunk, CHUNK_BYTES))
         if stream.eof:
@@ -142,7 +164,7 @@ def _hex_bytes(file: IO[bytes], needed: int) -> int:
 
 _COUNTS: dict[str, Callable[[IO[bytes], int], int]] = {
     "gzip": _unpacked_bytes,
-    "zlib": _unpacked_bytes,
+    "zlib": partial(_unpacked_bytes, may_go_on=False),
     "text": _numbers,
     "hex": _hex_bytes,
 }
@@ -176,13 +198,26 @@ def layout_of_metaimage(path: Path) -> Layout:
     encoding = "zlib" if is_compressed else "text" if is_text else "raw"
     header = _whole(fields, "headersize", -1, 2**62) if "headersize" in fields else 0
     if name.lower() in ("local", "."):
-        # The data begin where the header ends, whatever HeaderSize says, unless they are the end of the file.
+        # The data begin where the header ends, unless they are the end of the file.
+        if header > 0 and header != start:
+            raise ValueError(f"its header says that it has {header} bytes (HeaderSize), but it has {start}")
         parts = [(path, None if header < 0 and encoding == "raw" else start)]
     else:
         offset = None if header < 0 and encoding == "raw" else max(header, 0)
         parts = [(path.parent / part, offset) for part in _metaimage_files(path, name, start, sizes)]
     values //= len(parts)
-    return Layout(tuple(Part(part, offset, values * METAIMAGE_BYTES[kind], values) for part, offset in parts), encoding)
+    packed = None
+    if encoding == "zlib" and len(parts) == 1:
+        packed = _whole(fields, "compresseddatasize", 0, 2**62) if "compresseddatasize" in fields else 0
+        if not packed and parts[0][0] == path:
+            raise ValueError("it does not say how many bytes its compressed voxels take (CompressedDataSize): write it again")
+    millimetres = _millimetres(path, "DistanceUnits", fields.get("distanceunits", ""))
+    return Layout(
+        tuple(Part(part, offset, values * METAIMAGE_BYTES[kind], values, packed_bytes=packed or None) for part, offset in parts),
+        encoding,
+        (millimetres,) * 3,
+        millimetres,
+    )
 
 
 def _metaimage_fields(file: IO[bytes]) -> dict[str, str]:
@@ -247,7 +282,25 @@ def layout_of_nrrd(path: Path) -> Layout:
             for name in names
         ),
         encoding,
+        *_nrrd_units(path, fields),
     )
+
+
+def _nrrd_units(path: Path, fields: dict[str, str]) -> tuple[tuple[float, float, float], float]:
+    """Give millimetres of a step along each axis, and of the origin: by the units of the space, or else of the axes."""
+    found = [_millimetres(path, "space units", each) for each in re.findall(r'"([^"]*)"', fields.get("space units", ""))]
+    if len(set(found)) > 1:
+        raise UnsupportedImageError(f"{path} has the space units {fields['space units']}: they must be the same along all axes")
+    if found:
+        return (found[0],) * 3, found[0]
+    # Axes of channels and times have units that mean no lengths, and no spacing.
+    spacings = fields.get("spacings", "").split()
+    units = re.findall(r'"([^"]*)"', fields.get("units", ""))
+    if len(units) != len(spacings):
+        return (1.0, 1.0, 1.0), 1.0
+    own = [_millimetres(path, "units", unit) for unit, size in zip(units, spacings, strict=True) if size != "nan"]
+    i, j, k = (*own, 1.0, 1.0, 1.0)[:3]
+    return (i, j, k), i
 
 
 def _nrrd_fields(file: IO[bytes]) -> tuple[dict[str, str], list[str] | None]:
@@ -282,6 +335,14 @@ def _nrrd_pattern(given: str) -> list[str]:
 
 
 # Both
+
+
+def _millimetres(path: Path, field: str, unit: str) -> float:
+    name = unit.strip().lower()
+    if name not in MILLIMETRES_IN:
+        known = ", ".join(each for each in MILLIMETRES_IN if each not in ("", "?"))
+        raise UnsupportedImageError(f"{path} has {field} {unit!r}, which is no length that is known ({known}): correct it")
+    return MILLIMETRES_IN[name]
 
 
 def _lines(file: IO[bytes]) -> Iterator[str]:

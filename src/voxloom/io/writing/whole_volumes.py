@@ -1,11 +1,14 @@
 """Whole volumes, as the libraries that write files have them."""
 
+import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from isal import isal_zlib
 from torch import Tensor
 
 from ...core.geometry.affines import Affine
@@ -103,7 +106,21 @@ def write_itk(path: Path, array: np.ndarray, affine: Affine, codes: SpaceCodes) 
 
     check_name(path)
 
-    SimpleITK.WriteImage(simpleitk_of(array, affine), str(path), useCompression=True)
+    image = simpleitk_of(array, affine)
+    SimpleITK.WriteImage(image, str(path), useCompression=True)
+    if path.suffix == ".nrrd":
+        _check_end(path, SimpleITK.GetArrayViewFromImage(image))
+
+
+def _check_end(path: Path, written: np.ndarray) -> None:
+    """See that gzip's last bytes are there: where the disk is full, or a file may not be so long, NRRD's writer says nothing."""
+    values = np.ascontiguousarray(written).reshape(-1).view(np.uint8)
+    expected = isal_zlib.crc32(values.data).to_bytes(4, "little") + (values.nbytes % 2**32).to_bytes(4, "little")
+    with path.open("rb") as file:
+        file.seek(0, os.SEEK_END)
+        file.seek(-min(file.tell(), len(expected)), os.SEEK_END)
+        if file.read() != expected:
+            raise OSError(errno.ENOSPC, "it ends too early: the disk is full, or files may not be so long")
 
 
 def simpleitk_of(array: np.ndarray, affine: Affine) -> Any:

@@ -155,8 +155,13 @@ def _read(found: Json, ome: Mapping[str, Json], name: str) -> Multiscales:
         axes = _axes(found["axes"], name)
         world, after = axes, found.get("coordinateTransformations", ())
     else:
-        first = found["datasets"][0]["coordinateTransformations"][0]
-        own = _named(first["output"])
+        outputs = [_named(each["coordinateTransformations"][-1]["output"]) for each in found["datasets"]]
+        own = outputs[0]
+        if set(outputs) != {own}:
+            raise UnsupportedImageError(
+                f"the levels of {name} lie in several coordinate systems, {', '.join(dict.fromkeys(outputs))}: open one of its"
+                f" arrays, and say where its voxels lie: {WAY}"
+            )
         axes = _axes(systems[own], name)
         world_name, after = _way(own, found.get("coordinateTransformations", ()))
         world = _axes(systems[world_name], name)
@@ -286,6 +291,11 @@ def _spatial(matrix: np.ndarray, axes: Sequence[Axis], world: Sequence[Axis], na
     """Give the part of a matrix that is of x, y and z, in millimetres of RAS+."""
     columns = {each.name: number for number, each in enumerate(axes)}
     rows = {each.name: number for number, each in enumerate(world)}
+    others = [columns[of] for of in columns if of not in SPATIAL]
+    if matrix[np.ix_([rows[to] for to in SPATIAL if to in rows], others)].any():
+        raise UnsupportedImageError(
+            f"{name} has other places for each time or channel: open one of its arrays, and say where its voxels lie: {WAY}"
+        )
     physical = np.eye(4)
     for row, to in enumerate(SPATIAL):
         for column, of in enumerate(SPATIAL):
