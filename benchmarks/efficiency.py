@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from alternating import machine
+from alternating import compile_as_installed, machine
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "integrations"))
 
@@ -214,6 +214,7 @@ class Watch:
 
 def measured(name, folder, scan, out, threads):
     """Run a system once, in a fresh process."""
+    compile_as_installed()
     command = [sys.executable, "-W", "ignore", __file__, "--run", name, str(folder), str(scan), str(out)]
     limits = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
     process = subprocess.Popen(command, env=os.environ | limits, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

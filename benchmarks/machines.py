@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from alternating import machine
+from alternating import compile_as_installed, machine
 from efficiency import Watch
 
 CHUNK = 16
@@ -198,6 +198,7 @@ def commands_of(kind, workers, given, options):
 
 def measured(name, given, options):
     """Run a system once, and give what it took, and its result."""
+    compile_as_installed()
     kind, workers = SYSTEMS[name]
     root = Path(given["root"])
     out = root / f"result-{next(NUMBERS)}.zarr"

@@ -280,3 +280,21 @@ def test_the_table_of_errors_names_all_of_them_and_what_else_they_are():
         for builtin in ("ValueError", "TypeError", "KeyError", "RuntimeError", "OSError", "ImportError", "FileNotFoundError"):
             if f" {builtin}" in line:
                 assert issubclass(kind, getattr(__builtins__, builtin, None) or __builtins__[builtin])
+
+
+COLLECTING = """
+import gc, torch
+
+found = []
+gc.callbacks.append(lambda phase, info: found.append(info) if phase == "start" and info["generation"] == 2 else None)
+import voxloom as vx
+
+vx.predict, vx.Queue, vx.GridAggregator
+assert gc.isenabled()
+gc.callbacks.clear()
+print(found)
+"""
+
+
+def test_importing_does_not_look_for_garbage_among_all_that_there_is():
+    assert subprocess.check_output([sys.executable, "-c", COLLECTING], text=True) == "[]\n"
