@@ -12,7 +12,7 @@ from scipy.ndimage import map_coordinates
 
 from voxloom.aggregation.tiles import TileEdges
 from voxloom.core.boxes import Box
-from voxloom.core.geometry.aligned import AlignedMap
+from voxloom.core.geometry.aligned import AlignedMap, AxisMap
 from voxloom.core.geometry.oblique import ObliqueMap, boxes_of
 from voxloom.core.geometry.resampling import space_map
 
@@ -193,3 +193,17 @@ def test_boxes_of_runs_cover_them_once():
         found[box.slices] += 1
     assert np.array_equal(found, chosen.astype(int))
     assert boxes_of(np.ones((3, 4, 5), dtype=bool), (1, 0, 0)) == [Box((1, 0, 0), (4, 4, 5))]
+
+
+@pytest.mark.parametrize(("source", "target", "beside"), [(24, 94, 0), (20, 7, 3), (10, 35, 2), (64, 30, 0)])
+def test_slices_that_are_as_near_as_the_next_are_decided_as_by_scipy(source, target, beside):
+    """Whole volumes, and parts of which some voxels lie beside them."""
+    places = source / target * (np.arange(target) + 0.5) - 0.5
+    expected = map_coordinates(np.arange(source, dtype=float), [places], order=0, mode="nearest").astype(int)
+    scale, length = np.float32(source / target), target + 2 * beside
+    offset = np.float32(0.5 * scale - 0.5 - beside * scale)
+    for sign in (1, -1):
+        start = offset if sign > 0 else offset + scale * (length - 1)
+        found = AxisMap.of(length, sign * float(scale), float(start), source, "nearest").lower[::sign]
+        assert found[beside : beside + target].tolist() == expected.tolist()
+        assert found[:beside].tolist() == [0] * beside

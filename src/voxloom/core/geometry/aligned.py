@@ -68,7 +68,9 @@ class AxisMap:
         places = places.clip(0, source_length - 1)
         if kind == "nearest":
             # Of two that are equally near, the one behind.
-            nearest = np.floor(places + 0.5 + ROUNDING).astype(np.int64).clip(0, source_length - 1)
+            exact = _places_in_one_volume(length, scale, offset, source_length)
+            nearest = np.floor(places + 0.5 + ROUNDING) if exact is None else np.floor(exact + 0.5)
+            nearest = nearest.astype(np.int64).clip(0, source_length - 1)
             return cls(nearest, nearest, np.zeros(length), is_inside, near)
         rounded = np.rint(places)
         places = np.where(abs(places - rounded) < ROUNDING, rounded, places)
@@ -98,6 +100,21 @@ class AxisMap:
         whole = _Segment.of(self, 0, len(self))
         first, stop = whole.support
         return whole.apply(values.narrow(dim, first, stop - first), dim)
+
+
+def _places_in_one_volume(length: int, scale: float, offset: float, source_length: int) -> np.ndarray | None:
+    """Give where voxels lie in a source that fills a whole number of them, as SciPy and scikit-image compute it; else None.
+
+    Slices that are as near as the next one are decided by the rounding of that, as in nnU-Net.
+    """
+    step = abs(scale)
+    count = max(1, round(source_length / step))
+    start = offset if scale > 0 else offset + scale * (length - 1)
+    first = (0.5 * step - 0.5 - start) / step
+    if abs(source_length / count - step) * length > ROUNDING or abs(first - round(first)) * step > ROUNDING:
+        return None
+    places = source_length / count * (np.arange(length) - round(first) + 0.5) - 0.5
+    return places if scale > 0 else places[::-1]
 
 
 @dataclass(frozen=True, eq=False)
