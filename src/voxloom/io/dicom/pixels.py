@@ -249,7 +249,7 @@ def check_values(header: DicomHeader) -> None:
             " numbers, voxloom.stored_dicom, or convert it"
         )
     stored, highest = data.get("BitsStored"), data.get("HighBit")
-    if stored is not None and highest is not None and int(highest) != int(stored) - 1:
+    if stored is not None and highest is not None and int(highest) >= int(stored):
         raise UnsupportedImageError(
             f"{path} keeps {stored} bits below bit {highest} (BitsStored, HighBit), and not the lowest ones, as DICOM has it now:"
             " convert it"
