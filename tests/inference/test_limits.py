@@ -1,9 +1,18 @@
 """Sizes of memory, as users write and read them."""
 
-import pytest
+import re
+import signal
+import subprocess
+import sys
+import textwrap
 
+import pytest
+import torch
+
+import voxloom as vx
 from voxloom.core.sizes import pretty_bytes
 from voxloom.errors import SizeError
+from voxloom.io.spooling import spooled
 from voxloom.runtime import limits
 from voxloom.runtime.limits import as_bytes, free_bytes
 
@@ -56,3 +65,35 @@ def test_what_is_kept_of_files_counts_as_free(tmp_path, monkeypatch):
     (root / "jobs" / "memory.max").write_text(f"{901 * 2**20}\n")
     (root / "jobs" / "memory.stat").write_text("anon 5\n")
     assert free_bytes() == 2**20
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_the_least_limit_that_is_named_is_enough(tmp_path):
+    """Decoded chunks of the input have a share of it, which grows with it."""
+    vx.convert(vx.ScalarImage(torch.rand(1, 200, 160, 120)), tmp_path / "scan.ome.zarr", chunks=80)
+    options = {"patch_size": 32, "output": tmp_path / "out.nii"}
+    with pytest.raises(SizeError) as refused:
+        vx.predict(torch.nn.Identity(), tmp_path / "scan.ome.zarr", memory_limit=1, **options)
+    least = int(re.search(r"\((\d+) bytes\) are needed", str(refused.value))[1])
+    with pytest.raises(SizeError, match=rf"\({least} bytes\) are needed"):
+        vx.predict(torch.nn.Identity(), tmp_path / "scan.ome.zarr", memory_limit=least - 1, **options)
+    vx.predict(torch.nn.Identity(), tmp_path / "scan.ome.zarr", memory_limit=least, **options)
+
+
+def test_unpacked_files_of_killed_processes_are_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    vx.ScalarImage(torch.rand(1, 16, 16, 12)).save(tmp_path / "x.nii.gz")
+    script = f"""
+        import os, signal, tempfile, voxloom as vx
+        from voxloom.io.spooling import spooled
+        tempfile.tempdir = {str(tmp_path)!r}
+        with spooled(vx.ScalarImage("x.nii.gz")):
+            os.kill(os.getpid(), signal.SIGKILL)
+    """
+    process = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], cwd=tmp_path, check=False)
+    assert process.returncode == -signal.SIGKILL
+    assert len(list(tmp_path.glob("voxloom-*"))) == 1
+    with spooled(vx.ScalarImage(tmp_path / "x.nii.gz")) as source:
+        assert len(list(tmp_path.glob("voxloom-*"))) == 1
+        assert source.shape == (1, 16, 16, 12)
+    assert not list(tmp_path.glob("voxloom-*"))

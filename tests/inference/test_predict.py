@@ -761,7 +761,7 @@ def test_blocks_are_cut_such_that_the_fewest_passes_are_made(geometry, room):
     splits = [traversal.split(*each) for each in itertools.product(*counts)]
     least = max(map(traversal.open_voxels, splits[-1]))
     limit = int(least + (traversal.open_voxels(traversal.whole) - least) * room)
-    found = block_memory.best_split(traversal, traversal.open_voxels, limit, True, 1)
+    found = block_memory.best_split(traversal, lambda block, limit: traversal.open_voxels(block), limit, True, 1)
     fitting = [blocks for blocks in splits if max(map(traversal.open_voxels, blocks)) <= limit]
     assert found in fitting
     assert count_batches(traversal, found, 1, None) == min(count_batches(traversal, blocks, 1, None) for blocks in fitting)

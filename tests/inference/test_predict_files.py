@@ -435,6 +435,23 @@ def test_nothing_is_left_of_a_run_that_has_finished_nothing(scan, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_several_results_of_one_output_are_resumed(scan, tmp_path):
+    """Each has a sum of its own, and the model still gives one output."""
+    options = {"activation": {"labels": None, "doubt": "softmax"}, "reduce": {"labels": "argmax", "doubt": "entropy"}}
+    targets = {name: tmp_path / f"{name}.nii" for name in ("labels", "doubt")}
+    with pytest.raises(Interrupted):
+        vx.predict(Fragile(40), scan, 10, 4, output=targets, **options)
+    again = Fragile()
+    vx.predict(again, scan, 10, 4, output=targets, **options)
+    whole = {name: tmp_path / f"whole {name}.nii" for name in ("labels", "doubt")}
+    counted = Fragile()
+    vx.predict(counted, scan, 10, 4, output=whole, **options)
+    assert again.calls < counted.calls
+    for name in targets:
+        assert targets[name].read_bytes() == whole[name].read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_another_model_image_or_option_is_refused_by_name(scan, tmp_path):
     target = tmp_path / "out.nii"
     interrupt(scan, target, at=40)

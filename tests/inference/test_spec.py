@@ -4,6 +4,7 @@ import copy
 import importlib.util
 import itertools
 import json
+import math
 import pickle
 from dataclasses import replace
 from pathlib import Path
@@ -214,6 +215,31 @@ def test_what_is_constant_becomes_nothing():
     for scale in ("range", "percentiles"):
         spec = vx.ModelSpec(intensity=(Intensity(scale=scale),), patch_size=8)
         assert not bool(vx.predict(nn.Identity(), vx.ScalarImage(torch.full((1, 9, 9, 9), 7.0)), spec=spec).data.any())
+
+
+@pytest.mark.parametrize("scale", ["range", "percentiles"])
+@pytest.mark.parametrize("onto", [(-1, 1), (2, -1)])
+def test_what_is_constant_becomes_the_low_end(scale, onto):
+    spec = vx.ModelSpec(intensity=(Intensity(scale=scale, onto=onto),), patch_size=8)
+    made = vx.predict(nn.Identity(), vx.ScalarImage(torch.full((1, 9, 9, 9), 7.0)), spec=spec, overlap_mode="crop")
+    assert bool((made.data == onto[0]).all())
+
+
+@pytest.mark.parametrize("plane", [0, 5])
+def test_nan_shows_wherever_it_lies(plane):
+    data = torch.rand(1, 9, 9, 9)
+    data[0, plane, 0, 0] = float("nan")
+    scaling = Intensity(scale="range").of_channel(vx.ScalarImage(data), 0)
+    assert math.isnan(scaling.shift)
+    assert math.isnan(scaling.divisor)
+
+
+def test_channels_have_masks_of_their_own():
+    data = torch.rand(2, 9, 9, 9) + 1
+    data[0, 4, 4, 4] = 0  # a hole, which a mask fills
+    over = (Intensity(scale="z-score", over="nonzero"), Intensity(scale="z-score", over="mask"))
+    made = vx.predict(nn.Identity(), vx.ScalarImage(data), spec=vx.ModelSpec(intensity=over, patch_size=8, channels=("a", "b")))
+    assert made.data[0, 4, 4, 4] == 0
 
 
 def test_the_box_of_the_foreground():
@@ -534,3 +560,18 @@ def test_a_program_is_run_by_other_processes(tmp_path):
     for number, model in enumerate((str(tmp_path / "m.pt2"), vx.load_model(str(tmp_path / "m.pt2")))):
         made = vx.predict(model, tmp_path / "scan.nii", output=tmp_path / f"{number}.zarr", devices="cpu")
         assert torch.equal(made.data, expected)
+
+
+def test_an_ensemble_of_packed_models_expects_what_they_do(tmp_path):
+    spec = vx.ModelSpec(channels=("t1",), intensity=(Intensity(scale="z-score"),), patch_size=8, activation="softmax")
+    networks = [nn.Conv3d(1, 2, 3, padding=1) for _ in range(2)]
+    for number, each in enumerate(networks):
+        vx.save_model(each, tmp_path / f"{number}.pt2", spec)
+    paths = [str(tmp_path / f"{number}.pt2") for number in range(2)]
+    data = torch.rand(1, 12, 11, 10)
+    expected = vx.predict(networks, data, spec=spec).data
+    for models in (paths, [vx.load_model(path) for path in paths], tuple(paths)):
+        assert torch.allclose(vx.predict(models, data).data, expected, atol=1e-6)
+    vx.save_model(networks[0], tmp_path / "other.pt2", replace(spec, patch_size=(16, 16, 16)))
+    with pytest.raises(ModelFileError, match="ensemble must expect the same, but these differ in spec"):
+        vx.predict([paths[0], str(tmp_path / "other.pt2")], data)

@@ -135,3 +135,19 @@ def test_a_dicom_segmentation(tmp_path):
         save_dicom_seg(vx.LabelMap(values[None] * 0, affine=scan.affine), folder, tmp_path / "b.dcm")
     with pytest.raises(UnsupportedImageError, match="0 to 65535"):
         save_dicom_seg(vx.LabelMap(values[None].int() - 1, affine=scan.affine), folder, tmp_path / "b.dcm")
+
+
+def test_a_segmentation_has_the_axes_and_the_pixels_of_its_series(tmp_path):
+    pytest.importorskip("highdicom", reason="an extra, which `make test` installs")
+    folder = tmp_path / "series"
+    folder.mkdir()
+    write_slices(folder, FrameOfReferenceUID="1.2.3.4", StudyInstanceUID="1.2.3.5", SeriesInstanceUID="1.2.3.6")
+    scan = vx.ScalarImage(folder)
+    data = torch.ones((1, *scan.spatial_shape), dtype=torch.uint8)
+    turned, wider = scan.affine.copy(), scan.affine.copy()
+    turned[:, :2] = scan.affine[:, [1, 0]]
+    wider[:, 0] *= 2
+    for affine in (turned, wider):
+        with pytest.raises(SpaceError, match="does not lie on a slice of the label map"):
+            save_dicom_seg(vx.LabelMap(data, affine=affine), folder, tmp_path / "seg.dcm", LABELS)
+    assert not (tmp_path / "seg.dcm").exists()

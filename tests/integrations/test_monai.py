@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -232,6 +233,43 @@ def test_a_transform_does_what_it_does_there():
     assert made.label.type == "label"
     assert torch.allclose(torch.from_numpy(made["image"].affine), expected["image"].affine)
     assert len(as_dict(made)["image"].applied_operations) == len(expected["image"].applied_operations) > 0
+
+
+LAZY = {
+    "alone": [mt.Flipd(["image", "label"], 0, lazy=True)],
+    "before another": [mt.Flipd(["image", "label"], 0, lazy=True), mt.ScaleIntensityd("image", minv=0, maxv=7)],
+    "several": [
+        mt.Spacingd(["image", "label"], (0.8, 1, 1), mode=("bilinear", "nearest"), lazy=True),
+        mt.Flipd("image", 1, lazy=True),
+        mt.ShiftIntensityd("label", offset=0),
+        mt.Rotate90d("image", lazy=True),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", LAZY)
+def test_what_lazy_transforms_leave_to_be_done_is_done(name):
+    expected = mt.Compose(LAZY[name])(item_of(0))
+    for ours in (vx.Compose(LAZY[name]), *(LAZY[name] if name == "alone" else ())):
+        made = vx.SubjectsDataset([from_dict(item_of(0))], transform=ours)[0]
+        assert torch.equal(made["image"].data, expected["image"].as_tensor())
+        assert torch.equal(made.label.data.float(), expected["label"].as_tensor().float())
+        assert np.allclose(made["image"].affine, expected["image"].affine)
+    (one,) = LAZY["alone"]
+    waiting = one(item_of(0))["image"]
+    assert waiting.has_pending_operations
+    assert torch.equal(vx.as_image(waiting).data, waiting.as_tensor().flip(1))
+
+
+@pytest.mark.filterwarnings("ignore:NvImgCodecPydicomReader")
+def test_planes_of_monai_have_a_channel(tmp_path):
+    nib.save(nib.Nifti1Image(np.arange(30, dtype="float32").reshape(5, 6), np.diag([2.0, 3, 4, 1])), tmp_path / "x.nii")
+    read = mt.LoadImage(image_only=True, ensure_channel_first=True, reader="NibabelReader")(tmp_path / "x.nii")
+    assert read.ndim == 3
+    made, expected = vx.as_image(read), vx.ScalarImage(tmp_path / "x.nii")
+    assert made.shape == expected.shape == (1, 5, 6, 1)
+    assert torch.equal(made.data, expected.data)
+    assert np.array_equal(made.affine, expected.affine)
 
 
 def test_transforms_of_a_list_see_of_each_other_what_they_see_there():

@@ -103,7 +103,20 @@ def test_a_damaged_file_is_made_anew(path):
         file.write_bytes(damage)
         assert drawn(SAMPLERS["label"](3), path) == expected
         with np.load(file) as found:
-            assert sorted(found.files) == ["1", "2"]
+            assert sorted(found.files) == ["1", "2", "labels"]
+
+
+@pytest.mark.slow
+def test_no_bit_of_the_table_of_contents_changes_what_is_drawn(path):
+    expected = drawn(SAMPLERS["label"](3), path)
+    vx.build_index(SAMPLERS["label"](0), subject(path))
+    (file,) = path.with_name(".seg.index").iterdir()
+    whole = file.read_bytes()
+    for place in range(8 * (len(whole) - 260), 8 * len(whole), 5):
+        damaged = bytearray(whole)
+        damaged[place // 8] ^= 1 << place % 8
+        file.write_bytes(damaged)
+        assert drawn(SAMPLERS["label"](3), path) == expected
 
 
 def test_data_that_were_changed_in_memory_are_not_those_of_the_file(path):

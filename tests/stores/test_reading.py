@@ -640,7 +640,7 @@ def test_a_damaged_member_of_a_zip_file_is_named(tmp_path, tensor):
     raw = bytearray((tmp_path / "scan.zarr.zip").read_bytes())
     raw[at + 60] ^= 1
     (tmp_path / "scan.zarr.zip").write_bytes(raw)
-    with pytest.raises(CorruptImageError, match=r"0/c/0/0/0 in .*scan\.zarr\.zip is damaged: Bad CRC-32"):
+    with pytest.raises(CorruptImageError, match=r"0/c/0/0/0 in .*scan\.zarr\.zip cannot be unpacked: Bad CRC-32"):
         vx.ScalarImage(tmp_path / "scan.zarr.zip").load()
 
 

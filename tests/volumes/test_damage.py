@@ -248,8 +248,32 @@ def test_compressed_metaimages_say_how_many_bytes_there_are(tmp_path, size):
     said = {"half": len(packed) // 2, "more": len(packed) + 1}.get(size, size)
     line = b"" if said is None else f"CompressedDataSize = {said}\n".encode()
     path.write_bytes(kept + line + b"ElementDataFile = LOCAL\n" + packed)
-    with pytest.raises(CorruptImageError, match=rf"x\.mha is damaged.*({said} bytes are|CompressedDataSize)"):
+    with pytest.raises(CorruptImageError, match=rf"x\.mha is damaged.*({said} bytes are|CompressedDataSize|end too early)"):
         vx.ScalarImage(path).load()
+
+
+def test_what_follows_compressed_voxels_does_not_matter(tmp_path):
+    path = tmp_path / "x.mha"
+    vx.ScalarImage(torch.from_numpy(SCAN[None].copy())).save(path)
+    path.write_bytes(path.read_bytes() + b"\n\n")
+    assert np.array_equal(vx.ScalarImage(path).data[0], SCAN)
+
+
+@pytest.mark.parametrize(
+    ("lines", "spacing"),
+    [
+        ('sizes: 3 4 5\nkinds: RGB-color domain domain\nspacings: 1 0.5 0.5\nunits: "" "um" "um"', (5e-4, 5e-4, 1)),
+        ('sizes: 3 4 5 6\nkinds: vector domain domain domain\nspacings: nan 1 2 3\nunits: "" "cm" "cm" "m"', (10, 20, 3e3)),
+        ('sizes: 3 4 5 6\nspacings: 1 2 3 1.5\nunits: "mm" "cm" "mm" "s"', (1, 20, 3)),
+        ('sizes: 3 4 5\nspacings: 1 2 3\nunits: "pixel" "pixel" "pixel"', (1, 2, 3)),
+    ],
+    ids=["colours", "vectors", "times", "pixels"],
+)
+def test_units_of_axes_belong_to_their_axes(tmp_path, lines, spacing):
+    count = np.prod([int(size) for size in lines.splitlines()[0].split()[1:]])
+    head = f"NRRD0004\ntype: uint8\ndimension: {len(lines.splitlines()[0].split()) - 1}\n{lines}\nencoding: raw\n\n"
+    (tmp_path / "x.nrrd").write_bytes(head.encode() + bytes(int(count)))
+    assert vx.ScalarImage(tmp_path / "x.nrrd").spacing == pytest.approx(spacing)
 
 
 def test_compressed_metaimages_are_one_stream(tmp_path):
@@ -298,7 +322,7 @@ def test_a_unit_that_is_no_length_is_named(tmp_path):
     path = tmp_path / "x.nrrd"
     vx.ScalarImage(torch.from_numpy(SCAN[None].copy())).save(path)
     path.write_bytes(path.read_bytes().replace(b"endian:", b'space units: "ell" "ell" "ell"\nendian:'))
-    with pytest.raises(UnsupportedImageError, match=r"x\.nrrd has space units 'ell', which is no length that is known \(mm, "):
+    with pytest.raises(UnsupportedImageError, match=r"x\.nrrd has space units 'ell', which is no length that is known \(pixel, "):
         _ = vx.ScalarImage(path).shape
 
 

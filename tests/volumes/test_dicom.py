@@ -163,6 +163,7 @@ def test_numbers_that_mean_something_else_are_refused(tmp_path, tags, says):
             _ = vx.ScalarImage(path).shape
     if "ModalityLUTSequence" in tags:
         assert vx.stored_dicom(next(tmp_path.iterdir()))[0].shape == (1, COLUMNS, ROWS, 1)
+        assert vx.stored_dicom(tmp_path)[0].shape == (1, COLUMNS, ROWS, SLICES)
 
 
 def test_a_tilted_gantry_is_refused_with_its_angle(tmp_path):

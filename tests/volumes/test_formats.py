@@ -312,3 +312,9 @@ def test_where_the_sform_has_other_voxels_than_pixdim_a_warning_says_so(tmp_path
     path.write_bytes(raw)
     with pytest.warns(RuntimeWarning, match=r"x\.nii: voxels are 1 × 1 × 2 mm by the sform, but 1 × 1 × 3 mm by pixdim"):
         assert vx.ScalarImage(path).spacing == (1, 1, 2)
+
+
+def test_arrays_of_objects_are_no_numbers(tmp_path):
+    np.save(tmp_path / "x.npy", np.array([[[None]]]), allow_pickle=True)
+    with pytest.raises(UnsupportedImageError, match=r"x\.npy holds objects of Python"):
+        vx.ScalarImage(tmp_path / "x.npy").load()

@@ -49,6 +49,15 @@ def test_names_are_given_or_known(organs, tmp_path):
     assert not list(tmp_path.glob(".others*"))
 
 
+def test_labels_without_a_name_are_written_too(organs, tmp_path):
+    told = {"versions": {"voxloom": "1"}, "labels": [{"value": 2, "name": "liver"}]}
+    (tmp_path / "organs.json").write_text(json.dumps(told))
+    made = vx.split_labels(tmp_path / "organs.nii.gz", tmp_path / "parts")
+    others = [f"label-{value}" for value in organs.data.unique().tolist() if value not in (0, 2)]
+    assert others
+    assert list(made) == ["liver", *others]
+
+
 def test_what_is_there_is_kept(organs, tmp_path):
     folder = tmp_path / "parts"
     vx.split_labels(organs, folder)

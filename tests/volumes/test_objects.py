@@ -110,3 +110,41 @@ def test_times_of_simpleitk_are_channels():
     made = vx.ScalarImage(image)
     assert (made.shape, made.spacing) == ((3, 6, 5, 4), (1, 2, 3))
     assert int(made.data[2, 1, 0, 0]) == 2 * 120 + 1
+
+
+def test_units_of_nibabel_are_those_of_its_file(tmp_path):
+    image = nib.Nifti1Image(VALUES[0], np.diag([25.0, 25, 50, 1]))
+    image.header.set_xyzt_units("micron")
+    nib.save(image, tmp_path / "x.nii")
+    file, thing = vx.as_image(tmp_path / "x.nii"), vx.as_image(nib.load(tmp_path / "x.nii"))
+    assert np.array_equal(file.affine, thing.affine)
+    assert thing.spacing == pytest.approx((0.025, 0.025, 0.05))
+    assert thing.codes == file.codes
+    assert np.allclose(vx.as_image(file.as_nibabel()).affine, file.affine)
+
+
+def test_images_of_others_in_a_dict_are_images():
+    dict_of = {"t1": VALUES[:1], "t2": nib.Nifti1Image(VALUES[0], np.eye(4)), "seg": SimpleITK.GetImageFromArray(VALUES[0].T)}
+    subject = vx.SubjectsDataset([dict_of])[0]
+    assert list(subject.images) == ["t1", "t2", "seg"]
+    assert [image.type for image in subject.images.values()] == ["intensity", "intensity", "label"]
+    assert torch.equal(subject.seg.data, subject.t2.data)
+
+
+def test_proxies_of_nibabel_have_the_type_of_their_values(tmp_path):
+    image = nib.Nifti1Image((VALUES[0] * 100).astype("int16"), np.eye(4))
+    image.header.set_slope_inter(0.5, 1)
+    nib.save(image, tmp_path / "x.nii")
+    proxy = nib.load(tmp_path / "x.nii").dataobj
+    assert np.allclose(vx.ScalarImage(proxy, affine=np.eye(4)).data[0], np.asarray(proxy))
+
+
+@pytest.mark.parametrize("kind", ["nibabel", "SimpleITK"])
+def test_masks_may_be_of_others(kind):
+    mask = np.zeros((12, 12, 12), "uint8")
+    mask[:4, :4, :4] = 1
+    thing = nib.Nifti1Image(mask, np.eye(4))
+    if kind == "SimpleITK":
+        thing = vx.LabelMap(mask[None]).as_sitk()
+    plan = vx.plan(torch.nn.Identity(), torch.zeros(1, 12, 12, 12), 4, 0, mask=thing)
+    assert plan.computed_patches == 1

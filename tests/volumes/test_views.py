@@ -52,7 +52,7 @@ def test_views_are_sources(order):
 
 
 @pytest.mark.parametrize(
-    ("size", "new", "expected"), [(10, 2, 5), (11, 2, 6), (10, 0.4, 25), (3, 7, 1), (1, 9, 1), (10, None, 10)]
+    ("size", "new", "expected"), [(10, 2, 5), (11, 2, 6), (10, 0.4, 25), (3, 6, 1), (1, 1.9, 1), (10, None, 10)]
 )
 def test_the_rule_of_spacing(size, new, expected):
     image = image_of((1, size, 4, 4), np.diag([1, 2, 3, 1])).resampled((new, None, None))
@@ -60,6 +60,17 @@ def test_the_rule_of_spacing(size, new, expected):
     assert image.spacing == (new or 1, 2, 3)
     corner = image.affine @ [-0.5, -0.5, -0.5, 1]
     assert np.allclose(corner, np.diag([1, 2, 3, 1]) @ [-0.5, -0.5, -0.5, 1])
+
+
+@pytest.mark.parametrize("order", [0, 1, 3])
+@pytest.mark.parametrize(("size", "new"), [(1, 2.1), (1, 9), (3, 7), (2, 5)])
+def test_what_is_thinner_than_half_a_voxel_is_one_in_its_middle(size, new, order):
+    data = torch.arange(1.0, size + 1).view(1, size, 1, 1).expand(1, size, 4, 4)
+    image = vx.ScalarImage(data, affine=np.diag([1, 2, 3, 1])).resampled((new, None, None), order=order)
+    assert (image.shape, image.spacing) == ((1, 1, 4, 4), (new, 2, 3))
+    assert image.affine[0, 3] == (size - 1) / 2
+    middle = (size + 1) / 2 if order else size // 2 + 1
+    assert torch.allclose(image.data.float(), torch.full((1, 1, 4, 4), float(middle)))
 
 
 @pytest.mark.parametrize("order", [0, 1, 3])

@@ -45,6 +45,6 @@ def write_labels(target: Path, wanted: CaseOptions, labels: Sequence[Label], is_
             ending = next((each for each in PER_LABEL if target.name.endswith(each)), ".nii.gz")
             if folder.exists() and not (is_new or overwrite):
                 raise SaveError(f"{folder} was made of another label map than {target.name}: remove it, or give --overwrite")
-            split_labels(LabelMap(target), folder, labels=labels or None, ending=ending, overwrite=is_new or overwrite)
+            split_labels(LabelMap(target), folder, ending=ending, overwrite=is_new or overwrite)
         made.append(folder)
     return made

@@ -97,7 +97,8 @@ class Call:
         plan = preparation.planner.restored(recorded, self._given, Destinations(self._target), str(log.path))
         if not plan.has_groups_of(recorded):
             raise RecordError(f"what {log.path} records was begun by another version of voxloom: {BEGIN_AGAIN}")
-        requests, results = preparation.options.resolve([spec.source for spec in plan.outputs], self._target)
+        sources = list(dict.fromkeys(spec.source for spec in plan.outputs))  # of which one may have several sums
+        requests, results = preparation.options.resolve(sources, self._target)
         is_alike = len(requests) == len(plan.outputs) and [each.name for each in results] == [each.name for each in plan.results]
         if not is_alike or log.num_done > plan.num_slabs or (log.is_whole and log.num_done < plan.num_slabs):
             raise RecordError(f"what {log.path} records does not fit {self._given.name}: {BEGIN_AGAIN}")

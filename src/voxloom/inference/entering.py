@@ -8,12 +8,13 @@ from typing import Any
 
 from ..core.geometry.interpolation import Interpolation
 from ..errors import SubjectError
+from ..io.arrays.objects import image_source_of
 from ..io.protocols import Space, VolumeSource
 from ..io.spooling import Packed, spooled
 from ..models.loading import Preceding
 from ..models.spec import ModelSpec
 from ..volumes.constants import INTENSITY
-from ..volumes.images.image import Image
+from ..volumes.images.image import Image, ScalarImage
 from ..volumes.libraries import as_image, found_subject, library_of
 from ..volumes.views.spaces import space_of
 from .inputs import as_source, chosen_images, name_of
@@ -48,6 +49,8 @@ def _own(thing: Any) -> Any:
     """Give an image of another library as one of voxloom's; anything else as it is."""
     library = library_of(thing)
     found = None if library is None else library.image_of(thing, INTENSITY)
+    if found is None and (source := image_source_of(thing)) is not None:
+        found = ScalarImage(source)
     return thing if found is None else found
 
 

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import logging
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -11,9 +12,11 @@ import torch
 
 from .._version import __version__
 from ..core.grid.windows import for_axis
+from ..errors import ImageFileError, VoxloomError
 from ..io.files import files_in, hash_of_path
 from ..io.fingerprints import fingerprint_of_model, fingerprint_of_option
 from ..io.protocols import Json
+from ..io.writing.words import BEGIN_AGAIN
 from ..models.forms import CallForm
 from ..models.running import Models
 from .planning.plan import PredictionPlan
@@ -21,6 +24,8 @@ from .planning.results import ResultOptions
 from .planning.settings import Input, Settings
 
 __all__ = ["fingerprint_of_models", "fingerprint_of_run", "sidecar_of_run"]
+
+_logger = logging.getLogger("voxloom.predict")
 
 
 def fingerprint_of_models(models: Models, name: str | None) -> Json:
@@ -66,9 +71,10 @@ def fingerprint_of_run(of_models: Json, models: Models, settings: Settings, opti
 
 def sidecar_of_run(fingerprint: Json, given: Input, plan: PredictionPlan, models: Models, warnings: Sequence[str]) -> Json:
     """Say how a result came to be."""
+    notes = list(warnings)
     is_gpu = models.device.type == "cuda"
     return fingerprint | {
-        "files": {str(path): hash_of_path(path) for path in files_in(given.source.paths)},
+        "files": _hashes_of(fingerprint["input"], given, notes),
         "plan": plan.to_json()
         | {
             "patches": plan.num_patches,
@@ -83,6 +89,27 @@ def sidecar_of_run(fingerprint: Json, given: Input, plan: PredictionPlan, models
             "system": f"{platform.system()} {platform.machine()}",
             "device": torch.cuda.get_device_name(models.device) if is_gpu else str(models.device),
         },
-        "warnings": list(warnings),
+        "warnings": notes,
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def _hashes_of(recorded: Json, given: Input, notes: list[str]) -> Json:
+    """Give the hashes of the files of an input; without them where the files are no longer those that were read.
+
+    Raises:
+        ImageFileError: if they were changed while they were read part by part.
+    """
+    why = "changed"
+    try:
+        found = {str(path): hash_of_path(path) for path in files_in(given.source.paths)}
+        if json.loads(json.dumps(given.source.fingerprint())) == recorded:
+            return found
+    except (OSError, VoxloomError) as error:
+        why = f"changed or removed ({error})"
+    else:
+        if not given.resident_bytes:
+            raise ImageFileError(f"{given.name} was changed while it was read, so that the result is of both: {BEGIN_AGAIN}")
+    notes.append(f"{given.name} was {why} after it had been read: its hash is left out")
+    _logger.warning(notes[-1])
+    return {}

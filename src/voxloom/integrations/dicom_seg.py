@@ -142,7 +142,13 @@ def _in_order(folder: Path, image: Image) -> list[pydicom.Dataset]:
         x, y, z = map(float, dataset.ImagePositionPatient)
         i, j, k = (to_voxels @ (-x, -y, z, 1))[:3]
         size = (int(dataset.Columns), int(dataset.Rows))
-        if max(abs(i), abs(j), abs(k - round(k))) > TOLERANCE or size != image.spatial_shape[:2]:
+        orientation = np.array([float(each) for each in dataset.ImageOrientationPatient]).reshape(2, 3)
+        rows, columns = map(float, dataset.PixelSpacing)
+        # Where the last pixels of the first row and of the first column lie, from the first one.
+        ends = orientation * np.array([[columns * (size[0] - 1)], [rows * (size[1] - 1)]]) * (-1, -1, 1)
+        expected = np.array([[size[0] - 1, 0, 0], [0, size[1] - 1, 0]])
+        is_turned = np.abs(ends @ to_voxels[:3, :3].T - expected).max() > TOLERANCE
+        if is_turned or max(abs(i), abs(j), abs(k - round(k))) > TOLERANCE or size != image.spatial_shape[:2]:
             raise SpaceError(f"{path} does not lie on a slice of the label map: give the series that it was made of")
         for keyword in MAY_BE_EMPTY:
             if keyword not in dataset:

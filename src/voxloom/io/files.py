@@ -4,6 +4,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from .protocols import Json, SpaceCodes, VolumeSource, VolumeSpec
 __all__ = [
     "FOLDER_SIDECAR",
     "FileSource",
+    "changed",
     "explained",
     "files_in",
     "fingerprint_of_files",
@@ -29,6 +31,7 @@ __all__ = [
     "sidecar_in",
     "size_of_path",
     "state_of_files",
+    "states_of",
 ]
 
 # How a result that is a folder was made is said in a file of this name in it.
@@ -45,6 +48,9 @@ class FileSource(ABC):
     is_sliceable: bool
     """Whether a box can be read without the whole."""
     paths: tuple[Path, ...]
+    name: str
+    """What messages call it."""
+    _states: tuple[tuple[int, ...] | None, ...] = ()
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -81,6 +87,26 @@ class FileSource(ABC):
         """See the function `loading_bytes`: the file's own bytes, and what is decoded, before it is a tensor."""
         return self.resident_bytes + sum(path.stat().st_size for path in self.paths) if self.resident_bytes else 0
 
+    def remember(self) -> None:
+        """Note the state of the files, now that the header has been read."""
+        self._states = states_of(self.paths)
+
+    def check_unchanged(self) -> None:
+        """Refuse to read voxels of one file by the header of another, or some of one and some of the other.
+
+        Raises:
+            ImageFileError: if the files are no longer those of which the header was read.
+        """
+        states = states_of(self.paths)
+        if states == self._states:
+            return
+        for path in self.paths:
+            try:
+                path.stat()
+            except OSError as error:
+                raise explained(error, self.name, "cannot be read") from error
+        raise changed(self.name)
+
     @abstractmethod
     def read(self, box: Box) -> Tensor:
         """See `VolumeSource`."""
@@ -88,6 +114,24 @@ class FileSource(ABC):
     def fingerprint(self) -> Json:
         """See `VolumeSource`."""
         return fingerprint_of_files(self)
+
+
+def states_of(paths: Sequence[Path]) -> tuple[tuple[int, ...] | None, ...]:
+    """Say what changes with files; of folders only whether they are replaced, and None for what is not there."""
+    return tuple(map(_state_of, paths))
+
+
+def _state_of(path: Path) -> tuple[int, ...] | None:
+    try:
+        state = path.stat()
+    except OSError:
+        return None
+    return (state.st_ino,) if stat.S_ISDIR(state.st_mode) else (state.st_ino, state.st_size, state.st_mtime_ns)
+
+
+def changed(name: str) -> ImageFileError:
+    """Say that files are others than they were."""
+    return ImageFileError(f"{name} has been changed since its header was read: make the image anew")
 
 
 def fingerprint_of_files(source: VolumeSource) -> Json:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from ..errors import SaveError
+from ..runtime.marks import left_by_dead, new_mark
 from .compression import READ_ERRORS, open_compressed
 from .formats import format_of
 from .protocols import VolumeSource
@@ -16,6 +17,7 @@ from .writing.saving import as_save_error
 __all__ = ["Packed", "is_packed", "spooled", "unpack"]
 
 CHUNK_BYTES = 2**22
+PREFIX = "voxloom-"
 
 
 @runtime_checkable
@@ -65,5 +67,18 @@ def spooled(source: VolumeSource) -> Iterator[VolumeSource]:
     Raises:
         SaveError: if there is no room for them.
     """
-    with tempfile.TemporaryDirectory(prefix="voxloom-", ignore_cleanup_errors=True) as folder:
-        yield source.unpacked(Path(folder)) if isinstance(source, Packed) and source.packed_bytes else source
+    if not isinstance(source, Packed) or not source.packed_bytes:
+        yield source
+        return
+    place = Path(tempfile.gettempdir())
+    for _, left in left_by_dead(place, PREFIX):
+        shutil.rmtree(left, ignore_errors=True)
+    folder = place / f"{PREFIX}{new_mark()}"
+    try:
+        folder.mkdir(mode=0o700)
+    except OSError as error:
+        raise SaveError(f"{as_save_error(folder, error)}. Set TMPDIR to a folder with more room") from error
+    try:
+        yield source.unpacked(folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -49,6 +49,7 @@ class WholeFile(FileSource):
                 raise CorruptImageError(f"{path} has shape {shape}, and so no voxels: its header is damaged")
             i, j, k, volumes = (*shape, 1, 1, 1)[:4]
             self.spec = VolumeSpec((volumes, i, j, k), self._dtype_of(image), np.asarray(image.affine, dtype=np.float64))
+        self.remember()
 
     @property
     def loading_bytes(self) -> int:
@@ -57,10 +58,9 @@ class WholeFile(FileSource):
 
     def read(self, box: Box) -> Tensor:
         """Read a box of voxels into a new tensor; see `VolumeSource`."""
+        self.check_unchanged()
         with self._opened("cannot be read to its end") as image:
             stored = np.asarray(image.dataobj)
-        if stored.size != np.prod(self.shape):
-            raise CorruptImageError(f"{self.name} has been changed since its header was read: make the image anew")
         widest_unsigned(stored, self.name)
         volumes, *spatial = self.shape
         channels = np.moveaxis(stored.reshape(*spatial, volumes), -1, 0)

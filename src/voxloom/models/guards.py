@@ -55,6 +55,15 @@ class Guards:
         self._ranges = program.range_constraints
         self._checks = [(text, _compiled(text)) for text in getattr(program, "_guards_code", ())]
 
+        ranges = sorted((str(symbol), str(size)) for symbol, size in self._ranges.items())
+        self._said = ([str(size) for size in self._sizes], ranges, [text for text, _ in self._checks])
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Guards) and self._said == other._said
+
+    def __hash__(self) -> int:
+        return hash(repr(self._said))
+
     def check(self, batch: Tensor) -> None:
         """Check a batch.
 

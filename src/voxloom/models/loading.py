@@ -147,7 +147,25 @@ def as_loaded(model: Any) -> LoadedModel:
     """Give a model, whatever it was given as: loaded, the name of a file, or what can be called."""
     if isinstance(model, LoadedModel):
         return model
+    if isinstance(model, list | tuple) and any(isinstance(each, LoadedModel | str | os.PathLike) for each in model):
+        return _ensemble([as_loaded(each) for each in model])
     return load_model(os.fspath(model)) if isinstance(model, str | os.PathLike) else LoadedModel(model)
+
+
+def _ensemble(models: Sequence[LoadedModel]) -> LoadedModel:
+    """Make one of several, which must expect the same.
+
+    Raises:
+        ModelFileError: if they do not; says what differs.
+    """
+    first, *others = models
+    for name in ("spec", "batch_size", "patch_size", "channels", "guards", "preceding", "reduce"):
+        if any(getattr(each, name) != getattr(first, name) for each in others):
+            what = "the sizes that they were exported for" if name == "guards" else name
+            raise ModelFileError(f"the models of an ensemble must expect the same, but these differ in {what}: predict with each")
+    names = [each.name for each in models]
+    whole = None if None in names else " ".join(map(str, names))
+    return replace(first, model=[each.model for each in models], name=whole, program=None)
 
 
 def load_model(name: str, weights: Path | None = None, allow_pickle: bool = False) -> LoadedModel:
@@ -163,6 +181,7 @@ def load_model(name: str, weights: Path | None = None, allow_pickle: bool = Fals
         ModelFileError: if the model cannot be loaded, or must not be.
     """
     path = Path(name).expanduser()
+    weights = None if weights is None else Path(weights).expanduser()
     if path.exists():
         if weights is not None:
             raise ModelFileError(f"{path} holds its weights itself: weights are for package.module:factory")

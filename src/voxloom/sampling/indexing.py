@@ -3,6 +3,7 @@
 import contextlib
 import json
 import zipfile
+import zlib
 from collections.abc import Callable, Hashable
 from contextvars import ContextVar
 from pathlib import Path
@@ -22,6 +23,8 @@ from .random import PatchSampler
 __all__ = ["build_index", "index_folder", "kept_sums"]
 
 Classes = dict[int, RowSums]
+# The entry that names all others, so that a damaged table of contents shows.
+LABELS = "labels"
 _failed: ContextVar[list[tuple[Path, OSError]] | None] = ContextVar("failed", default=None)
 """What could not be written, where that is to be said."""
 
@@ -51,10 +54,12 @@ def kept_sums(image: Image, key: Hashable, compute: Callable[[], Classes]) -> Cl
     file = folder / f"{name}.npz"
     try:
         with file.open("rb") as opened, np.load(opened, allow_pickle=False) as found:
-            return {int(label): RowSums(found[label]) for label in found.files}
+            if sorted(map(int, found[LABELS].tolist())) != sorted(int(name) for name in found.files if name != LABELS):
+                raise ValueError("not all are there")
+            return {int(label): RowSums(found[label]) for label in found.files if label != LABELS}
     except FileNotFoundError:
         pass
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+    except (OSError, ValueError, EOFError, LookupError, RuntimeError, zipfile.BadZipFile, zlib.error):
         with contextlib.suppress(OSError):
             file.unlink()  # damaged
     sums = compute()
@@ -74,7 +79,8 @@ def _write(file: Path, sums: Classes) -> None:
     unfinished = file.with_name(f".{new_mark()}.unfinished")
     try:
         with unfinished.open("wb") as opened:
-            np.savez(opened, **{str(label): each.rows for label, each in sums.items()})  # type: ignore[arg-type]
+            labels = np.array(list(sums), dtype=np.int64)
+            np.savez(opened, **{LABELS: labels}, **{str(label): each.rows for label, each in sums.items()})  # type: ignore[arg-type]
         unfinished.replace(file)
     finally:
         unfinished.unlink(missing_ok=True)

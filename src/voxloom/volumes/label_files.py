@@ -91,8 +91,8 @@ def split_labels(
     Args:
         image: the label map, of one channel: anything that `as_image` takes.
         folder: name of the folder.
-        labels: what the numbers mean: names and numbers, or `Label`s; by default what the sidecar says that was written with the
-            map, or else all numbers that it has, named `label-5` and so on.
+        labels: those that are written: names and numbers, or `Label`s. By default all numbers that it has, by the names that the
+            sidecar says which was written with the map, or else `label-5` and so on.
         ending: format of the files: `.nii.gz`, `.nii`, `.ome.zarr`, `.nii.zarr` or `.zarr`.
         overwrite: whether a folder may be replaced that this function made before.
         progress: show how far it has come.
@@ -133,8 +133,10 @@ def split_labels(
     try:
         part.mkdir(parents=True)
         with spooled(given) as source:
-            there = [] if told and not source.dtype.is_floating_point else _all_labels(source)
-            named = _named([label for label in told if label.value] or there)
+            given_names = {label.value: label for label in told if label.value}
+            there = _all_labels(source) if labels is None or source.dtype.is_floating_point else []
+            others = [label for label in there if labels is None and label.value not in given_names]
+            named = _named([*given_names.values(), *others])
             with shown_if(progress, "labels written", len(named), "labels") as show:
                 for name, label in named.items():
                     convert(OneLabelSource(source, label.value), part / f"{name}{ending}", labels=True)

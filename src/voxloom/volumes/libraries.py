@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import ImageError, MissingDependencyError, SubjectError
 from ..io.arrays.memory import affine_of
-from ..io.arrays.objects import source_of
+from ..io.arrays.objects import image_source_of, source_of
 from ..io.protocols import is_source
 from .constants import INTENSITY, LABEL
 from .images.image import Image, LabelMap, ScalarImage
@@ -227,6 +227,9 @@ def _entry(name: Any, value: Any, shapes: frozenset[tuple[int, ...]] | None) -> 
     is_label = isinstance(name, str) and not LABEL_NAMES.isdisjoint(re.split(r"[^a-z]+", name.lower()))
     library = library_of(value)
     found = None if library is None else library.image_of(value, LABEL if is_label else INTENSITY)
+    source = image_source_of(value) if found is None else None
+    if source is not None:
+        return (LabelMap if is_label else ScalarImage)(source)
     is_array = isinstance(value, Tensor | np.ndarray)
     if found is None and is_array and (value.ndim == 4 or (value.ndim == 3 and (shapes is None or tuple(value.shape) in shapes))):
         found = (LabelMap if is_label else ScalarImage)(tensor=value, affine=affine_of(value))

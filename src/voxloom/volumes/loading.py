@@ -267,6 +267,7 @@ class SubjectsLoader(DataLoader[Any]):
         """After the batch that was delivered last: epoch and draw, or the data set's `times_loaded` and state."""
         # Under their names, by which Lightning makes a loader of this class anew for each rank.
         self.device, self.batch_transform = device, batch_transform
+        self._delivers: tuple[Any, Any, Delivery | None] = (None, None, None)
         self._delivery()
         self._seed, self._passes = torch.initial_seed(), 0
         super().__init__(dataset, batch_size=batch_size, **kwargs)
@@ -289,9 +290,12 @@ class SubjectsLoader(DataLoader[Any]):
 
     def _delivery(self) -> Delivery | None:
         """Say how batches are delivered, which may be changed between epochs."""
-        if self.device is None and self.batch_transform is None:
-            return None
-        return Delivery(self.device, self.batch_transform)
+        device, transform, delivery = self._delivers
+        if device is not self.device or transform is not self.batch_transform:
+            is_none = self.device is None and self.batch_transform is None
+            delivery = None if is_none else Delivery(self.device, self.batch_transform)
+            self._delivers = (self.device, self.batch_transform, delivery)
+        return delivery
 
     def _explained(self) -> Iterator[SubjectsBatch]:
         check_descriptors(self.num_workers, DESCRIPTORS_PER_WORKER, DESCRIPTORS_BESIDE)

@@ -223,12 +223,12 @@ class ShardedRun:
         began = time.time()
         try:
             patches = self._computed(number, records, progress)
+            records.put_done(number, {"seconds": time.time() - began, "patches": patches, "host": platform.node()})
         except Exception as error:
             if not self._is_open():
                 return  # another process has computed it as well, and all is done
             self.record_failure(number, error)
             raise
-        records.put_done(number, {"seconds": time.time() - began, "patches": patches, "host": platform.node()})
         self._is_open()  # or the records were removed, which is an error
 
     def record_failure(self, number: int, error: BaseException) -> None:

@@ -92,7 +92,7 @@ def batch_bytes(settings: Settings, channels: int, dtype: torch.dtype, outputs: 
 
 def best_split(
     traversal: Traversal,
-    memory_of: Callable[[Block], int],
+    memory_of: Callable[[Block, int | None], int],
     limit: int | None,
     is_given: bool,
     batch_size: int,
@@ -100,20 +100,28 @@ def best_split(
 ) -> list[Block]:
     """Cut the volume into as many blocks as are needed for each to fit, such that the fewest passes are made.
 
+    Args:
+        traversal: goes through the volume.
+        memory_of: bytes for a block under a limit, of which decoded chunks of the input have a share.
+        limit: what they may be; None for any.
+        is_given: whether the user said so.
+        batch_size: patches of a batch.
+        has_edges: whether blocks need those before them.
+
     Raises:
         SizeError: if no cut fits; says the least that would do.
     """
     whole = traversal.whole
-    if limit is None or memory_of(whole) <= limit:
+    if limit is None or memory_of(whole, limit) <= limit:
         return [whole]
     best: tuple[int, list[Block]] | None = None
 
-    def peak(middle: int, inner: int) -> int:
-        return _peak(traversal, traversal.split(middle, inner, has_edges), memory_of)
+    def peak(middle: int, inner: int, limit: int) -> int:
+        return _peak(traversal, traversal.split(middle, inner, has_edges), lambda block: memory_of(block, limit))
 
     _, middles, inners = (_counts_of_parts(part) for part in traversal.parts)
     for middle in middles:
-        fitting = next((inner for inner in inners if peak(middle, inner) <= limit), None)
+        fitting = next((inner for inner in inners if peak(middle, inner, limit) <= limit), None)
         if fitting is not None:
             blocks = traversal.split(middle, fitting, has_edges)
             passes = count_batches(traversal, blocks, batch_size, None)
@@ -122,7 +130,9 @@ def best_split(
             if fitting == 1:
                 break  # more middle only cost more
     if best is None:
-        least = peak(len(whole.middle), len(whole.inner))
+        least, finest = limit, (len(whole.middle), len(whole.inner))
+        while (needed := peak(*finest, least)) > least:
+            least = needed
         raise SizeError(
             f"{'memory_limit is' if is_given else 'the memory that is free comes to'} {pretty_bytes(limit)}, but at least"
             f" {pretty_bytes(least)} ({least} bytes) are needed: {'allow that, or ' if is_given else ''}use smaller patches, a"

@@ -114,11 +114,12 @@ class Planner:
         kept = sum(result.volume.num_bytes for result in results if destinations.is_memory(result.name))
         writing = max(map(destinations.writing_bytes, results), default=0)  # one store after the other
 
-        def memory_of(block: Block, spooled_bytes: int) -> Memory:
-            return replace(self._memory(given, plan, block, kept, spooled_bytes), writing=writing)
+        def memory_of(block: Block, limit: int | None, spooled_bytes: int) -> Memory:
+            return replace(self._memory(given, plan, block, kept, limit, spooled_bytes), writing=writing)
 
         chosen, spooled_bytes = self._blocks(given, plan, memory_of, blocks)
-        worst = max((memory_of(block, spooled_bytes) for block in chosen), key=lambda memory: memory.peak)
+        limit, _ = self._limit()
+        worst = max((memory_of(block, limit, spooled_bytes) for block in chosen), key=lambda memory: memory.peak)
         plan = replace(plan, blocks=tuple(chosen), memory=worst, spooled_bytes=spooled_bytes)
         loaded = given.resident_bytes - spooled_bytes
         patch_bytes = math.prod(settings.input_size) * source.shape[0] * source.dtype.itemsize
@@ -161,7 +162,7 @@ class Planner:
         self,
         given: Input,
         plan: PredictionPlan,
-        memory_of: Callable[[Block, int], Memory],
+        memory_of: Callable[[Block, int | None, int], Memory],
         chosen: Sequence[Block] | None,
     ) -> tuple[Sequence[Block], int]:
         """Find blocks that fit, unless they are given, and how many bytes of the input are unpacked to files for that.
@@ -171,8 +172,8 @@ class Planner:
         limit, is_given = self._limit()
         batch_size, packed = self._settings.batch_size, given.packed_bytes
 
-        def peak(block: Block, spooled_bytes: int = 0) -> int:
-            return memory_of(block, spooled_bytes).peak
+        def peak(block: Block, limit: int | None = limit, spooled_bytes: int = 0) -> int:
+            return memory_of(block, limit, spooled_bytes).peak
 
         def split(spooled_bytes: int) -> Sequence[Block]:
             memory = partial(peak, spooled_bytes=spooled_bytes)
@@ -194,7 +195,9 @@ class Planner:
                 return others, packed
         return blocks, 0
 
-    def _memory(self, given: Input, plan: PredictionPlan, block: Block, kept: int, spooled_bytes: int) -> Memory:
+    def _memory(
+        self, given: Input, plan: PredictionPlan, block: Block, kept: int, limit: int | None, spooled_bytes: int
+    ) -> Memory:
         batches = batch_bytes(self._settings, given.source.shape[0], given.dtype, plan.outputs, self._num_models)
         is_partial = given.needed is not None
         sums = (plan.outputs, plan.traversals)
@@ -207,11 +210,11 @@ class Planner:
         volume = given.resident_bytes - spooled_bytes
         if given.source.paths and not volume:
             batches += self._bytes_mapped(given.source)
-        return Memory(volume, batches, front, kept, self._chunks_kept(given), loading_bytes(given.source) if volume else 0)
+        return Memory(volume, batches, front, kept, self._chunks_kept(given, limit), loading_bytes(given.source) if volume else 0)
 
-    def _chunks_kept(self, given: Input) -> int:
+    def _chunks_kept(self, given: Input, limit: int | None) -> int:
         """Say how much memory decoded chunks of the input may take."""
-        limit, is_given = self._limit()
+        is_given = self._settings.memory_limit is not None
         most = min(CHUNKS.limit, chunk_bytes(given.source))
         return min(most, limit // CHUNKS_PART) if is_given and limit is not None else most
 

@@ -32,10 +32,20 @@ def _monai() -> Any:
 
 
 def image_of(thing: Any, type: str = INTENSITY) -> Image | None:  # noqa: A002 - as `Library` has it
-    """See `Library`: a `MetaTensor` `(C, I, J, K)`, with its affine, metadata and applied operations."""
-    if not isinstance(thing, _monai().data.MetaTensor) or thing.ndim != 4:
+    """See `Library`: a `MetaTensor` `(C, I, J, K)`, or `(C, I, J)` of a plane, with place, metadata and applied operations."""
+    if not isinstance(thing, _monai().data.MetaTensor):
         return None
+    if thing.ndim == 3 and len(thing.meta.get("spatial_shape", ())) == 2:
+        thing = thing[..., None]
+    if thing.ndim != 4:
+        return None
+    thing = _without_pending(thing)
     return (LabelMap if type == LABEL else ScalarImage)(tensor=thing, affine=affine_of(thing), **_metadata_of(thing))
+
+
+def _without_pending(value: Any) -> Any:
+    """Do what lazy transforms have left to be done, to a tensor, or to those of a dictionary."""
+    return _monai().transforms.lazy.functional.apply_pending_transforms(value, None)
 
 
 def _metadata_of(tensor: Any) -> dict[str, Any]:
@@ -235,11 +245,11 @@ class MonaiTransform(LibraryTransform):
         *others, last = self.transforms
         item = as_dict(subject)
         for transform in others:
-            item = transform(item)
+            item = _applied(transform, item)
             if not _has_images_of(item, subject):
                 subject = _subject_of(item, subject)
                 item = as_dict(subject)
-        return _subject_of(last(item), subject)
+        return _subject_of(_applied(last, item), subject)
 
     def _applied_to_array(self, subject: Subject) -> Subject:
         item = as_dict(subject)
@@ -251,7 +261,7 @@ class MonaiTransform(LibraryTransform):
                 f"{name} transforms one array, but the subject has the images {', '.join(map(repr, names))}, which it would"
                 f" transform differently: use {name}d(keys=[...]), which takes the dictionary"
             )
-        return _subject_of({**item, names[0]: transform(item[names[0]])}, subject)
+        return _subject_of({**item, names[0]: _applied(transform, item[names[0]])}, subject)
 
     def then(self, following: LibraryTransform) -> LibraryTransform | None:
         """See `LibraryTransform`."""
@@ -270,6 +280,13 @@ class MonaiBatchTransform(MonaiTransform):
         images = {name: [subject.get_image(name) for subject in made] for name in made[0].images}
         stacked = {name: ImagesBatch(torch.stack([each.data for each in own]), own) for name, own in images.items()}
         return type(batch)(stacked, {name: [subject[name] for subject in made] for name in made[0].metadata})
+
+
+def _applied(transform: Any, item: Any) -> Any:
+    """Apply a transform at once, also a lazy one, as `Compose` does unless it is told otherwise."""
+    transforms = _monai().transforms
+    is_lazy = isinstance(transform, transforms.LazyTrait) and transform.lazy and not isinstance(transform, transforms.Compose)
+    return transform(item, lazy=False) if is_lazy else transform(item)
 
 
 def _has_images_of(item: Any, subject: Subject) -> bool:
@@ -292,6 +309,8 @@ def _subject_of(item: Any, original: Subject) -> Subject:
 def _image_like(value: Any, original: Image) -> Any:
     if not isinstance(value, Tensor | np.ndarray) or value.ndim != 4:
         return value
+    if isinstance(value, _monai().data.MetaTensor):
+        value = _without_pending(value)
     new = original.new_like(in_its_type(value, original.type, original.dtype), affine_of(value))
     if isinstance(value, _monai().data.MetaTensor):
         new.metadata |= _metadata_of(value)

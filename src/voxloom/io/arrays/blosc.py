@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...core.boxes import Box
 from ...core.geometry.affines import Affine
-from ...errors import CorruptImageError, MissingDependencyError, UnsupportedImageError, VoxloomError
+from ...errors import MissingDependencyError, UnsupportedImageError, VoxloomError
 from ..files import FileSource, explained
 from ..protocols import SpaceCodes, VolumeSpec
 from .memory import as_tensor, torch_dtype
@@ -52,6 +52,7 @@ class BloscFile(FileSource):
             dtype = torch_dtype(np.dtype(array.dtype), self.name) if dtype is None else dtype
             self.spec = VolumeSpec((c, i, j, k), dtype, place, SpaceCodes(qform=0, sform=0) if codes is None else codes)
             self._chunks = tuple(map(int, array.chunks[-3:]))
+        self.remember()
 
     @property
     def chunks(self) -> tuple[int, int, int]:
@@ -62,9 +63,8 @@ class BloscFile(FileSource):
     def read(self, box: Box) -> Tensor:
         """See `VolumeSource`."""
         slices = (slice(None), *box.slices) if self._has_channels else box.slices
+        self.check_unchanged()
         with self._opened("cannot be read") as array:
-            if tuple(array.shape)[-3:] != self.shape[1:]:
-                raise CorruptImageError(f"{self.name} has been changed since its header was read: make the image anew")
             values = as_tensor(np.asarray(array[slices]))
         values = values if self._has_channels else values[None]
         return values.to(self.dtype) if values.dtype != self.dtype else values.contiguous()

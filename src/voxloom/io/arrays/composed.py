@@ -13,6 +13,7 @@ from ...core.boxes import Box
 from ...core.geometry.affines import SPACE_TOLERANCE, Affine, as_affine, corner_displacement, spacing_of
 from ...errors import ImageFileError, SpaceError
 from ..files import FileSource
+from ..fingerprints import fingerprint_of_option
 from ..protocols import Json, SpaceCodes, VolumeSource, VolumeSpec, chunk_bytes, loading_bytes, read_checked
 from ..spooling import Packed
 from .memory import as_tensor
@@ -123,13 +124,20 @@ class CustomFile(FileSource):
         self._first: Tensor | None = data
         c, i, j, k = data.shape
         self.spec = VolumeSpec((c, i, j, k), data.dtype, affine)
+        self.name = str(path)
+        self.remember()
 
     def read(self, box: Box) -> Tensor:
         """See `VolumeSource`."""
+        self.check_unchanged()
         data, self._first = self._first, None
         if data is None:
             data, _ = self._call()
         return data[(slice(None), *box.slices)].clone(memory_format=torch.contiguous_format)
+
+    def fingerprint(self) -> Json:
+        """See `VolumeSource`."""
+        return {**super().fingerprint(), "reader": fingerprint_of_option(self.function)}
 
     def _call(self) -> tuple[Tensor, Affine]:
         (path,) = self.paths

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from ...core.boxes import Box
-from ...errors import CorruptImageError, ImageNotFoundError, MissingDependencyError, UnsupportedImageError, VoxloomError
+from ...errors import ImageNotFoundError, MissingDependencyError, UnsupportedImageError, VoxloomError
 from ..files import FileSource, explained
 from ..protocols import Json, SpaceCodes, VolumeSpec
 from .memory import as_tensor, torch_dtype
@@ -40,6 +40,7 @@ class Hdf5Source(FileSource):
             self.spec = VolumeSpec((c, i, j, k), dtype, np.eye(4), SpaceCodes(qform=0, sform=0))
             self.paths = (path, *self._sources_of(array))
             self._chunks = tuple(map(int, array.chunks[-3:])) if array.chunks else (1, j, k)
+        self.remember()
 
     def _sources_of(self, array: Any) -> list[Path]:
         """Name the files that a virtual data set is put together from; for one that is gone HDF5 would take fill values."""
@@ -69,9 +70,8 @@ class Hdf5Source(FileSource):
 
     def read(self, box: Box) -> Tensor:
         """See `VolumeSource`."""
+        self.check_unchanged()
         with self._opened() as array:
-            if tuple(array.shape)[-3:] != self.shape[1:]:
-                raise CorruptImageError(f"{self.name} has been changed since its header was read: make the image anew")
             values = as_tensor(np.asarray(array[(slice(None), *box.slices) if self._has_channels else box.slices]))
         return values if self._has_channels else values[None]
 

@@ -180,8 +180,11 @@ class ArraySource:
         if not self._has_channels and len(array.shape) != 3:
             raise ImageError(f"the array has shape {tuple(array.shape)}: it must be (I, J, K), or (C, I, J, K)")
         is_tensor = isinstance(array, Tensor)
-        self.dtype = as_tensor(array[:0]).dtype if is_tensor else torch_dtype(np.dtype(array.dtype), "the array")
-        self.stored_dtype = None if is_tensor else np.dtype(array.dtype)
+        # What nibabel has of a file may be scaled when it is read, whatever its type says.
+        is_proxy = hasattr(array, "slope") and hasattr(array, "inter")
+        stored = None if is_tensor else np.asarray(array[:1, :1, :1]).dtype if is_proxy else np.dtype(array.dtype)
+        self.dtype = as_tensor(array[:0]).dtype if stored is None else torch_dtype(stored, "the array")
+        self.stored_dtype = stored
         sizes = [int(size) for size in array.shape]
         if 0 in sizes:
             raise ImageError(f"the array has shape {tuple(sizes)}, which has no voxels")

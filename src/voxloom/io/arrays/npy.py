@@ -6,7 +6,7 @@ import numpy as np
 from torch import Tensor
 
 from ...core.boxes import Box
-from ...errors import CorruptImageError, UnsupportedImageError, VoxloomError
+from ...errors import UnsupportedImageError, VoxloomError
 from ..files import FileSource, explained
 from ..protocols import SpaceCodes, VolumeSpec
 from .memory import as_tensor, torch_dtype
@@ -31,6 +31,7 @@ class NpyFile(FileSource):
         self._has_channels, self._in_order = array.ndim == 4, array.flags.c_contiguous
         c, i, j, k = array.shape if self._has_channels else (1, *array.shape)
         self.spec = VolumeSpec((c, i, j, k), torch_dtype(array.dtype, self.name), np.eye(4), SpaceCodes(qform=0, sform=0))
+        self.remember()
 
     @property
     def chunks(self) -> tuple[int, int, int]:
@@ -40,9 +41,8 @@ class NpyFile(FileSource):
 
     def read(self, box: Box) -> Tensor:
         """See `VolumeSource`."""
+        self.check_unchanged()
         array = self._mapped()
-        if array.shape[-3:] != self.shape[1:]:
-            raise CorruptImageError(f"{self.name} has been changed since its header was read: make the image anew")
         try:
             values = as_tensor(np.array(array[(slice(None), *box.slices) if self._has_channels else box.slices]))
         except (VoxloomError, MemoryError):
@@ -56,5 +56,9 @@ class NpyFile(FileSource):
         try:
             found: np.ndarray = np.load(self._path, mmap_mode="r", allow_pickle=False)
             return found
-        except (OSError, ValueError, EOFError) as error:
+        except ValueError as error:
+            if "Python object" in str(error) or "allow_pickle" in str(error):
+                raise UnsupportedImageError(f"{self.name} holds objects of Python, and no array of numbers") from error
+            raise explained(error, self.name, "is no array of NumPy that can be read") from error
+        except (OSError, EOFError) as error:
             raise explained(error, self.name, "is no array of NumPy that can be read") from error

@@ -9,7 +9,7 @@ from ...core.geometry.affines import lps_to_ras
 from ..protocols import VolumeSource
 from .memory import ArraySource
 
-__all__ = ["source_of"]
+__all__ = ["image_source_of", "source_of"]
 
 
 def source_of(thing: Any, affine: Any = None) -> VolumeSource | None:
@@ -29,12 +29,28 @@ def source_of(thing: Any, affine: Any = None) -> VolumeSource | None:
     # Whoever has an image of nibabel's has imported it, which takes its time; another thread may be about to.
     image_class = getattr(sys.modules.get("nibabel.spatialimages"), "SpatialImage", None)
     if image_class is not None and isinstance(thing, image_class):
-        return ArraySource(_ChannelsFirst(thing.dataobj), thing.affine if affine is None else affine)
+        return _of_nibabel(thing, affine)
     if type(thing).__module__.startswith("SimpleITK") and hasattr(thing, "GetDirection"):
         return _of_simpleitk(thing, affine)
     if all(hasattr(thing, name) for name in ("shape", "dtype", "__getitem__")):
         return ArraySource(thing, affine)
     return None
+
+
+def image_source_of(thing: Any) -> VolumeSource | None:
+    """Give an image of nibabel or SimpleITK as a source; None for anything else, even if it can be sliced."""
+    is_array = type(thing).__module__.partition(".")[0] not in ("nibabel", "SimpleITK")
+    return None if is_array else source_of(thing)
+
+
+def _of_nibabel(image: Any, affine: Any) -> VolumeSource:
+    from ..nifti.files import space_of
+
+    # As in files: in millimetres, with what NIfTI records beside it.
+    own, codes = space_of(image, "the image of nibabel")
+    source = ArraySource(_ChannelsFirst(image.dataobj), own if affine is None else affine)
+    source.codes = codes
+    return source
 
 
 class _ChannelsFirst:

@@ -20,7 +20,18 @@ from ...errors import CorruptImageError, SeriesError, VoxloomError
 from ..files import FileSource
 from ..itk.files import ItkFile, dtype_of, read_header
 from ..itk.isolated import IsolatedFile
-from .frames import DAMAGE, DicomHeader, brief, frame_count, header_of, is_segmentation, scales_of, spacing_of, table_of
+from .frames import (
+    DAMAGE,
+    DicomHeader,
+    brief,
+    frame_count,
+    header_of,
+    is_segmentation,
+    scales_of,
+    spacing_of,
+    stated_spacing,
+    table_of,
+)
 from .pixels import DecodedFile, DecodedSlices, OrderedFrames, RescaledFrames, check_size, check_values
 from .planes import arranged
 
@@ -46,7 +57,7 @@ def stored_dicom(path: Path) -> tuple[torch.Tensor, Affine]:
     if not path.is_dir():
         source = _opened(path, is_stored=True)
         return source.read(Box.of_shape(source.shape[1:])), source.affine
-    series = open_series(path)
+    series = open_series(path, is_stored=True)
     planes = [_opened(file, is_stored=True) for file in series.paths]
     return torch.cat([plane.read(Box.of_shape(plane.shape[1:])) for plane in planes], dim=3), series.affine
 
@@ -95,8 +106,8 @@ def _is_for_itk(header: Any) -> bool:
     return is_picture or (header.get("PhotometricInterpretation") == "PALETTE COLOR" and not is_segmentation(header))
 
 
-def open_series(folder: Path) -> FileSource:
-    """See the function of the package."""
+def open_series(folder: Path, is_stored: bool = False) -> FileSource:
+    """See the function of the package; stored numbers may mean something that is not done here."""
     slices, others = [], []
     for path in sorted(folder.iterdir()):
         if path.is_file() and not path.name.startswith("."):
@@ -111,7 +122,7 @@ def open_series(folder: Path) -> FileSource:
     if len(series) > 1:
         listed = "; ".join(f"{name}, {len(each)} files{each[0].described}" for name, each in series.items())
         raise SeriesError(f"{folder} holds {len(series)} DICOM series: put each into a folder of its own. They are {listed}")
-    return open_dicom(slices[0].path) if len(slices) == 1 else _checked_series(slices, folder)
+    return _opened(slices[0].path, is_stored) if len(slices) == 1 else _checked_series(slices, folder, is_stored)
 
 
 @dataclass(frozen=True)
@@ -170,7 +181,7 @@ def _pattern(path: Path) -> str:
     return re.sub(r"\d+", "0", path.name.lower())
 
 
-def _checked_series(slices: list[Slice], folder: Path) -> FileSource:
+def _checked_series(slices: list[Slice], folder: Path, is_stored: bool) -> FileSource:
     first = slices[0]
     for each in slices:
         if each.shape != first.shape:
@@ -182,6 +193,8 @@ def _checked_series(slices: list[Slice], folder: Path) -> FileSource:
             raise SeriesError(f"{each.path} holds {each.frames} slices, and is one of several: open such files one by one")
         try:
             _check_pixels(each, first)
+            if not is_stored:
+                check_values(each.header)
         except VoxloomError:
             raise
         except DAMAGE as error:
@@ -203,13 +216,14 @@ def _checked_series(slices: list[Slice], folder: Path) -> FileSource:
 
 
 def _check_pixels(each: Slice, first: Slice) -> None:
-    own, others = spacing_of(each.header.data), spacing_of(first.header.data)
+    own, others = stated_spacing(each.header.data), stated_spacing(first.header.data)
+    if own is None or others is None:
+        return
     if max(abs(one - other) for one, other in zip(own, others, strict=True)) > PIXEL_TOLERANCE * max(others):
         raise SeriesError(
             f"{each.path} has pixels of {pretty_mm(own)}, but {first.path.name} has pixels of {pretty_mm(others)}: a series must"
             " be of one kind"
         )
-    check_values(each.header)
 
 
 def _kind_of_values(header: Any) -> tuple[str, ...]:

@@ -31,6 +31,7 @@ __all__ = [
     "place_of",
     "scales_of",
     "spacing_of",
+    "stated_spacing",
     "table_of",
 ]
 
@@ -176,13 +177,18 @@ def place_of(header: Any) -> Affine:
 
 
 def spacing_of(header: Any) -> tuple[float, float]:
-    """Give mm from column to column, and from row to row."""
+    """Give mm from column to column, and from row to row: 1 where nothing says it."""
+    return stated_spacing(header) or (1.0, 1.0)
+
+
+def stated_spacing(header: Any) -> tuple[float, float] | None:
+    """Give mm from column to column, and from row to row; None where nothing says it."""
     measures = _measures(header)
     for name in ("PixelSpacing", "ImagerPixelSpacing", "ImagePlanePixelSpacing", "NominalScannedPixelSpacing"):
         found = _numbers(measures, name, 2)
         if found is not None and min(found) > 0:
             return found[1], found[0]
-    return 1.0, 1.0
+    return None
 
 
 def _measures(header: Any) -> Any:
@@ -296,7 +302,7 @@ def _steps_of(planes: _Planes) -> list[float]:
         return [stated]
     normal = np.cross(planes.orientations[0, :3], planes.orientations[0, 3:])
     distances = np.diff(np.sort(planes.positions @ normal))
-    distances = distances[distances > ONE_PLACE]
+    distances = distances[distances > min(ONE_PLACE, distances.max(initial=0) / 2)]
     # Positions are rounded, so that the least distance is a little less than a step.
     usual = [float(np.median(distances[distances < 1.5 * distances.min()]))] if len(distances) else []
     return usual + [thickness] * (thickness > 0)

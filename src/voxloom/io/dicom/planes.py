@@ -101,7 +101,7 @@ def arranged_with_gaps(
     step, whole, off = next((each for each in tried if each[2] <= 1), tried[0])
     if off > 1:
         raise SeriesError(
-            f"{where}: planes lie {off * SLICE_TOLERANCE:.2g} of their distance ({step:.4g} mm) beside where even spacing puts"
+            f"{where}: planes lie {off * _let_pass(whole):.2g} of their distance ({step:.4g} mm) beside where even spacing puts"
             " them: resample it"
         )
     step = float(along[last]) / int(whole[last]) if whole[last] else step
@@ -121,7 +121,12 @@ def _whole_places(along: np.ndarray, step: float) -> tuple[np.ndarray, float]:
     if whole.max():
         places *= whole.max() / places.max()  # the step that was given may be rounded
     # Rounding errors add up over the planes, but not to a plane.
-    return whole, float(np.abs(places - whole).max()) / (SLICE_TOLERANCE * (1 + len(np.unique(whole)) / 50))
+    return whole, float(np.abs(places - whole).max()) / _let_pass(whole)
+
+
+def _let_pass(places: np.ndarray) -> float:
+    """Say which part of their distance planes of segments may lie beside their places."""
+    return SLICE_TOLERANCE * (1 + len(np.unique(places)) / 50)
 
 
 def _normal(where: str, orientations: np.ndarray) -> np.ndarray:

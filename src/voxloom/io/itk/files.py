@@ -81,6 +81,7 @@ class ItkFile(FileSource):
                 affine[:3, 3] *= origin
         self.pixel_type = SimpleITK.sitkUnknown if dtype is None else SimpleITK.sitkFloat64
         self.spec = VolumeSpec((int(volumes * components), i, j, k), dtype or dtype_of(header, name), affine)
+        self.remember()
 
     @classmethod
     def open(cls, path: Path, integrity: Integrity | None = None) -> "ItkFile":
@@ -89,6 +90,7 @@ class ItkFile(FileSource):
 
     def read(self, box: Box) -> Tensor:
         """Read a box of voxels into a new tensor; see `VolumeSource`."""
+        self.check_unchanged()
         array, _owner = self.voxels()
         widest_unsigned(array, self.name)
         shape = self.shape

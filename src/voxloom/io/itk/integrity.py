@@ -54,7 +54,7 @@ class Integrity(Protocol):
         """Check the voxels, before they are read; see `check_header`."""
         ...
 
-    def units(self, path: Path) -> tuple[tuple[float, float, float], float]:
+    def units(self, path: Path) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
         """Give millimetres of a step along each axis, and of the origin, where ITK takes all for millimetres."""
         ...
 
@@ -73,7 +73,7 @@ class _ByLayout:
         """See `Integrity`."""
         _checked(path, self._check_contents)
 
-    def units(self, path: Path) -> tuple[tuple[float, float, float], float]:
+    def units(self, path: Path) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
         """See `Integrity`."""
         layout = self.layout_of(path)
         return layout.millimetres, layout.origin_millimetres
@@ -100,9 +100,9 @@ class _Tiff:
     def check_data(self, path: Path) -> None:
         """See `Integrity`."""
 
-    def units(self, path: Path) -> tuple[tuple[float, float, float], float]:
+    def units(self, path: Path) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
         """See `Integrity`."""
-        return (1.0, 1.0, 1.0), 1.0
+        return (1.0, 1.0, 1.0), (1.0, 1.0, 1.0)
 
 
 METAIMAGE, NRRD, TIFF = _ByLayout(layout_of_metaimage), _ByLayout(layout_of_nrrd), _Tiff()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from isal import isal_zlib
 
@@ -44,7 +44,7 @@ NRRD_BYTES = {
 MILLIMETRES_IN = {
     name: size
     for size, names in {
-        1.0: "|?|mm|millimeter|millimeters|millimetre|millimetres",
+        1.0: "|?|pixel|pixels|voxel|voxels|mm|millimeter|millimeters|millimetre|millimetres",
         10.0: "cm|centimeter|centimeters|centimetre|centimetres",
         1000.0: "m|meter|meters|metre|metres",
         1e-3: "um|µm|μm|micron|microns|micrometer|micrometers|micrometre|micrometres",
@@ -71,7 +71,7 @@ class Part:
     skipped_when_unpacked: int = 0
     """Bytes before them in what is compressed."""
     packed_bytes: int | None = None
-    """Bytes that are compressed, where the header says it, and ITK believes it."""
+    """Bytes that are compressed, where the header says it: ITK looks at no more."""
 
     def check_size(self, encoding: str) -> None:
         """Compare the size of the file with what it should hold, before memory is asked for.
@@ -80,8 +80,10 @@ class Part:
             EOFError: if it is too short.
         """
         size = self.path.stat().st_size - (self.offset or 0)
-        if self.packed_bytes is not None and self.packed_bytes != size:
-            raise ValueError(f"its header says that {self.packed_bytes} bytes are compressed voxels, but there are {size}")
+        if self.packed_bytes is not None:
+            if self.packed_bytes > size:
+                raise ValueError(f"its header says that {self.packed_bytes} bytes are compressed voxels, but there are {size}")
+            size = self.packed_bytes
         needed, most = self.num_bytes, size
         if encoding in ("gzip", "zlib"):
             most = size * GREATEST_GZIP_RATIO
@@ -108,7 +110,7 @@ class Part:
             for _ in range(self.lines_to_skip):
                 file.readline()
             needed = self.num_values if encoding == "text" else self.num_bytes + self.skipped_when_unpacked
-            count = _COUNTS[encoding](file, needed)
+            count = _COUNTS[encoding](file if self.packed_bytes is None else _Start(file, self.packed_bytes), needed)
         if count < needed:
             raise EOFError(f"{self.path.name} has {count} of {needed} {_unit(encoding)} of voxels")
 
@@ -122,15 +124,27 @@ class Layout:
     """`"raw"`, `"zlib"`, `"gzip"`, `"text"` or `"hex"`."""
     millimetres: tuple[float, float, float] = (1.0, 1.0, 1.0)
     """What a step along each axis is a multiple of."""
-    origin_millimetres: float = 1.0
+    origin_millimetres: tuple[float, float, float] = (1.0, 1.0, 1.0)
     """What the place of the first voxel is a multiple of."""
+
+
+class _Start:
+    """So many bytes of an open file, and no more."""
+
+    def __init__(self, file: IO[bytes], size: int) -> None:
+        self._file, self._left = file, size
+
+    def read(self, size: int) -> bytes:
+        found = self._file.read(min(size, self._left))
+        self._left -= len(found)
+        return found
 
 
 def _unit(encoding: str) -> str:
     return "numbers" if encoding == "text" else "bytes"
 
 
-def _unpacked_bytes(file: IO[bytes], needed: int, may_go_on: bool = True) -> int:
+def _unpacked_bytes(file: Any, needed: int, may_go_on: bool = True) -> int:
     """Count the bytes that are compressed in what follows, in one stream or more; all checksums are compared."""
     count = 0
     stream = isal_zlib.decompressobj(wbits=47)  # finds out whether it is zlib or gzip
@@ -162,7 +176,7 @@ def _hex_bytes(file: IO[bytes], needed: int) -> int:
     return digits // 2
 
 
-_COUNTS: dict[str, Callable[[IO[bytes], int], int]] = {
+_COUNTS: dict[str, Callable[[Any, int], int]] = {
     "gzip": _unpacked_bytes,
     "zlib": partial(_unpacked_bytes, may_go_on=False),
     "text": _numbers,
@@ -208,7 +222,8 @@ def layout_of_metaimage(path: Path) -> Layout:
     values //= len(parts)
     packed = None
     if encoding == "zlib" and len(parts) == 1:
-        packed = _whole(fields, "compresseddatasize", 0, 2**62) if "compresseddatasize" in fields else 0
+        fields["compresseddatasize"] = re.sub(r"\.0*$", "", fields.get("compresseddatasize", "0"))
+        packed = _whole(fields, "compresseddatasize", 0, 2**62)
         if not packed and parts[0][0] == path:
             raise ValueError("it does not say how many bytes its compressed voxels take (CompressedDataSize): write it again")
     millimetres = _millimetres(path, "DistanceUnits", fields.get("distanceunits", ""))
@@ -216,7 +231,7 @@ def layout_of_metaimage(path: Path) -> Layout:
         tuple(Part(part, offset, values * METAIMAGE_BYTES[kind], values, packed_bytes=packed or None) for part, offset in parts),
         encoding,
         (millimetres,) * 3,
-        millimetres,
+        (millimetres,) * 3,
     )
 
 
@@ -286,21 +301,25 @@ def layout_of_nrrd(path: Path) -> Layout:
     )
 
 
-def _nrrd_units(path: Path, fields: dict[str, str]) -> tuple[tuple[float, float, float], float]:
+def _nrrd_units(path: Path, fields: dict[str, str]) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
     """Give millimetres of a step along each axis, and of the origin: by the units of the space, or else of the axes."""
-    found = [_millimetres(path, "space units", each) for each in re.findall(r'"([^"]*)"', fields.get("space units", ""))]
-    if len(set(found)) > 1:
-        raise UnsupportedImageError(f"{path} has the space units {fields['space units']}: they must be the same along all axes")
-    if found:
-        return (found[0],) * 3, found[0]
-    # Axes of channels and times have units that mean no lengths, and no spacing.
-    spacings = fields.get("spacings", "").split()
+    in_space = re.findall(r'"([^"]*)"', fields.get("space units", ""))[:3]  # a fourth one is of times
+    if in_space:
+        sizes = {_millimetres(path, "space units", each) for each in in_space}
+        if len(sizes) > 1:
+            raise UnsupportedImageError(
+                f"{path} has the space units {fields['space units']}: they must be the same along all axes"
+            )
+        (size,) = sizes
+        return (size,) * 3, (size,) * 3
     units = re.findall(r'"([^"]*)"', fields.get("units", ""))
-    if len(units) != len(spacings):
-        return (1.0, 1.0, 1.0), 1.0
-    own = [_millimetres(path, "units", unit) for unit, size in zip(units, spacings, strict=True) if size != "nan"]
-    i, j, k = (*own, 1.0, 1.0, 1.0)[:3]
-    return (i, j, k), i
+    kinds = fields.get("kinds", "").split() or ["domain"] * len(units)
+    if "space directions" in fields or len(units) != len(kinds):
+        return (1.0, 1.0, 1.0), (1.0, 1.0, 1.0)
+    # ITK takes axes of channels out, wherever they are; what follows the first three is of times.
+    own = [unit for unit, kind in zip(units, kinds, strict=True) if kind in ("domain", "space", "???", "none")][:3]
+    i, j, k = (*(_millimetres(path, "units", unit) for unit in own), 1.0, 1.0, 1.0)[:3]
+    return (i, j, k), (i, j, k)
 
 
 def _nrrd_fields(file: IO[bytes]) -> tuple[dict[str, str], list[str] | None]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ...core.boxes import Box
 from ...core.geometry.affines import SPACE_TOLERANCE, Affine, corner_displacement, spacing_of
 from ...core.sizes import pretty_mm
-from ...errors import CorruptImageError, ImageFileError, UnsupportedImageError, VoxloomError
+from ...errors import CorruptImageError, UnsupportedImageError, VoxloomError
 from ...runtime import memory
 from ..arrays.memory import torch_dtype, widest_unsigned
 from ..compression import GREATEST_GZIP_RATIO, READ_ERRORS, is_compressed, open_compressed
@@ -75,14 +75,14 @@ class NibabelFile(FileSource):
             raise
         except Exception as error:  # whatever nibabel, or what it calls, stumbles over in a damaged header
             raise explained(error, self.name, "is not an image that can be read") from error
-        self._state = self._state_of_file()
+        self.remember()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.file, self.image_class)  # another process opens the file anew
 
     def read(self, box: Box) -> Tensor:
         """Read a box of voxels into a new tensor; see `VolumeSource`."""
-        self._check_unchanged()
+        self.check_unchanged()
         out = memory.empty((self.shape[0], *box.shape), self.dtype)
         i, j, k = box.slices
         try:
@@ -150,21 +150,6 @@ class NibabelFile(FileSource):
         with self._lock:
             return np.asarray(fileslice(self.file, slicer, self.file_shape, self.raw_dtype, self.offset, order="F"))
 
-    def _state_of_file(self) -> tuple[int, ...]:
-        if self.data_path is None:
-            return ()
-        status = self.data_path.stat()
-        return status.st_ino, status.st_size, status.st_mtime_ns
-
-    def _check_unchanged(self) -> None:
-        """Refuse to read voxels of one file by the header of another; and one that shrank would end the process if mapped."""
-        try:
-            state = self._state_of_file()
-        except OSError as error:
-            raise explained(error, self.name, "cannot be read") from error
-        if state != self._state:
-            raise ImageFileError(f"{self.name} has been changed since its header was read: make the image anew")
-
     def _read_header(self) -> None:
         image = self._load()
         proxy = image.dataobj
@@ -185,9 +170,7 @@ class NibabelFile(FileSource):
         self.is_sliceable = self.data_path is None or not is_compressed(self.data_path)
         self.paths = () if self.data_path is None else tuple(dict.fromkeys((cast(Path, self.file), self.data_path)))
         i, j, k, volumes = self.file_shape
-        affine, qform_world = _affine_of(image, self.name)
-        shape = (volumes * self.samples, i, j, k)
-        self.spec = VolumeSpec(shape, self._tensor_dtype(), affine, _codes_of(image, qform_world))
+        self.spec = VolumeSpec((volumes * self.samples, i, j, k), self._tensor_dtype(), *space_of(image, self.name))
 
     def _load(self) -> Any:
         if not isinstance(self.file, Path):
@@ -263,6 +246,12 @@ def _class_of(path: Path, stream: Any) -> Any:
     stream.seek(0)
     is_second = 540 in (int.from_bytes(start, "little"), int.from_bytes(start, "big"))
     return _Nifti2Image if is_second else _Nifti1Image
+
+
+def space_of(image: Any, name: str) -> tuple[Affine, SpaceCodes]:
+    """Give the affine of an image of nibabel's in mm, and what NIfTI records beside it."""
+    affine, qform_world = _affine_of(image, name)
+    return affine, _codes_of(image, qform_world)
 
 
 def _affine_of(image: Any, name: str) -> tuple[Affine, tuple[tuple[float, ...], ...]]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ...core.geometry.affines import Affine, as_affine, corner_displacement, spacing_of
-from ...errors import CorruptImageError, ImageError, ImageNotFoundError, UnsupportedImageError, VoxloomError
+from ...errors import CorruptImageError, ImageError, ImageFileError, ImageNotFoundError, UnsupportedImageError, VoxloomError
 from ..protocols import Json, SpaceCodes
 from .ngff import SPATIAL, Axis, Multiscales, axes_by_names, chosen_level, described
 from .storage import Storage, is_url, storage_at, zarr_python
@@ -173,6 +173,8 @@ def _said_of(what: str) -> Iterator[None]:
         yield
     except (VoxloomError, MemoryError):
         raise
+    except OSError as error:
+        raise ImageFileError(f"{what} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # whatever they stumble over in damaged metadata
         reason = f"{type(error).__name__}: {error}"
         raise CorruptImageError(f"{what} is damaged: {reason}. Copy or make the store again") from error

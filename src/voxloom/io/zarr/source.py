@@ -83,6 +83,7 @@ class ZarrSource(FileSource):
             raise UnsupportedImageError(found.conflict)
         self.name = str(location).rstrip("/")
         self.paths = () if found.storage.path is None else (found.storage.path,)
+        self.remember()
         self._metadata = found.metadata
         self.multiscales = found.multiscales
         """What OME-Zarr says of the image; None for a plain array."""
@@ -156,6 +157,7 @@ class ZarrSource(FileSource):
 
     def read(self, box: Box) -> Tensor:
         """See `VolumeSource`."""
+        self.check_unchanged()
         spatial = dict(zip(SPATIAL, zip(box.start, box.stop, strict=True), strict=True))
         parts = [self._run(first, last, spatial) for first, last in _runs(self._taken.get(self._leading, [0]))]
         values = parts[0] if len(parts) == 1 else np.concatenate(parts)

@@ -1,5 +1,6 @@
 """Where a Zarr hierarchy lies: in a folder, in a zip file, or at a URL. Values are asked for by their keys."""
 
+import lzma
 import os
 import re
 import threading
@@ -12,7 +13,7 @@ from typing import Any, Protocol
 from ...errors import CorruptImageError, ImageFileError, ImageNotFoundError, MissingDependencyError
 
 # What the members of a zip file are that cannot be unpacked: another checksum, an end too early, an unknown way.
-DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError)
+DAMAGE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError)
 
 __all__ = ["FolderStorage", "Storage", "is_url", "storage_at", "zarr_python"]
 
@@ -131,7 +132,9 @@ class ZipStorage:
                     member.seek(first)
                     return _all_of(member.read, last - first)
             except DAMAGE as error:
-                raise CorruptImageError(f"{key} in {self.name} is damaged: {error}. Copy or make the file again") from error
+                raise CorruptImageError(
+                    f"{key} in {self.name} cannot be unpacked: {error}. Copy or make the file again"
+                ) from error
 
     def store(self) -> Any:
         """See `Storage`."""

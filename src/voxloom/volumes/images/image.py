@@ -244,7 +244,7 @@ class Image(ImageEntries, Exchange, Copies, Views):
     def fingerprint(self) -> Json:
         """Say what tells the image from others; see `VolumeSource`."""
         space = {"affine": self.affine.tolist(), "codes": repr(self.codes)}
-        if self.can_be_reloaded:
+        if self.can_be_reloaded and not (self.is_loaded and self._opened.has_changed):
             return {**self._opened.source.fingerprint(), **space}
         return {"sha256": values_hash(self), "dtype": str(self.dtype), "shape": list(self.shape), **space}
 

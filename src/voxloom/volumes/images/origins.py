@@ -4,8 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ...errors import ImageFileError
 from ...io.arrays.composed import CustomFile, StackedSource
+from ...io.files import changed, states_of
 from ...io.formats import import_for, open_volume
 from ...io.protocols import VolumeSource, VolumeSpec
 from ...io.spooling import Packed, is_packed, unpack
@@ -30,6 +30,8 @@ class FileOrigin:
         self._is_placed = is_placed
         self._spec: VolumeSpec | None = None
         self._source: VolumeSource | None = None
+        self._files: tuple[Path, ...] = ()
+        self._states: tuple[tuple[int, ...] | None, ...] = ()
         if reader is None:
             for path in paths:
                 import_for(path)
@@ -47,10 +49,16 @@ class FileOrigin:
             names = list(map(str, self.paths))
             source = files[0] if len(files) == 1 else StackedSource(files, names, check_place=not self._is_placed)
             spec = VolumeSpec(source.shape, source.dtype, source.affine, source.codes)
-            if self._spec is not None and (spec.shape, spec.dtype) != (self._spec.shape, self._spec.dtype):
-                raise ImageFileError(f"{', '.join(names)} is another file than when its header was read: make the image anew")
-            self._source, self._spec = source, spec
+            states = states_of(source.paths)
+            if self._spec is not None and (spec.shape, spec.dtype, states) != (self._spec.shape, self._spec.dtype, self._states):
+                raise changed(", ".join(names))
+            self._source, self._spec, self._files, self._states = source, spec, source.paths, states
         return self._source
+
+    @property
+    def has_changed(self) -> bool:
+        """Whether the files are others than when their header was read."""
+        return states_of(self._files) != self._states
 
     @property
     def spec(self) -> VolumeSpec:
@@ -90,6 +98,7 @@ class GivenOrigin:
     def __init__(self, source: VolumeSource) -> None:
         self.source = source
         self.paths = source.paths
+        self._states = states_of(source.paths)
         self.spec = VolumeSpec(source.shape, source.dtype, source.affine, source.codes)
 
     @property
@@ -101,6 +110,11 @@ class GivenOrigin:
         """Unpack its files into a folder."""
         assert isinstance(self.source, Packed)
         return GivenOrigin(self.source.unpacked(folder))
+
+    @property
+    def has_changed(self) -> bool:
+        """See `FileOrigin`."""
+        return states_of(self.paths) != self._states
 
     def prepare(self) -> None:
         """Let the source load what can only be read whole, if it keeps that."""

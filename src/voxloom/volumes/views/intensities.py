@@ -100,9 +100,11 @@ class Intensity:
                 found = values.extremes(low, high)
                 ends = (found[0] if self.low is None else self.low, found[1] if self.high is None else self.high)
             shift = ends[0] or 0.0
-            divisor = max((1.0 if ends[1] is None else ends[1]) - shift, LEAST) / (self.onto[1] - self.onto[0])
+            width = (1.0 if ends[1] is None else ends[1]) - shift
+            # What is constant becomes the low end.
+            divisor = max(width, LEAST) / (self.onto[1] - self.onto[0]) if width else 1.0
             shift -= self.onto[0] * divisor
-        return Scaling(low, high, shift, divisor, self.over in ("nonzero", "mask"))
+        return Scaling(low, high, shift, divisor, self.over in ("nonzero", "mask"), self.over == "mask")
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,8 @@ class Scaling:
     divisor: float
     is_within: bool
     """Whether voxels that do not count keep their value."""
+    is_masked: bool = False
+    """Whether a mask says which these are; else they are those that are 0."""
 
     @property
     def is_nothing(self) -> bool:
@@ -173,10 +177,10 @@ class _Values:
 
     def extremes(self, low: float, high: float) -> tuple[float, float]:
         """Least and greatest of the clipped values; 0 and 0 if none counts."""
-        ends = [(plane.min(), plane.max()) for plane in self.planes() if len(plane)]
-        if not ends:
+        ends = np.array([(plane.min(), plane.max()) for plane in self.planes() if len(plane)])
+        if not len(ends):
             return 0.0, 0.0
-        least, most = np.clip([min(end for end, _ in ends), max(end for _, end in ends)], low, high).tolist()
+        least, most = np.clip([ends[:, 0].min(), ends[:, 1].max()], low, high).tolist()  # NaN, wherever it lies
         return least, most
 
     def percentiles(self, wanted: Sequence[float]) -> tuple[float, float]:
@@ -278,7 +282,8 @@ class NormalizedSource(View):
         for target, channel, scaling in zip(out, values, self.scalings, strict=True):
             scaled = channel if scaling.is_nothing else scaling.apply(channel)
             if scaling.is_within:
-                counts = channel != 0 if self._mask is None else torch.from_numpy(self._mask[box.slices])
+                mask = self._mask if scaling.is_masked else None
+                counts = channel != 0 if mask is None else torch.from_numpy(mask[box.slices])
                 scaled = torch.where(counts, scaled, channel)
             target.copy_(scaled)
         return out

@@ -86,14 +86,18 @@ def at_spacing(source: VolumeSource, spacing: Sequence[float | None]) -> Space:
     """Give the grid of a volume at another spacing.
 
     Its outer corner stays where it is, and so do its directions. It has `size · old spacing / new spacing` voxels along each
-    axis, rounded (halves up), and at least one: so every centre lies in the volume.
+    axis, rounded (halves up). Where that is none there is one, whose centre is that of the volume: so every centre lies in it.
     """
     old = np.sqrt((source.affine[:3, :3] ** 2).sum(axis=0))
     new = np.array([before if each is None else each for each, before in zip(spacing, old.tolist(), strict=True)])
-    i, j, k = _counted(np.maximum(1, np.floor(np.array(source.shape[1:]) * old / new + 0.5)), spacing)
+    sizes = np.array(source.shape[1:])
+    counts = np.floor(sizes * old / new + 0.5)
+    i, j, k = _counted(np.maximum(1, counts), spacing)
     affine = source.affine.copy()
     affine[:3, :3] *= new / old
-    affine[:3, 3] += (affine[:3, :3] - source.affine[:3, :3]) @ np.full(3, 0.5)
+    # In voxels of the volume, where the centre of the first voxel lies.
+    first = np.where(counts == 0, (sizes - 1) / 2, (new / old - 1) / 2)
+    affine[:3, 3] += source.affine[:3, :3] @ first
     return Space((i, j, k), affine, source.codes)
 
 
