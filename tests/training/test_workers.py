@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -1141,3 +1142,27 @@ def test_what_a_data_set_of_the_users_raises_stays_the_users():
     with pytest.raises(OSError, match="No space left on device") as caught:
         list(vx.SubjectsLoader(FullDisk(), batch_size=2, num_workers=1))
     assert not isinstance(caught.value, WorkerError)
+
+
+TINY = """
+import voxloom as vx
+
+heads = [vx.datasets.HeadPhantom(48, seed=number) for number in range(4)]
+options = {"sampler": vx.UniformSampler(40), "num_workers": 2, "multiprocessing_context": "fork", "seed": 0}
+try:
+    list(vx.SubjectsLoader(vx.Queue(heads, samples_per_volume=6, **options), batch_size=4))
+except vx.errors.WorkerError as error:
+    print(str(error).partition(" for ")[0])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="unshare, of Linux, makes a /dev/shm of one's own")
+def test_workers_leave_nothing_in_a_shared_memory_that_is_too_small(tmp_path):
+    (tmp_path / "tiny.py").write_text(TINY)
+    own = f"mount -t tmpfs -o size=1m none /dev/shm && {sys.executable} {tmp_path / 'tiny.py'} && ls -A /dev/shm"
+    command = ["unshare", "--mount", "--map-root-user", "sh", "-c", own]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    if "unshare" in done.stderr or "mount" in done.stderr:
+        pytest.skip(f"no namespaces here: {done.stderr.strip()}")
+    assert done.stdout == "there is too little shared memory\n"

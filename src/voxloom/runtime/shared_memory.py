@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import WorkerError
 
-__all__ = ["check_descriptors", "explained_lack", "share", "shared_storage"]
+__all__ = ["check_descriptors", "explained_lack", "remove_segments_of", "share", "shared_storage"]
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where Linux has it
 DESCRIPTORS = Path("/proc/self/fd")
@@ -100,3 +100,10 @@ def _of_it() -> str:
         usage = shutil.disk_usage(SHARED_MEMORY)
         return f" ({SHARED_MEMORY} has {usage.total / 2**20:.0f} MiB, of which {usage.free / 2**20:.0f} are free)"
     return ""
+
+
+def remove_segments_of(pid: int) -> None:
+    """Remove what a process that has ended has left: where memory cannot be had, PyTorch leaves what it began with."""
+    for segment in SHARED_MEMORY.glob(f"torch_{pid}_*"):
+        with suppress(OSError):
+            segment.unlink()

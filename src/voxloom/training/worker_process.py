@@ -21,7 +21,7 @@ import torch.multiprocessing  # teaches pipes how tensors travel
 from torch import Tensor
 
 from ..errors import SubjectError, WorkerError
-from ..runtime.shared_memory import explained_lack, share
+from ..runtime.shared_memory import explained_lack, remove_segments_of, share
 from ..volumes.contents import name_of
 from .messages import Failure, Message, Packer, Unpacker
 from .patch_worker import MadePatch, PatchTask, PatchWorker
@@ -131,6 +131,7 @@ class WorkerProcess:
             self.process.join(max(0.0, until - time.monotonic()))
             self.process.kill()
             self.process.join()
+            remove_segments_of(self.process.pid)
         self._tasks.close()
         self.reader.close()
         self.pending.clear()
