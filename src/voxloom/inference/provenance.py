@@ -12,11 +12,10 @@ import torch
 
 from .._version import __version__
 from ..core.grid.windows import for_axis
-from ..errors import ImageFileError, VoxloomError
+from ..errors import VoxloomError
 from ..io.files import files_in, hash_of_path
 from ..io.fingerprints import fingerprint_of_model, fingerprint_of_option
 from ..io.protocols import Json
-from ..io.writing.words import BEGIN_AGAIN
 from ..models.forms import CallForm
 from ..models.running import Models
 from .planning.plan import PredictionPlan
@@ -95,21 +94,18 @@ def sidecar_of_run(fingerprint: Json, given: Input, plan: PredictionPlan, models
 
 
 def _hashes_of(recorded: Json, given: Input, notes: list[str]) -> Json:
-    """Give the hashes of the files of an input; without them where the files are no longer those that were read.
-
-    Raises:
-        ImageFileError: if they were changed while they were read part by part.
-    """
-    why = "changed"
+    """Give the hashes of the files of an input; without them where the files are no longer those that were read."""
+    if not given.source.paths:
+        return {}
     try:
         found = {str(path): hash_of_path(path) for path in files_in(given.source.paths)}
         if json.loads(json.dumps(given.source.fingerprint())) == recorded:
             return found
+        what = (
+            "was changed, or touched, while or after it was read: what was not read at once may be of both. Its hash is left out"
+        )
     except (OSError, VoxloomError) as error:
-        why = f"changed or removed ({error})"
-    else:
-        if not given.resident_bytes:
-            raise ImageFileError(f"{given.name} was changed while it was read, so that the result is of both: {BEGIN_AGAIN}")
-    notes.append(f"{given.name} was {why} after it had been read: its hash is left out")
+        what = f"was changed or removed after it had been read ({error}): its hash is left out"
+    notes.append(f"{given.name} {what}")
     _logger.warning(notes[-1])
     return {}

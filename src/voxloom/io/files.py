@@ -50,7 +50,13 @@ class FileSource(ABC):
     paths: tuple[Path, ...]
     name: str
     """What messages call it."""
+    is_of_many = False
+    """Whether the file holds other things, which may be written while this is read."""
     _states: tuple[tuple[int, ...] | None, ...] = ()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.remember()  # another machine may have files of its own
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -89,7 +95,7 @@ class FileSource(ABC):
 
     def remember(self) -> None:
         """Note the state of the files, now that the header has been read."""
-        self._states = states_of(self.paths)
+        self._states = states_of(self.paths, not self.is_of_many)
 
     def check_unchanged(self) -> None:
         """Refuse to read voxels of one file by the header of another, or some of one and some of the other.
@@ -97,7 +103,7 @@ class FileSource(ABC):
         Raises:
             ImageFileError: if the files are no longer those of which the header was read.
         """
-        states = states_of(self.paths)
+        states = states_of(self.paths, not self.is_of_many)
         if states == self._states:
             return
         for path in self.paths:
@@ -116,17 +122,23 @@ class FileSource(ABC):
         return fingerprint_of_files(self)
 
 
-def states_of(paths: Sequence[Path]) -> tuple[tuple[int, ...] | None, ...]:
-    """Say what changes with files; of folders only whether they are replaced, and None for what is not there."""
-    return tuple(map(_state_of, paths))
+def states_of(paths: Sequence[Path], with_contents: bool = True) -> tuple[tuple[int, ...] | None, ...]:
+    """Say what changes with files; of folders only whether they are replaced, and None for what is not there.
+
+    Args:
+        paths: the files and folders.
+        with_contents: whether files that are written to are others.
+    """
+    return tuple(_state_of(path, with_contents) for path in paths)
 
 
-def _state_of(path: Path) -> tuple[int, ...] | None:
+def _state_of(path: Path, with_contents: bool) -> tuple[int, ...] | None:
     try:
         state = path.stat()
     except OSError:
         return None
-    return (state.st_ino,) if stat.S_ISDIR(state.st_mode) else (state.st_ino, state.st_size, state.st_mtime_ns)
+    is_whole = with_contents and not stat.S_ISDIR(state.st_mode)
+    return (state.st_ino, state.st_size, state.st_mtime_ns) if is_whole else (state.st_ino,)
 
 
 def changed(name: str) -> ImageFileError:

@@ -165,7 +165,8 @@ def _ensemble(models: Sequence[LoadedModel]) -> LoadedModel:
             raise ModelFileError(f"the models of an ensemble must expect the same, but these differ in {what}: predict with each")
     names = [each.name for each in models]
     whole = None if None in names else " ".join(map(str, names))
-    return replace(first, model=[each.model for each in models], name=whole, program=None)
+    parts = [part for each in models for part in (each.model if isinstance(each.model, list | tuple) else [each.model])]
+    return replace(first, model=parts, name=whole, program=None)
 
 
 def load_model(name: str, weights: Path | None = None, allow_pickle: bool = False) -> LoadedModel:

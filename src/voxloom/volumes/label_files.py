@@ -8,6 +8,7 @@ import math
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,12 @@ def split_labels(
         with spooled(given) as source:
             given_names = {label.value: label for label in told if label.value}
             there = _all_labels(source) if labels is None or source.dtype.is_floating_point else []
-            others = [label for label in there if labels is None and label.value not in given_names]
+            taken = {label.name.casefold() for label in given_names.values()}
+            others = [
+                replace(label, name=f"unnamed {label.name}") if label.name in taken else label
+                for label in there
+                if labels is None and label.value not in given_names
+            ]
             named = _named([*given_names.values(), *others])
             with shown_if(progress, "labels written", len(named), "labels") as show:
                 for name, label in named.items():

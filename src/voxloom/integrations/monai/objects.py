@@ -35,17 +35,19 @@ def image_of(thing: Any, type: str = INTENSITY) -> Image | None:  # noqa: A002 -
     """See `Library`: a `MetaTensor` `(C, I, J, K)`, or `(C, I, J)` of a plane, with place, metadata and applied operations."""
     if not isinstance(thing, _monai().data.MetaTensor):
         return None
-    if thing.ndim == 3 and len(thing.meta.get("spatial_shape", ())) == 2:
-        thing = thing[..., None]
-    if thing.ndim != 4:
+    is_plane = thing.ndim == 3 and np.size(thing.meta.get("spatial_shape", ())) == 2
+    if thing.ndim != 4 and not is_plane:
         return None
     thing = _without_pending(thing)
-    return (LabelMap if type == LABEL else ScalarImage)(tensor=thing, affine=affine_of(thing), **_metadata_of(thing))
+    affine, values = affine_of(thing), thing[..., None] if is_plane else thing
+    return (LabelMap if type == LABEL else ScalarImage)(tensor=values, affine=affine, **_metadata_of(thing))
 
 
 def _without_pending(value: Any) -> Any:
-    """Do what lazy transforms have left to be done, to a tensor, or to those of a dictionary."""
-    return _monai().transforms.lazy.functional.apply_pending_transforms(value, None)
+    """Give a tensor with all done that lazy transforms have left to be done."""
+    if not value.has_pending_operations:
+        return value
+    return _monai().transforms.lazy.functional.apply_pending_transforms(value.clone(), None)
 
 
 def _metadata_of(tensor: Any) -> dict[str, Any]:

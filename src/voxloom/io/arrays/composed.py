@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
 import numpy as np
@@ -137,7 +139,9 @@ class CustomFile(FileSource):
 
     def fingerprint(self) -> Json:
         """See `VolumeSource`."""
-        return {**super().fingerprint(), "reader": fingerprint_of_option(self.function)}
+        # What an object has in it may change with each call.
+        is_plain = isinstance(self.function, FunctionType | MethodType | BuiltinFunctionType | partial)
+        return {**super().fingerprint(), "reader": fingerprint_of_option(self.function if is_plain else type(self.function))}
 
     def _call(self) -> tuple[Tensor, Affine]:
         (path,) = self.paths

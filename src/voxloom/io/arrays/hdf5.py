@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...core.boxes import Box
 from ...errors import ImageNotFoundError, MissingDependencyError, UnsupportedImageError, VoxloomError
-from ..files import FileSource, explained
+from ..files import FileSource, changed, explained
 from ..protocols import Json, SpaceCodes, VolumeSpec
 from .memory import as_tensor, torch_dtype
 
@@ -27,6 +27,7 @@ class Hdf5Source(FileSource):
     """
 
     is_sliceable = True
+    is_of_many = True
 
     def __init__(self, path: Path, dataset: str) -> None:
         self.name, self.paths, self._path, self._dataset = f"{path}:{dataset}", (path,), path, dataset
@@ -72,6 +73,8 @@ class Hdf5Source(FileSource):
         """See `VolumeSource`."""
         self.check_unchanged()
         with self._opened() as array:
+            if tuple(array.shape)[-3:] != self.shape[1:]:
+                raise changed(self.name)
             values = as_tensor(np.asarray(array[(slice(None), *box.slices) if self._has_channels else box.slices]))
         return values if self._has_channels else values[None]
 

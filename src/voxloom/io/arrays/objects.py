@@ -44,6 +44,8 @@ def image_source_of(thing: Any) -> VolumeSource | None:
 
 
 def _of_nibabel(image: Any, affine: Any) -> VolumeSource:
+    if image.affine is None:
+        return ArraySource(_ChannelsFirst(image.dataobj), affine)
     from ..nifti.files import space_of
 
     # As in files: in millimetres, with what NIfTI records beside it.

@@ -28,7 +28,6 @@ from .frames import (
     header_of,
     is_segmentation,
     scales_of,
-    spacing_of,
     stated_spacing,
     table_of,
 )
@@ -183,6 +182,7 @@ def _pattern(path: Path) -> str:
 
 def _checked_series(slices: list[Slice], folder: Path, is_stored: bool) -> FileSource:
     first = slices[0]
+    sized = next((each for each in slices if stated_spacing(each.header.data)), first)
     for each in slices:
         if each.shape != first.shape:
             raise SeriesError(
@@ -192,7 +192,7 @@ def _checked_series(slices: list[Slice], folder: Path, is_stored: bool) -> FileS
         if each.frames > 1:
             raise SeriesError(f"{each.path} holds {each.frames} slices, and is one of several: open such files one by one")
         try:
-            _check_pixels(each, first)
+            _check_pixels(each, sized)
             if not is_stored:
                 check_values(each.header)
         except VoxloomError:
@@ -202,7 +202,8 @@ def _checked_series(slices: list[Slice], folder: Path, is_stored: bool) -> FileS
     positions = np.array([_numbers(each, "ImagePositionPatient", 3) for each in slices])
     orientations = np.array([_numbers(each, "ImageOrientationPatient", 6) for each in slices])
     names = [each.path.name for each in slices]
-    order, affine = arranged(str(folder), names, positions, orientations, spacing_of(first.header.data))
+    spacing = next(filter(None, (stated_spacing(each.header.data) for each in slices)), (1.0, 1.0))
+    order, affine = arranged(str(folder), names, positions, orientations, spacing)
     ordered = [slices[index] for index in order]
     try:
         if not any(_is_for_itk(each.header.data) for each in slices):

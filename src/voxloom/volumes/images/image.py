@@ -182,6 +182,7 @@ class Image(ImageEntries, Exchange, Copies, Views):
         if not self.can_be_reloaded:
             raise ImageError("the data of the image were made, set or cut in memory, so that they could not be read again")
         self._data = None
+        self._opened.close()
 
     @property
     def can_be_reloaded(self) -> bool:

@@ -31,7 +31,7 @@ class FileOrigin:
         self._spec: VolumeSpec | None = None
         self._source: VolumeSource | None = None
         self._files: tuple[Path, ...] = ()
-        self._states: tuple[tuple[int, ...] | None, ...] = ()
+        self._states: list[tuple[int, ...] | None] = []
         if reader is None:
             for path in paths:
                 import_for(path)
@@ -49,16 +49,16 @@ class FileOrigin:
             names = list(map(str, self.paths))
             source = files[0] if len(files) == 1 else StackedSource(files, names, check_place=not self._is_placed)
             spec = VolumeSpec(source.shape, source.dtype, source.affine, source.codes)
-            states = states_of(source.paths)
-            if self._spec is not None and (spec.shape, spec.dtype, states) != (self._spec.shape, self._spec.dtype, self._states):
+            if self._spec is not None and (spec.shape, spec.dtype) != (self._spec.shape, self._spec.dtype):
                 raise changed(", ".join(names))
-            self._source, self._spec, self._files, self._states = source, spec, source.paths, states
+            self._source, self._spec = source, spec
+            self._files, self._states = source.paths, _states_anywhere(source.paths)
         return self._source
 
     @property
     def has_changed(self) -> bool:
-        """Whether the files are others than when their header was read."""
-        return states_of(self._files) != self._states
+        """Whether the files are others than when they were opened last."""
+        return _states_anywhere(self._files) != self._states
 
     @property
     def spec(self) -> VolumeSpec:
@@ -98,7 +98,7 @@ class GivenOrigin:
     def __init__(self, source: VolumeSource) -> None:
         self.source = source
         self.paths = source.paths
-        self._states = states_of(source.paths)
+        self._states = _states_anywhere(source.paths)
         self.spec = VolumeSpec(source.shape, source.dtype, source.affine, source.codes)
 
     @property
@@ -114,7 +114,7 @@ class GivenOrigin:
     @property
     def has_changed(self) -> bool:
         """See `FileOrigin`."""
-        return states_of(self.paths) != self._states
+        return _states_anywhere(self.paths) != self._states
 
     def prepare(self) -> None:
         """Let the source load what can only be read whole, if it keeps that."""
@@ -124,6 +124,11 @@ class GivenOrigin:
 
     def close(self) -> None:
         """It is the giver's."""
+
+
+def _states_anywhere(paths: tuple[Path, ...]) -> list[tuple[int, ...] | None]:
+    """Give the states of files as they are on any machine: copies with the same times are the same."""
+    return [state if state is None else state[1:] or state for state in states_of(paths)]
 
 
 Origin = FileOrigin | GivenOrigin
