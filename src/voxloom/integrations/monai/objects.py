@@ -39,7 +39,9 @@ def image_of(thing: Any, type: str = INTENSITY) -> Image | None:  # noqa: A002 -
     if thing.ndim != 4 and not is_plane:
         return None
     thing = _without_pending(thing)
-    affine, values = affine_of(thing), thing[..., None] if is_plane else thing
+    # What was resampled has an affine of two axes.
+    affine = _monai().data.utils.to_affine_nd(3, thing.affine).numpy() if is_plane else affine_of(thing)
+    values = thing[..., None] if is_plane else thing
     return (LabelMap if type == LABEL else ScalarImage)(tensor=values, affine=affine, **_metadata_of(thing))
 
 
