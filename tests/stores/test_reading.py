@@ -28,6 +28,7 @@ from voxloom.errors import (
     ImageNotFoundError,
     ModeError,
     NoSuchIndexError,
+    SaveError,
     UnsupportedImageError,
 )
 from voxloom.runtime.chunk_cache import CHUNKS
@@ -618,6 +619,22 @@ def test_a_chunk_of_blosc_that_was_cut_off_is_damaged(tmp_path, version):
         chunk.write_bytes(whole[:count])
         with pytest.raises(CorruptImageError, match=f"has {count} bytes"):
             vx.ScalarImage(vx.open_zarr(tmp_path / "a.zarr")).load()
+
+
+def test_a_store_is_not_replaced_by_a_level_of_its_own(tmp_path, tensor):
+    store = tmp_path / "scan.ome.zarr"
+    vx.convert(vx.ScalarImage(tensor, affine=AFFINE), store, chunks=16, levels=2)
+    with pytest.raises(SaveError, match="over itself, or over what holds it"):
+        vx.convert(store / "1", store, overwrite=True)
+    with pytest.raises(SaveError, match="would replace the input"):
+        vx.predict(torch.nn.Identity(), store / "1", 8, output=store, overwrite=True)
+    with pytest.raises(SaveError, match="would replace the input"):
+        vx.predict(torch.nn.Identity(), tensor, 8, mask=store / "0", output=store, overwrite=True)
+    for name in ("0/x.nii", "x.nii.gz", "y.ome.zarr"):
+        with pytest.raises(SaveError, match=r"scan\.ome\.zarr"):
+            vx.convert(vx.ScalarImage(tensor), store / name)
+    assert torch.equal(vx.ScalarImage(store).data, tensor)
+    assert sorted(path.name for path in store.iterdir()) == ["0", "1", "zarr.json"]
 
 
 def test_metadata_of_levels_that_are_damaged_are_named(tmp_path, tensor):

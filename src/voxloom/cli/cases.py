@@ -308,7 +308,8 @@ def _paths_in(folder: Path, output: Path, above: tuple[Path, ...] = ()) -> Itera
 
 def checked(cases: list[Case]) -> list[Case]:
     """Refuse, before anything is computed, what would write twice to one file, or over an input."""
-    inputs = {file.resolve(): case for case in cases for file in case.files}
+    files = [file.resolve() for case in cases for file in case.files]
+    inputs = {place for file in files for place in (file, *file.parents)}  # a level lies in its store
     sources: dict[Path, Case] = {}
     for case in cases:
         target = case.target.resolve()

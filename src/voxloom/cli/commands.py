@@ -155,7 +155,7 @@ def convert(
     chunks: Annotated[str | None, typer.Option(help="Voxels of a chunk of Zarr: a number, or three such as 64,64,32.")] = None,
     shards: Annotated[str | None, typer.Option(help="Voxels of a shard, made of whole chunks.")] = None,
     levels: Annotated[int | None, typer.Option(help="Number of levels of OME-Zarr.")] = None,
-    ome_version: Annotated[str, typer.Option(help="Version of OME-Zarr: 0.4, 0.5 or 0.6.")] = "0.5",
+    ome_version: Annotated[str | None, typer.Option(help="Version of OME-Zarr: 0.4, 0.5 or 0.6.  \\[default: 0.5]")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
     as_json: AsJson = False,
 ) -> None:

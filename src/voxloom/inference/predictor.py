@@ -19,7 +19,7 @@ from ..errors import ModeError, SaveError, TargetExistsError
 from ..io.fingerprints import differences
 from ..io.protocols import Json, is_source
 from ..io.writing.sidecars import is_as_written, read_sidecar, sidecar_of
-from ..io.writing.targets import as_target
+from ..io.writing.targets import as_target, would_lose
 from ..models.loading import as_loaded
 from ..models.running import Models, as_models
 from ..models.spec import ModelSpec
@@ -399,10 +399,10 @@ def _check_inputs(stores: Stores, given: Input, *others: Any) -> None:
     paths = list(given.source.paths)
     for other in others:
         paths += [Path(other)] if isinstance(other, str | os.PathLike) else other.paths if is_source(other) else []
-    inputs = {path.expanduser().resolve() for path in paths}
+    inputs = [path.expanduser() for path in paths]
     for store in stores.values():
-        if store.path is not None and store.path.resolve() in inputs:
-            raise SaveError(f"the result would replace the input {store.path}: choose another output")
+        if store.path is not None and would_lose(store.path, inputs):
+            raise SaveError(f"the result would replace the input {store.path}, or what holds it: choose another output")
 
 
 def _difference(target: Path, fingerprint: Json) -> str:

@@ -12,7 +12,7 @@ from ..io.formats import format_of, is_folder_target
 from ..io.protocols import VolumeSpec, VolumeStore, is_source, read_checked
 from ..io.spooling import spooled
 from ..io.writing.saving import appeared, remove_unfinished
-from ..io.writing.targets import as_target, discard_dead, save_volume, store_at
+from ..io.writing.targets import as_target, discard_dead, save_volume, store_at, would_lose
 from ..io.writing.words import OVERWRITE
 from ..io.zarr.source import is_label_of_image
 from ..io.zarr.store import ZarrStore
@@ -37,7 +37,7 @@ def convert(
     chunks: int | Sequence[int] | None = None,
     shards: int | Sequence[int] | None = None,
     levels: int | None = None,
-    version: str = "0.5",
+    version: str | None = None,
     progress: bool | str = False,
 ) -> Image:
     """Write an image in another format: voxels and affine stay as they are.
@@ -54,7 +54,7 @@ def convert(
         chunks: of Zarr, see `ZarrStore`; for training half the patch or less is good.
         shards: of Zarr.
         levels: of OME-Zarr.
-        version: of OME-Zarr.
+        version: of OME-Zarr; by default 0.5.
         progress: show how far it has come.
 
     Returns:
@@ -78,7 +78,7 @@ def convert(
         raise SaveError(f"output is {output!r}: it must be the name of a file or a folder, or a VolumeStore")
     is_labels = (given.type == LABEL or _is_label_target(output)) if labels is None else labels
     image_class = LabelMap if is_labels else ScalarImage
-    layout = {"chunks": chunks, "shards": shards, "levels": levels}
+    layout = {"chunks": chunks, "shards": shards, "levels": levels, "version": version}
     if isinstance(output, VolumeStore) or not is_folder_target(Path(output)):
         unused = [name for name, value in layout.items() if value is not None]
         if unused:
@@ -92,9 +92,9 @@ def convert(
             raise SaveError(f"{path} exists, and is kept: remove it, choose another name, or give {OVERWRITE}")
         save_volume(path, given.data, given.affine, given.codes, overwrite=overwrite)
         return image_class(path)
-    store = _store_of(output, overwrite, {**layout, "version": version})
-    if store.path is not None and store.path.resolve() in {path.resolve() for path in given.paths}:
-        raise SaveError(f"the image {store.path} would be written over itself: choose another output")
+    store = _store_of(output, overwrite, layout if version is not None else {**layout, "version": "0.5"})
+    if store.path is not None and would_lose(store.path, given.paths):
+        raise SaveError(f"the image {store.path} would be written over itself, or over what holds it: choose another output")
     spec = VolumeSpec(given.shape, given.dtype, given.affine, given.codes, is_labels, _stored_dtype(given))
     made = _copied(given, store, spec, progress)
     return image_class(made) if isinstance(made, Path) or is_source(made) else made

@@ -1,6 +1,7 @@
 """Where a volume goes that is written to a path, whole or block by block: by which store, or in which format."""
 
 import contextlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,19 @@ from ..zarr.store import ZarrStore
 from .saving import atomic_write, saving
 from .whole_volumes import storable
 
-__all__ = ["as_target", "discard_dead", "save_volume", "store_at"]
+__all__ = ["as_target", "discard_dead", "save_volume", "store_at", "would_lose"]
 
 
 def store_at(target: Path, overwrite: bool) -> VolumeStore:
     """Give the store that writes a target; see `as_target`."""
     import_for(target)
     return ZarrStore(target, overwrite) if is_folder_target(target) else NiftiStore(target, overwrite)
+
+
+def would_lose(target: Path, inputs: Iterable[Path]) -> bool:
+    """Whether an input is a target, or lies in it, as a level lies in its store."""
+    place = target.resolve()
+    return any(path.resolve().is_relative_to(place) for path in inputs)
 
 
 def as_target(path: Any) -> Path:
@@ -53,6 +60,9 @@ def as_target(path: Any) -> Path:
     if is_folder and is_zarr(target.parent.parent) and target.parent.name == "labels":
         with saving(target):
             target.parent.mkdir(exist_ok=True)
+    store = next((parent for parent in target.parents if is_zarr(parent)), None)
+    if store is not None and not (is_folder and target.parent.name == "labels"):
+        raise SaveError(f"{target} lies in {store}, which is of Zarr: give another name, or {store}/labels/NAME for labels of it")
     if not target.parent.is_dir():
         raise SaveError(f"{target} cannot be written: there is no folder {target.parent}; make it first")
     return target
