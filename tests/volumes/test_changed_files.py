@@ -60,6 +60,7 @@ def test_what_is_in_memory_is_not_taken_for_a_file_that_came_later(tmp_path, end
     write(tmp_path / f"y{ending}", 2)
     (tmp_path / f"x{ending}").rename(tmp_path / f"old{ending}")
     (tmp_path / f"y{ending}").rename(tmp_path / f"x{ending}")
+    _ = image.stored_dtype  # which opens what is there now
     assert image.fingerprint() not in (before, vx.ScalarImage(place).fingerprint())
     predictor = vx.Predictor(torch.nn.Identity(), 8, overlap_mode="crop")
     predictor(image, output=tmp_path / "out.nii")

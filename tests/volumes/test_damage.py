@@ -237,11 +237,16 @@ def test_voxels_as_text(tmp_path):
         vx.ScalarImage(path).load()
 
 
+def saved(path, affine=None):
+    """Save the scan, and give the path."""
+    vx.ScalarImage(torch.from_numpy(SCAN[None].copy()), affine=affine).save(path)
+    return path
+
+
 @pytest.mark.parametrize("size", [None, 0, "half", "more"])
 def test_compressed_metaimages_say_how_many_bytes_there_are(tmp_path, size):
     """Where they do not, or say another number, ITK gives what is in memory."""
-    path = tmp_path / "x.mha"
-    vx.ScalarImage(torch.from_numpy(SCAN[None].copy())).save(path)
+    path = saved(tmp_path / "x.mha")
     head, _, packed = path.read_bytes().partition(b"ElementDataFile = LOCAL\n")
     kept = b"".join(line for line in head.splitlines(True) if not line.startswith(b"CompressedDataSize"))
     assert len(kept) < len(head)
@@ -253,8 +258,7 @@ def test_compressed_metaimages_say_how_many_bytes_there_are(tmp_path, size):
 
 
 def test_what_follows_compressed_voxels_does_not_matter(tmp_path):
-    path = tmp_path / "x.mha"
-    vx.ScalarImage(torch.from_numpy(SCAN[None].copy())).save(path)
+    path = saved(tmp_path / "x.mha")
     path.write_bytes(path.read_bytes() + b"\n\n")
     assert np.array_equal(vx.ScalarImage(path).data[0], SCAN)
 
@@ -277,8 +281,7 @@ def test_units_of_axes_belong_to_their_axes(tmp_path, lines, spacing):
 
 
 def test_compressed_metaimages_are_one_stream(tmp_path):
-    path = tmp_path / "x.mha"
-    vx.ScalarImage(torch.from_numpy(SCAN[None].copy())).save(path)
+    path = saved(tmp_path / "x.mha")
     head, _, packed = path.read_bytes().partition(b"ElementDataFile = LOCAL\n")
     values = zlib.decompress(packed)
     packed = zlib.compress(values[:1000]) + zlib.compress(values[1000:])
@@ -289,8 +292,7 @@ def test_compressed_metaimages_are_one_stream(tmp_path):
 
 
 def test_metaimages_whose_voxels_would_begin_in_their_header(tmp_path):
-    path = tmp_path / "x.mha"
-    vx.ScalarImage(torch.from_numpy(SCAN[None].copy())).save(path)
+    path = saved(tmp_path / "x.mha")
     path.write_bytes(path.read_bytes().replace(b"ElementDataFile", b"HeaderSize = 4\nElementDataFile"))
     with pytest.raises(CorruptImageError, match=r"x\.mha is damaged.*4 bytes \(HeaderSize\)"):
         _ = vx.ScalarImage(path).shape
@@ -309,8 +311,7 @@ def test_metaimages_whose_voxels_would_begin_in_their_header(tmp_path):
 def test_units_of_lengths_count(tmp_path, ending, line, factor):
     affine = np.diag([0.5, 0.6, 0.7, 1])
     affine[:3, 3] = (1, 2, 3)
-    path = tmp_path / f"x{ending}"
-    vx.ScalarImage(torch.from_numpy(SCAN[None].copy()), affine=affine).save(path)
+    path = saved(tmp_path / f"x{ending}", affine)
     before = b"ElementDataFile" if ending == ".mha" else b"endian:"
     path.write_bytes(path.read_bytes().replace(before, f"{line}\n".encode() + before, 1))
     read = vx.ScalarImage(path)
@@ -319,8 +320,7 @@ def test_units_of_lengths_count(tmp_path, ending, line, factor):
 
 
 def test_a_unit_that_is_no_length_is_named(tmp_path):
-    path = tmp_path / "x.nrrd"
-    vx.ScalarImage(torch.from_numpy(SCAN[None].copy())).save(path)
+    path = saved(tmp_path / "x.nrrd")
     path.write_bytes(path.read_bytes().replace(b"endian:", b'space units: "ell" "ell" "ell"\nendian:'))
     with pytest.raises(UnsupportedImageError, match=r"x\.nrrd has space units 'ell', which is no length that is known \(pixel, "):
         _ = vx.ScalarImage(path).shape

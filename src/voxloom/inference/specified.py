@@ -50,6 +50,8 @@ class ModelInput:
     """What was done to the image before its values were scaled."""
     scales_and_resamples: tuple[View, ...]
     """What was done after that."""
+    mask: np.ndarray | None = None
+    """Which voxels counted as filled when values were scaled, where that mattered."""
 
     def over(self, source: VolumeSource) -> "ModelInput":
         """Give the same of another source of the same voxels."""
@@ -150,6 +152,7 @@ def in_model_space(source: VolumeSource, spec: ModelSpec, name: str, labels: Vol
     orders: tuple[int, ...] = (spec.order,) * 3
     kinds: tuple[Interpolation, Interpolation, Interpolation] = (spec.interpolation,) * 3
     resampled: Space | None = None
+    mask: np.ndarray | None = None
 
     def add(found: Sequence[View]) -> None:
         nonlocal view
@@ -157,9 +160,12 @@ def in_model_space(source: VolumeSource, spec: ModelSpec, name: str, labels: Vol
         view = _viewed(view, found)
 
     def scale() -> None:
+        nonlocal mask
         for intensity in (spec.intensity, spec.then_intensity):
+            if any(each.over == "mask" for each in intensity):
+                mask = filled_mask(view, labels and _viewed(labels, (*views, *others)))
             if intensity:
-                add(_scaled(view, intensity, labels and _viewed(labels, (*views, *others)), steps))
+                add(_scaled(view, intensity, mask, steps))
 
     if spec.scale_after == "cropping":
         scale()
@@ -171,7 +177,7 @@ def in_model_space(source: VolumeSource, spec: ModelSpec, name: str, labels: Vol
             steps.append(f"resampled (order {orders[0] if len(set(orders)) == 1 else orders}): {_told(view)}")
     if spec.scale_after == "resampling":
         scale()
-    return ModelInput(view, tuple(steps), orders, kinds, resampled, tuple(views), tuple(others))
+    return ModelInput(view, tuple(steps), orders, kinds, resampled, tuple(views), tuple(others), mask)
 
 
 def _resampling(
@@ -204,11 +210,10 @@ def _to_space(view: VolumeSource, spec: ModelSpec, space: Space, orders: tuple[i
     return found
 
 
-def _scaled(view: VolumeSource, intensity: Sequence[Intensity], labels: VolumeSource | None, steps: list[str]) -> list[View]:
+def _scaled(view: VolumeSource, intensity: Sequence[Intensity], mask: np.ndarray | None, steps: list[str]) -> list[View]:
     each = list(intensity) * (view.shape[0] if len(intensity) == 1 else 1)
     if len(each) != view.shape[0]:
         raise SpecError(f"intensity of the spec has {len(each)} entries, but there are {view.shape[0]} channels")
-    mask = filled_mask(view, labels) if any(one.over == "mask" for one in each) else None
     scalings = [one.of_channel(view, channel, mask) for channel, one in enumerate(each)]
     if all(scaling.is_nothing for scaling in scalings):
         return []

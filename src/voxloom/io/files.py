@@ -56,7 +56,8 @@ class FileSource(ABC):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.remember()  # another machine may have files of its own
+        if self._states:
+            self.remember()  # another machine may have files of its own
 
     @property
     def shape(self) -> tuple[int, int, int, int]:

@@ -92,7 +92,7 @@ def convert(
             raise SaveError(f"{path} exists, and is kept: remove it, choose another name, or give {OVERWRITE}")
         save_volume(path, given.data, given.affine, given.codes, overwrite=overwrite)
         return image_class(path)
-    store = _store_of(output, overwrite, layout if version is not None else {**layout, "version": "0.5"})
+    store = _store_of(output, overwrite, {name: value for name, value in layout.items() if value is not None})
     if store.path is not None and would_lose(store.path, given.paths):
         raise SaveError(f"the image {store.path} would be written over itself, or over what holds it: choose another output")
     spec = VolumeSpec(given.shape, given.dtype, given.affine, given.codes, is_labels, _stored_dtype(given))

@@ -31,13 +31,13 @@ A tenth of a voxel is more than what single precision makes of the same rotation
 
 CLEARLY_SOLID = 1e-9
 """Above this part of the cube of its norm, the determinant of a 3 × 3 matrix leaves no doubt of its rank."""
-STATED_DIGITS = 6
-"""Headers seldom state a spacing with more digits."""
-SINGLE_NOISE = 2e-7
-"""By what part of it a length differs at most that is computed from a matrix or a quaternion in single precision."""
-DOUBLE_NOISE = 1e-12
 LEAST_EXACT = 1e-250
 """Numbers far above those of which a float does not hold all digits."""
+
+STATED_DIGITS = 6
+"""Headers seldom state a spacing with more digits."""
+SINGLE_NOISE, DOUBLE_NOISE = 2e-7, 1e-12
+"""By what part of it a length differs at most that is computed from a matrix in single, and in double precision."""
 
 
 def as_affine(matrix: Any, name: str = "the affine") -> Affine:

@@ -41,7 +41,8 @@ class Cascade:
 
     def added(self, image: VolumeSource, found: VolumeSource, made: ModelInput) -> VolumeSource:
         """See `Preceding`."""
-        filled = filled_mask(made.turned_and_cropped(image))
+        # Where values were scaled by a mask, labels are in it; but here it is asked of voxels without one.
+        filled = filled_mask(made.turned_and_cropped(image)) if made.mask is None else made.mask
         indicators: VolumeSource = _Indicators(made.turned_and_cropped(found), self.labels, filled)
         labels = _Largest(indicators, made.space, [min(order, 1) for order in made.orders], self.is_torch)
         return StackedSource([made.source, labels], ["the image", "the labels of the stage before"], check_place=False)

@@ -56,9 +56,7 @@ class NpyFile(FileSource):
         try:
             found: np.ndarray = np.load(self._path, mmap_mode="r", allow_pickle=False)
             return found
-        except ValueError as error:
+        except (OSError, ValueError, EOFError) as error:
             if "Python object" in str(error) or "allow_pickle" in str(error):
                 raise UnsupportedImageError(f"{self.name} holds objects of Python, and no array of numbers") from error
-            raise explained(error, self.name, "is no array of NumPy that can be read") from error
-        except (OSError, EOFError) as error:
             raise explained(error, self.name, "is no array of NumPy that can be read") from error

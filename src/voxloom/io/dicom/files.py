@@ -28,6 +28,7 @@ from .frames import (
     header_of,
     is_segmentation,
     scales_of,
+    spacing_of,
     stated_spacing,
     table_of,
 )
@@ -202,8 +203,7 @@ def _checked_series(slices: list[Slice], folder: Path, is_stored: bool) -> FileS
     positions = np.array([_numbers(each, "ImagePositionPatient", 3) for each in slices])
     orientations = np.array([_numbers(each, "ImageOrientationPatient", 6) for each in slices])
     names = [each.path.name for each in slices]
-    spacing = next(filter(None, (stated_spacing(each.header.data) for each in slices)), (1.0, 1.0))
-    order, affine = arranged(str(folder), names, positions, orientations, spacing)
+    order, affine = arranged(str(folder), names, positions, orientations, spacing_of(sized.header.data))
     ordered = [slices[index] for index in order]
     try:
         if not any(_is_for_itk(each.header.data) for each in slices):

@@ -76,9 +76,9 @@ class ItkFile(FileSource):
         if affine is None:
             affine = lps_to_ras(header.direction, header.spacing, header.origin)
             if integrity is not None:
-                steps, origin = integrity.units(self.paths[0])
-                affine = affine @ np.diag([*steps, 1.0])
-                affine[:3, 3] *= origin
+                units = integrity.units(self.paths[0])
+                affine = affine @ np.diag([*units, 1.0])
+                affine[:3, 3] *= units
         self.pixel_type = SimpleITK.sitkUnknown if dtype is None else SimpleITK.sitkFloat64
         self.spec = VolumeSpec((int(volumes * components), i, j, k), dtype or dtype_of(header, name), affine)
         self.remember()

@@ -54,8 +54,8 @@ class Integrity(Protocol):
         """Check the voxels, before they are read; see `check_header`."""
         ...
 
-    def units(self, path: Path) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-        """Give millimetres of a step along each axis, and of the origin, where ITK takes all for millimetres."""
+    def units(self, path: Path) -> tuple[float, float, float]:
+        """Give millimetres of a step along each axis, which ITK takes for millimetres, and of the origin likewise."""
         ...
 
 
@@ -73,10 +73,9 @@ class _ByLayout:
         """See `Integrity`."""
         _checked(path, self._check_contents)
 
-    def units(self, path: Path) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    def units(self, path: Path) -> tuple[float, float, float]:
         """See `Integrity`."""
-        layout = self.layout_of(path)
-        return layout.millimetres, layout.origin_millimetres
+        return self.layout_of(path).millimetres
 
     def _check_sizes(self, path: Path) -> None:
         layout = self.layout_of(path)
@@ -100,9 +99,9 @@ class _Tiff:
     def check_data(self, path: Path) -> None:
         """See `Integrity`."""
 
-    def units(self, path: Path) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    def units(self, path: Path) -> tuple[float, float, float]:
         """See `Integrity`."""
-        return (1.0, 1.0, 1.0), (1.0, 1.0, 1.0)
+        return 1.0, 1.0, 1.0
 
 
 METAIMAGE, NRRD, TIFF = _ByLayout(layout_of_metaimage), _ByLayout(layout_of_nrrd), _Tiff()

@@ -123,9 +123,7 @@ class Layout:
     encoding: str
     """`"raw"`, `"zlib"`, `"gzip"`, `"text"` or `"hex"`."""
     millimetres: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    """What a step along each axis is a multiple of."""
-    origin_millimetres: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    """What the place of the first voxel is a multiple of."""
+    """What a step along each axis is a multiple of, and the place of the first voxel."""
 
 
 class _Start:
@@ -231,7 +229,6 @@ def layout_of_metaimage(path: Path) -> Layout:
         tuple(Part(part, offset, values * METAIMAGE_BYTES[kind], values, packed_bytes=packed or None) for part, offset in parts),
         encoding,
         (millimetres,) * 3,
-        (millimetres,) * 3,
     )
 
 
@@ -297,12 +294,12 @@ def layout_of_nrrd(path: Path) -> Layout:
             for name in names
         ),
         encoding,
-        *_nrrd_units(path, fields),
+        _nrrd_units(path, fields),
     )
 
 
-def _nrrd_units(path: Path, fields: dict[str, str]) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    """Give millimetres of a step along each axis, and of the origin: by the units of the space, or else of the axes."""
+def _nrrd_units(path: Path, fields: dict[str, str]) -> tuple[float, float, float]:
+    """Give millimetres of a step along each axis: by the units of the space, or else of the axes."""
     in_space = re.findall(r'"([^"]*)"', fields.get("space units", ""))[:3]  # a fourth one is of times
     if in_space:
         sizes = {_millimetres(path, "space units", each) for each in in_space}
@@ -311,15 +308,15 @@ def _nrrd_units(path: Path, fields: dict[str, str]) -> tuple[tuple[float, float,
                 f"{path} has the space units {fields['space units']}: they must be the same along all axes"
             )
         (size,) = sizes
-        return (size,) * 3, (size,) * 3
+        return (size,) * 3
     units = re.findall(r'"([^"]*)"', fields.get("units", ""))
     kinds = fields.get("kinds", "").split() or ["domain"] * len(units)
     if "space directions" in fields or len(units) != len(kinds):
-        return (1.0, 1.0, 1.0), (1.0, 1.0, 1.0)
+        return 1.0, 1.0, 1.0
     # ITK takes axes of channels out, wherever they are; what follows the first three is of times.
     own = [unit for unit, kind in zip(units, kinds, strict=True) if kind in ("domain", "space", "???", "none")][:3]
     i, j, k = (*(_millimetres(path, "units", unit) for unit in own), 1.0, 1.0, 1.0)[:3]
-    return (i, j, k), (i, j, k)
+    return i, j, k
 
 
 def _nrrd_fields(file: IO[bytes]) -> tuple[dict[str, str], list[str] | None]:

@@ -22,6 +22,10 @@ from .whole_volumes import storable
 __all__ = ["as_target", "discard_dead", "save_volume", "store_at", "would_lose"]
 
 
+# So many folders up it is looked whether a target lies in a store.
+NEAR = 4
+
+
 def store_at(target: Path, overwrite: bool) -> VolumeStore:
     """Give the store that writes a target; see `as_target`."""
     import_for(target)
@@ -60,7 +64,7 @@ def as_target(path: Any) -> Path:
     if is_folder and is_zarr(target.parent.parent) and target.parent.name == "labels":
         with saving(target):
             target.parent.mkdir(exist_ok=True)
-    store = next((parent for parent in target.parents if is_zarr(parent)), None)
+    store = next((parent for parent in list(target.parents)[:NEAR] if is_zarr(parent)), None)
     if store is not None and not (is_folder and target.parent.name == "labels"):
         raise SaveError(f"{target} lies in {store}, which is of Zarr: give another name, or {store}/labels/NAME for labels of it")
     if not target.parent.is_dir():

@@ -169,6 +169,7 @@ class Image(ImageEntries, Exchange, Copies, Views):
         """
         if self._data is None:
             source = self._opened.source
+            self._opened.note(source.paths)
             with torch.inference_mode(False):  # what is kept must be good for training, too
                 self._keep(read_checked(source, Box.of_shape(source.shape[1:])), True)
             self._opened.close()

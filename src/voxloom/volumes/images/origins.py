@@ -1,7 +1,8 @@
 """Where the voxels of an image come from: files, or a source that was given in place of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ...io.arrays.composed import CustomFile, StackedSource
@@ -15,7 +16,22 @@ __all__ = ["CustomReader", "FileOrigin", "GivenOrigin", "Origin"]
 CustomReader = Callable[[Path], tuple[Any, Any]]
 
 
-class FileOrigin:
+class _Noted:
+    """Notes of which files the data in memory are."""
+
+    _noted: Mapping[Path, tuple[int, ...] | None] = MappingProxyType({})
+
+    def note(self, paths: Sequence[Path]) -> None:
+        """Note the files that are about to be loaded."""
+        self._noted = _states_anywhere(paths)
+
+    @property
+    def has_changed(self) -> bool:
+        """Whether the files are others than those that were loaded."""
+        return _states_anywhere(tuple(self._noted)) != self._noted
+
+
+class FileOrigin(_Noted):
     """One file, or several that become channels: opened when they are needed, and again after they were closed.
 
     Args:
@@ -30,8 +46,6 @@ class FileOrigin:
         self._is_placed = is_placed
         self._spec: VolumeSpec | None = None
         self._source: VolumeSource | None = None
-        self._files: tuple[Path, ...] = ()
-        self._states: list[tuple[int, ...] | None] = []
         if reader is None:
             for path in paths:
                 import_for(path)
@@ -52,13 +66,7 @@ class FileOrigin:
             if self._spec is not None and (spec.shape, spec.dtype) != (self._spec.shape, self._spec.dtype):
                 raise changed(", ".join(names))
             self._source, self._spec = source, spec
-            self._files, self._states = source.paths, _states_anywhere(source.paths)
         return self._source
-
-    @property
-    def has_changed(self) -> bool:
-        """Whether the files are others than when they were opened last."""
-        return _states_anywhere(self._files) != self._states
 
     @property
     def spec(self) -> VolumeSpec:
@@ -92,13 +100,12 @@ class FileOrigin:
         return self.__dict__ | {"_source": None}  # another process opens the files anew
 
 
-class GivenOrigin:
+class GivenOrigin(_Noted):
     """A source that was given."""
 
     def __init__(self, source: VolumeSource) -> None:
         self.source = source
         self.paths = source.paths
-        self._states = _states_anywhere(source.paths)
         self.spec = VolumeSpec(source.shape, source.dtype, source.affine, source.codes)
 
     @property
@@ -111,11 +118,6 @@ class GivenOrigin:
         assert isinstance(self.source, Packed)
         return GivenOrigin(self.source.unpacked(folder))
 
-    @property
-    def has_changed(self) -> bool:
-        """See `FileOrigin`."""
-        return _states_anywhere(self.paths) != self._states
-
     def prepare(self) -> None:
         """Let the source load what can only be read whole, if it keeps that."""
         prepare = getattr(self.source, "prepare", None)
@@ -126,9 +128,10 @@ class GivenOrigin:
         """It is the giver's."""
 
 
-def _states_anywhere(paths: tuple[Path, ...]) -> list[tuple[int, ...] | None]:
+def _states_anywhere(paths: Sequence[Path]) -> dict[Path, tuple[int, ...] | None]:
     """Give the states of files as they are on any machine: copies with the same times are the same."""
-    return [state if state is None else state[1:] or state for state in states_of(paths)]
+    states = [state if state is None else state[1:] or state for state in states_of(paths)]
+    return dict(zip(paths, states, strict=True))
 
 
 Origin = FileOrigin | GivenOrigin
