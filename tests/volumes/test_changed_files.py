@@ -56,7 +56,7 @@ def test_what_is_in_memory_is_not_taken_for_a_file_that_came_later(tmp_path, end
     place = write(tmp_path / f"x{ending}", 1)
     image = vx.ScalarImage(place)
     image.load()
-    before = image.fingerprint()
+    before = vx.ScalarImage(place).fingerprint()
     write(tmp_path / f"y{ending}", 2)
     (tmp_path / f"x{ending}").rename(tmp_path / f"old{ending}")
     (tmp_path / f"y{ending}").rename(tmp_path / f"x{ending}")
