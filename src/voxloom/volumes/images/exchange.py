@@ -45,7 +45,9 @@ class Exchange(PlacedVolume):
             raise ImageError(f"NumPy has no type for data of {self.dtype}: convert them, with image.data.float()") from error
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.array(self.numpy(), dtype=dtype, copy=copy)
+        values = self.numpy()
+        # NumPy 1 knows no None.
+        return np.asarray(values, dtype=dtype) if copy is None else np.array(values, dtype=dtype, copy=copy)
 
     def plot(
         self,
