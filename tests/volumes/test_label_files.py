@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 import sys
 
 import numpy as np
@@ -143,12 +144,60 @@ class Bands(torch.nn.Module):
         return torch.cat([0.3 - batch, 0.1 - (batch - 0.5).abs(), batch - 0.7], 1)
 
 
-def test_the_command_writes_both(tmp_path, run):
+def make_case(first="middle", second="top"):
     program = torch.export.export(Bands(), (torch.rand(1, 1, 8, 8, 8),))
     torch.export.save(program, "model.pt2")
-    labels = [{"value": 1, "name": "middle"}, {"value": 2, "name": "top", "color": [255, 0, 0]}]
-    (tmp_path / "spec.json").write_text(json.dumps({"voxloom_spec": 1, "reduce": "argmax", "labels": labels}))
     vx.ScalarImage(torch.rand(1, 12, 10, 9)).save("scan.nii.gz")
+    write_spec(first, second)
+
+
+def write_spec(first, second):
+    labels = [{"value": 1, "name": first}, {"value": 2, "name": second, "color": [255, 0, 0]}]
+    Path("spec.json").write_text(json.dumps({"voxloom_spec": 1, "reduce": "argmax", "labels": labels}))
+
+
+def test_files_of_labels_follow_their_names(tmp_path, run):
+    make_case("liver", "spleen")
+    run(*PREDICT, "--per-label")
+    write_spec("spleen", "liver")
+    assert "labels" in run(*PREDICT, "--per-label", code=1)
+    run(*PREDICT, "--per-label", "--overwrite")
+    whole = vx.LabelMap("out/scan_dseg.nii.gz").data
+    for value, name in ((1, "spleen"), (2, "liver")):
+        assert torch.equal(vx.LabelMap(f"out/scan_dseg_labels/{name}.nii.gz").data, (whole == value).to(torch.uint8))
+
+
+def test_files_of_labels_that_were_changed_by_hand_are_kept(tmp_path, run):
+    make_case()
+    run(*PREDICT, "--per-label")
+    vx.LabelMap(torch.zeros(1, 12, 10, 9, dtype=torch.uint8)).save("out/scan_dseg_labels/top.nii.gz")
+    run(*PREDICT, "--per-label")
+    for name in ("scan_dseg.nii.gz", "scan_dseg.json"):
+        (tmp_path / "out" / name).unlink()
+    assert "or was changed since" in run(*PREDICT, "--per-label", "--mode", "crop", code=1)
+    assert not (tmp_path / "out/scan_dseg.nii.gz").exists()
+    assert int(vx.LabelMap("out/scan_dseg_labels/top.nii.gz").data.sum()) == 0
+    run(*PREDICT, "--per-label", "--mode", "crop", "--overwrite")
+    assert int(vx.LabelMap("out/scan_dseg_labels/top.nii.gz").data.sum()) > 0
+
+
+def test_a_file_of_a_label_that_is_missing_is_made_anew(tmp_path, run):
+    make_case()
+    run(*PREDICT, "--per-label")
+    (tmp_path / "out/scan_dseg_labels/top.nii.gz").unlink()
+    assert "or was changed since" in run(*PREDICT, "--per-label", code=1)
+    run(*PREDICT, "--per-label", "--overwrite")
+    assert (tmp_path / "out/scan_dseg_labels/top.nii.gz").exists()
+
+
+def test_a_number_has_one_name(tmp_path):
+    data = torch.ones(1, 4, 4, 4, dtype=torch.uint8)
+    with pytest.raises(vx.errors.ModeError, match="two names for 1, 'liver' and 'organ'"):
+        vx.split_labels(vx.LabelMap(data), tmp_path / "parts", labels={"liver": 1, "organ": 1})
+
+
+def test_the_command_writes_both(tmp_path, run):
+    make_case()
     run(*PREDICT, "--per-label", "--label-table")
     whole = vx.LabelMap("out/scan_dseg.nii.gz").data
     for value, name in ((1, "middle"), (2, "top")):

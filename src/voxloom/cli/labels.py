@@ -6,12 +6,12 @@ from pathlib import Path
 from ..errors import SaveError
 from ..io.labels import Label
 from ..volumes.images.image import LabelMap
-from ..volumes.label_files import PER_LABEL, is_split_of, label_table, split_labels, write_label_table
+from ..volumes.label_files import PER_LABEL, is_split_of, is_untouched, label_table, split_labels, write_label_table
 from .cases import as_ending, beside
 from .options import CaseOptions
 from .reporting import Report
 
-__all__ = ["split", "write_labels"]
+__all__ = ["check_labels", "split", "write_labels"]
 
 
 def split(image: Path, output: Path, ending: str, overwrite: bool, report: Report) -> None:
@@ -20,6 +20,19 @@ def split(image: Path, output: Path, ending: str, overwrite: bool, report: Repor
     made = split_labels(LabelMap(image), output, ending=as_ending(ending, PER_LABEL), overwrite=overwrite, progress=progress)
     report.done(f"{image}: {len(made)} labels in {output}", {"file": str(image), "target": str(output), "labels": list(made)})
     report.end()
+
+
+def check_labels(target: Path, wanted: CaseOptions, labels: Sequence[Label], overwrite: bool) -> None:
+    """Check, before anything is computed, that nothing would be replaced that is not stale.
+
+    Raises:
+        SaveError: says what would.
+    """
+    table, folder = beside(target, ".tsv"), beside(target, "_labels")
+    if wanted.label_table:
+        _check_table(table, labels, overwrite)
+    if wanted.per_label and folder.exists() and not (overwrite or target.exists() or is_untouched(folder)):
+        raise SaveError(f"{folder} holds what was not made here, or was changed since: move it away, or give --overwrite")
 
 
 def write_labels(target: Path, wanted: CaseOptions, labels: Sequence[Label], is_new: bool, overwrite: bool) -> list[Path]:
@@ -35,16 +48,25 @@ def write_labels(target: Path, wanted: CaseOptions, labels: Sequence[Label], is_
     made = []
     if wanted.label_table:
         path = beside(target, ".tsv")
-        if path.exists() and path.read_bytes() != label_table(labels).encode() and not overwrite:
-            raise SaveError(f"{path} exists, and is another table: remove it, or give --overwrite")
+        _check_table(path, labels, overwrite)
         write_label_table(labels, path)
         made.append(path)
     if wanted.per_label:
         folder = beside(target, "_labels")
-        if not is_split_of(folder, target):
+        is_kept = is_split_of(folder, target) and (not overwrite or is_untouched(folder))
+        if not is_kept:
             ending = next((each for each in PER_LABEL if target.name.endswith(each)), ".nii.gz")
-            if folder.exists() and not (is_new or overwrite):
-                raise SaveError(f"{folder} was made of another label map than {target.name}: remove it, or give --overwrite")
-            split_labels(LabelMap(target), folder, ending=ending, overwrite=is_new or overwrite)
+            may_replace = overwrite or (is_new and is_untouched(folder))
+            if folder.exists() and not may_replace:
+                raise SaveError(
+                    f"{folder} was made of another label map than {target.name}, or was changed since: move it away, or give"
+                    " --overwrite"
+                )
+            split_labels(LabelMap(target), folder, ending=ending, overwrite=may_replace)
         made.append(folder)
     return made
+
+
+def _check_table(path: Path, labels: Sequence[Label], overwrite: bool) -> None:
+    if path.exists() and path.read_bytes() != label_table(labels).encode() and not overwrite:
+        raise SaveError(f"{path} exists, and is another table: remove it, or give --overwrite")

@@ -23,7 +23,7 @@ from ..volumes.images.image import LabelMap, ScalarImage
 from ..volumes.subject import Subject
 from .applied import predictor_of
 from .cases import TARGETS, Case, Results, as_ending, beside, cases_of, cases_of_table, make_folder_of
-from .labels import write_labels
+from .labels import check_labels, write_labels
 from .options import CaseOptions, ModelOptions, PartsOptions
 from .others import cases_of_other, names_channels
 from .parts import compute_share, launcher
@@ -138,6 +138,8 @@ class Predictions:
         """Predict all of them, and say in the end how many failed, also by the exit code."""
         if self.with_pages:
             self._check_pages()
+        for case in self.cases:
+            check_labels(case.target, self.wanted, self.predictor.spec.labels, self.overwrite)
         for number, case in enumerate(self.cases):
             with self._reporting(case.name):
                 if self.executor is not None and len(self.cases) > 1 and number % TOGETHER == 0:

@@ -32,7 +32,7 @@ def as_labels(given: Any) -> list[Label]:
     """Give labels, which may be given as names and numbers.
 
     Raises:
-        ModeError: if something else is given.
+        ModeError: if something else is given, or two names for one number.
 
     Example:
         >>> as_labels({"liver": 5})
@@ -45,6 +45,11 @@ def as_labels(given: Any) -> list[Label]:
             raise ModeError(
                 f"labels has {label!r}: give names and whole numbers, such as {{'liver': 5}}, or vx.Label(5, 'liver')"
             )
+    names: dict[int, str] = {}
+    for label in labels:
+        other = names.setdefault(int(label.value), label.name)
+        if other != label.name:
+            raise ModeError(f"labels has two names for {label.value}, {other!r} and {label.name!r}: give each number one name")
     return labels
 
 

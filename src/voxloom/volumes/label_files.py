@@ -8,7 +8,7 @@ import math
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from .images.image import LabelMap
 from .libraries import as_image
 from .views.spatial import View
 
-__all__ = ["PER_LABEL", "is_split_of", "known_labels", "label_table", "split_labels", "write_label_table"]
+__all__ = ["PER_LABEL", "is_split_of", "is_untouched", "known_labels", "label_table", "split_labels", "write_label_table"]
 
 TABLE = "labels.tsv"
 RECORD = "labels.json"
@@ -102,7 +102,7 @@ def split_labels(
         The images as they were written, by name.
 
     Raises:
-        ModeError: if the image is no label map of one channel, or two labels would be one file.
+        ModeError: if the image is no label map of one channel, two labels would be one file, or one number has two names.
         SaveError: if the folder exists, or cannot be written.
 
     Example:
@@ -148,7 +148,7 @@ def split_labels(
                     convert(OneLabelSource(source, label.value), part / f"{name}{ending}", labels=True)
                     show(1)
         write_label_table(list(named.values()), part / TABLE)
-        (part / RECORD).write_text(_record_of(given.paths, [path.name for path in part.iterdir()]))
+        (part / RECORD).write_text(_record_of(given.paths, told, sorted(part.iterdir())))
         if folder.exists() and not (overwrite and _is_split(folder)):
             raise appeared(folder, "let only one at a time write there" if overwrite else f"give {OVERWRITE}")
         replace_folder(part, folder, old)
@@ -172,10 +172,22 @@ def known_labels(path: Path) -> list[Label]:
 
 
 def is_split_of(folder: Path, path: Path) -> bool:
-    """Whether a folder holds the labels of a label map as it is now."""
+    """Whether a folder holds a file for each label of a label map as it is now, by the names that its sidecar says."""
+    record = _record_in(folder)
     try:
-        return json.loads((folder / RECORD).read_text())["of"] == written(path, path)
-    except (OSError, ValueError, LookupError, TypeError):
+        told = [asdict(label) for label in known_labels(path)]
+        is_whole = all((folder / name).exists() for name in record["files"])
+        return is_whole and record["labels"] == json.loads(json.dumps(told)) and record["of"] == written(path, path)
+    except (OSError, LookupError, TypeError):
+        return False
+
+
+def is_untouched(folder: Path) -> bool:
+    """Whether a folder holds what `split_labels` wrote, and nothing else."""
+    try:
+        files = _record_in(folder)["files"]
+        return _is_split(folder) and all(files[name] == written(folder / name, folder / name) for name in files)
+    except (OSError, LookupError, TypeError):
         return False
 
 
@@ -246,15 +258,22 @@ def _named(labels: Sequence[Label]) -> dict[str, Label]:
     return named
 
 
-def _record_of(paths: Sequence[Path], files: Sequence[str]) -> str:
+def _record_of(paths: Sequence[Path], told: Sequence[Label], files: Sequence[Path]) -> str:
     of = written(paths[0], paths[0]) if len(paths) == 1 else None
-    return json.dumps({"of": of, "files": sorted(files)}, indent=2) + "\n"
+    record = {"of": of, "labels": [asdict(label) for label in told], "files": {path.name: written(path, path) for path in files}}
+    return json.dumps(record, indent=2) + "\n"
+
+
+def _record_in(folder: Path) -> Json:
+    try:
+        return json.loads((folder / RECORD).read_text())
+    except (OSError, ValueError):
+        return {}
 
 
 def _is_split(folder: Path) -> bool:
     """Whether `split_labels` made a folder, and nothing else is in it."""
     try:
-        files = json.loads((folder / RECORD).read_text())["files"]
-        return {path.name for path in folder.iterdir()} <= {RECORD, *files}
-    except (OSError, ValueError, LookupError, TypeError):
+        return {path.name for path in folder.iterdir()} <= {RECORD, *_record_in(folder)["files"]}
+    except (OSError, LookupError, TypeError):
         return False
