@@ -118,6 +118,76 @@ def test_code_that_is_changed_is_seen_wherever_it_is(tmp_path, monkeypatch, make
     assert len([path for path in (tmp_path / "cache").iterdir() if not path.name.startswith(".")]) == 2
 
 
+class Adding(torch.nn.Module):
+    more = 0.0
+
+    def __init__(self, by):
+        super().__init__()
+        self._by = by
+
+    def forward(self, subject):
+        return plus(subject, self._by + self.more)
+
+
+class AddingDataset(vx.SubjectsDataset):
+    def __init__(self, subjects, by):
+        super().__init__(subjects)
+        self._added = by
+
+    def __getitem__(self, index):
+        return plus(super().__getitem__(index), self._added)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda subjects, by: vx.SubjectsDataset(subjects, Adding(by)),
+        lambda subjects, by: vx.SubjectsDataset(subjects, Adding(by).forward),
+        lambda subjects, by: vx.SubjectsDataset(subjects, vx.Compose([Adding(by)])),
+        AddingDataset,
+    ],
+)
+def test_what_a_transform_holds_counts_under_any_name(tmp_path, make):
+    for by in (1, 2):
+        assert cached(make([vx.Subject(t1=scan())], by), tmp_path) == [by]
+
+
+NUMBER = 0.0
+
+
+def adding_number(subject):
+    return plus(subject, NUMBER)
+
+
+def test_what_a_function_finds_beside_it_counts_as_it_is_now(tmp_path, monkeypatch):
+    dataset = vx.SubjectsDataset([vx.Subject(t1=scan())], adding_number)
+    for number in (1.0, 2.0):
+        monkeypatch.setattr(sys.modules[__name__], "NUMBER", number)
+        assert cached(dataset, tmp_path) == [number]
+
+
+def test_a_value_of_a_class_counts_as_it_is_now(tmp_path, monkeypatch):
+    dataset = vx.SubjectsDataset([vx.Subject(t1=scan())], Adding(1))
+    for number in (1.0, 2.0):
+        monkeypatch.setattr(Adding, "more", number)
+        assert cached(dataset, tmp_path) == [1 + number]
+
+
+def test_the_file_of_what_was_imported_counts(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    for number in (1, 2):
+        (tmp_path / "helping.py").write_text(f"def add(subject):\n    subject.t1.set_data(subject.t1.data + {number})\n    return subject\n")
+        (tmp_path / "using.py").write_text("import helping\n\n\ndef use(subject):\n    return helping.add(subject)\n")
+        for name in ("helping", "using"):
+            sys.modules.pop(name, None)
+        importlib.invalidate_caches()
+        shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
+        using = importlib.import_module("using")
+        assert cached(vx.SubjectsDataset([vx.Subject(t1=scan())], using.use), tmp_path) == [number]
+    for name in ("helping", "using"):
+        sys.modules.pop(name, None)
+
+
 def test_two_functions_of_one_line_are_two(tmp_path):
     for number, function in {1: lambda subject: plus(subject, 1), 2: lambda subject: plus(subject, 2)}.items():
         assert cached(vx.SubjectsDataset([vx.Subject(t1=scan())], function), tmp_path) == [number]

@@ -4,14 +4,25 @@ import contextlib
 import functools
 import inspect
 import re
+import sys
+import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 from .files import hash_of_path
 
-__all__ = ["fingerprint_of_file", "name_in_code", "parts_of_class", "source_of", "used_beside", "without_addresses"]
+__all__ = [
+    "fingerprint_of_file",
+    "is_of_library",
+    "is_plain",
+    "name_in_code",
+    "parts_of_class",
+    "source_of",
+    "used_beside",
+    "without_addresses",
+]
 
 
 def fingerprint_of_file(thing: Any) -> str | None:
@@ -73,17 +84,39 @@ def _described(part: Any) -> Any:
 
 
 def used_beside(function: FunctionType) -> dict[str, Any]:
-    """Give what a function uses of what is defined beside it, as in a notebook: functions, classes and plain values."""
+    """Give what a function uses of what its module holds: plain values, and functions, classes and modules of the user's."""
     found, codes = {}, [function.__code__]
     while codes:
         code = codes.pop()
         codes += [each for each in code.co_consts if isinstance(each, CodeType)]
         for name in code.co_names:
             value = function.__globals__.get(name)
-            is_own = isinstance(value, FunctionType | type) and value.__module__ == function.__module__
-            if is_own or isinstance(value, bool | int | float | str | tuple | functools.partial):
+            is_own = isinstance(value, FunctionType | type | ModuleType) and not is_of_library(value)
+            if is_own or is_plain(value) or isinstance(value, functools.partial):
                 found[name] = value
     return dict(sorted(found.items()))
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value is a number, a text, or a tuple."""
+    return isinstance(value, bool | int | float | str | tuple)
+
+
+def is_of_library(thing: Any) -> bool:
+    """Whether a function, a class or a module comes with Python, or was installed: it is known by its file, if at all."""
+    module = thing if isinstance(thing, ModuleType) else sys.modules.get(thing.__module__)
+    path = getattr(module, "__file__", None)
+    if path is None:
+        return module is not None and module.__name__ in sys.builtin_module_names
+    place = Path(path)
+    is_installed = not {"site-packages", "dist-packages"}.isdisjoint(place.parts)
+    return is_installed or any(place.is_relative_to(folder) for folder in _library_folders())
+
+
+@functools.cache
+def _library_folders() -> list[str]:
+    own = str(Path(__file__).parents[1])
+    return [sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), own]
 
 
 def without_addresses(text: str) -> str:

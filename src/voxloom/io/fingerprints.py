@@ -23,8 +23,20 @@ import torch
 from torch import Tensor, nn
 
 from .arrays.memory import hash_of, raw_bytes
-from .code import fingerprint_of_file, name_in_code, parts_of_class, source_of, used_beside, without_addresses
+from .code import (
+    fingerprint_of_file,
+    is_of_library,
+    is_plain,
+    name_in_code,
+    parts_of_class,
+    source_of,
+    used_beside,
+    without_addresses,
+)
 from .protocols import Json
+
+# Attributes that each module has: weights and parts are told otherwise, and hooks are of PyTorch.
+OF_MODULES = {*vars(nn.Module()), "_is_full_backward_hook"}
 
 __all__ = ["differences", "fingerprint_of_model", "fingerprint_of_option", "state_of_model"]
 
@@ -136,7 +148,8 @@ class _Teller:
         if _is_array(value):
             return _hash_of_array(value)
         if isinstance(value, nn.Module):
-            return fingerprint_of_model(value)
+            told = fingerprint_of_model(value)
+            return [told, self._settings_of_parts(value)] if self._with_files else told
         if isinstance(value, Mapping):
             items = {key if isinstance(key, str) else f"key {json.dumps(self.tell(key))}": self.tell(value[key]) for key in value}
             return items if type(value) is dict else [self.tell(type(value)), items]
@@ -148,7 +161,8 @@ class _Teller:
         if isinstance(value, functools.partial):
             return [self.tell(part) for part in (value.func, value.args, value.keywords)]
         if isinstance(value, ModuleType):
-            return f"module {value.__name__}"
+            file = fingerprint_of_file(value) if self._with_files and not is_of_library(value) else ""
+            return f"module {value.__name__} {file}".rstrip()
         if inspect.ismethod(value):
             return [self.tell(value.__self__), value.__qualname__]
         if inspect.isfunction(value):
@@ -167,9 +181,19 @@ class _Teller:
                 used.append(cell.cell_contents)
         told = [source_of(function), self._state_of([used, function.__defaults__, function.__kwdefaults__])]
         if self._with_files:
-            file = fingerprint_of_file(function)
-            told.append(json.dumps(self.tell(used_beside(function))) if file is None else file)
+            told.append(json.dumps([fingerprint_of_file(function), self._used_by(function)], sort_keys=True))
         return hash_of(told)
+
+    def _used_by(self, function: FunctionType) -> Json:
+        return {} if is_of_library(function) else self.tell(used_beside(function))
+
+    def _settings_of_parts(self, module: nn.Module) -> Json:
+        """Say what a module that makes subjects holds beside weights: unlike a model it may hold it under any name."""
+        found = []
+        for where, part in module.named_modules():
+            own = {name: value for name, value in vars(part).items() if name not in OF_MODULES}
+            found.append([where, self.tell(own), self.tell(type(part))])
+        return found
 
     def _of_class(self, kind: type) -> str:
         """Know a class by the source files of it and of those that it is made from; one without a file, by its parts."""
@@ -178,7 +202,15 @@ class _Teller:
             file = fingerprint_of_file(each)
             parts = [(name, self.tell(part)) for name, part in parts_of_class(each)] if _is_own(each, file) else None
             told.append(file or json.dumps([name_in_code(each), parts], sort_keys=True))
+            if file is not None and self._with_files and not is_of_library(each):
+                told.append(json.dumps([(name, self._of_part(part)) for name, part in parts_of_class(each)], sort_keys=True))
         return hash_of(told)
+
+    def _of_part(self, part: Any) -> Json:
+        """Say of a part of a class what is not in its file: a value as it is now, and what a function uses."""
+        if isinstance(part, FunctionType):
+            return self._used_by(part)
+        return self.tell(part) if is_plain(part) or isinstance(part, list | dict) else None
 
     def _state_of(self, value: Any) -> bytes:
         """Give what an object holds: as it is pickled; or, where it cannot be, by the fingerprints of its parts."""

@@ -2,10 +2,10 @@
 
 import contextlib
 import copy
-import inspect
 import itertools
 import json
 import os
+import random
 import re
 import shutil
 import time
@@ -41,6 +41,9 @@ from .loading import SubjectsDataset
 from .subject import Subject
 
 __all__ = ["SubjectsCache"]
+
+# What a data set draws from is no part of what it makes.
+OF_CHANCE = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
 
 # The form of entries: others are made anew.
 VERSION = 2
@@ -281,9 +284,12 @@ def _made_by(leaf: Any) -> Json:
     getter = type(leaf).__getitem__
     if getter is SubjectsDataset.__getitem__ or getter.__module__.partition(".")[0] in LIBRARIES:
         return told
-    # It has its own way to make them, which is a matter of its code, and of what it was made with.
-    names = [name for name in inspect.signature(type(leaf).__init__).parameters if name not in TRANSFORMS]
-    settings = {name: vars(leaf)[name] for name in names if name in vars(leaf) and not _holds_subjects(vars(leaf)[name])}
+    # It has its own way to make them, which is a matter of its code, and of what it holds.
+    settings = {
+        name: value
+        for name, value in vars(leaf).items()
+        if name.lstrip("_") not in TRANSFORMS and not isinstance(value, OF_CHANCE) and not _holds_subjects(value)
+    }
     within = [_made_by(part) for part in _within(leaf)]
     return [told, fingerprint_of_option([type(leaf), settings], with_files=True), within]
 
