@@ -155,7 +155,8 @@ def test_open_sums_of_outputs_of_several_sizes_are_added(tmp_path):
     scale = {"same": 1, "half": 0.5}
     plan = vx.plan(model, torch.zeros(1, 48, 40, 32), 16, output_scale=scale)
     (most,) = {line.get_ydata()[0] for line in plan.plot().axes[0].lines if line.get_linestyle() == "--"}
-    assert most == pytest.approx(plan.traversal.open_voxels(plan.traversal.whole) * (4 + 16 * 4 / 8) / 2**20)
+    joining = plan.joining(plan.traversal.whole)
+    assert most == pytest.approx(joining.applied(plan.traversal).open_voxels(joining.block) * (4 + 16 * 4 / 8) / 2**20)
 
 
 def test_nothing_prints_an_address():

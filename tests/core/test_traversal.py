@@ -1,6 +1,8 @@
 """Traversals: every voxel is finished once, as soon as the last patch over it has been added, and little is open."""
 
 import itertools
+import math
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from slow import slow
 from voxloom.aggregation.streaming import StreamingAccumulator
 from voxloom.aggregation.weights import PatchWeights
 from voxloom.core.grid.grids import AxisGrid, PatchGrid
+from voxloom.core.grid.joining import Joining
 from voxloom.core.grid.openness import Openness
 from voxloom.core.grid.traversal import AxisTraversal, Traversal
 from voxloom.core.grid.windows import resolve_window
@@ -27,6 +30,15 @@ def traversals(draw):
     grid = PatchGrid.cover(shape, patch, overlap, padded=padded)
     axes, joined = draw(st.permutations(range(3)).map(tuple)), draw(st.tuples(st.booleans(), st.booleans()))
     return Traversal.of(grid, draw(st.booleans()), axes, joined)
+
+
+@st.composite
+def joinings(draw):
+    traversal = draw(traversals())
+    parts = [draw(st.integers(1, len(numbers))) for numbers in (traversal.whole.middle, traversal.whole.inner)]
+    block = draw(st.sampled_from(traversal.split(*parts)))
+    with mock.patch("voxloom.core.grid.joining.LEAST_PART", draw(st.sampled_from([1 / 64, 1 / 8, 1 / 2, 1]))):
+        return traversal, block, Joining.of(traversal, block)
 
 
 def patches_of(traversal, outer, block, needed=None):
@@ -78,10 +90,35 @@ def test_blocks_share_the_volume_out(traversal, data):
     assert (covered == 1).all()
 
 
-@given(traversals(), st.data())
-def test_the_sum_of_all_patches_comes_out_and_never_is_more_open_than_was_said(traversal, data):
-    parts = [data.draw(st.integers(1, len(numbers))) for numbers in (traversal.whole.middle, traversal.whole.inner)]
-    block = data.draw(st.sampled_from(traversal.split(*parts)))
+def check_joining(traversal, block, joining):
+    joined = joining.applied(traversal)
+    assert joined.block_box(joining.block) == traversal.block_box(block)
+    for outer in range(traversal.num_outer):
+        steps = list(joining.steps(traversal, outer))
+        assert [step for step, _ in steps] == list(joined.steps(outer, joining.block))
+        assert [part for _, parts in steps for part in parts] == list(traversal.steps(outer, block))
+        for step, parts in steps:
+            gathered = [numbers for part in parts for numbers in traversal.patches(part, block)]
+            assert sorted(gathered) == sorted(joined.patches(step, joining.block))
+
+
+@given(joinings())
+def test_steps_that_are_joined_gather_the_same_patches_in_the_same_order(found):
+    check_joining(*found)
+
+
+@pytest.mark.parametrize("part", [1 / 64, 1 / 8, 1])
+def test_steps_of_blocks_that_others_reach_into_are_joined_in_the_same_order(part, monkeypatch):
+    monkeypatch.setattr("voxloom.core.grid.joining.LEAST_PART", part)
+    traversal = Traversal.of(PatchGrid.cover((12, 14, 16), 4, 2), False, (0, 1, 2))
+    for block in traversal.split(2, 2):
+        check_joining(traversal, block, Joining.of(traversal, block))
+
+
+@given(joinings())
+def test_the_sum_of_all_patches_comes_out_and_never_is_more_open_than_was_said(found):
+    unjoined, part, joining = found
+    traversal, block = joining.applied(unjoined), joining.block
     window = None if traversal.is_cropped else resolve_window("hann")
     cpu = torch.device("cpu")
     weights = window and PatchWeights(traversal.grid, window, torch.float32, cpu)
@@ -98,8 +135,8 @@ def test_the_sum_of_all_patches_comes_out_and_never_is_more_open_than_was_said(t
             result[(slice(None), *finished.box.slices)] = finished.values
 
     for outer in range(traversal.num_outer):
-        for step in traversal.steps(outer, block):
-            for numbers in traversal.patches(step, block):
+        for step, steps in joining.steps(unjoined, outer):
+            for numbers in itertools.chain.from_iterable(unjoined.patches(each, part) for each in steps):
                 before = accumulator.num_bytes
                 will_open = accumulator.bytes_to_open(numbers)
                 accumulator.add(patch, numbers)
@@ -137,6 +174,23 @@ def test_open_voxels_are_not_overstated(shape, patch, overlap, joined):
                     pass
         assert max(opened) == traversal.open_voxels(block)
         assert opened == Openness(traversal, block).voxels.tolist()
+
+
+@pytest.mark.parametrize(("shape", "patch", "overlap"), [((96, 96, 96), 16, 8), ((128, 128, 128), 32, 8), ((500, 400, 40), 8, 4)])
+def test_small_patches_are_added_to_few_tiles(shape, patch, overlap):
+    traversal = Traversal.smallest(PatchGrid.cover(shape, patch, overlap), is_cropped=False)
+    joining = Joining.of(traversal, traversal.whole)
+    joined = joining.applied(traversal)
+    _, middle, inner = (max(map(len, map(part.adds_to, range(len(part.grid))))) for part in joined.parts)
+    assert middle <= 2
+    assert inner <= 2
+    most = math.prod(shape) // 16
+    assert joined.open_voxels(joining.block) <= traversal.open_voxels(traversal.whole) + most
+
+
+def test_steps_of_large_patches_are_not_joined():
+    traversal = Traversal.smallest(PatchGrid.cover((512, 512, 512), 96, 48), is_cropped=False)
+    assert Joining.of(traversal, traversal.whole).applied(traversal) is traversal
 
 
 def test_the_last_two_groups_are_joined_where_that_keeps_less_open():

@@ -108,7 +108,7 @@ def test_the_same_bits_where_a_mask_leaves_out_patches_beside_those_that_are_the
     mask = torch.zeros(64, 64, 64, dtype=torch.bool)
     mask[:20, :20, :20] = mask[40:, 44:, 50:] = True
     arguments, options = (lambda batch: batch.repeat(1, 48, 1, 1, 1), data, 16), {"mask": mask}
-    limit = vx.plan(*arguments, **options).peak_bytes - 2**21
+    limit = least_memory(arguments, options)
     with pytest.warns(RuntimeWarning, match="blocks"):
         split = vx.predict(*arguments, **options, memory_limit=limit)
     assert torch.equal(split.data, vx.predict(*arguments, **options).data)
@@ -787,7 +787,8 @@ def test_what_waits_to_be_written_counts_as_memory(sums):
     arguments = (lambda batch: batch.repeat(1, 5, 1, 1, 1), torch.rand(1, 30, 30, 30), 12, 6)
     vx.predict(*arguments, reduce="argmax", output=SlowSink())
     plan = vx.plan(*arguments, reduce="argmax")
-    assert max(sums) == plan.traversal.open_voxels(plan.traversal.whole) * 5 * 4
+    joining = plan.joining(plan.traversal.whole)
+    assert max(sums) == joining.applied(plan.traversal).open_voxels(joining.block) * 5 * 4
 
 
 def test_what_is_finished_before_the_first_patch_of_a_mask_is_not_open(sums):

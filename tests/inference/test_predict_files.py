@@ -838,7 +838,8 @@ def test_a_disk_that_is_full_in_the_middle_keeps_what_is_finished(scan, tmp_path
 
 def test_a_slab_is_not_recorded_whose_last_block_could_not_be_written(scan, tmp_path, monkeypatch):
     target, model, writes = tmp_path / "out.nii", Fragile(), []
-    outer, middle, inner = vx.plan(model, scan, 10, 4).traversal.parts
+    plan = vx.plan(model, scan, 10, 4)
+    outer, middle, inner = plan.joining(plan.blocks[0]).applied(plan.traversal).parts
     of_slab = [len(outer.finished_with(group)) * len(middle.intervals) * len(inner.intervals) for group in range(2)]
     write = NiftiWriter.write
 

@@ -183,7 +183,9 @@ class StreamingAccumulator:
         axes = self._traversal.grid.axes
         starts = tuple(axis[number] for axis, number in zip(axes, numbers, strict=True))
         inside = self._traversal.span(numbers).relative_to(starts).slices
-        piece = patch[(slice(None), *inside)].to(self._device, self._dtype)
+        piece = patch[(slice(None), *inside)]
+        if (piece.device, piece.dtype) != (self._device, self._dtype):  # another thread may get its turn otherwise, and keep it
+            piece = piece.to(self._device, self._dtype)
         weights = None if self._weights is None else self._weights.of(numbers)
         # Everything that takes memory comes first.
         tiles = [(self._open(tile), overlaps) for tile, overlaps in self._added_to(numbers)]

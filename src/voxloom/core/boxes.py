@@ -40,7 +40,7 @@ class Box:
         """Make the box of a shape that begins at `start`, or at the origin."""
         shape = tuple(shape)
         start = (0,) * len(shape) if start is None else tuple(start)
-        return cls(start, tuple(first + size for first, size in zip(start, shape, strict=True)))
+        return cls(start, tuple([first + size for first, size in zip(start, shape, strict=True)]))
 
     @property
     def ndim(self) -> int:

@@ -99,6 +99,8 @@ def as_sizes(value: Any, ndim: int, name: str, minimum: int = 1) -> Ints:
     Raises:
         SizeError: if there are more or fewer than `ndim` numbers, or one of them is not allowed.
     """
+    if type(value) is tuple and len(value) == ndim and {*map(type, value)} == {int} and min(value) >= minimum:
+        return value  # as sizes mostly are: what follows takes some time for each patch
     if hasattr(value, "tolist") and getattr(value, "ndim", 0) == 1:
         value = value.tolist()
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):

@@ -129,7 +129,7 @@ def read_batch(
     shape = (batch_size, source.shape[0], *(size + 2 * around for size, around in zip(grid.patch_size, context, strict=True)))
     out = torch.empty(shape, dtype=dtype, pin_memory=True) if pinned else memory.empty(shape, dtype)
     for target, numbers in zip(out, patches, strict=False):
-        read_into(source, target, widened(grid.location(numbers).box, context))
+        read_into(source, target, widened(grid.box_of(numbers), context))
     for target in out[len(patches) :]:
         target.copy_(out[len(patches) - 1])
     return out

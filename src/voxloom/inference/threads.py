@@ -1,6 +1,7 @@
 """Carrying out a plan in this process: reading, the model, the sum, and reducing and writing, side by side."""
 
 import contextlib
+import itertools
 import math
 import threading
 import warnings
@@ -14,7 +15,8 @@ from torch import Tensor
 from ..aggregation.streaming import SHARED_BYTES, FinishedTile, StreamingAccumulator
 from ..aggregation.weights import PatchWeights
 from ..core.boxes import Box
-from ..core.grid.traversal import Block, Step
+from ..core.grid.joining import Joining
+from ..core.grid.traversal import Block, Step, Traversal
 from ..core.sizes import Ints
 from ..core.values import is_finite
 from ..errors import DeviceMemoryError, OutputError
@@ -37,11 +39,14 @@ __all__ = ["ThreadExecutor"]
 HOST = torch.device("cpu")
 # Tiles that may wait for the writer, so that what has no size, such as tiles without patches, is bounded too.
 MOST_WAITING = 32
-# Tiles that are smaller are handed over together, until they are as large.
+# Batches that are smaller are read together, and tiles handed over together, until they are as large.
 TOGETHER_BYTES = 2**20
 # Threads that add patches to sums, at most: more would not be faster, since memory is not.
 MOST_ADDING = 16
 SETTING_THREADS = threading.Lock()
+
+Numbered = tuple[Batch, int]
+"""A batch, and how many of its first patches are not wanted."""
 
 
 class ThreadExecutor:
@@ -115,6 +120,7 @@ class _Gathering:
         self._sums: list[StreamingAccumulator] = []  # of the block that is at hand, one for each output
         self._room = 0  # bytes for them and for what waits to be written
         self._finished: deque[tuple[int, FinishedTile]] = deque()  # what the writer has not been given yet, with its output
+        self._finished_bytes = 0
         self._share: Share | None = None
 
     def _weights_of(self, number: int) -> PatchWeights | None:
@@ -170,18 +176,20 @@ class _Gathering:
             first, last = self._span(number, start, stop)
             if first >= last:
                 continue
-            self._sums = [self._sum(output, block) for output in range(len(plan.outputs))]
-            self._room = open_bytes(plan.outputs, plan.traversals, block, plan.needed is not None)
+            joining = plan.joining(block)
+            traversals = list(map(joining.applied, plan.traversals))
+            self._sums = [self._sum(output, each, joining.block) for output, each in enumerate(traversals)]
+            self._room = open_bytes(plan.outputs, traversals, joining.block, plan.needed is not None)
             self._writer.submit(self._delivery.begin, block)
             for outer in range(self._begin(first), last):
-                self._gather_slab(outer, block, is_wanted=outer >= first)
+                self._gather_slab(outer, block, joining, is_wanted=outer >= first)
         self._outputs = []
 
-    def _gather_slab(self, outer: int, block: Block, is_wanted: bool) -> None:
+    def _gather_slab(self, outer: int, block: Block, joining: Joining, is_wanted: bool) -> None:
         traversal = self.plan.traversal
         is_first = True
-        for step in traversal.steps(outer, block):
-            for patch in traversal.patches(step, block, self.plan.needed):
+        for step, parts in joining.steps(traversal, outer):
+            for patch in itertools.chain.from_iterable(traversal.patches(part, block, self.plan.needed) for part in parts):
                 values = self._take(patch)
                 if is_first:
                     self._writer.wait()  # until the slab before is recorded, so that no more than a batch beyond it is ever lost
@@ -216,13 +224,13 @@ class _Gathering:
             assert self._first is not None
             outputs = self._first.take()
         else:
-            outputs = self._run(reading.result(), batch)
+            outputs = self._run(reading.take(), batch)
         del reading
         self.runner.check(self.plan, outputs, self._size_of(batch))
         self._outputs, self._unused = [output[: len(batch)] for output in outputs], deque(batch[skipped:])
         self._progress(len(batch) - skipped)
 
-    def _batches(self, start: int, stop: int) -> Iterator[tuple[Batch, int]]:
+    def _batches(self, start: int, stop: int) -> Iterator[Numbered]:
         for number, block in enumerate(self.plan.blocks):
             first, last = self._span(number, start, stop)
             if first < last:
@@ -233,19 +241,35 @@ class _Gathering:
         count = self.plan.traversal.num_outer
         return start - number * count, min(count, stop - number * count)
 
-    def _read_ahead(self, batches: Iterator[tuple[Batch, int]]) -> Iterator[tuple[tuple[Batch, int], Future[Tensor] | None]]:
-        """Read each batch while the one before it is in the model, but for one that has been run already."""
-        waiting: deque[tuple[tuple[Batch, int], Future[Tensor] | None]] = deque()
-        for number, each in enumerate(batches):
-            if number == 0 and self._first is not None and not self._first.is_of(each[0]):
+    def _read_ahead(self, batches: Iterator[Numbered]) -> Iterator[tuple[Numbered, "_Reading | None"]]:
+        """Read each batch while the one before it is in the model, but for one that has been run already.
+
+        Small ones are read together, since another thread's turn takes longer than they do.
+        """
+        waiting: deque[tuple[list[Numbered], _Reading | None]] = deque()
+        if self._first is not None and (one := next(batches, None)) is not None:
+            if self._first.is_of(one[0]):
+                waiting.append(([one], None))
+            else:
                 self._first.take()  # which was of no use
                 self._first = None
-            is_known = number == 0 and self._first is not None
-            waiting.append((each, None if is_known else self._reading.submit(self._read, each[0])))
+                batches = itertools.chain([one], batches)
+        while group := list(itertools.islice(batches, self._num_together())):
+            waiting.append((group, _Reading(self._reading.submit(self._read_all, [batch for batch, _ in group]))))
             if len(waiting) > 1:
-                yield waiting.popleft()
-        while waiting:
-            yield waiting.popleft()
+                given, reading = waiting.popleft()
+                yield from ((batch, reading) for batch in given)
+        for given, reading in waiting:
+            yield from ((batch, reading) for batch in given)
+
+    def _num_together(self) -> int:
+        """Number of batches that are read together."""
+        plan = self.plan
+        voxels = math.prod(size + 2 * around for size, around in zip(plan.grid.patch_size, plan.context, strict=True))
+        return max(1, TOGETHER_BYTES // (voxels * plan.batch_size * self.source.shape[0] * plan.dtype.itemsize))
+
+    def _read_all(self, batches: Sequence[Batch]) -> list[Tensor]:
+        return [self._read(batch) for batch in batches]
 
     def _size_of(self, batch: Batch) -> int:
         return self.plan.batch_size if self.plan.has_full_batches else len(batch)
@@ -285,13 +309,10 @@ class _Gathering:
 
     # Sums
 
-    def _sum(self, number: int, block: Block) -> StreamingAccumulator:
-        plan, spec = self.plan, self.plan.outputs[number]
-        traversal, weights = plan.traversals[number], self._weights[number]
+    def _sum(self, number: int, traversal: Traversal, block: Block) -> StreamingAccumulator:
+        spec, weights, needed = self.plan.outputs[number], self._weights[number], self.plan.needed
         share, allocate = self._share, self._pool.empty
-        return StreamingAccumulator(
-            traversal, block, spec.channels, spec.dtype, self._home, weights, plan.needed, allocate, share
-        )
+        return StreamingAccumulator(traversal, block, spec.channels, spec.dtype, self._home, weights, needed, allocate, share)
 
     def _add(self, number: int, patch: Tensor, numbers: Ints) -> None:
         try:
@@ -317,7 +338,7 @@ class _Gathering:
     def _make_room(self, patch: Ints, is_wanted: bool) -> None:
         """Wait for the writer until there is room for what a patch adds to."""
         room = self._room - sum(total.num_bytes + total.bytes_to_open(patch) for total in self._sums)
-        if sum(each.num_bytes for _, each in self._finished) + self._writer.num_bytes > room:
+        if self._finished_bytes + self._writer.num_bytes > room:
             self._hand_over(is_wanted)
             self._writer.wait_for_room(room)
 
@@ -334,15 +355,16 @@ class _Gathering:
             for finished in total.finish(step):
                 if is_wanted or self.plan.maps is not None:
                     self._finished.append((number, finished))
+                    self._finished_bytes += finished.num_bytes
                 del finished  # the writer alone holds it soon
-                if len(self._finished) == MOST_WAITING or sum(each.num_bytes for _, each in self._finished) >= TOGETHER_BYTES:
+                if len(self._finished) == MOST_WAITING or self._finished_bytes >= TOGETHER_BYTES:
                     self._hand_over(is_wanted)
 
     def _hand_over(self, is_wanted: bool) -> None:
         """Give the writer what is finished: small tiles together, since another thread's turn takes longer than they do."""
         if self._finished:
-            handed_over, self._finished = self._finished, deque()
-            num_bytes = sum(each.num_bytes for _, each in handed_over)
+            handed_over, num_bytes = self._finished, self._finished_bytes
+            self._finished, self._finished_bytes = deque(), 0
             self._writer.submit(self._deliver, handed_over, is_wanted, num_bytes=num_bytes)
 
     def _deliver(self, handed_over: deque[tuple[int, FinishedTile]], is_wanted: bool) -> None:
@@ -391,6 +413,21 @@ class _Gathering:
         if has_infinity:
             return OutputError(f"{what} holds infinities of both signs, or one too large to sum, at voxel {found.voxel}")
         return OutputError(f"{what} held NaN at voxel {found.voxel}, but not when its patches were computed once more")
+
+
+class _Reading:
+    """Batches that are read together, of which none is held once it is taken."""
+
+    def __init__(self, future: Future[list[Tensor]]) -> None:
+        self._future: Future[list[Tensor]] | None = future
+        self._values: deque[Tensor] = deque()
+
+    def take(self) -> Tensor:
+        """Give the next batch when it has been read."""
+        if self._future is not None:
+            self._values.extend(self._future.result())
+            self._future = None
+        return self._values.popleft()
 
 
 class _Writer:

@@ -31,7 +31,8 @@ def plot_plan(plan: PredictionPlan, at: float, output: Any) -> Any:
 
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     curve, state = figure.subplots(1, 2, width_ratios=(1.4, 1))
-    blocks = [Openness(plan.traversal, block) for block in plan.blocks]
+    joinings = map(plan.joining, plan.blocks)
+    blocks = [Openness(joining.applied(plan.traversal), joining.block) for joining in joinings]
     _draw_curve(curve, plan, blocks, at)
     _draw_state(state, plan, blocks, at)
     if output is not None:

@@ -307,6 +307,11 @@ class PatchGrid(Sequence[PatchLocation]):
         """Location of the patch that has these numbers on the axes."""
         return PatchLocation(tuple([axis[number] for axis, number in zip(self.axes, numbers, strict=True)]), self.patch_size)
 
+    def box_of(self, numbers: Ints) -> Box:
+        """Voxels of the patch that has these numbers on the axes."""
+        starts = [axis[number] for axis, number in zip(self.axes, numbers, strict=True)]
+        return Box(tuple(starts), tuple([start + axis.patch for start, axis in zip(starts, self.axes, strict=True)]))
+
     def find(self, location: PatchLocation) -> Ints | None:
         """Numbers of the patch at a location, or None where the location is not one of the grid's."""
         if location.size != self.patch_size:

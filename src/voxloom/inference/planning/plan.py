@@ -12,6 +12,7 @@ import torch
 from ...core.geometry.affines import Affine
 from ...core.geometry.interpolation import Interpolation, SpaceMap
 from ...core.grid.grids import PatchGrid
+from ...core.grid.joining import Joining
 from ...core.grid.traversal import Block, Traversal
 from ...core.grid.windows import Window
 from ...core.sizes import Ints, pretty_bytes, pretty_sizes
@@ -107,6 +108,8 @@ class PredictionPlan:
     """What was done to an image for the input, in words; none where a model is given the image as it is."""
     source_affine: Affine | None = None
     """RAS+, of the input."""
+    is_joined: bool = False
+    """Whether steps that finish few voxels are joined, which is quicker and takes more memory; the bits are the same."""
     trial_patches: int = 0
     """Patches that the model is given beforehand, to see what its outputs look like, and that are given once more."""
 
@@ -206,6 +209,10 @@ class PredictionPlan:
             self.traversal if set(output.scale) == {1} else self.traversal.scaled(self.grid.scaled(output.scale))
             for output in self.outputs
         )
+
+    def joining(self, block: Block) -> Joining:
+        """Say which steps of a block are joined."""
+        return Joining.of(self.traversal, block) if self.is_joined else Joining(block)
 
     def batches(self, block: Block, outer: int = 0, stop: int | None = None) -> Iterator[tuple[Batch, int]]:
         """Give the batches of a block, which are the same wherever it begins.

@@ -114,12 +114,22 @@ class Planner:
         kept = sum(result.volume.num_bytes for result in results if destinations.is_memory(result.name))
         writing = max(map(destinations.writing_bytes, results), default=0)  # one store after the other
 
-        def memory_of(block: Block, limit: int | None, spooled_bytes: int) -> Memory:
+        def memory_of(block: Block, limit: int | None, spooled_bytes: int, plan: PredictionPlan = plan) -> Memory:
             return replace(self._memory(given, plan, block, kept, limit, spooled_bytes), writing=writing)
 
         chosen, spooled_bytes = self._blocks(given, plan, memory_of, blocks)
         limit, _ = self._limit()
-        worst = max((memory_of(block, limit, spooled_bytes) for block in chosen), key=lambda memory: memory.peak)
+
+        def worst_of(plan: PredictionPlan) -> Memory:
+            return max((memory_of(block, limit, spooled_bytes, plan) for block in chosen), key=lambda memory: memory.peak)
+
+        # Blocks are chosen as if no steps were joined: that must not cost passes.
+        joined = replace(plan, is_joined=True)
+        worst = worst_of(joined)
+        if limit is None or worst.peak <= limit:
+            plan = joined
+        else:
+            worst = worst_of(plan)
         plan = replace(plan, blocks=tuple(chosen), memory=worst, spooled_bytes=spooled_bytes)
         loaded = given.resident_bytes - spooled_bytes
         patch_bytes = math.prod(settings.input_size) * source.shape[0] * source.dtype.itemsize
@@ -200,12 +210,13 @@ class Planner:
     ) -> Memory:
         batches = batch_bytes(self._settings, given.source.shape[0], given.dtype, plan.outputs, self._num_models)
         is_partial = given.needed is not None
-        sums = (plan.outputs, plan.traversals)
-        front = open_bytes(*sums, block, is_partial)
+        joining = plan.joining(block)
+        sums = (plan.outputs, list(map(joining.applied, plan.traversals)))
+        front = open_bytes(*sums, joining.block, is_partial)
         if plan.maps is None:
             front += reduced_bytes(*sums, plan.results, is_partial)
         else:
-            front += interpolation_bytes(*sums, plan.maps, block, is_partial)
+            front += interpolation_bytes(*sums, plan.maps, joining.block, is_partial)
             front += 2 * max(min(PIECE_BYTES, result.volume.num_bytes) for result in plan.results)
         volume = given.resident_bytes - spooled_bytes
         if given.source.paths and not volume:
