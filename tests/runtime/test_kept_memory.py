@@ -162,6 +162,25 @@ def test_a_prediction_keeps_what_its_model_uses_and_gives_it_back(in_parts, tmp_
     assert after < block / 2
 
 
+@pytest.mark.parametrize(("limit", "is_kept"), [("80MiB", False), ("4GiB", True)])
+def test_with_a_limit_memory_is_kept_where_it_leaves_room(limit, is_kept):
+    script = f"""
+        sizes = []
+
+        class Wide(torch.nn.Conv3d):
+            def forward(self, batch):
+                sizes.append(resident() - at_rest)
+                return super().forward(batch).mean(1, keepdim=True)
+
+        vx.predict(Wide(1, 96, 1), torch.rand(1, 64, 64, 256), patch_size=64, memory_limit={limit!r})
+        print(json.dumps([*sizes, resident() - at_rest]))
+    """
+    *during, after = found(script)
+    block = 96 * 64**3 * 4
+    assert (max(during) > block / 2) is is_kept
+    assert after < block / 2
+
+
 def test_bits_do_not_depend_on_it():
     torch.manual_seed(0)
     network = torch.nn.Sequential(torch.nn.Conv3d(1, 48, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv3d(48, 2, 3, padding=1))

@@ -291,7 +291,7 @@ class Predictor:
             preparation, given = self._prepared(request, output, stack)
             _check_inputs(stores, given, mask, like)
             # What reads and writes the files has been imported by now, which would count as memory of the prediction.
-            stack.enter_context(kept_for_models(preparation.models.device))
+            stack.enter_context(kept_for_models(preparation.models.device, preparation.settings.memory_limit))
             with_path = {name: store for name, store in stores.items() if store.path is not None}
             log = stack.enter_context(contextlib.closing(RunLog(with_path))) if with_path else None
             return Call(preparation, given, output, stores, log).run(resume, progress)

@@ -24,7 +24,7 @@ from ..io.protocols import VolumeSource, VolumeStore
 from ..models.outputs import called
 from ..models.running import is_out_of_memory
 from ..runtime.forks import in_forked_process
-from ..runtime.kept_memory import Trimmer
+from ..runtime.kept_memory import Trimmer, allow
 from ..runtime.limits import home_of_sums
 from ..runtime.memory import BufferPool
 from ..runtime.sharing import Share, SharedOut
@@ -83,6 +83,7 @@ class ThreadExecutor:
     ) -> list[str]:
         """See `Executor`."""
         self._pool.kept_bytes = self._pool.total_bytes = plan.memory.front
+        allow(plan.peak_bytes)
         gathering = _Gathering(plan, runner, source, stores, self._pool, first, slab_finished, progress)
         gathering.run(start, plan.num_slabs if stop is None else stop)
         return gathering.warnings

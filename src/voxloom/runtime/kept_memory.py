@@ -20,8 +20,9 @@ from typing import Any
 import torch
 
 from .forks import in_forked_process
+from .limits import free_bytes
 
-__all__ = ["Trimmer", "begin_model", "judge", "kept_for_models", "kept_memory"]
+__all__ = ["Trimmer", "allow", "begin_model", "judge", "kept_for_models", "kept_memory"]
 
 # Parameters of `mallopt`, and what they are set to afterwards: what the library itself comes to where much memory is used.
 TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4
@@ -38,6 +39,9 @@ LEAST_GAP = 8 * 2**20
 LEAST_MAPPED = 2**20
 # How much more than a model used when it was called first may be kept: some patterns do not fit well into what is there.
 GROWTH, GROWTH_BYTES = 0.3, 32 * 2**20
+# How many times what a model used must be free beside all else for memory to be kept: what is kept grows, since later blocks do not
+# fit well into what is there. Where a limit was given, it is what the model used when nothing was kept, which is about half.
+ROOM, ROOM_OF_LIMIT = 2, 4
 # By how much a process may grow at least before what is free is given back once more.
 TRIM_BYTES = 8 * 2**20
 
@@ -67,6 +71,8 @@ class _User:
     """Bytes that the process held when the prediction began."""
     before_model: int | None = None
     """Those of its own, which are no part of a file, when a model was about to be called for the first time."""
+    resident_before_model: int = 0
+    """All that the process held then."""
     of_model: int | None = None
     """By how many bytes the process grew by that; None as long as no model was called."""
     is_served: bool = True
@@ -75,6 +81,12 @@ class _User:
     """Whether what was kept until it turned out to be of no use is still there."""
     gap_bytes: int = 0
     """How large the gaps are that stay when it is given back: room in which later outputs may lie."""
+    limit: int | None = None
+    """Bytes that may be used beside the model's own, as was given; nothing is kept before it is known that there is room."""
+    room: int | None = None
+    """Bytes that are left beside what is planned; None as long as that is not known, or nobody can say."""
+    is_worth: bool = True
+    """Whether the model uses so much memory that to keep it is of use."""
 
 
 @dataclass
@@ -110,16 +122,17 @@ def kept_memory() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def kept_for_models(device: torch.device) -> Iterator[None]:
-    """Let memory be kept for a prediction in this thread, for as long as `judge` finds that this is of use.
+def kept_for_models(device: torch.device, limit: int | None = None) -> Iterator[None]:
+    """Let memory be kept for a prediction in this thread, as far as `judge` finds that this is of use, and there is room.
 
     Args:
         device: where the model runs; nothing is kept but for the CPU.
+        limit: bytes that may be used beside the model's own, if that was given.
     """
     if device.type != "cpu":
         yield
         return
-    with _used() as user:
+    with _used(limit) as user:
         before = _prediction.set(user)
         try:
             yield
@@ -128,8 +141,8 @@ def kept_for_models(device: torch.device) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _used() -> Iterator[_User]:
-    state, user = _state, _User(_resident_bytes())
+def _used(limit: int | None = None) -> Iterator[_User]:
+    state, user = _state, _User(_resident_bytes(), is_served=limit is None, limit=limit)
     with state.lock:
         state.users.add(user)
         _follow(state)
@@ -190,11 +203,11 @@ def begin_model(has_freed: bool = False) -> None:
     _library.trim(0)
     user.leaves_gaps = False
     if user.before_model is None:
-        user.before_model = _own_bytes()
+        user.before_model, user.resident_before_model = _own_bytes(), _resident_bytes()
 
 
 def judge(output_bytes: int) -> None:
-    """After a model was called for the first time: stop keeping memory for its prediction if that is of no use to it.
+    """After a model was called for the first time: keep memory for its prediction only if that is of use to it, and there is room.
 
     Args:
         output_bytes: what the outputs take of the heap.
@@ -204,10 +217,40 @@ def judge(output_bytes: int) -> None:
         return
     with _state.lock:
         user.of_model = _own_bytes() - user.before_model
-        if user.of_model <= max(LEAST_USE * output_bytes, LEAST_BYTES):
-            user.is_served, user.leaves_gaps, user.gap_bytes = False, True, output_bytes  # which are still in use
-            # Blocks of some size would otherwise leave gaps as large; smaller ones are as quick as ever.
-            _follow(_state, min(max(output_bytes // 4, LEAST_MAPPED), USUAL[MMAP_THRESHOLD]))
+        if user.limit is not None:  # what it used has been given back by now
+            user.of_model = max(user.of_model, _most_bytes() - user.resident_before_model)
+        user.gap_bytes = output_bytes
+        user.is_worth = user.of_model > max(LEAST_USE * output_bytes, LEAST_BYTES)
+        _settle(user)
+
+
+def allow(planned: int) -> None:
+    """Say what a prediction will use beside the model's own, so that memory is kept only where there is room for it, too."""
+    user = _prediction.get()
+    if _library is None or user is None:
+        return
+    most = free_bytes() if user.limit is None else user.limit
+    with _state.lock:
+        user.room = None if most is None else max(0, most - planned)
+        if user.of_model is not None:
+            _settle(user)
+
+
+def _settle(user: _User) -> None:
+    """Keep memory for a prediction or not, by what its model used."""
+    assert user.of_model is not None
+    was_served = user.is_served
+    if user.limit is None:
+        has_room = user.room is None or ROOM * user.of_model <= user.room
+    else:
+        has_room = user.room is not None and ROOM_OF_LIMIT * user.of_model <= user.room
+    user.is_served = user.is_worth and has_room
+    if user.is_served:
+        _follow(_state)
+        return
+    user.leaves_gaps = user.leaves_gaps or was_served  # which are still in use
+    # Blocks of some size would otherwise leave gaps as large; smaller ones are as quick as ever.
+    _follow(_state, min(max(user.gap_bytes // 4, LEAST_MAPPED), USUAL[MMAP_THRESHOLD]))
 
 
 class Trimmer:
@@ -243,6 +286,15 @@ class Trimmer:
 
 def _resident_bytes() -> int:
     return _pages()[0] * mmap.PAGESIZE
+
+
+def _most_bytes() -> int:
+    """The most that the process has held so far; 0 where the system does not say."""
+    try:
+        with open("/proc/self/status", "rb") as file:  # noqa: PTH123 - as below
+            return next((int(line.split()[1]) * 1024 for line in file if line.startswith(b"VmHWM:")), 0)
+    except OSError:
+        return 0
 
 
 def _own_bytes() -> int:

@@ -244,7 +244,7 @@ class ShardedRun:
         if not patches and plan.fill == 0:
             return 0  # the array is 0 where nothing is written
         with (
-            kept_for_models(self._preparation.models.device),
+            kept_for_models(self._preparation.models.device, self._preparation.settings.memory_limit),
             tempfile.TemporaryDirectory(prefix=f".part-{number}-", dir=records.work) as folder,
         ):
             writers, cuts = [], []

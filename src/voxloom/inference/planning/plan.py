@@ -309,7 +309,7 @@ class PredictionPlan:
             "files": f"reads {pretty_bytes(self.bytes_read)}, writes {pretty_bytes(self.bytes_written)}",
             "memory": f"{pretty_bytes(memory.peak)} at most: input {pretty_bytes(memory.volume)}{loading}{chunks}, batches"
             f" {pretty_bytes(memory.batches)}, open sums {pretty_bytes(memory.front)}, results {pretty_bytes(memory.results)}"
-            f"{writing}; what the model itself uses is kept for it until the end",
+            f"{writing}; what the model itself uses comes on top",
         }
         if self.spooled_bytes:
             lines["disk"] = f"{pretty_bytes(self.spooled_bytes)} for the unpacked input, in the folder for temporary files"
