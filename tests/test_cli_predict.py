@@ -278,6 +278,12 @@ def test_a_table_of_cases_has_a_channel_in_each_column(here, run):
     Path("named.tsv").write_text("t2\tcase\tt1\nscans/b/a.nii\tx/one\tscans/a.nii.gz\n")
     run("predict", "mymodels:first_minus_second", "--table", "named.tsv", "-o", "out", "--patch-size", 8, "--mode", "crop")
     assert torch.equal(data_of("out/x/one.nii.gz"), -expected)
+    Path("headless.csv").write_text("scans/a.nii.gz,scans/b/a.nii\nscans/b/a.nii,scans/b/c.mha\n")
+    told = run("predict", "mymodels:first_minus_second", "--table", "headless.csv", "-o", "none", "--patch-size", 8, code=1)
+    assert "has 'scans/a.nii.gz', which is a file: it must name the columns" in told.err
+    Path("dot.csv").write_text("case,t1,t2\n.,scans/a.nii.gz,scans/b/a.nii\n")
+    told = run("predict", "mymodels:first_minus_second", "--table", "dot.csv", "-o", "none", "--patch-size", 8, code=1)
+    assert "line 2 of dot.csv would put its result at ." in told.err
 
 
 def test_what_is_complete_is_left_out_and_what_differs_is_kept(here, run):

@@ -133,6 +133,13 @@ def test_cache(folder):
     assert "there is no data set mymodel:nothing" in run("cache", "mymodel:nothing", "-o", "cache")
 
 
+def test_modules_of_the_present_folder_are_found(folder, monkeypatch):
+    (folder / "my").mkdir()
+    (folder / "my/project.py").write_text(MODULE)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", str(folder))])
+    assert "2 subjects" in run("cache", "my.project:dataset", "-o", "cache")
+
+
 def test_bad_input(folder):
     assert "chunks was given for out.nii, which is no Zarr" in run(
         "convert", "scan.nii.gz", "-o", "out.nii", "--chunks", 8, code=1

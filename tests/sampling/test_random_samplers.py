@@ -620,3 +620,9 @@ def test_states_that_cannot_be_are_refused(state):
     sampler = vx.UniformSampler(vx.Subject(t1=vx.ScalarImage(torch.rand(1, 8, 8, 8))), 3, 3, seed=0)
     with pytest.raises(SubjectError, match="at least 0"):
         sampler.load_state_dict({"seed": 0, "epoch": state[0], "draw": state[1]})
+
+
+def test_a_map_whose_sum_no_number_can_hold_is_refused():
+    subject = vx.Subject(map=vx.ScalarImage(torch.full((1, 5, 4, 6), 1e307, dtype=torch.float64)))
+    with pytest.raises(SamplingError, match="the values of the map 'map' sum to more than a number can hold"):
+        next(vx.WeightedSampler(1, "map")(subject, 1))

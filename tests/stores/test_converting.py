@@ -76,7 +76,8 @@ def test_labels_are_found_by_those_who_read_all_metadata_in_one(tmp_path, versio
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that Zarr v3 does not say what these are
         zarr.consolidate_metadata(path)
-    vx.convert(vx.LabelMap((TENSOR > 100).to(torch.uint8), affine=AFFINE), path / "labels/most")
+    for least in (200, 100):
+        vx.convert(vx.LabelMap((least < TENSOR).to(torch.uint8), affine=AFFINE), path / "labels/most", overwrite=True)
     group = zarr.open_group(path, mode="r")
     assert list((path / "labels").glob(".*.lock")) == []
     assert group.metadata.consolidated_metadata is not None
@@ -88,6 +89,31 @@ def test_labels_are_found_by_those_who_read_all_metadata_in_one(tmp_path, versio
         made = vx.convert(vx.LabelMap((TENSOR > 10).to(torch.uint8), affine=AFFINE), path / "labels/nearly")
     assert made.data.any()
     assert list((path / "labels").glob(".*")) == [] or version == "0.4"
+
+
+@pytest.mark.parametrize("ending", [".nii.gz", ".nrrd", ".mha", ".mgz"])
+def test_an_image_is_not_written_over_itself(tmp_path, ending):
+    path = tmp_path / f"scan{ending}"
+    vx.convert(vx.ScalarImage(TENSOR.float(), affine=AFFINE), path)
+    before = path.read_bytes()
+    with pytest.raises(SaveError, match="would be written over itself"):
+        vx.convert(path, path, overwrite=True)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["scan.foo", "scan.mhd", "scan.dcm", "scan"])
+def test_an_ending_that_cannot_be_written_is_said_with_those_that_can(tmp_path, name):
+    with pytest.raises(UnsupportedImageError, match=rf"{name} cannot be written: its name must end in .*\.nrrd"):
+        vx.convert(vx.ScalarImage(TENSOR), tmp_path / name)
+
+
+def test_what_is_there_is_replaced_by_a_store_too_if_asked(tmp_path):
+    path = tmp_path / "a.ome.zarr"
+    for value in (1.0, 2.0):
+        made = vx.predict(
+            lambda batch, value=value: batch * 0 + value, TENSOR.float(), 8, output=vx.ZarrStore(path), overwrite=True
+        )
+    assert made.data.mean() == pytest.approx(2)
 
 
 def test_chunks_and_levels_are_chosen(tmp_path):

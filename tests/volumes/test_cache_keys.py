@@ -176,7 +176,9 @@ def test_a_value_of_a_class_counts_as_it_is_now(tmp_path, monkeypatch):
 def test_the_file_of_what_was_imported_counts(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     for number in (1, 2):
-        (tmp_path / "helping.py").write_text(f"def add(subject):\n    subject.t1.set_data(subject.t1.data + {number})\n    return subject\n")
+        (tmp_path / "helping.py").write_text(
+            f"def add(subject):\n    subject.t1.set_data(subject.t1.data + {number})\n    return subject\n"
+        )
         (tmp_path / "using.py").write_text("import helping\n\n\ndef use(subject):\n    return helping.add(subject)\n")
         for name in ("helping", "using"):
             sys.modules.pop(name, None)

@@ -174,3 +174,19 @@ def test_what_another_function_reads_is_another_image(tmp_path):
 
     reader = Counting()
     assert vx.ScalarImage(place, reader=reader).fingerprint() == vx.ScalarImage(place, reader=reader).fingerprint()
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_an_array_of_zarr_that_took_the_place_of_another_is_not_mixed_with_it(tmp_path, version):
+    zarr = pytest.importorskip("zarr")
+
+    def make(value):
+        options = {"shape": (16, 16, 16), "chunks": (8, 8, 8), "dtype": "<i2", "zarr_format": version, "overwrite": True}
+        zarr.create_array(tmp_path / "a.zarr", **options)[...] = value
+
+    make(1)
+    image = vx.ScalarImage(vx.open_zarr(tmp_path / "a.zarr", axes="zyx"))
+    assert image[:, :8].data.unique().tolist() == [1]
+    make(2)
+    with pytest.raises(ImageFileError, match=r"a\.zarr has been changed since its header was read"):
+        image[:, :12].data  # noqa: B018 - it is read

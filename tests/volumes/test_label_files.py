@@ -2,8 +2,8 @@
 
 import csv
 import json
-from pathlib import Path
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest

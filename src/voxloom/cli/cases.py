@@ -197,6 +197,11 @@ def cases_of_table(table: Path, results: Results) -> list[Case]:
     except (ValueError, csv.Error) as error:
         raise SubjectError(f"the table {table} is empty, or is not text: its first line names the columns") from error
     columns = [name.strip() for name in header]
+    places = [name for name in columns if name != "case" and (is_image(Path(name)) or (table.parent / name).is_file())]
+    if places:
+        raise SubjectError(
+            f"the first line of the table {table} has {places[0]!r}, which is a file: it must name the columns, such as case,t1"
+        )
     if len(set(columns)) < len(columns):
         raise SubjectError(f"the table {table} has columns {columns}: each must have a name of its own")
     _check_folder(results.output, results.endings)
@@ -211,7 +216,7 @@ def cases_of_table(table: Path, results: Results) -> list[Case]:
         name = row[columns.index("case")].strip() if "case" in columns else None
         first = given[0]
         place = Path(name) if name else (Path() if first.is_absolute() else first.parent) / _stem_of(table.parent / first)
-        if place.is_absolute() or ".." in place.parts:
+        if place.is_absolute() or ".." in place.parts or not place.name:
             raise SubjectError(
                 f"line {line} of {table} would put its result at {place}, outside of {results.output}: name it with a column case"
             )

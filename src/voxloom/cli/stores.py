@@ -9,8 +9,9 @@ from tqdm.auto import tqdm
 
 from ..core.sizes import pretty_bytes
 from ..errors import ModeError, SubjectError, VoxloomError
+from ..io.code import find_modules_here
 from ..io.files import size_of_path
-from ..io.formats import endings, format_of, is_folder_target
+from ..io.formats import format_of, is_folder_target
 from ..io.writing.sidecars import read_sidecar, sidecar_of
 from ..plotting.drawings import draw_parts
 from ..runs.log import progress_of, targets_of_log
@@ -20,15 +21,13 @@ from ..sampling.indexing import build_index
 from ..sampling.random import PatchSampler
 from ..sampling.weighted import WeightedSampler
 from ..volumes.cache import SubjectsCache
-from ..volumes.converting import convert
+from ..volumes.converting import WRITTEN, convert
 from ..volumes.images.image import LabelMap
 from ..volumes.subject import Subject
 from .cases import Results, as_ending, cases_of, make_folder_of
 from .reporting import Report, printable
 
 __all__ = ["convert_cases", "index_labels", "keep_subjects", "tell_status", "try_again"]
-
-WRITTEN = endings(lambda each: each.write or (each.is_streamed and each.ending != ".seg.nrrd"))
 
 
 def convert_cases(
@@ -102,6 +101,7 @@ def _dataset(name: str) -> Any:
     module, colon, attribute = name.partition(":")
     if not module or not colon:
         raise ModeError(f"the data set is {name!r}: it must be package.module:name, of a data set or of a function that makes it")
+    find_modules_here()
     try:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:

@@ -1,5 +1,6 @@
 """Where results go: into memory, or each to a store."""
 
+import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ def as_store(given: Any, overwrite: bool) -> VolumeStore:
     if isinstance(given, str | os.PathLike):
         return store_at(as_target(given), overwrite)
     if isinstance(given, VolumeStore):
+        if overwrite and not getattr(given, "overwrite", True):
+            given = copy.copy(given)
+            given.overwrite = True
         return given
     if isinstance(given, Sink):
         return SinkStore(given)

@@ -14,6 +14,7 @@ from typing import Any
 from .files import hash_of_path
 
 __all__ = [
+    "find_modules_here",
     "fingerprint_of_file",
     "is_of_library",
     "is_plain",
@@ -23,6 +24,13 @@ __all__ = [
     "used_beside",
     "without_addresses",
 ]
+
+
+def find_modules_here() -> None:
+    """Let modules of the present folder be imported, as `python -m` does."""
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
 
 
 def fingerprint_of_file(thing: Any) -> str | None:

@@ -94,9 +94,14 @@ class FileSource(ABC):
         """See the function `loading_bytes`: the file's own bytes, and what is decoded, before it is a tensor."""
         return self.resident_bytes + sum(path.stat().st_size for path in self.paths) if self.resident_bytes else 0
 
+    @property
+    def watched(self) -> Sequence[Path]:
+        """Files and folders that must stay as they are."""
+        return self.paths
+
     def remember(self) -> None:
         """Note the state of the files, now that the header has been read."""
-        self._states = states_of(self.paths, not self.is_of_many)
+        self._states = states_of(self.watched, not self.is_of_many)
 
     def check_unchanged(self) -> None:
         """Refuse to read voxels of one file by the header of another, or some of one and some of the other.
@@ -104,7 +109,7 @@ class FileSource(ABC):
         Raises:
             ImageFileError: if the files are no longer those of which the header was read.
         """
-        states = states_of(self.paths, not self.is_of_many)
+        states = states_of(self.watched, not self.is_of_many)
         if states == self._states:
             return
         for path in self.paths:

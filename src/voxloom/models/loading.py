@@ -5,7 +5,6 @@ import importlib
 import inspect
 import os
 import pickle
-import sys
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import MissingDependencyError, ModelFileError
 from ..io.arrays.memory import hash_of, raw_bytes
+from ..io.code import find_modules_here
 from ..io.files import hash_of_path
 from ..io.formats import format_of
 from ..io.protocols import VolumeSource
@@ -237,9 +237,7 @@ def _takes_a_batch(function: Callable) -> bool:
 
 def _imported(name: str) -> Any:
     module_name, _, attribute = name.partition(":")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)  # as `python -m` does it
+    find_modules_here()
     try:
         found = importlib.import_module(module_name)
         for part in attribute.split("."):

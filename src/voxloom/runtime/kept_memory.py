@@ -39,8 +39,8 @@ LEAST_GAP = 8 * 2**20
 LEAST_MAPPED = 2**20
 # How much more than a model used when it was called first may be kept: some patterns do not fit well into what is there.
 GROWTH, GROWTH_BYTES = 0.3, 32 * 2**20
-# How many times what a model used must be free beside all else for memory to be kept: what is kept grows, since later blocks do not
-# fit well into what is there. Where a limit was given, it is what the model used when nothing was kept, which is about half.
+# How many times what a model used must be free beside all else for memory to be kept, which grows: later blocks do not fit well
+# into what is there. Where a limit was given, it is what the model used when nothing was kept, which is about half.
 ROOM, ROOM_OF_LIMIT = 2, 4
 # By how much a process may grow at least before what is free is given back once more.
 TRIM_BYTES = 8 * 2**20
@@ -207,7 +207,7 @@ def begin_model(has_freed: bool = False) -> None:
 
 
 def judge(output_bytes: int) -> None:
-    """After a model was called for the first time: keep memory for its prediction only if that is of use to it, and there is room.
+    """After a model was called for the first time: keep memory for it only if that is of use, and there is room.
 
     Args:
         output_bytes: what the outputs take of the heap.

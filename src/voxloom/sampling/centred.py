@@ -223,6 +223,10 @@ def weight_sums(image: Image, name: str, box: Box) -> Classes:
         rows[part] += values[0].sum(dim=0, dtype=torch.float64).numpy()
     if not np.isfinite(rows).all():
         raise SamplingError(f"the map {name!r} holds NaN or infinity: probabilities must be finite; see torch.nan_to_num")
+    with np.errstate(over="ignore"):
+        total = rows.sum()
+    if not np.isfinite(total):
+        raise SamplingError(f"the values of the map {name!r} sum to more than a number can hold: divide them by their largest")
     return {0: RowSums(rows)}
 
 

@@ -101,7 +101,8 @@ class SubjectsCache(Dataset[Subject]):
         if name is None and dry_subjects_of(dataset) is None:
             raise SubjectError(
                 f"{type(dataset).__name__} does not say what its subjects are before it loads them, so that it cannot be told"
-                " whether what is kept is of these: give a name, and another one when anything changes"
+                " whether what is kept is of these: give a name, by vx.SubjectsCache(dataset, folder, name=...), and another one"
+                " when anything changes"
             )
         self._made_by = [_made_by(leaf) for leaf in leaves_of(dataset)] if name is None else []
         try:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..core.walking import walk
-from ..errors import ModeError, SaveError, TargetExistsError, VoxloomError
-from ..io.formats import format_of, is_folder_target
+from ..errors import ModeError, SaveError, TargetExistsError, UnsupportedImageError, VoxloomError
+from ..io.formats import endings, format_of, is_folder_target
 from ..io.protocols import VolumeSpec, VolumeStore, is_source, read_checked
 from ..io.spooling import spooled
 from ..io.writing.saving import appeared, remove_unfinished
@@ -22,10 +22,12 @@ from .constants import LABEL
 from .images.image import Image, LabelMap, ScalarImage
 from .libraries import as_image
 
-__all__ = ["convert"]
+__all__ = ["WRITTEN", "convert"]
 
 # Bytes that are read at a time.
 BOX_BYTES = 64 * 2**20
+# Endings of what can be written.
+WRITTEN = endings(lambda each: each.write or (each.is_streamed and each.ending != ".seg.nrrd"))
 
 
 def convert(
@@ -63,6 +65,7 @@ def convert(
     Raises:
         TargetExistsError: if the output exists.
         ModeError: if something is said of Zarr, and the output is none.
+        UnsupportedImageError: if there is no format of that ending that can be written.
         SaveError: if it cannot be written; what was there before is untouched.
 
     Example:
@@ -84,8 +87,11 @@ def convert(
         if unused:
             what = "a store, which has its own" if isinstance(output, VolumeStore) else f"{output}, which is no Zarr"
             raise ModeError(f"{unused[0]} was given for {what}: leave it out")
+    if not isinstance(output, VolumeStore):
+        _check_ending(Path(output))
     if _is_written_whole(output):
         path = Path(output).expanduser()
+        _check_lost(path, given)
         if path.exists() and not overwrite:
             known = format_of(path)
             remove_unfinished(path.resolve(), "" if known is None else known.ending)
@@ -93,11 +99,21 @@ def convert(
         save_volume(path, given.data, given.affine, given.codes, overwrite=overwrite)
         return image_class(path)
     store = _store_of(output, overwrite, {name: value for name, value in layout.items() if value is not None})
-    if store.path is not None and would_lose(store.path, given.paths):
-        raise SaveError(f"the image {store.path} would be written over itself, or over what holds it: choose another output")
+    if store.path is not None:
+        _check_lost(store.path, given)
     spec = VolumeSpec(given.shape, given.dtype, given.affine, given.codes, is_labels, _stored_dtype(given))
     made = _copied(given, store, spec, progress)
     return image_class(made) if isinstance(made, Path) or is_source(made) else made
+
+
+def _check_ending(path: Path) -> None:
+    if not is_folder_target(path) and not path.name.lower().endswith(WRITTEN):
+        raise UnsupportedImageError(f"{path} cannot be written: its name must end in {', '.join(WRITTEN[:-1])} or {WRITTEN[-1]}")
+
+
+def _check_lost(path: Path, image: Image) -> None:
+    if would_lose(path, image.paths):
+        raise SaveError(f"the image {path} would be written over itself, or over what holds it: choose another output")
 
 
 def _is_label_target(output: Any) -> bool:

@@ -6,7 +6,7 @@ import io
 import itertools
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import asdict, dataclass
 from operator import le
 from pathlib import Path
@@ -36,6 +36,8 @@ __all__ = ["Layout", "describe_labels", "put_shard", "register_label"]
 
 NIFTI = ".nii.zarr"
 OME = ".ome.zarr"
+# Files that say what is in a folder of Zarr.
+METADATA = ("zarr.json", ".zarray", ".zgroup", ".zattrs", ".zmetadata")
 # The level of compression at which labels and intensities take at most a tenth more than at the next ones, and far less time.
 COMPRESSION = 1
 
@@ -318,9 +320,21 @@ def describe_labels(folder: Path, labels: Sequence[Label]) -> None:
     node.attrs.put(attributes)
 
 
+def _visible_store(folder: Path) -> Any:
+    """Open a store without what is being written or replaced in it, whose folders have hidden names."""
+
+    class VisibleStore(zarr_python().storage.LocalStore):  # type: ignore[misc]
+        async def list_dir(self, prefix: str) -> AsyncIterator[str]:
+            async for name in super().list_dir(prefix):
+                if not name.startswith(".") or name in METADATA:
+                    yield name
+
+    return VisibleStore(folder)
+
+
 def _consolidate_again(zarr: Any, folder: Path) -> None:
     """Renew the copy of all metadata that a hierarchy may keep in its root, which readers believe."""
-    store = zarr.storage.LocalStore(folder)
+    store = _visible_store(folder)
     try:
         if zarr.open_group(store=store, mode="r").metadata.consolidated_metadata is None:
             return

@@ -30,6 +30,8 @@ from .storage import zarr_python
 
 __all__ = ["OWN", "ZarrSource", "is_label_of_image", "is_zarr", "more_than_image", "open_zarr"]
 
+# Files that say what an array is, in either version.
+HEADERS = ("zarr.json", ".zarray")
 # Seconds after which a URL that does not answer is given up.
 TIMEOUT = 30.0
 
@@ -83,6 +85,7 @@ class ZarrSource(FileSource):
             raise UnsupportedImageError(found.conflict)
         self.name = str(location).rstrip("/")
         self.paths = () if found.storage.path is None else (found.storage.path,)
+        self._header = [path / found.path / name for path in self.paths if path.is_dir() for name in HEADERS]
         self.remember()
         self._metadata = found.metadata
         self.multiscales = found.multiscales
@@ -102,6 +105,11 @@ class ZarrSource(FileSource):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r}: {self.shape}, {self.dtype})"
+
+    @property
+    def watched(self) -> Sequence[Path]:
+        """See `FileSource`: the array's own metadata too, which are written anew with an array that takes its place."""
+        return (*self.paths, *self._header)
 
     @property
     def stored_dtype(self) -> np.dtype:
