@@ -208,6 +208,12 @@ def test_percentiles_are_those_of_numpy(chunk, numbers):
     assert z == whole  # to the bit, whatever is read together
 
 
+def test_what_is_constant_stays_as_far_from_a_given_mean_as_it_is():
+    image = vx.ScalarImage(torch.full((1, 4, 4, 4), 7.0))
+    for intensity, expected in ((Intensity(scale="z-score", mean=5.0), 2), (Intensity(scale="z-score"), 0)):
+        assert intensity.of_channel(image, 0).apply(image.data).unique().tolist() == [expected]
+
+
 def test_what_is_constant_becomes_nothing():
     spec = vx.ModelSpec(intensity=(Intensity(scale="z-score"),), patch_size=8)
     made = vx.predict(nn.Identity(), vx.ScalarImage(torch.full((1, 9, 9, 9), 7.0)), spec=spec)

@@ -274,6 +274,14 @@ def changed(place, value):
         (changed(["network_def", "nonsense"], 5), "UNet in .* cannot be made"),
         (changed(["network_def"], 5), "has no network with a _target_"),
         (changed(["inferer", "_target_"], "SliceInferer"), "inferer in .*SliceInferer: this inferer is not understood"),
+        (changed(["inferer", "reduce"], "argmax"), "its argument reduce is not understood"),
+        (
+            of(
+                preprocessing=transforms(*BEFORE[:3], CROP, *BEFORE[4:]),
+                postprocessing=transforms(INVERT, ARGMAX | {"argmax": False, "threshold": 0.0}, SAVE),
+            ),
+            "a threshold above 0 is understood",
+        ),
         (changed(["preprocessing", "transforms", 5, "_target_"], "RandFlipd"), "transforms#5 .*RandFlipd: this transform is not"),
         (changed(["preprocessing", "transforms", 3, "keys"], ["image", "label"]), "transforms image, label, where one image"),
         (changed(["preprocessing", "transforms", 3, "diagonal"], True), "diagonal, scale_extent"),

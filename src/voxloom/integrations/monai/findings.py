@@ -21,6 +21,18 @@ __all__ = ["Findings"]
 # Transforms that change nothing for a model here: images are read, have channels, and come as the type of the weights.
 READING = ("LoadImage", "EnsureChannelFirst", "EnsureType", "ToTensor", "CastToType", "ToDevice")
 WRITING = ("SaveImage", "EnsureType", "ToTensor", "CastToType", "ToDevice")
+# Arguments of an inferer: those that are taken over, and those by which the labels do not change.
+OF_WINDOWS = {"roi_size", "overlap", "mode", "sigma_scale", "padding_mode", "cval", "with_coord"}
+OF_WINDOWS |= {
+    "sw_batch_size",
+    "sw_device",
+    "device",
+    "progress",
+    "cache_roi_weight_map",
+    "cpu_thresh",
+    "buffer_steps",
+    "buffer_dim",
+}
 # Types that hold what is read, however they are written.
 FLOAT = re.compile(r"\$?(torch\.|numpy\.|np\.)?(float|float32|float64|double)")
 AXES = [["L", "R"], ["P", "A"], ["I", "S"]]
@@ -179,6 +191,11 @@ class Findings:
             return
         if kind not in ("SlidingWindowInferer", "SlidingWindowInfererAdapt", "VoxloomInferer"):
             inferer.refuse("this inferer is not understood")
+        if inferer.written("memory_limit"):
+            inferer.warn("its memory_limit is not taken over: give one to predict (--memory-limit)")
+        for name in inferer.arguments:
+            if name not in {*OF_WINDOWS, "memory_limit"} and inferer.written(name):
+                inferer.refuse(f"its argument {name} is not understood")
         padding = inferer.get("padding_mode", "constant")
         if padding != "constant" or inferer.get("cval", 0):
             warnings.warn(
@@ -273,6 +290,8 @@ class Findings:
             step.refuse("one of argmax and threshold is understood, once")
         if self._late is not None and not largest:
             threshold = _before_activation(*self._late, threshold, least=0.5 if "crop" in self.values else 0.0)
+        elif not largest and "crop" in self.values and threshold <= 0:
+            step.refuse("beside a foreground that is cut out, scores of MONAI's are 0: a threshold above 0 is understood")
         self.values["reduce"] = "argmax" if largest else threshold
         self._is_discrete, self._late = True, None  # the largest is so before an activation, too
 

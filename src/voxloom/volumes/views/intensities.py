@@ -91,7 +91,9 @@ class Intensity:
             if values is not None and (mean is None or std is None):
                 found = values.mean_and_std(low, high)
                 mean, std = found[0] if mean is None else mean, found[1] if std is None else std
-            shift, divisor = mean or 0.0, max(1.0 if std is None else std, LEAST)
+            # What is constant stays as far from a given mean as it is.
+            is_constant = std is not None and std < LEAST and self.std is None and self.mean is not None
+            shift, divisor = mean or 0.0, 1.0 if std is None or is_constant else max(std, LEAST)
         elif self.scale != "none":
             ends = (self.low, self.high)
             if values is not None and self.scale == "percentiles":
