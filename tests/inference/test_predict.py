@@ -902,6 +902,22 @@ def test_a_fork_during_a_prediction_can_make_one_too():
     assert process.exitcode == 0
 
 
+def test_what_was_read_before_an_error_is_computed():
+    class Ends:
+        shape, dtype, calls = (32, 32, 32), np.dtype(np.float32), 0
+
+        def __getitem__(self, key):
+            self.calls += threading.current_thread().name.startswith("voxloom-read")
+            if self.calls > 40:
+                raise OSError("the disk is gone")
+            return np.zeros(self.shape, dtype=self.dtype)[key]
+
+    given = []
+    with pytest.raises(OSError, match="the disk is gone"):
+        vx.predict(lambda batch: given.append(len(batch)) or batch, Ends(), 8, batch_size=1)
+    assert sum(given) >= 40
+
+
 def test_an_error_of_the_reader_arrives_as_it_is():
     class Ends:
         shape, dtype = (16, 8, 8), np.dtype(np.float32)

@@ -152,6 +152,33 @@ def test_what_a_transform_holds_counts_under_any_name(tmp_path, make):
         assert cached(make([vx.Subject(t1=scan())], by), tmp_path) == [by]
 
 
+def test_what_is_drawn_from_or_found_out_meanwhile_does_not_count(tmp_path):
+    class Drawing(Adding):
+        def __init__(self, by):
+            super().__init__(by)
+            self._generator, self._found = np.random.default_rng(), {}
+
+        def forward(self, subject):
+            self._found[len(self._found)] = subject
+            return super().forward(subject)
+
+    subjects = [vx.Subject(t1=scan())]
+    for _ in range(2):
+        cache = vx.SubjectsCache(vx.SubjectsDataset(subjects, Drawing(1)), tmp_path / "cache")
+        assert values(cache) == [1]
+        assert cache.count() == len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_a_long_chain_of_functions_is_followed(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    chain = "".join(f"def f{number}(s):\n    return f{number + 1}(s)\n\n\n" for number in range(3 * sys.getrecursionlimit()))
+    (tmp_path / "chained.py").write_text(f"{chain}def f{3 * sys.getrecursionlimit()}(s):\n    return s\n")
+    importlib.invalidate_caches()
+    chained = importlib.import_module("chained")
+    vx.SubjectsCache(vx.SubjectsDataset([vx.Subject(t1=scan())], chained.f0), tmp_path / "cache")
+    sys.modules.pop("chained")
+
+
 NUMBER = 0.0
 
 

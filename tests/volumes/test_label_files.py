@@ -190,6 +190,12 @@ def test_a_file_of_a_label_that_is_missing_is_made_anew(tmp_path, run):
     assert (tmp_path / "out/scan_dseg_labels/top.nii.gz").exists()
 
 
+def test_numbers_may_be_of_numpy(tmp_path):
+    data = torch.ones(1, 4, 4, 4, dtype=torch.uint8)
+    labels = [vx.Label(np.int64(1), "liver", (np.uint8(9), 9, 9))]
+    assert list(vx.split_labels(vx.LabelMap(data), tmp_path / "parts", labels=labels)) == ["liver"]
+
+
 def test_a_number_has_one_name(tmp_path):
     data = torch.ones(1, 4, 4, 4, dtype=torch.uint8)
     with pytest.raises(vx.errors.ModeError, match="two names for 1, 'liver' and 'organ'"):

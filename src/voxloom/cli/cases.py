@@ -197,7 +197,7 @@ def cases_of_table(table: Path, results: Results) -> list[Case]:
     except (ValueError, csv.Error) as error:
         raise SubjectError(f"the table {table} is empty, or is not text: its first line names the columns") from error
     columns = [name.strip() for name in header]
-    places = [name for name in columns if name != "case" and (is_image(Path(name)) or (table.parent / name).is_file())]
+    places = [name for name in columns if is_image(Path(name)) or ("/" in name and (table.parent / name).is_file())]
     if places:
         raise SubjectError(
             f"the first line of the table {table} has {places[0]!r}, which is a file: it must name the columns, such as case,t1"

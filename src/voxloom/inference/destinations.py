@@ -1,6 +1,5 @@
 """Where results go: into memory, or each to a store."""
 
-import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 from ..errors import OutputError
 from ..io.protocols import VolumeStore, writing_bytes
 from ..io.writing.sinks import Sink, SinkStore
-from ..io.writing.targets import as_target, store_at
+from ..io.writing.targets import as_target, replacing, store_at
 from ..models.outputs import Name
 from .planning.results import ResultSpec, of_name
 
@@ -27,10 +26,7 @@ def as_store(given: Any, overwrite: bool) -> VolumeStore:
     if isinstance(given, str | os.PathLike):
         return store_at(as_target(given), overwrite)
     if isinstance(given, VolumeStore):
-        if overwrite and not getattr(given, "overwrite", True):
-            given = copy.copy(given)
-            given.overwrite = True
-        return given
+        return replacing(given, overwrite)
     if isinstance(given, Sink):
         return SinkStore(given)
     raise OutputError(

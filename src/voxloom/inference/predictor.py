@@ -386,7 +386,7 @@ class Predictor:
         request = Request(image, image_name, like, resample_to, mask, affine)
         with contextlib.ExitStack() as stack:
             preparation, given = self._prepared(request, output, stack)
-            difference = _difference(target, preparation.fingerprint(given))
+            difference = _difference(target, preparation.fingerprint(given), given)
         if difference:
             raise TargetExistsError(
                 f"{target} exists, and is of something else: {difference}. Remove it, or let it be overwritten"
@@ -405,7 +405,7 @@ def _check_inputs(stores: Stores, given: Input, *others: Any) -> None:
             raise SaveError(f"the result would replace the input {store.path}, or what holds it: choose another output")
 
 
-def _difference(target: Path, fingerprint: Json) -> str:
+def _difference(target: Path, fingerprint: Json, given: Input) -> str:
     """Say in what the result that is at a target differs from what would be made; empty if in nothing."""
     beside = sidecar_of(target)
     made = read_sidecar(beside)
@@ -415,4 +415,7 @@ def _difference(target: Path, fingerprint: Json) -> str:
         return f"{beside.name} is not of it as it is now, but of {made.get('written')}"
     if None in fingerprint["models"]:
         return "the model is a function without a name, so that it may be another one"
-    return "; ".join(differences({key: made.get(key) for key in fingerprint}, fingerprint))
+    names = {label.value: label.name for label in given.labels}
+    told = {label["value"]: label["name"] for label in made.get("labels", ())}
+    recorded = {key: made.get(key) for key in fingerprint}
+    return "; ".join(differences({**recorded, "labels": told}, {**fingerprint, "labels": names}))

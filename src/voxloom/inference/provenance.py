@@ -64,7 +64,6 @@ def fingerprint_of_run(of_models: Json, models: Models, settings: Settings, opti
             **({} if given.like is None else {"like": given.like.fingerprint(), "interpolation": list(given.kinds)}),
             "mask": None if given.needed is None else fingerprint_of_option(given.needed),
             "device": models.device.type,
-            **({"labels": [[label.value, label.name] for label in given.labels]} if given.labels else {}),
         },
     }
 

@@ -255,7 +255,10 @@ class _Gathering:
                 self._first.take()  # which was of no use
                 self._first = None
                 batches = itertools.chain([one], batches)
-        while group := list(itertools.islice(batches, self._num_together())):
+        # The first ones are read alone, so that the model need not wait for many.
+        most, count = self._num_together(), 1
+        while group := list(itertools.islice(batches, count)):
+            count = min(2 * count, most)
             waiting.append((group, _Reading(self._reading.submit(self._read_all, [batch for batch, _ in group]))))
             if len(waiting) > 1:
                 given, reading = waiting.popleft()
@@ -269,8 +272,15 @@ class _Gathering:
         voxels = math.prod(size + 2 * around for size, around in zip(plan.grid.patch_size, plan.context, strict=True))
         return max(1, TOGETHER_BYTES // (voxels * plan.batch_size * self.source.shape[0] * plan.dtype.itemsize))
 
-    def _read_all(self, batches: Sequence[Batch]) -> list[Tensor]:
-        return [self._read(batch) for batch in batches]
+    def _read_all(self, batches: Sequence[Batch]) -> list[Tensor | BaseException]:
+        """Read batches, up to one that cannot be: why is said in its place, when its turn comes."""
+        read: list[Tensor | BaseException] = []
+        try:
+            for batch in batches:
+                read.append(self._read(batch))
+        except BaseException as error:  # noqa: BLE001 - it is raised later
+            read.append(error)
+        return read
 
     def _size_of(self, batch: Batch) -> int:
         return self.plan.batch_size if self.plan.has_full_batches else len(batch)
@@ -419,16 +429,19 @@ class _Gathering:
 class _Reading:
     """Batches that are read together, of which none is held once it is taken."""
 
-    def __init__(self, future: Future[list[Tensor]]) -> None:
-        self._future: Future[list[Tensor]] | None = future
-        self._values: deque[Tensor] = deque()
+    def __init__(self, future: Future[list[Tensor | BaseException]]) -> None:
+        self._future: Future[list[Tensor | BaseException]] | None = future
+        self._values: deque[Tensor | BaseException] = deque()
 
     def take(self) -> Tensor:
-        """Give the next batch when it has been read."""
+        """Give the next batch when it has been read, or raise why it cannot be."""
         if self._future is not None:
             self._values.extend(self._future.result())
             self._future = None
-        return self._values.popleft()
+        value = self._values.popleft()
+        if isinstance(value, BaseException):
+            raise value
+        return value
 
 
 class _Writer:

@@ -99,6 +99,8 @@ def used_beside(function: FunctionType) -> dict[str, Any]:
         codes += [each for each in code.co_consts if isinstance(each, CodeType)]
         for name in code.co_names:
             value = function.__globals__.get(name)
+            if name.startswith("__"):  # such as the name of a module, which a script has another of in other processes
+                continue
             is_own = isinstance(value, FunctionType | type | ModuleType) and not is_of_library(value)
             if is_own or is_plain(value) or isinstance(value, functools.partial):
                 found[name] = value

@@ -12,8 +12,10 @@ import io
 import json
 import math
 import pickle
+import random
 import re
 import zipfile
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from types import FunctionType, ModuleType
 from typing import Any
@@ -38,7 +40,10 @@ from .protocols import Json
 # Attributes that each module has: weights and parts are told otherwise, and hooks are of PyTorch.
 OF_MODULES = {*vars(nn.Module()), "_is_full_backward_hook"}
 
-__all__ = ["differences", "fingerprint_of_model", "fingerprint_of_option", "state_of_model"]
+# What is drawn from is no part of what is made.
+OF_CHANCE = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
+
+__all__ = ["differences", "fingerprint_of_model", "fingerprint_of_option", "is_setting", "state_of_model"]
 
 
 def fingerprint_of_model(model: Callable, name: str | None = None) -> Json:
@@ -181,17 +186,33 @@ class _Teller:
                 used.append(cell.cell_contents)
         told = [source_of(function), self._state_of([used, function.__defaults__, function.__kwdefaults__])]
         if self._with_files:
-            told.append(json.dumps([fingerprint_of_file(function), self._used_by(function)], sort_keys=True))
+            file = fingerprint_of_file(function)
+            used = self.tell(used_beside(function)) if file is None else self._used_by(function)
+            told.append(json.dumps([file, used], sort_keys=True))
         return hash_of(told)
 
-    def _used_by(self, function: FunctionType) -> Json:
-        return {} if is_of_library(function) else self.tell(used_beside(function))
+    def _used_by(self, thing: FunctionType | type) -> Json:
+        """Say what a function or a class that is in a file uses of the user's, and what that uses in turn."""
+        found: dict[str, Json] = {}
+        waiting = deque([thing])
+        while waiting:
+            each = waiting.popleft()
+            name = name_in_code(each)
+            if name in found or is_of_library(each):
+                continue
+            held = _used_by_class(each) if isinstance(each, type) else used_beside(each)
+            others = {key: value for key, value in held.items() if isinstance(value, FunctionType | type)}
+            in_files = {key: value for key, value in others.items() if fingerprint_of_file(value) is not None}
+            waiting.extend(in_files.values())
+            values = {key: self.tell(value) for key, value in held.items() if key not in in_files}
+            found[name] = [fingerprint_of_file(each), values, {key: name_in_code(value) for key, value in in_files.items()}]
+        return found
 
     def _settings_of_parts(self, module: nn.Module) -> Json:
         """Say what a module that makes subjects holds beside weights: unlike a model it may hold it under any name."""
         found = []
         for where, part in module.named_modules():
-            own = {name: value for name, value in vars(part).items() if name not in OF_MODULES}
+            own = {name: value for name, value in vars(part).items() if name not in OF_MODULES and is_setting(value)}
             found.append([where, self.tell(own), self.tell(type(part))])
         return found
 
@@ -202,15 +223,9 @@ class _Teller:
             file = fingerprint_of_file(each)
             parts = [(name, self.tell(part)) for name, part in parts_of_class(each)] if _is_own(each, file) else None
             told.append(file or json.dumps([name_in_code(each), parts], sort_keys=True))
-            if file is not None and self._with_files and not is_of_library(each):
-                told.append(json.dumps([(name, self._of_part(part)) for name, part in parts_of_class(each)], sort_keys=True))
+            if file is not None and self._with_files:
+                told.append(json.dumps(self._used_by(each), sort_keys=True))
         return hash_of(told)
-
-    def _of_part(self, part: Any) -> Json:
-        """Say of a part of a class what is not in its file: a value as it is now, and what a function uses."""
-        if isinstance(part, FunctionType):
-            return self._used_by(part)
-        return self.tell(part) if is_plain(part) or isinstance(part, list | dict) else None
 
     def _state_of(self, value: Any) -> bytes:
         """Give what an object holds: as it is pickled; or, where it cannot be, by the fingerprints of its parts."""
@@ -224,6 +239,23 @@ class _Teller:
             return (json.dumps(self.tell(parts), sort_keys=True) if parts else without_addresses(repr(value))).encode()
         except RecursionError:
             return b"deeper than can be looked into"
+
+
+def is_setting(value: Any) -> bool:
+    """Whether a value that an object holds may be what it was made with: no generator, nor what is found out while it is used."""
+    is_empty = value is None or (isinstance(value, list | dict | set | tuple) and not value)
+    return not is_empty and not isinstance(value, OF_CHANCE)
+
+
+def _used_by_class(kind: type) -> dict[str, Any]:
+    """Give the values that a class has, and what its functions use."""
+    found: dict[str, Any] = {}
+    for name, part in parts_of_class(kind):
+        if isinstance(part, FunctionType):
+            found |= {f"{name} {key}": value for key, value in used_beside(part).items()}
+        elif is_plain(part) or isinstance(part, list | dict):
+            found[name] = part
+    return found
 
 
 def _is_own(kind: type, file: str | None) -> bool:

@@ -2,7 +2,7 @@
 
 import colorsys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any
 
@@ -45,10 +45,15 @@ def as_labels(given: Any) -> list[Label]:
             raise ModeError(
                 f"labels has {label!r}: give names and whole numbers, such as {{'liver': 5}}, or vx.Label(5, 'liver')"
             )
+    # Numbers may be of NumPy, which cannot be written down.
+    labels = [
+        replace(label, value=int(label.value), color=None if label.color is None else tuple(map(int, label.color)))
+        for label in labels
+    ]
     names: dict[int, str] = {}
     for label in labels:
-        other = names.setdefault(int(label.value), label.name)
-        if other != label.name:
+        other = names.setdefault(label.value, label.name)
+        if other != label.name and label.value:
             raise ModeError(f"labels has two names for {label.value}, {other!r} and {label.name!r}: give each number one name")
     return labels
 

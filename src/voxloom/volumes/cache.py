@@ -5,7 +5,6 @@ import copy
 import itertools
 import json
 import os
-import random
 import re
 import shutil
 import time
@@ -26,7 +25,7 @@ from ..errors import CorruptImageError, NoSuchIndexError, SaveError, SubjectErro
 from ..io.arrays.blosc import BloscFile, write_blosc
 from ..io.arrays.memory import hash_of
 from ..io.files import size_of_path
-from ..io.fingerprints import fingerprint_of_option
+from ..io.fingerprints import fingerprint_of_option, is_setting
 from ..io.plain import MOST_NUMBERS, from_plain, to_plain
 from ..io.protocols import Json, SpaceCodes
 from ..io.writing.saving import as_save_error, bring_to_disk, write_safely
@@ -41,9 +40,6 @@ from .loading import SubjectsDataset
 from .subject import Subject
 
 __all__ = ["SubjectsCache"]
-
-# What a data set draws from is no part of what it makes.
-OF_CHANCE = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
 
 # The form of entries: others are made anew.
 VERSION = 2
@@ -289,7 +285,7 @@ def _made_by(leaf: Any) -> Json:
     settings = {
         name: value
         for name, value in vars(leaf).items()
-        if name.lstrip("_") not in TRANSFORMS and not isinstance(value, OF_CHANCE) and not _holds_subjects(value)
+        if name.lstrip("_") not in TRANSFORMS and is_setting(value) and not _holds_subjects(value)
     }
     within = [_made_by(part) for part in _within(leaf)]
     return [told, fingerprint_of_option([type(leaf), settings], with_files=True), within]

@@ -12,7 +12,7 @@ from ..io.formats import endings, format_of, is_folder_target
 from ..io.protocols import VolumeSpec, VolumeStore, is_source, read_checked
 from ..io.spooling import spooled
 from ..io.writing.saving import appeared, remove_unfinished
-from ..io.writing.targets import as_target, discard_dead, save_volume, store_at, would_lose
+from ..io.writing.targets import as_target, discard_dead, replacing, save_volume, store_at, would_lose
 from ..io.writing.words import OVERWRITE
 from ..io.zarr.source import is_label_of_image
 from ..io.zarr.store import ZarrStore
@@ -131,7 +131,7 @@ def _is_written_whole(output: Any) -> bool:
 
 def _store_of(output: Any, overwrite: bool, options: dict[str, Any]) -> VolumeStore:
     if isinstance(output, VolumeStore):
-        return output
+        return replacing(output, overwrite)
     target = as_target(output)
     return ZarrStore(target, overwrite, **options) if is_folder_target(target) else store_at(target, overwrite)
 

@@ -1,6 +1,7 @@
 """Where a volume goes that is written to a path, whole or block by block: by which store, or in which format."""
 
 import contextlib
+import copy
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from ..zarr.store import ZarrStore
 from .saving import atomic_write, saving
 from .whole_volumes import storable
 
-__all__ = ["as_target", "discard_dead", "save_volume", "store_at", "would_lose"]
+__all__ = ["as_target", "discard_dead", "replacing", "save_volume", "store_at", "would_lose"]
 
 
 # So many folders up it is looked whether a target lies in a store.
@@ -30,6 +31,15 @@ def store_at(target: Path, overwrite: bool) -> VolumeStore:
     """Give the store that writes a target; see `as_target`."""
     import_for(target)
     return ZarrStore(target, overwrite) if is_folder_target(target) else NiftiStore(target, overwrite)
+
+
+def replacing(store: VolumeStore, overwrite: bool) -> VolumeStore:
+    """Let a store replace what is there, if that is allowed and it can be told so."""
+    if not overwrite or getattr(store, "overwrite", True):
+        return store
+    store = copy.copy(store)
+    store.overwrite = True  # type: ignore[attr-defined]
+    return store
 
 
 def would_lose(target: Path, inputs: Iterable[Path]) -> bool:

@@ -1,5 +1,6 @@
 """Volumes in Zarr as sources of voxels: OME-Zarr at some level, NIfTI-Zarr, and plain arrays."""
 
+import json
 import math
 import os
 import re
@@ -15,6 +16,7 @@ from ...core.boxes import Box
 from ...core.geometry.affines import as_affine
 from ...errors import (
     ImageError,
+    ImageFileError,
     ModeError,
     NoSuchIndexError,
     UnsupportedImageError,
@@ -85,7 +87,8 @@ class ZarrSource(FileSource):
             raise UnsupportedImageError(found.conflict)
         self.name = str(location).rstrip("/")
         self.paths = () if found.storage.path is None else (found.storage.path,)
-        self._header = [path / found.path / name for path in self.paths if path.is_dir() for name in HEADERS]
+        self._headers = [path / found.path / name for path in self.paths if path.is_dir() for name in HEADERS]
+        self._array_told = self._tell_array()
         self.remember()
         self._metadata = found.metadata
         self.multiscales = found.multiscales
@@ -109,7 +112,26 @@ class ZarrSource(FileSource):
     @property
     def watched(self) -> Sequence[Path]:
         """See `FileSource`: the array's own metadata too, which are written anew with an array that takes its place."""
-        return (*self.paths, *self._header)
+        return (*self.paths, *self._headers)
+
+    def check_unchanged(self) -> None:
+        """See `FileSource`. Attributes of an array may change, and another one of the same make may take its place."""
+        try:
+            super().check_unchanged()
+        except ImageFileError:
+            if self._array_told is None or self._array_told != self._tell_array():
+                raise
+            self.array.forget()  # chunks that were kept may be of another one
+            self.remember()
+
+    def _tell_array(self) -> Json:
+        """Say what an array in a folder is, and which folder it is in; None where it is in none, or cannot be read."""
+        try:
+            told = [json.loads(path.read_text()) for path in self._headers if path.exists()]
+            folders = [path.stat().st_ino for path in self.paths]
+        except (OSError, ValueError):
+            return None
+        return [folders, [{name: value for name, value in each.items() if name != "attributes"} for each in told]]
 
     @property
     def stored_dtype(self) -> np.dtype:
