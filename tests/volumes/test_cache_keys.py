@@ -193,6 +193,24 @@ def test_what_a_function_finds_beside_it_counts_as_it_is_now(tmp_path, monkeypat
         assert cached(dataset, tmp_path) == [number]
 
 
+def made_adding(number):
+    return lambda subject: plus(subject, number)
+
+
+ADD, MORE = made_adding(0.0), made_adding(0.0)
+
+
+def adding_twice(subject):
+    return MORE(ADD(subject))
+
+
+def test_what_functions_beside_it_hold_counts_too(tmp_path, monkeypatch):
+    dataset = vx.SubjectsDataset([vx.Subject(t1=scan())], adding_twice)
+    for name, number in (("ADD", 1.0), ("MORE", 2.0)):
+        monkeypatch.setattr(sys.modules[__name__], name, made_adding(number))
+        assert cached(dataset, tmp_path) == [1 if name == "ADD" else 3]
+
+
 def test_a_value_of_a_class_counts_as_it_is_now(tmp_path, monkeypatch):
     dataset = vx.SubjectsDataset([vx.Subject(t1=scan())], Adding(1))
     for number in (1.0, 2.0):

@@ -7,7 +7,7 @@ import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from ..runtime.limits import home_of_sums
 from ..runtime.memory import BufferPool
 from ..runtime.sharing import Share, SharedOut
 from .delivery import Delivery
+from .handing_over import MOST_WAITING, Reading, Writer
 from .inputs import read_batch
 from .planning.block_memory import open_bytes
 from .planning.plan import BASE_BYTES, Batch, PredictionPlan
@@ -37,8 +38,6 @@ from .runner import FirstBatch, Runner
 __all__ = ["ThreadExecutor"]
 
 HOST = torch.device("cpu")
-# Tiles that may wait for the writer, so that what has no size, such as tiles without patches, is bounded too.
-MOST_WAITING = 32
 # Batches that are smaller are read together, and tiles handed over together, until they are as large.
 TOGETHER_BYTES = 2**20
 # Threads that add patches to sums, at most: more would not be faster, since memory is not.
@@ -138,7 +137,7 @@ class _Gathering:
             _use_one_thread(threads)
             self._reading, writing, interpolating, *adding = threads
             self._delivery.share = SharedOut([interpolating], takes_part=True)
-            self._writer = _Writer(writing)
+            self._writer = Writer(writing)
             self._share = SharedOut(adding) if adding else None
             try:
                 with self.runner.models.ready():
@@ -242,12 +241,12 @@ class _Gathering:
         count = self.plan.traversal.num_outer
         return start - number * count, min(count, stop - number * count)
 
-    def _read_ahead(self, batches: Iterator[Numbered]) -> Iterator[tuple[Numbered, "_Reading | None"]]:
+    def _read_ahead(self, batches: Iterator[Numbered]) -> Iterator[tuple[Numbered, Reading | None]]:
         """Read each batch while the one before it is in the model, but for one that has been run already.
 
         Small ones are read together, since another thread's turn takes longer than they do.
         """
-        waiting: deque[tuple[list[Numbered], _Reading | None]] = deque()
+        waiting: deque[tuple[list[Numbered], Reading | None]] = deque()
         if self._first is not None and (one := next(batches, None)) is not None:
             if self._first.is_of(one[0]):
                 waiting.append(([one], None))
@@ -259,7 +258,7 @@ class _Gathering:
         most, count = self._num_together(), 1
         while group := list(itertools.islice(batches, count)):
             count = min(2 * count, most)
-            waiting.append((group, _Reading(self._reading.submit(self._read_all, [batch for batch, _ in group]))))
+            waiting.append((group, Reading(self._reading.submit(self._read_all, [batch for batch, _ in group]))))
             if len(waiting) > 1:
                 given, reading = waiting.popleft()
                 yield from ((batch, reading) for batch in given)
@@ -424,72 +423,6 @@ class _Gathering:
         if has_infinity:
             return OutputError(f"{what} holds infinities of both signs, or one too large to sum, at voxel {found.voxel}")
         return OutputError(f"{what} held NaN at voxel {found.voxel}, but not when its patches were computed once more")
-
-
-class _Reading:
-    """Batches that are read together, of which none is held once it is taken."""
-
-    def __init__(self, future: Future[list[Tensor | BaseException]]) -> None:
-        self._future: Future[list[Tensor | BaseException]] | None = future
-        self._values: deque[Tensor | BaseException] = deque()
-
-    def take(self) -> Tensor:
-        """Give the next batch when it has been read, or raise why it cannot be."""
-        if self._future is not None:
-            self._values.extend(self._future.result())
-            self._future = None
-        value = self._values.popleft()
-        if isinstance(value, BaseException):
-            raise value
-        return value
-
-
-class _Writer:
-    """A thread that does one thing after the other, and what it is given that it has yet to do."""
-
-    def __init__(self, thread: ThreadPoolExecutor) -> None:
-        self._thread = thread
-        self._waiting: deque[tuple[Future[None], int]] = deque()  # what it is at or has yet to do, and the bytes of each
-        self._has_ended = False
-
-    def submit(self, function: Callable[..., object], *arguments: object, num_bytes: int = 0) -> None:
-        """Let something be done after what was given before; waits only if too many things wait already."""
-        while len(self._waiting) >= MOST_WAITING or (self._waiting and self._waiting[0][0].done()):
-            self._wait_for_one()
-        self._waiting.append((self._thread.submit(self._unless_failed, function, *arguments), num_bytes))
-
-    def _unless_failed(self, function: Callable[..., object], *arguments: object) -> None:
-        """Do nothing after an error: a slab of which a tile is missing must not be recorded."""
-        if self._has_ended:
-            return
-        try:
-            function(*arguments)
-        except BaseException:
-            self._has_ended = True
-            raise
-
-    def wait(self) -> None:
-        """Wait until all is done, and raise what was raised."""
-        while self._waiting:
-            self._wait_for_one()
-
-    def wait_for_room(self, num_bytes: int) -> None:
-        """Wait until no more bytes than these wait."""
-        while self._waiting and self.num_bytes > num_bytes:
-            self._wait_for_one()
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes that wait, or are at hand."""
-        return sum(size for _, size in self._waiting)
-
-    def _wait_for_one(self) -> None:
-        self._waiting.popleft()[0].result()
-
-    def stop(self) -> None:
-        """Do nothing any more."""
-        self._has_ended = True
-        self._thread.shutdown(cancel_futures=True)
 
 
 def _use_one_thread(helpers: Sequence[ThreadPoolExecutor]) -> None:

@@ -180,11 +180,7 @@ class _Teller:
         return f"{name_in_code(kind)} {hash_of([json.dumps(self.tell(kind)), state])[:16]}"
 
     def _of_function(self, function: FunctionType) -> str:
-        used: list[Any] = []
-        for cell in function.__closure__ or ():
-            with contextlib.suppress(ValueError):  # one that is empty yet
-                used.append(cell.cell_contents)
-        told = [source_of(function), self._state_of([used, function.__defaults__, function.__kwdefaults__])]
+        told = [source_of(function), self._state_of(_held_by(function))]
         if self._with_files:
             file = fingerprint_of_file(function)
             used = self.tell(used_beside(function)) if file is None else self._used_by(function)
@@ -193,19 +189,21 @@ class _Teller:
 
     def _used_by(self, thing: FunctionType | type) -> Json:
         """Say what a function or a class that is in a file uses of the user's, and what that uses in turn."""
-        found: dict[str, Json] = {}
-        waiting = deque([thing])
+        found: list[Json] = []
+        seen, waiting = set(), deque([thing])
         while waiting:
             each = waiting.popleft()
-            name = name_in_code(each)
-            if name in found or is_of_library(each):
+            if each in seen or is_of_library(each):
                 continue
+            seen.add(each)
             held = _used_by_class(each) if isinstance(each, type) else used_beside(each)
             others = {key: value for key, value in held.items() if isinstance(value, FunctionType | type)}
             in_files = {key: value for key, value in others.items() if fingerprint_of_file(value) is not None}
             waiting.extend(in_files.values())
             values = {key: self.tell(value) for key, value in held.items() if key not in in_files}
-            found[name] = [fingerprint_of_file(each), values, {key: name_in_code(value) for key, value in in_files.items()}]
+            names = {key: name_in_code(value) for key, value in in_files.items()}
+            state = "" if isinstance(each, type) or each is thing else hash_of([self._state_of(_held_by(each))])
+            found.append([name_in_code(each), fingerprint_of_file(each), state, values, names])
         return found
 
     def _settings_of_parts(self, module: nn.Module) -> Json:
@@ -245,6 +243,15 @@ def is_setting(value: Any) -> bool:
     """Whether a value that an object holds may be what it was made with: no generator, nor what is found out while it is used."""
     is_empty = value is None or (isinstance(value, list | dict | set | tuple) and not value)
     return not is_empty and not isinstance(value, OF_CHANCE)
+
+
+def _held_by(function: FunctionType) -> list[Any]:
+    """Give what a function was made with: what it has of the function around it, and its defaults."""
+    cells: list[Any] = []
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):  # one that is empty yet
+            cells.append(cell.cell_contents)
+    return [cells, function.__defaults__, function.__kwdefaults__]
 
 
 def _used_by_class(kind: type) -> dict[str, Any]:

@@ -22,17 +22,26 @@ __all__ = ["Findings"]
 READING = ("LoadImage", "EnsureChannelFirst", "EnsureType", "ToTensor", "CastToType", "ToDevice")
 WRITING = ("SaveImage", "EnsureType", "ToTensor", "CastToType", "ToDevice")
 # Arguments of an inferer: those that are taken over, and those by which the labels do not change.
-OF_WINDOWS = {"roi_size", "overlap", "mode", "sigma_scale", "padding_mode", "cval", "with_coord"}
-OF_WINDOWS |= {
-    "sw_batch_size",
-    "sw_device",
-    "device",
-    "progress",
-    "cache_roi_weight_map",
-    "cpu_thresh",
-    "buffer_steps",
-    "buffer_dim",
-}
+OF_WINDOWS = frozenset(
+    [
+        "roi_size",
+        "overlap",
+        "mode",
+        "sigma_scale",
+        "padding_mode",
+        "cval",
+        "with_coord",
+        "memory_limit",
+        "sw_batch_size",
+        "sw_device",
+        "device",
+        "progress",
+        "cache_roi_weight_map",
+        "cpu_thresh",
+        "buffer_steps",
+        "buffer_dim",
+    ]
+)
 # Types that hold what is read, however they are written.
 FLOAT = re.compile(r"\$?(torch\.|numpy\.|np\.)?(float|float32|float64|double)")
 AXES = [["L", "R"], ["P", "A"], ["I", "S"]]
@@ -194,7 +203,7 @@ class Findings:
         if inferer.written("memory_limit"):
             inferer.warn("its memory_limit is not taken over: give one to predict (--memory-limit)")
         for name in inferer.arguments:
-            if name not in {*OF_WINDOWS, "memory_limit"} and inferer.written(name):
+            if name not in OF_WINDOWS and inferer.written(name):
                 inferer.refuse(f"its argument {name} is not understood")
         padding = inferer.get("padding_mode", "constant")
         if padding != "constant" or inferer.get("cval", 0):
