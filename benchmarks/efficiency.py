@@ -7,7 +7,7 @@ grid and aggregator; the last two scale, resample and bring back by their own tr
 planning. What a bare loop over the same number of patches takes, and holds, is the limit.
 
     python benchmarks/efficiency.py [--rounds 5] [--kind ResidualEncoderUNet] [--sizes small thick mni mni-2mm mni-thick]
-        [--width 8] [--patch 64]
+        [--width 8] [--patch 64] [--spacing 1.5]
 """
 
 import argparse
@@ -28,7 +28,6 @@ from alternating import compile_as_installed, machine
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "integrations"))
 
-SPACING = (1.5, 1.5, 1.5)
 INTERVAL = 0.1
 
 
@@ -103,7 +102,7 @@ def run_monai(folder, scan, out):
     original = (image.affine, image.shape[1:])
     image = image.clamp(intensities["percentile_00_5"], intensities["percentile_99_5"])
     image = (image - intensities["mean"]) / intensities["std"]
-    image = Spacing(SPACING, mode="bilinear")(image)
+    image = Spacing(configuration["spacing"][::-1], mode="bilinear")(image)
     with torch.inference_mode():
         scores = sliding_window_inference(
             image[None], configuration["patch_size"], 1, turned(network), overlap=0.5, mode="gaussian"
@@ -122,7 +121,7 @@ def run_torchio(folder, scan, out):
     image = tio.ScalarImage(scan)
     values = image.data.float().clamp(intensities["percentile_00_5"], intensities["percentile_99_5"])
     image.set_data((values - intensities["mean"]) / intensities["std"])
-    subject = tio.Subject(image=tio.Resample(SPACING)(image))
+    subject = tio.Subject(image=tio.Resample(configuration["spacing"][::-1])(image))
     patch = configuration["patch_size"]
     short = [max(0, size - length) for size, length in zip(patch, subject.spatial_shape, strict=True)]
     subject = tio.Pad([each for size in short for each in (size // 2, size - size // 2)])(subject) if any(short) else subject
@@ -274,7 +273,7 @@ def trained(folder, options):
         return made
 
     nnunet_samples.architecture = architecture
-    configuration = nnunet_samples.configuration(SPACING, (options.patch,) * 3, kind=options.kind)
+    configuration = nnunet_samples.configuration((options.spacing,) * 3, (options.patch,) * 3, kind=options.kind)
     return nnunet_samples.write_folder(folder, {"tiny": configuration}, "tiny", steps=options.steps, mirrored=None)
 
 
@@ -304,6 +303,7 @@ def main(arguments=None):
     parser.add_argument("--kind", default="PlainConvUNet", choices=["PlainConvUNet", "ResidualEncoderUNet"])
     for name, default in {"width": 8, "patch": 64, "steps": 10, "threads": 2}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--spacing", type=float, default=1.5, help="of the network, in millimetres")
     options = parser.parse_args(arguments)
     if options.run:
         name, *paths = options.run
