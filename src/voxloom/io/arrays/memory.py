@@ -96,7 +96,9 @@ def as_tensor(data: Any) -> Tensor:
 
 
 def _check_unmasked(data: Any) -> None:
-    if isinstance(data, np.ma.MaskedArray) and np.ma.is_masked(data):
+    # Asking for `np.ma` imports it, which takes 10 ms: what is not masked for sure is not asked.
+    is_plain = isinstance(data, Tensor) or type(data) is np.ndarray
+    if not is_plain and isinstance(data, np.ma.MaskedArray) and np.ma.is_masked(data):
         raise ImageError("some values of the array are masked, which a tensor cannot say: give array.filled(VALUE)")
 
 
