@@ -23,7 +23,7 @@ import voxloom as vx
 from slow import slow
 from voxloom.core.boxes import Box
 from voxloom.core.pyramids import coarser, factors_of_levels
-from voxloom.errors import ModeError, RecordError, SaveError, SizeError, SpaceError, TargetExistsError
+from voxloom.errors import CorruptImageError, ModeError, RecordError, SaveError, SizeError, SpaceError, TargetExistsError
 from voxloom.io.zarr import layout, writing
 from voxloom.io.zarr.writing import PyramidWriter, chunks_for
 from voxloom.testing import check_store
@@ -563,6 +563,21 @@ def test_negative_zeros_are_written_and_zeros_are_not(tmp_path):
     files = {str(file.relative_to(path / "c")) for file in (path / "c").rglob("*") if file.is_file()}
     assert files == {"0/0/0/0", "0/0/0/1"}  # what is 0 bit by bit is not kept, nor is what was there before
     assert np.signbit(array[0]).all()
+
+
+@pytest.mark.parametrize("shards", [None, 16])
+def test_a_flipped_bit_is_an_error(tmp_path, shards):
+    made = vx.predict(NETWORK, SCAN, patch_size=16, output=vx.ZarrStore(tmp_path / "out.zarr", chunks=8, shards=shards))
+    files = [path for path in made.path.rglob("*") if path.is_file() and "json" not in path.name]
+    drawn = random.Random(0)
+    for _ in range(30):
+        file = drawn.choice(files)
+        content = file.read_bytes()
+        place = drawn.randrange(len(content))
+        file.write_bytes(content[:place] + bytes([content[place] ^ 1 << drawn.randrange(8)]) + content[place + 1 :])
+        with pytest.raises(CorruptImageError, match=r"chunk c/.*out\.zarr is damaged"):
+            _ = vx.ScalarImage(made.path).data
+        file.write_bytes(content)
 
 
 def test_chunks_suit_the_size_of_a_voxel():

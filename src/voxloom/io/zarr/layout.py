@@ -184,7 +184,8 @@ class Layout:
             codec = zarr.codecs.BloscCodec(
                 typesize=self.dtype.itemsize, cname="zstd", clevel=COMPRESSION, shuffle=shuffled, blocksize=0
             )
-            more |= {"compressors": codec, "dimension_names": self.names}
+            # Blosc takes most flipped bits for values: with a check sum they are an error.
+            more |= {"compressors": [codec, zarr.codecs.Crc32cCodec()], "dimension_names": self.names}
             if self.shards[level] != self.chunks[level]:
                 more["shards"] = self._of_arrays(self.shards[level], self.spec.shape[0])
         create(

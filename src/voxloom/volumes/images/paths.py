@@ -33,7 +33,10 @@ def is_path(thing: Any) -> bool:
 
 def _one_path(path: Any, verify: bool) -> Path:
     if not isinstance(path, str | os.PathLike):
-        raise SubjectError(f"the path of an image is {path!r}, of type {type(path).__name__}: give a path, a tensor or an array")
+        raise SubjectError(
+            f"the path of an image is {path!r}, of type {type(path).__name__}: give a path, a tensor or an array; as_image makes"
+            " one of an image of TorchIO or MONAI"
+        )
     if not os.fspath(path):
         raise SubjectError("the path of an image is empty: give a path, a tensor or an array")
     try:
