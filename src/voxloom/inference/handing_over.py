@@ -38,11 +38,13 @@ class Writer:
         self._waiting: deque[tuple[Future[None], int]] = deque()  # what it is at or has yet to do, and the bytes of each
         self._has_ended = False
 
-    def submit(self, function: Callable[..., object], *arguments: object, num_bytes: int = 0) -> None:
+    def submit(self, function: Callable[..., object], *arguments: object, num_bytes: int = 0) -> Future[None]:
         """Let something be done after what was given before; waits only if too many things wait already."""
         while len(self._waiting) >= MOST_WAITING or (self._waiting and self._waiting[0][0].done()):
             self._wait_for_one()
-        self._waiting.append((self._thread.submit(self._unless_failed, function, *arguments), num_bytes))
+        future = self._thread.submit(self._unless_failed, function, *arguments)
+        self._waiting.append((future, num_bytes))
+        return future
 
     def _unless_failed(self, function: Callable[..., object], *arguments: object) -> None:
         """Do nothing after an error: a slab of which a tile is missing must not be recorded."""

@@ -7,7 +7,7 @@ import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -122,6 +122,7 @@ class _Gathering:
         self._finished: deque[tuple[int, FinishedTile]] = deque()  # what the writer has not been given yet, with its output
         self._finished_bytes = 0
         self._share: Share | None = None
+        self._recorded: deque[Future[None]] = deque()  # slabs that are recorded, or will be when their turn comes
 
     def _weights_of(self, number: int) -> PatchWeights | None:
         window = self.plan.window
@@ -192,7 +193,7 @@ class _Gathering:
             for patch in itertools.chain.from_iterable(traversal.patches(part, block, self.plan.needed) for part in parts):
                 values = self._take(patch)
                 if is_first:
-                    self._writer.wait()  # until the slab before is recorded, so that no more than a batch beyond it is ever lost
+                    self._wait_for_records()
                     is_first = False
                 self._make_room(patch, is_wanted)
                 for number, output in enumerate(values):
@@ -201,7 +202,12 @@ class _Gathering:
             self._finish(step, is_wanted)
         self._hand_over(is_wanted)
         if is_wanted:
-            self._writer.submit(self._slab_finished)
+            self._recorded.append(self._writer.submit(self._slab_finished))
+
+    def _wait_for_records(self) -> None:
+        """Wait until no more than one slab is still to be recorded: what lies beyond is lost in a crash."""
+        while len(self._recorded) > 1:
+            self._recorded.popleft().result()
 
     def _begin(self, outer: int) -> int:
         """Say with which group of the outer axis to begin: what is finished with one began to be summed some groups earlier."""
