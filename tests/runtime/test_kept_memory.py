@@ -181,6 +181,28 @@ def test_with_a_limit_memory_is_kept_where_it_leaves_room(limit, is_kept):
     assert after < block / 2
 
 
+def test_what_is_read_before_the_first_forward_pass_is_not_kept():
+    script = """
+        import numpy as np
+        seen = []
+
+        class Source:
+            shape, dtype, affine, codes = (1, 32, 32, 32), torch.float32, np.eye(4), vx.SpaceCodes()
+            chunks, resident_bytes, paths = (32, 32, 32), 0, ()
+
+            def read(self, box):
+                seen.append(keeps())
+                return torch.ones(1, *box.shape)
+
+            def fingerprint(self):
+                return "ones"
+
+        vx.predict(torch.nn.Identity(), Source(), patch_size=32)
+        print(json.dumps(seen))
+    """
+    assert found(script) == [False]
+
+
 def test_bits_do_not_depend_on_it():
     torch.manual_seed(0)
     network = torch.nn.Sequential(torch.nn.Conv3d(1, 48, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv3d(48, 2, 3, padding=1))

@@ -12,9 +12,13 @@ from hypothesis import strategies as st
 from scipy.ndimage import map_coordinates, zoom
 
 import voxloom as vx
+from voxloom.core.boxes import Box
 from voxloom.core.geometry.affines import scaled
 from voxloom.errors import ImageError, ModeError, SizeError, SpaceError, SubjectError
+from voxloom.io.protocols import Space, loading_bytes
 from voxloom.testing import check_source
+from voxloom.volumes.views import cubic
+from voxloom.volumes.views.spatial import ResampledSource
 
 OBLIQUE = np.array([[0.9, -0.3, 0, 5], [0.28, 1.1, 0.1, -7], [0, 0.1, -2.5, 30], [0, 0, 0, 1]])
 
@@ -129,6 +133,46 @@ def test_cubic_resampling_at_hardly_an_angle_is_that_along_the_axes():
     )
     assert not torch.equal(at_angle.data, along.data)
     assert torch.allclose(at_angle.data, along.data, atol=0.05)
+
+
+@pytest.mark.parametrize("orders", [(3, 3, 3), (0, 3, 3), (3, 1, 3), (0, 0, 3), (3, 3, 0)])
+@pytest.mark.parametrize("is_clipped", [False, True])
+def test_cubic_resampling_in_slabs_is_that_of_the_whole(orders, is_clipped, monkeypatch):
+    values = torch.randn(2, 24, 21, 18, generator=torch.Generator().manual_seed(4))
+    boxes = []
+
+    class Counted(vx.ArraySource):
+        def read(self, box):
+            boxes.append(box)
+            return super().read(box)
+
+    grid = Space((15, 40, 12), np.array([[0, 0, 1.5, 0.2], [-0.6, 0, 0, 20], [0, 0.5, 0, -1], [0, 0, 0, 1]]))
+    made = []
+    for voxels in (2**22, 1000):
+        monkeypatch.setattr(cubic, "SLAB_VOXELS", voxels)
+        source = ResampledSource(Counted(values.numpy(), affine=np.eye(4)), grid, orders, fill=-5, is_clipped=is_clipped)
+        made.append(source.read(Box.of_shape(grid.shape)))
+        assert loading_bytes(source) > 0
+        assert sum(box.numel for box in boxes) == values[0].numel()  # each voxel once
+        boxes.clear()
+    whole, in_slabs = made
+    assert torch.allclose(whole, in_slabs, atol=1e-5)
+    assert torch.equal(whole == -5, in_slabs == -5)
+    assert (whole == -5).any()
+    if is_clipped and 0 not in orders:
+        assert whole.max() <= values.max()
+
+
+def test_each_plane_is_clipped_by_itself_where_several_axes_are_not_interpolated():
+    values = torch.randn(1, 9, 8, 16, generator=torch.Generator().manual_seed(4))
+    values[0, :, 1::2] *= 10
+    grid = Space((4, 4, 31), np.diag([2, 2, 0.5, 1]))
+    made = ResampledSource(vx.ScalarImage(values), grid, (0, 0, 3), None, True).read(Box.of_shape(grid.shape))
+    rows = values[:, 0:8:2, 0:8:2]
+    assert torch.equal(made[..., ::2], rows)  # on the voxels
+    least, most = rows.amin(-1, keepdim=True), rows.amax(-1, keepdim=True)
+    assert ((made >= least) & (made <= most)).all()
+    assert ((made == least).sum(-1) > 1).any()  # some is clipped
 
 
 @given(st.tuples(*[st.floats(0.3, 3)] * 3), st.sampled_from(["RAS", "LSP", "SAL"]))

@@ -117,13 +117,15 @@ def kept_memory() -> Iterator[None]:
         >>> with vx.kept_memory(), torch.inference_mode():
         ...     outputs = [network(torch.rand(1, 1, 32, 32, 32)).shape for _ in range(3)]
     """
-    with _used():
+    with _used(_User(_resident_bytes())):
         yield
 
 
 @contextlib.contextmanager
 def kept_for_models(device: torch.device, limit: int | None = None) -> Iterator[None]:
     """Let memory be kept for a prediction in this thread, as far as `judge` finds that this is of use, and there is room.
+
+    It is kept from the first forward pass on: what is read, decoded and resampled before is given back at once.
 
     Args:
         device: where the model runs; nothing is kept but for the CPU.
@@ -132,7 +134,7 @@ def kept_for_models(device: torch.device, limit: int | None = None) -> Iterator[
     if device.type != "cpu":
         yield
         return
-    with _used(limit) as user:
+    with _used(_User(_resident_bytes(), is_served=False, limit=limit)) as user:
         before = _prediction.set(user)
         try:
             yield
@@ -141,8 +143,8 @@ def kept_for_models(device: torch.device, limit: int | None = None) -> Iterator[
 
 
 @contextlib.contextmanager
-def _used(limit: int | None = None) -> Iterator[_User]:
-    state, user = _state, _User(_resident_bytes(), is_served=limit is None, limit=limit)
+def _used(user: _User) -> Iterator[_User]:
+    state = _state
     with state.lock:
         state.users.add(user)
         _follow(state)
@@ -204,6 +206,9 @@ def begin_model(has_freed: bool = False) -> None:
     user.leaves_gaps = False
     if user.before_model is None:
         user.before_model, user.resident_before_model = _own_bytes(), _resident_bytes()
+        with _state.lock:
+            user.is_served = user.limit is None
+            _follow(_state)
 
 
 def judge(output_bytes: int) -> None:

@@ -1,58 +1,171 @@
 """Cubic interpolation of whole volumes, to grids whose axes lie along theirs or at any angle."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ...core.boxes import Box
-from ...core.geometry.aligned import AlignedMap
+from ...core.geometry.aligned import AlignedMap, AxisMap
 from ...core.geometry.oblique import ObliqueMap
 from ...core.geometry.splines import BORDER, cubic_matrix
 from ...core.sizes import Ints
+from ...io.protocols import VolumeSource, chunk_bytes, read_checked
 
-__all__ = ["bytes_at_angle", "cubic_along_axes", "cubic_at_angle"]
+__all__ = ["bytes_along_axes", "bytes_at_angle", "cubic_along_axes", "cubic_at_angle"]
+
+# Voxels of a channel that are interpolated at a time, and how many times these are in memory, at most: as they are read and
+# scaled, turned for the product of matrices, and as its result.
+SLAB_VOXELS, SLAB_COPIES = 2**22, 5
+
+
+class _Line:
+    """Interpolation along one axis of a volume `(C, I, J, K)`.
+
+    Args:
+        axis: what the voxels of the new grid are interpolated from.
+        of: number of the volume's axis.
+        order: 0, 1 or 3.
+        length: voxels of the volume along it.
+        dtype: type of the values.
+    """
+
+    def __init__(self, axis: AxisMap, of: int, order: int, length: int, dtype: torch.dtype) -> None:
+        self.of, self.dim, self.order, self._axis = of, 1 + of, order, axis
+        is_on_voxels = order != 3 or np.array_equal(axis.places, np.arange(length))
+        self._matrix = None if is_on_voxels else torch.from_numpy(cubic_matrix(axis.places, length)).to(dtype)
+
+    def __len__(self) -> int:
+        return len(self._axis)
+
+    def apply(self, values: Tensor) -> Tensor:
+        """Interpolate all that lies along the axis."""
+        if self.order != 3:
+            return self._axis.apply(values, self.dim)
+        if self._matrix is None:
+            return values
+        return torch.tensordot(self._matrix, values, dims=([1], [self.dim])).movedim(0, self.dim)
+
+
+class _Clip:
+    """Keeps what splines overshoot within the range of the values, channel by channel, and plane by plane along some axes.
+
+    Args:
+        orders: 0, 1 or 3 for each axis: where it is 0, each plane has a range of its own.
+    """
+
+    def __init__(self, orders: Sequence[int]) -> None:
+        self._dims = tuple(1 + axis for axis, order in enumerate(orders) if order != 0)
+        self._ends: tuple[Tensor, Tensor] | None = None
+
+    def see(self, values: Tensor, is_alone: bool) -> None:
+        """Take note of the range of values: alone, or with those that were seen before."""
+        least, most = values.amin(self._dims, keepdim=True), values.amax(self._dims, keepdim=True)
+        if self._ends is not None and not is_alone:
+            least, most = torch.minimum(self._ends[0], least), torch.maximum(self._ends[1], most)
+        self._ends = least, most
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """Keep values within the range."""
+        assert self._ends is not None
+        return torch.clamp(values, *self._ends)
 
 
 def cubic_along_axes(
-    values: Tensor, space: AlignedMap, orders: Sequence[int], clip: Callable[[Tensor], Tensor], fill: float
+    source: VolumeSource, space: AlignedMap, orders: Sequence[int], dtype: torch.dtype, is_clipped: bool, fill: float
 ) -> Tensor:
-    """Interpolate a volume along one axis after the other.
+    """Interpolate a volume along one axis after the other: along the first two in slabs, so that little beside is held.
 
     Args:
-        values: the volume `(C, I, J, K)`.
+        source: the volume, which is read slab by slab.
         space: from the new grid to the volume.
         orders: 0, 1 or 3 for each axis of the volume.
-        clip: keeps what splines overshoot within the range of the values.
+        dtype: type of the result.
+        is_clipped: keep what splines overshoot within the range of the values; where an axis has order 0, of each of its planes.
         fill: value of voxels that lie outside of the volume.
     """
-    # What the nearest are taken of comes last, after all else has been clipped.
-    for axis in sorted(space.sequence, key=lambda axis: orders[space.order[axis]] == 0):
-        of, line = space.order[axis], space.axes[axis]
-        if orders[of] == 0:
-            values = line.apply(clip(values), 1 + of)
-        elif orders[of] == 1:
-            values = line.apply(values, 1 + of)
-        elif not np.array_equal(line.places, np.arange(values.shape[1 + of])):
-            matrix = torch.from_numpy(cubic_matrix(line.places, values.shape[1 + of])).to(values.dtype)
-            values = torch.tensordot(matrix, values, dims=([1], [1 + of])).movedim(0, 1 + of)
-    if 0 not in orders:
-        values = clip(values)
-    values = values.permute(0, *(1 + of for of in space.order)).contiguous()
-    for axis, line in enumerate(space.axes):
-        values[(slice(None),) * (1 + axis) + (torch.from_numpy(~line.is_inside),)] = fill
-    return values
+    sequence = _sequence(space, orders)
+    *before, last = (_Line(space.axes[axis], of := space.order[axis], orders[of], space.shape[of], dtype) for axis in sequence)
+    # What the nearest are taken of has been clipped before: by then the range of its planes is known.
+    are_planes_alone = last.order == 0
+    middle = torch.empty((source.shape[0], *_middle_shape(space, sequence)), dtype=dtype)
+    clip = _Clip(orders) if is_clipped else None
+    for slab in _slabs(source, last.of):
+        values = read_checked(source, slab).to(dtype)
+        if clip is not None:
+            clip.see(values, is_alone=are_planes_alone)
+        is_to_be_clipped = clip is not None and are_planes_alone
+        for line in [*before, last]:
+            if line.order == 0 and is_to_be_clipped and clip is not None:
+                values, is_to_be_clipped = clip(values), False
+            if line is not last:
+                values = line.apply(values)
+        middle.narrow(last.dim, slab.start[last.of], slab.shape[last.of]).copy_(values)
+        del values  # before the next one is read
+    result = torch.empty((len(middle), *map(len, space.axes)), dtype=dtype)
+    cut, of_cut = sequence[0], before[0]
+    step = _part_length(middle.shape, len(last), last.dim, of_cut.dim)
+    for start in range(0, len(of_cut), step):
+        number = min(step, len(of_cut) - start)
+        values = last.apply(middle.narrow(of_cut.dim, start, number))
+        values = values if clip is None or are_planes_alone else clip(values)
+        result.narrow(1 + cut, start, number).copy_(values.permute(0, *(1 + of for of in space.order)))
+    for axis, places in enumerate(space.axes):
+        result[(slice(None),) * (1 + axis) + (torch.from_numpy(~places.is_inside),)] = fill
+    return result
 
 
-def cubic_at_angle(values: Tensor, space: ObliqueMap, clip: Callable[[Tensor], Tensor], fill: float) -> Tensor:
+def bytes_along_axes(source: VolumeSource, space: AlignedMap, orders: Sequence[int], itemsize: int) -> int:
+    """Say what `cubic_along_axes` takes beside the result: what is made along two axes, and copies of a slab."""
+    sequence = _sequence(space, orders)
+    shape = (source.shape[0], *_middle_shape(space, sequence))
+    slab = max(each.numel for each in _slabs(source, space.order[sequence[-1]]))
+    return (math.prod(shape) + SLAB_COPIES * source.shape[0] * max(slab, SLAB_VOXELS)) * itemsize
+
+
+def _sequence(space: AlignedMap, orders: Sequence[int]) -> list[int]:
+    """Give the axes of the new grid in the order in which they are interpolated: those of order 0 come last."""
+    return sorted(space.sequence, key=lambda axis: orders[space.order[axis]] == 0)
+
+
+def _middle_shape(space: AlignedMap, sequence: Sequence[int]) -> list[int]:
+    """Give the shape `(I, J, K)` of what has been interpolated along all axes but the last of a sequence."""
+    shape = list(space.shape)
+    for axis in sequence[:-1]:
+        shape[space.order[axis]] = len(space.axes[axis])
+    return shape
+
+
+def _slabs(source: VolumeSource, across: int) -> Iterator[Box]:
+    """Cut a volume along an axis into slabs of whole chunks, each of about `SLAB_VOXELS` or of one chunk."""
+    shape = source.shape[1:]
+    depth = source.chunks[across]
+    if depth >= shape[across] and not chunk_bytes(source):
+        depth = 1  # it is in memory, or the file is mapped
+    step = max(depth, SLAB_VOXELS // (math.prod(shape) // shape[across]) // depth * depth)
+    if source.resident_bytes:
+        step = shape[across]  # each slab would read the whole of it
+    for start in range(0, shape[across], step):
+        starts, stops = [0, 0, 0], list(shape)
+        starts[across], stops[across] = start, min(start + step, shape[across])
+        yield Box(tuple(starts), tuple(stops))
+
+
+def _part_length(shape: Sequence[int], length: int, dim: int, of_cut: int) -> int:
+    """Say how much of an axis is interpolated at a time along another one, to a length."""
+    row = math.prod(shape[1:]) // shape[of_cut] // shape[dim] * max(shape[dim], length)
+    return max(1, SLAB_VOXELS // row)
+
+
+def cubic_at_angle(values: Tensor, space: ObliqueMap, is_clipped: bool, fill: float) -> Tensor:
     """Interpolate a volume by cubic splines, one channel after the other, with the spline and the borders of `cubic_matrix`.
 
     Args:
         values: the volume `(C, I, J, K)`, in float32 or float64.
         space: from the new grid to the volume.
-        clip: keeps what splines overshoot within the range of the values.
+        is_clipped: keep what splines overshoot within the range of the values.
         fill: value of voxels that lie outside of the volume.
     """
     import SimpleITK
@@ -73,7 +186,9 @@ def cubic_at_angle(values: Tensor, space: ObliqueMap, clip: Callable[[Tensor], T
         made = resample.Execute(image)  # a view of it does not keep it alive
         target[...] = SimpleITK.GetArrayViewFromImage(made)
         del image, made
-    result = clip(result)
+    if is_clipped:
+        for channel, target in zip(values, result, strict=True):
+            target.clamp_(channel.min(), channel.max())
     for plane in range(len(result[0])):  # one at a time, since places take much more memory than values
         box = Box((plane, 0, 0), (plane + 1, *space.target_shape[1:]))
         result[:, plane].masked_fill_(torch.from_numpy(~space.places(box)[1][0]), fill)

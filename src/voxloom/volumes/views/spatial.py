@@ -22,7 +22,7 @@ from ...core.values import as_number, can_hold
 from ...errors import ImageError, ModeError
 from ...io.protocols import Extent, Json, Space, SpaceCodes, VolumeSource, chunk_bytes, loading_bytes, read_checked
 from ...io.spooling import Packed
-from .cubic import bytes_at_angle, cubic_along_axes, cubic_at_angle
+from .cubic import bytes_along_axes, bytes_at_angle, cubic_along_axes, cubic_at_angle
 
 __all__ = ["CroppedSource", "ResampledSource", "TurnedSource", "View", "as_orientation"]
 
@@ -285,10 +285,8 @@ class ResampledSource(View):
             return super().loading_bytes
         source, size = self.of.shape[1:], self.dtype.itemsize
         if isinstance(self._map, AlignedMap):
-            return super().loading_bytes + 3 * max(math.prod(self.shape), math.prod(self.of.shape)) * size
-        clipped = math.prod(self.shape) * size if self.is_clipped else 0
-        volume = 2 * math.prod(self.of.shape) * size
-        return super().loading_bytes + volume + clipped + bytes_at_angle(source, self.shape[1:], size)
+            return super().loading_bytes + bytes_along_axes(self.of, self._map, self.orders, size)
+        return super().loading_bytes + math.prod(self.of.shape) * size + bytes_at_angle(source, self.shape[1:], size)
 
     def read(self, box: Box) -> Tensor:
         """See `VolumeSource`."""
@@ -306,20 +304,13 @@ class ResampledSource(View):
     def _cubic(self) -> Tensor:
         """Resample the whole volume."""
         space = self._map
-        values = read_checked(self.of, Box.of_shape(self.of.shape[1:])).to(self.dtype)
+        self.prepare()
         with torch.inference_mode(False), torch.no_grad():
             if isinstance(space, AlignedMap):
-                return cubic_along_axes(values, space, self.orders, self._clipped, self.fill or 0)
+                return cubic_along_axes(self.of, space, self.orders, self.dtype, self.is_clipped, self.fill or 0)
             assert isinstance(space, ObliqueMap)
-            return cubic_at_angle(values, space, self._clipped, self.fill or 0)
-
-    def _clipped(self, values: Tensor) -> Tensor:
-        """Keep values within the range of the source's, channel by channel, and plane by plane where planes are alone."""
-        if not self.is_clipped:
-            return values
-        source = read_checked(self.of, Box.of_shape(self.of.shape[1:])).to(self.dtype)
-        dims = tuple(1 + axis for axis, order in enumerate(self.orders) if order != 0)
-        return torch.clamp(values, source.amin(dims, keepdim=True), source.amax(dims, keepdim=True))
+            values = read_checked(self.of, Box.of_shape(self.of.shape[1:])).to(self.dtype)
+            return cubic_at_angle(values, space, self.is_clipped, self.fill or 0)
 
     def fingerprint(self) -> Json:
         """See `VolumeSource`."""
