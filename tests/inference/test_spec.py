@@ -20,6 +20,7 @@ from torch import nn
 import voxloom as vx
 from voxloom.errors import ModelFileError, SpaceError, SpecError, TargetExistsError
 from voxloom.models.spec import Crop
+from voxloom.volumes.views import cubic
 from voxloom.volumes.views.intensities import Intensity, foreground_box
 
 from strategies import examples
@@ -581,3 +582,24 @@ def test_an_ensemble_of_packed_models_expects_what_they_do(tmp_path):
     vx.save_model(networks[0], tmp_path / "other.pt2", replace(spec, patch_size=(16, 16, 16)))
     with pytest.raises(ModelFileError, match="ensemble must expect the same, but these differ in spec"):
         vx.predict([paths[0], str(tmp_path / "other.pt2")], data)
+
+
+def test_a_compressed_scan_is_resampled_within_a_limit_far_below_its_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(cubic, "SLAB_VOXELS", 2**14)
+    rows = (torch.arange(256.0) % 7 + 1).expand(1, 256, 300, 256)  # 79 MB
+    vx.ScalarImage(rows, affine=np.diag([0.8, 0.8, 1, 1])).save(tmp_path / "scan.nii.gz")
+    spec = vx.ModelSpec(spacing=(4, 4, 4), order=3, crop=vx.Crop(), patch_size=16, reduce="argmax")
+    limited = vx.Predictor(nn.Identity(), spec=spec, memory_limit="60MB", model_name="identity")
+    plan = limited.plan(tmp_path / "scan.nii.gz", output=tmp_path / "out.nii.gz")
+    assert plan.spooled_bytes == 256 * 300 * 256 * 4
+    assert 0 < plan.memory.loading < 20e6
+    made = limited(tmp_path / "scan.nii.gz", output=tmp_path / "out.nii.gz")
+    assert torch.equal(made.data, vx.predict(nn.Identity(), tmp_path / "scan.nii.gz", spec=spec).data)
+
+
+def test_what_is_loaded_for_a_look_at_the_volume_is_in_the_plan(tmp_path):
+    vx.ScalarImage(torch.rand(1, 64, 64, 64)).save(tmp_path / "scan.nii.gz")
+    spec = vx.ModelSpec(crop=vx.Crop(), patch_size=16)
+    image = vx.ScalarImage(tmp_path / "scan.nii.gz")
+    predictor = vx.Predictor(nn.Identity(), spec=spec)
+    assert [predictor.plan(image).memory.volume for _ in range(2)] == [64**3 * 4, 0]  # by then it is in memory

@@ -69,10 +69,14 @@ class Entered:
     steps: tuple[str, ...]
     mask: Any
     """The mask, which lies on the image, whatever the source is."""
+    loaded_bytes: int
+    """Memory that the image takes since it was looked at."""
 
     def told(self, prepared: Input, spec: ModelSpec) -> Input:
         """Add what is known beside the source to an input."""
-        return replace(prepared, like=self.like, kinds=self.kinds, steps=self.steps, labels=spec.labels, unpacked=self.unpacked)
+        resident = prepared.resident_bytes + self.loaded_bytes
+        known = replace(prepared, like=self.like, kinds=self.kinds, steps=self.steps, labels=spec.labels, unpacked=self.unpacked)
+        return replace(known, resident_bytes=resident)
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +102,7 @@ class Entrance:
         """
         request = replace(request, like=_own(request.like), mask=_own(request.mask))
         image = self._source_of(request)
-        name = name_of(request.image, image)
+        name, packed = name_of(request.image, image), image.resident_bytes
         own = Space(image.shape[1:], image.affine, image.codes)
         unpacked = None
         before = None if self.preceding is None else self.preceding.found(image, self.shared_options)
@@ -120,6 +124,7 @@ class Entrance:
             kinds=found.kinds if self.kinds is None else self.kinds,
             steps=found.steps if self.is_specified else (),
             mask=request.mask if source is image else on_image(request.mask, image),
+            loaded_bytes=packed - image.resident_bytes,
         )
 
     def _source_of(self, request: Request) -> VolumeSource:

@@ -191,9 +191,20 @@ def is_source(thing: Any) -> TypeGuard[VolumeSource]:
     return all(hasattr(thing, name) for name in ("shape", "dtype", "affine", "read", "fingerprint"))
 
 
-def loading_bytes(source: VolumeSource) -> int:
-    """Memory that reading takes beside the resident bytes, for a moment, such as a decoder's copy; 0 if a source states none."""
-    return int(getattr(source, "loading_bytes", 0))
+def loading_bytes(source: VolumeSource, is_unpacked: bool = False) -> int:
+    """Memory that reading takes beside the resident bytes, for a moment, such as a decoder's copy; 0 if a source states none.
+
+    Args:
+        source: the source.
+        is_unpacked: whether its files are unpacked to the disk; see `Packed`.
+    """
+    saved = int(getattr(source, "packed_loading_bytes", 0)) if is_unpacked else 0
+    return int(getattr(source, "loading_bytes", 0)) - saved
+
+
+def keeps_whole(source: VolumeSource) -> bool:
+    """Whether a source that can only be read whole keeps what it has read, so that the next box costs nothing."""
+    return bool(getattr(source, "keeps_whole", False))
 
 
 def chunk_bytes(source: VolumeSource) -> int:

@@ -221,7 +221,8 @@ class Planner:
         volume = given.resident_bytes - spooled_bytes
         if given.source.paths and not volume:
             batches += self._bytes_mapped(given.source)
-        return Memory(volume, batches, front, kept, self._chunks_kept(given, limit), loading_bytes(given.source) if volume else 0)
+        loading = loading_bytes(given.source, is_unpacked=spooled_bytes > 0) if volume else 0
+        return Memory(volume, batches, front, kept, self._chunks_kept(given, limit), loading)
 
     def _chunks_kept(self, given: Input, limit: int | None) -> int:
         """Say how much memory decoded chunks of the input may take."""

@@ -16,7 +16,7 @@ from ...core.geometry.affines import SPACE_TOLERANCE, Affine, as_affine, corner_
 from ...errors import ImageFileError, SpaceError
 from ..files import FileSource
 from ..fingerprints import fingerprint_of_option
-from ..protocols import Json, SpaceCodes, VolumeSource, VolumeSpec, chunk_bytes, loading_bytes, read_checked
+from ..protocols import Json, SpaceCodes, VolumeSource, VolumeSpec, chunk_bytes, keeps_whole, loading_bytes, read_checked
 from ..spooling import Packed
 from .memory import as_tensor
 
@@ -68,6 +68,16 @@ class StackedSource:
     def loading_bytes(self) -> int:
         """See the function `loading_bytes`: one is read after the other."""
         return max(map(loading_bytes, self.parts))
+
+    @property
+    def packed_loading_bytes(self) -> int:
+        """See the function `loading_bytes`."""
+        return self.loading_bytes - max(loading_bytes(part, is_unpacked=True) for part in self.parts)
+
+    @property
+    def keeps_whole(self) -> bool:
+        """See the function `keeps_whole`."""
+        return all(keeps_whole(part) for part in self.parts if part.resident_bytes)
 
     @property
     def chunk_bytes(self) -> int:

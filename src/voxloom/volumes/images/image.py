@@ -227,6 +227,16 @@ class Image(ImageEntries, Exchange, Copies, Views):
         return 0 if self.can_be_sliced else loading_bytes(self._opened.source)
 
     @property
+    def packed_loading_bytes(self) -> int:
+        """How much of that unpacking its files saves."""
+        return self.loading_bytes if self.packed_bytes else 0
+
+    @property
+    def keeps_whole(self) -> bool:
+        """See the function `keeps_whole`."""
+        return True
+
+    @property
     def chunk_bytes(self) -> int:
         """See the function `chunk_bytes`."""
         return 0 if self._data is not None else chunk_bytes(self._opened.source)

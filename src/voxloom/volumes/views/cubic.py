@@ -12,7 +12,7 @@ from ...core.geometry.aligned import AlignedMap, AxisMap
 from ...core.geometry.oblique import ObliqueMap
 from ...core.geometry.splines import BORDER, cubic_matrix
 from ...core.sizes import Ints
-from ...io.protocols import VolumeSource, chunk_bytes, read_checked
+from ...io.protocols import VolumeSource, chunk_bytes, keeps_whole, read_checked
 
 __all__ = ["bytes_along_axes", "bytes_at_angle", "cubic_along_axes", "cubic_at_angle"]
 
@@ -145,7 +145,7 @@ def _slabs(source: VolumeSource, across: int) -> Iterator[Box]:
     if depth >= shape[across] and not chunk_bytes(source):
         depth = 1  # it is in memory, or the file is mapped
     step = max(depth, SLAB_VOXELS // (math.prod(shape) // shape[across]) // depth * depth)
-    if source.resident_bytes:
+    if source.resident_bytes and not keeps_whole(source):
         step = shape[across]  # each slab would read the whole of it
     for start in range(0, shape[across], step):
         starts, stops = [0, 0, 0], list(shape)

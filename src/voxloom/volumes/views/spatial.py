@@ -20,7 +20,7 @@ from ...core.geometry.oblique import ObliqueMap
 from ...core.geometry.resampling import space_map
 from ...core.values import as_number, can_hold
 from ...errors import ImageError, ModeError
-from ...io.protocols import Extent, Json, Space, SpaceCodes, VolumeSource, chunk_bytes, loading_bytes, read_checked
+from ...io.protocols import Extent, Json, Space, SpaceCodes, VolumeSource, chunk_bytes, keeps_whole, loading_bytes, read_checked
 from ...io.spooling import Packed
 from .cubic import bytes_along_axes, bytes_at_angle, cubic_along_axes, cubic_at_angle
 
@@ -70,6 +70,16 @@ class View(ABC):
     def loading_bytes(self) -> int:
         """See the function `loading_bytes`."""
         return loading_bytes(self.of)
+
+    @property
+    def packed_loading_bytes(self) -> int:
+        """See the function `loading_bytes`."""
+        return loading_bytes(self.of) - loading_bytes(self.of, is_unpacked=True)
+
+    @property
+    def keeps_whole(self) -> bool:
+        """See the function `keeps_whole`."""
+        return keeps_whole(self.of)
 
     @property
     def chunk_bytes(self) -> int:
