@@ -452,6 +452,33 @@ def test_a_loader_can_be_resumed_with_the_state_of_the_queue():
         assert torch.equal(one, other.t1.data)
 
 
+@pytest.mark.parametrize("is_queue", [False, True])
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_after_the_last_batch_the_state_is_that_of_the_next_epoch(is_queue, drop_last):
+    """A program that counts the batches of an epoch, as Lightning does, never asks for one more."""
+
+    def make():
+        subject = vx.Subject(t1=vx.ScalarImage(torch.rand(1, 12, 12, 12, generator=torch.Generator().manual_seed(0))))
+        sampler = vx.UniformSampler(5) if is_queue else vx.UniformSampler(subject, 5, num_patches=8, seed=0)
+        return vx.SubjectsLoader(
+            vx.Queue([subject], 8, 8, sampler, seed=0) if is_queue else sampler, batch_size=3, drop_last=drop_last
+        )
+
+    loader, number = make(), 2 if drop_last else 3
+    for _, _batch in zip(range(number), loader, strict=False):
+        state = loader.state_dict()
+    following = [batch.t1.data for batch in loader]
+    again = make()
+    again.load_state_dict(state)
+    assert state["epoch"] == 1
+    for _ in range(2):
+        made = [batch.t1.data for batch in again]
+        assert len(made) == number
+        if following:
+            assert all(map(torch.equal, made, following))
+        following = []
+
+
 def test_a_pass_that_was_left_is_resumed_where_it_was_left_and_a_new_one_is_a_new_epoch():
     queue = make_queue()
     for number, _ in enumerate(queue):

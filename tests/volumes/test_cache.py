@@ -2,10 +2,12 @@
 
 import errno
 import functools
+import importlib
 import json
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 
 import filelock
@@ -13,16 +15,17 @@ import numpy as np
 import pytest
 import torch
 
+import noted
 import voxloom as vx
 from voxloom.errors import CorruptImageError, MissingDependencyError, SaveError, SubjectError
 from voxloom.volumes import cache as module
 
 AFFINE = np.array([[0.0, 2, 0, -30], [-1.5, 0, 0, 4], [0, 0, 3, 5], [0, 0, 0, 1]])
-CALLS = []
+CALLS = noted.CALLS
 
 
 def prepare(subject, factor=2.0):
-    CALLS.append(subject["case"])
+    noted.CALLS.append(subject["case"])
     subject.t1.set_data(subject.t1.data * factor)
     return subject
 
@@ -303,3 +306,90 @@ def test_chunks_of_a_former_state_are_not_kept(tmp_path):
     assert cache[0].t1.data.mean() == 1
     array[...] = 5
     assert cache[0].t1.data.mean() == 5
+
+
+SETTINGS = {"factor": 2.0}
+FACTORS = np.array([2.0])
+
+
+class Holder:
+    factor = 2.0
+
+
+HELD = Holder()
+
+
+def by_dict(subject):
+    subject.t1.set_data(subject.t1.data * SETTINGS["factor"])
+    return subject
+
+
+def by_array(subject):
+    subject.t1.set_data(subject.t1.data * FACTORS[0])
+    return subject
+
+
+def by_object(subject):
+    subject.t1.set_data(subject.t1.data * HELD.factor)
+    return subject
+
+
+@pytest.mark.parametrize("transform", [by_dict, by_array, by_object])
+def test_what_a_transform_finds_beside_itself_counts(transform, tmp_path, subjects, monkeypatch):
+    def made():
+        return vx.SubjectsCache(vx.SubjectsDataset(subjects, transform), tmp_path / "cache")
+
+    before, again = made(), made()
+    assert before._key(0) == again._key(0)
+    assert torch.equal(before[0].t1.data, subjects[0].t1.data * 2)
+    monkeypatch.setitem(SETTINGS, "factor", 3.0)
+    monkeypatch.setattr(HELD, "factor", 3.0)
+    FACTORS[0] = 3.0
+    try:
+        assert torch.equal(made()[0].t1.data, subjects[0].t1.data * 3)
+    finally:
+        FACTORS[0] = 2.0
+
+
+def test_a_transform_that_is_set_later_makes_other_entries(tmp_path, subjects):
+    dataset = vx.SubjectsDataset(subjects, prepare)
+    cache = vx.SubjectsCache(dataset, tmp_path / "cache")
+    dataset.set_transform(functools.partial(prepare, factor=5.0))
+    assert torch.equal(cache[0].t1.data, subjects[0].t1.data * 5)
+    dataset.set_transform(prepare)
+    assert torch.equal(cache[0].t1.data, subjects[0].t1.data * 2)
+
+
+def test_code_that_was_imported_before_its_file_was_changed(tmp_path, subjects, monkeypatch):
+    text = "def prepare(subject):\n    subject.t1.set_data(subject.t1.data * 2)\n    return subject\n"
+    (tmp_path / "prepared_so.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    import prepared_so
+
+    (tmp_path / "prepared_so.py").write_text(text.replace("* 2", "* 3.0"))
+    old = vx.SubjectsCache(vx.SubjectsDataset(subjects, prepared_so.prepare), tmp_path / "cache")
+    assert torch.equal(old[0].t1.data, subjects[0].t1.data * 2)
+    monkeypatch.delitem(sys.modules, "prepared_so")
+    importlib.invalidate_caches()
+    changed = importlib.import_module("prepared_so").prepare
+    new = vx.SubjectsCache(vx.SubjectsDataset(subjects, changed), tmp_path / "cache")
+    assert torch.equal(new[0].t1.data, subjects[0].t1.data * 3)
+
+
+def read_by_file(path):
+    return torch.full((1, 4, 4, 4), VALUE), np.eye(4)
+
+
+VALUE = 1.0
+
+
+def test_a_reader_is_known_by_what_it_uses(tmp_path, monkeypatch):
+    (tmp_path / "a.raw").write_bytes(b"x")
+
+    def first():
+        subject = vx.Subject(t1=vx.ScalarImage(tmp_path / "a.raw", reader=read_by_file))
+        return vx.SubjectsCache(vx.SubjectsDataset([subject]), tmp_path / "cache")[0].t1.data.mean().item()
+
+    assert first() == 1
+    monkeypatch.setitem(globals(), "VALUE", 2.0)
+    assert first() == 2

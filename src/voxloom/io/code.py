@@ -1,6 +1,7 @@
 """What tells one function or class from another: the file that it is in, its source, or else its compiled code."""
 
 import contextlib
+import dis
 import functools
 import inspect
 import re
@@ -8,12 +9,13 @@ import sys
 import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import CodeType, FunctionType, ModuleType
+from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any
 
 from .files import hash_of_path
 
 __all__ = [
+    "compiled",
     "find_modules_here",
     "fingerprint_of_file",
     "is_of_library",
@@ -24,6 +26,9 @@ __all__ = [
     "used_beside",
     "without_addresses",
 ]
+
+
+OF_CODE = (FunctionType, BuiltinFunctionType, type, ModuleType)
 
 
 def find_modules_here() -> None:
@@ -91,18 +96,26 @@ def _described(part: Any) -> Any:
     return [_described(each) for each in part] if isinstance(part, tuple) else part
 
 
+def compiled(function: FunctionType) -> str:
+    """Give the compiled code of a function, which is what runs, whatever its file says by now."""
+    return without_addresses(repr(_described(function.__code__)))
+
+
 def used_beside(function: FunctionType) -> dict[str, Any]:
-    """Give what a function uses of what its module holds: plain values, and functions, classes and modules of the user's."""
+    """Give what a function uses of what its module holds: values, and functions, classes and modules of the user's."""
     found, codes = {}, [function.__code__]
     while codes:
         code = codes.pop()
         codes += [each for each in code.co_consts if isinstance(each, CodeType)]
-        for name in code.co_names:
-            value = function.__globals__.get(name)
-            if name.startswith("__"):  # such as the name of a module, which a script has another of in other processes
+        # Of names in the code others are attributes, and may be those of variables by chance.
+        for name in {each.argval for each in dis.get_instructions(code) if each.opname in ("LOAD_GLOBAL", "LOAD_NAME")}:
+            # Such as the name of a module, which a script has another of in other processes; or what comes with Python.
+            if name.startswith("__") or name not in function.__globals__:
                 continue
-            is_own = isinstance(value, FunctionType | type | ModuleType) and not is_of_library(value)
-            if is_own or is_plain(value) or isinstance(value, functools.partial):
+            value = function.__globals__[name]
+            if not isinstance(value, OF_CODE) or (
+                isinstance(value, FunctionType | type | ModuleType) and not is_of_library(value)
+            ):
                 found[name] = value
     return dict(sorted(found.items()))
 

@@ -10,6 +10,7 @@ import hashlib
 import inspect
 import io
 import json
+import logging
 import math
 import pickle
 import random
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 from .arrays.memory import hash_of, raw_bytes
 from .code import (
+    compiled,
     fingerprint_of_file,
     is_of_library,
     is_plain,
@@ -40,8 +42,8 @@ from .protocols import Json
 # Attributes that each module has: weights and parts are told otherwise, and hooks are of PyTorch.
 OF_MODULES = {*vars(nn.Module()), "_is_full_backward_hook"}
 
-# What is drawn from is no part of what is made.
-OF_CHANCE = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
+# What is drawn from, or told to, is no part of what is made.
+OF_CHANCE = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator, logging.Logger, io.IOBase)
 
 __all__ = ["differences", "fingerprint_of_model", "fingerprint_of_option", "is_setting", "state_of_model"]
 
@@ -183,8 +185,8 @@ class _Teller:
         told = [source_of(function), self._state_of(_held_by(function))]
         if self._with_files:
             file = fingerprint_of_file(function)
-            used = self.tell(used_beside(function)) if file is None else self._used_by(function)
-            told.append(json.dumps([file, used], sort_keys=True))
+            used = self.tell(_used(function)) if file is None else self._used_by(function)
+            told.append(json.dumps([file, compiled(function), used], sort_keys=True))
         return hash_of(told)
 
     def _used_by(self, thing: FunctionType | type) -> Json:
@@ -196,14 +198,17 @@ class _Teller:
             if each in seen or is_of_library(each):
                 continue
             seen.add(each)
-            held = _used_by_class(each) if isinstance(each, type) else used_beside(each)
+            held = _used_by_class(each) if isinstance(each, type) else _used(each)
             others = {key: value for key, value in held.items() if isinstance(value, FunctionType | type)}
             in_files = {key: value for key, value in others.items() if fingerprint_of_file(value) is not None}
             waiting.extend(in_files.values())
             values = {key: self.tell(value) for key, value in held.items() if key not in in_files}
             names = {key: name_in_code(value) for key, value in in_files.items()}
             state = "" if isinstance(each, type) or each is thing else hash_of([self._state_of(_held_by(each))])
-            found.append([name_in_code(each), fingerprint_of_file(each), state, values, names])
+            functions = [part for _, part in parts_of_class(each)] if isinstance(each, type) else [each]
+            # A file may have been changed since it was imported.
+            codes = hash_of([compiled(part) for part in functions if isinstance(part, FunctionType)])
+            found.append([name_in_code(each), fingerprint_of_file(each), codes, state, values, names])
         return found
 
     def _settings_of_parts(self, module: nn.Module) -> Json:
@@ -245,6 +250,11 @@ def is_setting(value: Any) -> bool:
     return not is_empty and not isinstance(value, OF_CHANCE)
 
 
+def _used(function: FunctionType) -> dict[str, Any]:
+    """Give what a function uses beside itself, as far as it may matter to what it makes."""
+    return {name: value for name, value in used_beside(function).items() if is_setting(value)}
+
+
 def _held_by(function: FunctionType) -> list[Any]:
     """Give what a function was made with: what it has of the function around it, and its defaults."""
     cells: list[Any] = []
@@ -259,7 +269,7 @@ def _used_by_class(kind: type) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, part in parts_of_class(kind):
         if isinstance(part, FunctionType):
-            found |= {f"{name} {key}": value for key, value in used_beside(part).items()}
+            found |= {f"{name} {key}": value for key, value in _used(part).items()}
         elif is_plain(part) or isinstance(part, list | dict):
             found[name] = part
     return found

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import itertools
 import json
+import operator
 import os
 import re
 import shutil
@@ -100,7 +101,10 @@ class SubjectsCache(Dataset[Subject]):
                 " whether what is kept is of these: give a name, by vx.SubjectsCache(dataset, folder, name=...), and another one"
                 " when anything changes"
             )
-        self._made_by = [_made_by(leaf) for leaf in leaves_of(dataset)] if name is None else []
+        self._made_by: dict[int, tuple[list[Any], Json]] = {}
+        """By the number of a part of the data set: its transforms, and what its subjects are made by."""
+        for number in range(len(leaves_of(dataset)) if name is None else 0):
+            self._maker_of(number)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -139,6 +143,16 @@ class SubjectsCache(Dataset[Subject]):
     def __iter__(self) -> Iterator[Subject]:
         return (self[index] for index in range(len(self)))
 
+    def _maker_of(self, number: int) -> Json:
+        """Say what the subjects of a part of the data set are made by: found once, and anew if it has other transforms."""
+        leaf = leaves_of(self.dataset)[number]
+        now = transforms_of(leaf)
+        before, told = self._made_by.get(number, ([], None))
+        if told is None or len(now) != len(before) or any(map(operator.is_not, now, before)):
+            told = _made_by(leaf)
+            self._made_by[number] = now, told
+        return told
+
     def _key(self, index: int) -> str:
         """Name the entry of a subject by all that it depends on."""
         if self.name is not None:
@@ -153,12 +167,12 @@ class SubjectsCache(Dataset[Subject]):
                     image.type,
                     [os.path.realpath(path) for path in image.paths],
                     _fingerprint_of(image),
-                    fingerprint_of_option(image.reader),
+                    fingerprint_of_option(image.reader, with_files=True),
                     fingerprint_of_option(image.metadata),
                 ]
                 for name, image in subject.images.items()
             }
-            told = [self._made_by[leaf_at(self.dataset, index)], images, fingerprint_of_option(subject.metadata)]
+            told = [self._maker_of(leaf_at(self.dataset, index)), images, fingerprint_of_option(subject.metadata)]
         return hash_of([json.dumps([VERSION, told], sort_keys=True)])[:32]
 
     @contextlib.contextmanager

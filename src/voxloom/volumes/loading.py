@@ -152,6 +152,8 @@ class Resumable(Protocol):
     times_loaded: int
     """How often `load_state_dict` was called."""
 
+    def __len__(self) -> int: ...
+
     def state_dict(self) -> dict[str, Any]:
         """Say how far."""
         ...
@@ -312,13 +314,20 @@ class SubjectsLoader(DataLoader[Any]):
     def _followed(self, batches: Iterator[SubjectsBatch], dataset: Resumable) -> Iterator[Fetched]:
         for batch in batches:
             state = dataset.state_dict()
+            if state["position"] and self._is_end(len(dataset) - state["position"]):
+                state = {"seed": state["seed"], "epoch": state["epoch"] + 1, "position": 0}
             yield Fetched(batch, (state["seed"], state["epoch"], state["position"]), (dataset.times_loaded, state))
 
     def _counted(self, batches: Iterator[SubjectsBatch], source: Drawable) -> Iterator[Fetched]:
         for number, batch in enumerate(batches, start=1):
             epoch = self._order.epoch
             draw = source.first(epoch) + number * (self.batch_size or 1)
-            yield Fetched(batch, (source.seed, epoch, draw), (epoch, draw))
+            state = (epoch + 1, 0) if self._is_end(len(source) - draw) else (epoch, draw)
+            yield Fetched(batch, (source.seed, epoch, draw), state)
+
+    def _is_end(self, remaining: int) -> bool:
+        """Whether a pass gives no more batches: nobody may ask for the next one."""
+        return remaining < ((self.batch_size or 1) if self.drop_last else 1)
 
     def _numbered(self, batches: Iterator[SubjectsBatch]) -> Iterator[Fetched]:
         self._passes += 1

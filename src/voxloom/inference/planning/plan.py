@@ -149,15 +149,19 @@ class PredictionPlan:
     def restart_passes(self) -> int:
         """Calls of models that are made again, at most, if a run is interrupted and resumed.
 
-        That is if it ends when the first patch of a slab has been computed, and the slab before it has not been recorded yet.
+        That is if it ends when a slab is not recorded yet, the next one has been computed, and a patch of the one after that.
         """
         worst = 0
-        for block in self.blocks:
-            firsts = [0, *itertools.accumulate(self.traversal.num_patches(block, self.needed))]
+        counts = [self.traversal.num_patches(block, self.needed) for block in self.blocks]
+        for number, own in enumerate(counts):
+            firsts = [0, *itertools.accumulate(own)]
+            following = counts[number + 1] if number + 1 < len(counts) else []
             for outer in range(self.traversal.num_outer):
-                begin = self.begin(outer)
-                last = min(firsts[outer + 1] + 1, firsts[-1])
-                worst = max(worst, -(-last // self.batch_size) - firsts[begin] // self.batch_size)
+                begin, stop = self.begin(outer), outer + 2
+                last = min(firsts[min(stop, len(own))] + 1, firsts[-1])
+                beyond = min(sum(following[: max(0, stop - len(own))]) + 1, sum(following)) if stop >= len(own) else 0
+                passes = -(-last // self.batch_size) - firsts[begin] // self.batch_size - (-beyond // self.batch_size)
+                worst = max(worst, passes)
         return worst * self.num_models
 
     @property

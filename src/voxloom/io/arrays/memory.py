@@ -217,7 +217,8 @@ class ArraySource:
 
     def read_into(self, out: Tensor, box: Box) -> None:
         """Read a box into a tensor `(C, *box.shape)` of any type; of an array of that type each voxel is copied once."""
-        if isinstance(self._array, np.ndarray) and out.dtype == self.dtype and out.device.type == "cpu":
+        is_plain = isinstance(self._array, np.ndarray) and type(self).read is ArraySource.read
+        if is_plain and out.dtype == self.dtype and out.device.type == "cpu":
             values, target = self._slice(box), out.detach().numpy()
             if values.dtype == target.dtype:
                 np.copyto(target, values if self._has_channels else values[None])
