@@ -81,7 +81,6 @@ class ThreadExecutor:
         progress: Callable[[int], object] = lambda patches: None,
     ) -> list[str]:
         """See `Executor`."""
-        self._pool.kept_bytes = self._pool.total_bytes = plan.memory.front
         allow(plan.peak_bytes)
         gathering = _Gathering(plan, runner, source, stores, self._pool, first, slab_finished, progress)
         gathering.run(start, plan.num_slabs if stop is None else stop)
@@ -181,6 +180,7 @@ class _Gathering:
             traversals = list(map(joining.applied, plan.traversals))
             self._sums = [self._sum(output, each, joining.block) for output, each in enumerate(traversals)]
             self._room = open_bytes(plan.outputs, traversals, joining.block, plan.needed is not None)
+            self._pool.kept_bytes = self._pool.total_bytes = self._room
             self._writer.submit(self._delivery.begin, block)
             for outer in range(self._begin(first), last):
                 self._gather_slab(outer, block, joining, is_wanted=outer >= first)

@@ -276,7 +276,10 @@ class SubjectsCache(Dataset[Subject]):
         return sum((self.folder / self._key(index) / ENTRY).exists() for index in range(len(self)))
 
     def prune(self) -> int:
-        """Remove the entries that are of no subject of this data set, and say how many they were."""
+        """Remove the entries that are of no subject of this data set, and say how many they were.
+
+        What another process reads is lost to it: prune when nobody trains from the folder.
+        """
         own = {self._key(index) for index in range(len(self))}
         others = [path for path in self.folder.iterdir() if path.is_dir() and path.name not in own and (path / ENTRY).exists()]
         for path in others:

@@ -213,7 +213,10 @@ class AlignedMap:
         steps = [min(step, len(axis)) for step, axis in zip(self._steps, self.axes, strict=True)]
         lengths = [self.shape[of] for of in self.order]
         sizes = zip(steps, self._ratios, lengths, strict=True)
-        return math.prod(min(math.ceil(step * ratio) + 2, length) for step, ratio, length in sizes) + 3 * math.prod(steps)
+        support = math.prod(min(math.ceil(step * ratio) + 2, length) for step, ratio, length in sizes)
+        # Where there are fewer voxels than in the source, what is put together and turned is larger than what is made of it.
+        copies = 3 if max(self._ratios) > 1 else 1
+        return copies * support + 3 * math.prod(steps)
 
     def owned(self, own: Box) -> Box:
         """Voxels of the target whose last voxels of the source lie in a box."""

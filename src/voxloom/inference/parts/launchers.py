@@ -4,11 +4,14 @@ import contextlib
 import importlib
 import itertools
 import multiprocessing
+import os
 import pickle
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -264,8 +267,21 @@ def packed(job: ShardJob, dumps: Callable[[ShardJob], bytes] = pickle.dumps) -> 
         ) from error
 
 
+def _end_with_parent() -> None:
+    """Let this process end as soon as the one that started it has, even by force: what it leaves is what a crash leaves."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True, name="voxloom-parent").start()
+
+
 def _compute_all(brought: bytes, device: Any, numbers: Sequence[int], threads: int | None) -> None:
     """Compute parts in a process of their own."""
+    _end_with_parent()
     if threads is not None:
         torch.set_num_threads(threads)
     job: ShardJob = pickle.loads(brought)  # noqa: S301 - of the process that started this one

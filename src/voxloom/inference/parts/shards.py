@@ -47,8 +47,8 @@ WAIT_SECONDS = 1.0
 class _Cut:
     """A store that takes what lies in a box, and leaves the rest to others."""
 
-    def __init__(self, box: Box, writer: ShardWriter, dtype: np.dtype) -> None:
-        self._box, self._writer, self._dtype = box, writer, dtype
+    def __init__(self, box: Box, writer: ShardWriter, dtype: np.dtype, path: Path) -> None:
+        self._box, self._writer, self._dtype, self._path = box, writer, dtype, path
 
     def write(self, box: Box, values: Tensor) -> None:
         """Take a block."""
@@ -56,7 +56,8 @@ class _Cut:
         if inside.numel:
             part = values[(slice(None), *inside.relative_to(box.start).slices)]
             part = part.float() if part.dtype == torch.bfloat16 else part
-            self._writer.write(inside, part.numpy().astype(self._dtype, copy=False))
+            with saving(self._path):
+                self._writer.write(inside, part.numpy().astype(self._dtype, copy=False))
 
     def flush(self) -> None:
         """All of it is written in the end."""
@@ -259,12 +260,13 @@ class ShardedRun:
 
                 writer = ShardWriter(place, layout.spec.shape, layout.dtype, layout.shards[0], put)
                 writers.append(writer)
-                cuts.append(_Cut(shard.box, writer, layout.dtype))
+                cuts.append(_Cut(shard.box, writer, layout.dtype, target.store.path))
             span = (shard.outer.start, shard.outer.stop)
             stores: Any = cuts  # of which only write and flush are asked for
             self._preparation.executor.run(plan, self._runner, self._source, stores, span[0], stop=span[1], progress=progress)
             for writer in writers:
-                writer.give_whole()
+                with saving(self._first_target):
+                    writer.give_whole()
                 if writer.num_unfinished:
                     raise OutputError(
                         f"the part {number} of {plan.name} ({shard.box.start} to {shard.box.stop}) was not written whole"

@@ -205,7 +205,8 @@ class Layout:
         header = io.BytesIO()
         image.header.write_to(header)
         raw = np.frombuffer(header.getvalue()[: 540 if image.header.sizeof_hdr == 540 else 348], dtype=np.uint8)
-        array = group.create_array("nifti", shape=raw.shape, chunks=raw.shape, dtype=np.uint8, fill_value=0, compressors=None)
+        checks = None if group.metadata.zarr_format == 2 else zarr_python().codecs.Crc32cCodec()
+        array = group.create_array("nifti", shape=raw.shape, chunks=raw.shape, dtype=np.uint8, fill_value=0, compressors=checks)
         array[...] = raw
 
     def arrays(self, folder: Path) -> list[Any]:
