@@ -31,3 +31,13 @@ def test_reading_into_a_tensor_gives_what_reading_gives(tmp_path, kind, dtype, i
     assert (batch[1, 0] == 99).all()
     expected = array[BOX.slices][None] if array.ndim == 3 else array[(slice(None), *BOX.slices)]
     assert np.array_equal(source.read(BOX).numpy(), expected.astype(source.read(BOX).numpy().dtype))
+
+
+def test_a_read_of_ones_own_counts():
+    class Doubled(vx.ArraySource):
+        def read(self, box):
+            return super().read(box) * 2
+
+    array = np.random.default_rng(0).random((1, 12, 10, 8), dtype=np.float32)
+    made = vx.predict(torch.nn.Identity(), Doubled(array, affine=np.eye(4)), patch_size=8, overlap_mode="crop")
+    assert torch.equal(made.data, torch.from_numpy(array) * 2)

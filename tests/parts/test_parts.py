@@ -1,20 +1,23 @@
 """Predictions in parts: the same bytes, whoever computes them, in whatever order, however often they are killed."""
 
+import errno
 import itertools
 import json
 import multiprocessing
 import pickle
 import random
+import time
 import warnings
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
 import voxloom as vx
-from parts_models import Hangs, three, two_outputs
+from parts_models import Hangs, Tells, three, two_outputs
 from parts_runs import OPTIONS, hashes, leftovers, run_of, share, store
 from slow import slow
 from voxloom.cli import parts as cli_parts
@@ -23,7 +26,7 @@ from voxloom.errors import ModeError, OutputError, RecordError, SaveError, Shard
 from voxloom.inference import ProcessLauncher, SerialLauncher
 from voxloom.inference import predictor as predictor_module
 from voxloom.inference.parts.shard_plan import as_share
-from voxloom.io.zarr import storage
+from voxloom.io.zarr import layout, storage
 from voxloom.runs.parts import forget_failures, records_of, status_of
 
 AFFINE = np.array([[0.0, 2, 0, -30], [-1.5, 0, 0, 4], [0, 0, 3, 5], [0, 0, 0, 1]])
@@ -372,3 +375,65 @@ def test_an_image_that_fails_does_not_stop_the_others(folder, run):
     assert "too large" in found[2]["error"]
     assert sorted(path.name for path in (folder / "out").glob("*.nii.gz")) == ["0.nii.gz", "1.nii.gz", "3.nii.gz"]
     assert Recording.launches == [4]
+
+
+def test_a_part_that_cannot_be_written_says_which_result(scan, tmp_path, monkeypatch):
+    def refuse(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    run = run_of(scan, store(tmp_path / "out.ome.zarr"))
+    run.join()
+    with monkeypatch.context() as patched:
+        patched.setattr(layout, "bring_to_disk", refuse)
+        with pytest.raises(SaveError, match=r"out\.ome\.zarr.*No space left"):
+            run.compute(0)
+    run.compute(0)
+    assert run.done() == {0}
+
+
+def predict_by_processes(scan, target, folder):
+    options = {**OPTIONS, "executor": ProcessLauncher(["cpu", "cpu"], shard_size=16)}
+    vx.Predictor(Tells(folder), **options)(scan, output=store(target))
+
+
+@pytest.mark.slow
+def test_processes_end_with_the_one_that_started_them(scan, tmp_path):
+    (tmp_path / "told").mkdir()
+    arguments = (scan, tmp_path / "out.ome.zarr", tmp_path / "told")
+    parent = multiprocessing.get_context("spawn").Process(target=predict_by_processes, args=arguments)
+    parent.start()
+    for _ in range(600):
+        time.sleep(0.1)
+        if len(list((tmp_path / "told").iterdir())) == 2:
+            break
+    workers = [psutil.Process(int(path.name)) for path in (tmp_path / "told").iterdir()]
+    assert len(workers) == 2
+    assert parent.pid not in [each.pid for each in workers]
+    parent.kill()
+    parent.join()
+    gone, alive = psutil.wait_procs(workers, timeout=30)
+    for each in alive:
+        each.kill()
+    assert len(gone) == len(workers)
+
+
+def test_parts_fit_into_a_memory_limit(scan, tmp_path):
+    class Many(torch.nn.Module):
+        def forward(self, batch):
+            return torch.cat([three(batch)] * 100, 1)
+
+    def parts(limit, shard_size=None):
+        predictor = vx.Predictor(Many(), 8, 4, reduce="argmax", memory_limit=limit, model_name="many")
+        target = vx.ZarrStore(tmp_path / "out.zarr", chunks=8, overwrite=True)
+        return predictor.shards(scan, output=target, shard_size=shard_size).plan
+
+    whole = parts("1GiB", -1)
+    assert parts("1GiB", -1).memory.peak > parts("1GiB", 16).memory.peak > parts("1GiB", 8).memory.peak
+    usual, limit = parts("1GiB"), parts("1GiB", 8).memory.peak + 2**20
+    assert usual.memory.peak > limit
+    assert parts(limit).memory.peak <= limit
+    assert len(parts(limit)) > len(usual)
+    assert parts(limit).of(parts(limit)[0]).peak_bytes <= limit
+    with pytest.raises(SizeError, match=r"memory_limit is .*, but a part of .* takes .*: allow that, or give a smaller"):
+        parts(limit, -1)
+    assert len(whole) == 1

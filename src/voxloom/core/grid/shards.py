@@ -81,6 +81,30 @@ class ShardGrid:
     def _starts(grid: PatchGrid) -> list[list[int]]:
         return [list(axis) for axis in grid.axes]
 
+    @property
+    def middle(self) -> int:
+        """Number of the box in the middle, which has neighbours wherever one has."""
+        place = 0
+        for count in self.counts:
+            place = place * count + count // 2
+        return place
+
+    def halved(self, shard: Ints) -> "ShardGrid | None":
+        """Give boxes of about half the size, of whole shards still; None if they are single shards.
+
+        Example:
+            >>> boxes = ShardGrid((100, 100, 40), (64, 32, 40))
+            >>> boxes.halved((16, 16, 16)).size, ShardGrid((9, 9, 9), (4, 4, 4)).halved((4, 4, 4))
+            ((32, 32, 40), None)
+        """
+        numbers = [-(-size // part) for size, part in zip(self.size, shard, strict=True)]
+        longest = max(range(len(numbers)), key=numbers.__getitem__)
+        if numbers[longest] == 1:
+            return None
+        sizes = list(self.size)
+        sizes[longest] = -(-numbers[longest] // 2) * shard[longest]
+        return ShardGrid(self.shape, tuple(sizes))
+
     @cached_property
     def largest(self) -> Box:
         """A box that is as large as any."""

@@ -9,7 +9,7 @@ from ...core.geometry.affines import scaled
 from ...core.grid.shards import ShardGrid
 from ...core.grid.traversal import Block
 from ...errors import SizeError
-from ..planning.plan import PredictionPlan
+from ..planning.plan import Memory, PredictionPlan
 
 __all__ = ["Shard", "ShardPlan", "as_share"]
 
@@ -33,6 +33,7 @@ class ShardPlan:
     Args:
         plan: the prediction.
         boxes: the parts of its results.
+        memory: what a part takes at most; None for what the prediction takes.
 
     Example:
         >>> import torch, voxloom as vx
@@ -46,6 +47,7 @@ class ShardPlan:
 
     plan: PredictionPlan
     boxes: ShardGrid
+    memory: Memory | None = None
 
     def __len__(self) -> int:
         return len(self.boxes)
@@ -90,7 +92,7 @@ class ShardPlan:
 
     def of(self, shard: Shard) -> PredictionPlan:
         """Give the plan for a part: its slabs are those of its only block."""
-        return replace(self.plan, blocks=(shard.block,))
+        return replace(self.plan, blocks=(shard.block,), memory=self.plan.memory if self.memory is None else self.memory)
 
 
 def as_share(given: object) -> tuple[int, int]:

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ...core.boxes import Box
 from ...core.grid.shards import ShardGrid
-from ...core.sizes import Ints, as_sizes
-from ...errors import OutputError, RecordError, ShardError
+from ...core.sizes import Ints, as_sizes, pretty_bytes, pretty_sizes
+from ...errors import OutputError, RecordError, ShardError, SizeError
 from ...io.fingerprints import differences
 from ...io.writing.saving import saving
 from ...io.zarr.layout import Layout, put_shard
@@ -79,6 +79,7 @@ class ShardedRun:
     Raises:
         RecordError: if the records are of another image, model or option.
         OutputError: if results cannot be made in parts.
+        SizeError: if a part does not fit into the memory limit.
     """
 
     def __init__(
@@ -92,10 +93,31 @@ class ShardedRun:
         self._runner = Runner(preparation.models, seen.requests, [result.reduction for result in seen.results])
         plan = preparation.planned(given, seen, target, was_known=True)
         self._targets = PartTargets.of(for_parts, plan)
-        self.plan = ShardPlan(plan, _boxes(plan, self._targets.shard, shard_size))
+        self.plan = self._fitting(plan, shard_size)
         self._fingerprint = json.loads(json.dumps({"targets": paths} | preparation.fingerprint(given)))
         self._source = preparation.readable(given)
         self._records: PartsRecords | None = None
+
+    def _fitting(self, plan: PredictionPlan, size: int | Sequence[int] | None) -> ShardPlan:
+        """Part the volume such that a part fits into the memory limit, if there is one."""
+        limit, shard = self._preparation.settings.memory_limit, self._targets.shard
+        parts = self._parts(plan, _boxes(plan, shard, size))
+        while limit is not None and parts.memory is not None and parts.memory.peak > limit:
+            smaller = parts.boxes.halved(shard) if size is None else None
+            if smaller is None:
+                way_out = "smaller shards" if size is None else "a smaller shard_size"
+                raise SizeError(
+                    f"memory_limit is {pretty_bytes(limit)}, but a part of {pretty_sizes(parts.boxes.size)} voxels takes"
+                    f" {pretty_bytes(parts.memory.peak)}: allow that, or give {way_out}"
+                )
+            parts = self._parts(plan, smaller)
+        return parts
+
+    def _parts(self, plan: PredictionPlan, boxes: ShardGrid) -> ShardPlan:
+        parts = ShardPlan(plan, boxes)
+        blocks = [parts[number].block for number in {0, boxes.middle}]
+        memory = [self._preparation.planner.memory_of(self._given, plan, block) for block in blocks]
+        return replace(parts, memory=max(memory, key=lambda each: each.peak))
 
     def __repr__(self) -> str:
         return f"ShardedRun({len(self)} parts of {str(self._first_target)!r})"
@@ -143,7 +165,7 @@ class ShardedRun:
             raise RecordError(f"{self.folder} was made by a function, which may have been another one: give model_name")
         if (found.told["shape"], found.told["shard_size"]) != (self.plan.boxes.shape, self.plan.boxes.size):
             # Whoever begins says how large parts are.
-            self.plan = replace(self.plan, boxes=ShardGrid(self.plan.boxes.shape, found.told["shard_size"]))
+            self.plan = self._parts(self.plan.plan, ShardGrid(self.plan.boxes.shape, found.told["shard_size"]))
         self._records = found
         return True
 

@@ -135,6 +135,12 @@ class Planner:
         patch_bytes = math.prod(settings.input_size) * source.shape[0] * source.dtype.itemsize
         return replace(plan, bytes_read=loaded if loaded > 0 else given.resident_bytes + patch_bytes * plan.computed_patches)
 
+    def memory_of(self, given: Input, plan: PredictionPlan, block: Block) -> Memory:
+        """Say what a block takes that is none of a plan's, such as a part that is computed on its own."""
+        limit, _ = self._limit()
+        memory = self._memory(given, plan, block, plan.memory.results, limit, plan.spooled_bytes)
+        return replace(memory, writing=plan.memory.writing)
+
     def restored(self, recorded: Json, given: Input, destinations: Destinations, where: str) -> PredictionPlan:
         """Make the plan of a run that was recorded; today's memory does not matter to it.
 
