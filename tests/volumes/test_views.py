@@ -163,6 +163,26 @@ def test_cubic_resampling_in_slabs_is_that_of_the_whole(orders, is_clipped, monk
         assert whole.max() <= values.max()
 
 
+def test_slices_that_are_read_one_by_one_are_read_once(monkeypatch):
+    monkeypatch.setattr(cubic, "SLAB_VOXELS", 1000)
+    boxes = []
+
+    class Slices(vx.ArraySource):
+        chunks = (24, 21, 1)
+
+        def read(self, box):
+            boxes.append(box)
+            return super().read(box)
+
+    values = np.random.default_rng(0).random((1, 24, 21, 40), dtype=np.float32)
+    grid = Space((20, 19, 10), np.diag([1.2, 1.1, 4, 1]))  # most is left of the first axes
+    made = ResampledSource(Slices(values, affine=np.eye(4)), grid, 3).read(Box.of_shape(grid.shape))
+    assert {box.shape[:2] for box in boxes} == {(24, 21)}
+    assert sum(box.shape[2] for box in boxes) == 40
+    whole = ResampledSource(vx.ScalarImage(torch.from_numpy(values)), grid, 3).read(Box.of_shape(grid.shape))
+    assert torch.allclose(made, whole, atol=1e-5)
+
+
 def test_each_plane_is_clipped_by_itself_where_several_axes_are_not_interpolated():
     values = torch.randn(1, 9, 8, 16, generator=torch.Generator().manual_seed(4))
     values[0, :, 1::2] *= 10

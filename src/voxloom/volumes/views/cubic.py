@@ -86,7 +86,7 @@ def cubic_along_axes(
         is_clipped: keep what splines overshoot within the range of the values; where an axis has order 0, of each of its planes.
         fill: value of voxels that lie outside of the volume.
     """
-    sequence = _sequence(space, orders)
+    sequence = _sequence(source, space, orders)
     *before, last = (_Line(space.axes[axis], of := space.order[axis], orders[of], space.shape[of], dtype) for axis in sequence)
     # What the nearest are taken of has been clipped before: by then the range of its planes is known.
     are_planes_alone = last.order == 0
@@ -119,15 +119,24 @@ def cubic_along_axes(
 
 def bytes_along_axes(source: VolumeSource, space: AlignedMap, orders: Sequence[int], itemsize: int) -> int:
     """Say what `cubic_along_axes` takes beside the result: what is made along two axes, and copies of a slab."""
-    sequence = _sequence(space, orders)
+    sequence = _sequence(source, space, orders)
     shape = (source.shape[0], *_middle_shape(space, sequence))
     slab = max(each.numel for each in _slabs(source, space.order[sequence[-1]]))
     return (math.prod(shape) + SLAB_COPIES * source.shape[0] * max(slab, SLAB_VOXELS)) * itemsize
 
 
-def _sequence(space: AlignedMap, orders: Sequence[int]) -> list[int]:
-    """Give the axes of the new grid in the order in which they are interpolated: those of order 0 come last."""
-    return sorted(space.sequence, key=lambda axis: orders[space.order[axis]] == 0)
+def _sequence(source: VolumeSource, space: AlignedMap, orders: Sequence[int]) -> list[int]:
+    """Give the axes of the new grid in the order in which they are interpolated: those of order 0 come last.
+
+    Or else one along which the volume is read in parts, such as slices that are files: slabs lie across the last.
+    """
+    sequence = sorted(space.sequence, key=lambda axis: orders[space.order[axis]] == 0)
+    shares = {axis: source.chunks[space.order[axis]] / space.shape[space.order[axis]] for axis in sequence}
+    thin = min(reversed(sequence), key=lambda axis: shares[axis])
+    if orders[space.order[sequence[-1]]] != 0 and shares[thin] < 1 <= shares[sequence[-1]]:
+        sequence.remove(thin)
+        sequence.append(thin)
+    return sequence
 
 
 def _middle_shape(space: AlignedMap, sequence: Sequence[int]) -> list[int]:
