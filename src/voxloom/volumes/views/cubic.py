@@ -122,7 +122,8 @@ def bytes_along_axes(source: VolumeSource, space: AlignedMap, orders: Sequence[i
     sequence = _sequence(source, space, orders)
     shape = (source.shape[0], *_middle_shape(space, sequence))
     slab = max(each.numel for each in _slabs(source, space.order[sequence[-1]]))
-    return (math.prod(shape) + SLAB_COPIES * source.shape[0] * max(slab, SLAB_VOXELS)) * itemsize
+    part = min(SLAB_VOXELS, max(math.prod(shape[1:]), math.prod(map(len, space.axes))))
+    return (math.prod(shape) + SLAB_COPIES * source.shape[0] * max(slab, part)) * itemsize
 
 
 def _sequence(source: VolumeSource, space: AlignedMap, orders: Sequence[int]) -> list[int]:
