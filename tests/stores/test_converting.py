@@ -43,6 +43,30 @@ def test_stored_types_stay(tmp_path, dtype):
         assert np.array_equal(image.data.numpy(), values.astype(image.data.numpy().dtype))
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "uint32", "int16", "float64"])
+@pytest.mark.parametrize("ending", [".mha", ".nrrd"])
+def test_stored_types_stay_in_formats_of_itk(tmp_path, dtype, ending):
+    values = (np.random.default_rng(0).random((1, 9, 8, 7)) * np.array(200).astype(dtype)).astype(dtype)
+    made = vx.convert(vx.ArraySource(values, affine=AFFINE), tmp_path / f"a{ending}")
+    back = vx.convert(made, tmp_path / "b.nii.gz")
+    assert made.stored_dtype == back.stored_dtype == np.dtype(dtype)
+    assert np.array_equal(back.data.numpy(), values)
+
+
+def test_what_was_changed_in_place_is_stored_whole(tmp_path):
+    first = vx.convert(vx.ArraySource(np.full((1, 9, 8, 7), 10, np.uint16), affine=AFFINE), tmp_path / "a.nii")
+    first.data[0, 0] -= 50
+    for ending in (".nii", ".mha", ".zarr"):
+        assert vx.convert(first, tmp_path / f"b{ending}").data.unique().tolist() == [-40, 10]
+
+
+def test_mgh_holds_no_large_unsigned_numbers(tmp_path):
+    values = np.random.default_rng(0).integers(0, 60000, (1, 9, 8, 7)).astype(np.uint16)
+    made = vx.convert(vx.ArraySource(values, affine=AFFINE), tmp_path / "a.mgz")
+    assert made.stored_dtype == np.dtype("int32").newbyteorder(">")
+    assert np.array_equal(made.data.numpy(), values)
+
+
 def test_labels_have_the_label_of_most_at_coarser_levels(tmp_path):
     labels = torch.zeros(1, 16, 16, 16, dtype=torch.uint8)
     labels[:, ::2] = 200

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..core.walking import walk
 from ..errors import ModeError, SaveError, TargetExistsError, UnsupportedImageError, VoxloomError
 from ..io.formats import endings, format_of, is_folder_target
@@ -96,7 +98,7 @@ def convert(
             known = format_of(path)
             remove_unfinished(path.resolve(), "" if known is None else known.ending)
             raise SaveError(f"{path} exists, and is kept: remove it, choose another name, or give {OVERWRITE}")
-        save_volume(path, given.data, given.affine, given.codes, overwrite=overwrite)
+        save_volume(path, given.data, given.affine, given.codes, overwrite=overwrite, stored=_stored_dtype(given))
         return image_class(path)
     store = _store_of(output, overwrite, {name: value for name, value in layout.items() if value is not None})
     if store.path is not None:
@@ -141,6 +143,10 @@ def _stored_dtype(image: Image) -> str | None:
     stored = image.stored_dtype
     if stored is None or stored.kind != "u" or image.dtype.is_floating_point:
         return None
+    if image.is_loaded:  # and perhaps changed in place
+        low, high = (int(value) for value in image.data.aminmax())
+        if low < 0 or high > np.iinfo(stored).max:
+            return None
     return str(stored.newbyteorder("=").name)
 
 

@@ -60,7 +60,9 @@ class DecodedFile(FileSource):
         shape = (samples, int(header.Columns), int(header.Rows), count)
         if min(shape) < 1:
             raise CorruptImageError(f"{path} has shape {shape}, and so no voxels: its header is damaged")
-        self.spec = VolumeSpec(shape, self._dtype_of(header, path), place_of(header) if affine is None else affine)
+        self.stored_dtype = self._stored_dtype(header)
+        dtype = torch_dtype(self.stored_dtype, str(path))
+        self.spec = VolumeSpec(shape, dtype, place_of(header) if affine is None else affine)
 
     def read(self, box: Box) -> Tensor:
         """Read a box of voxels into a new tensor; see `VolumeSource`."""
@@ -105,17 +107,17 @@ class DecodedFile(FileSource):
         data.file_meta.TransferSyntaxUID = self._syntax
         return data
 
-    def _dtype_of(self, header: Any, path: Path) -> torch.dtype:
+    def _stored_dtype(self, header: Any) -> np.dtype:
         bits = int(header.BitsAllocated)
         kind = "int" if header.get("PixelRepresentation") else "uint"
         if "PixelRepresentation" not in header and bits >= 32:
             kind = "float"
         if self._palette is not None:
             bits = int(header.RedPaletteColorLookupTableDescriptor[2])
-        plain = torch_dtype(np.dtype(f"{kind}{max(bits, 8)}"), str(path))
-        if self._scale is None or plain == torch.float64:
+        plain = np.dtype(f"{kind}{max(bits, 8)}")
+        if self._scale is None or plain == np.float64:
             return plain
-        return torch.float32 if is_segmentation(header) else torch_dtype(self._scaled_dtype(header), str(path))
+        return np.dtype("float32") if is_segmentation(header) else self._scaled_dtype(header)
 
     def _scaled_dtype(self, header: Any) -> np.dtype:
         """The least whole type that holds every value that could be stored, as ITK has it; doubles for other scales."""
@@ -146,7 +148,8 @@ class DecodedSlices(FileSource):
         self.paths = tuple(path for file in files for path in file.paths)
         self._files = files
         samples, i, j, _ = files[0].shape
-        types = {file.dtype for file in files}
+        stored, types = {file.stored_dtype for file in files}, {file.dtype for file in files}
+        self.stored_dtype = stored.pop() if len(stored) == 1 else None
         self.spec = VolumeSpec((samples, i, j, len(files)), types.pop() if len(types) == 1 else torch.float64, affine)
 
     @property

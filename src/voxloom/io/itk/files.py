@@ -80,6 +80,7 @@ class ItkFile(FileSource):
                 affine = affine @ np.diag([*units, 1.0])
                 affine[:3, 3] *= units
         self.pixel_type = SimpleITK.sitkUnknown if dtype is None else SimpleITK.sitkFloat64
+        self.stored_dtype = stored_dtype(header, name) if dtype is None else None
         self.spec = VolumeSpec((int(volumes * components), i, j, k), dtype or dtype_of(header, name), affine)
         self.remember()
 
@@ -165,8 +166,8 @@ def _reader_of(path: Path) -> str:
     return "MetaImageIO" if path.suffix.lower() in (".mha", ".mhd") else ""
 
 
-def dtype_of(header: ItkHeader, name: str) -> torch.dtype:
-    """Say which type of tensor the pixels of a file become."""
+def stored_dtype(header: ItkHeader, name: str) -> np.dtype:
+    """Say which type the pixels of a file have."""
     kind = header.pixel.removeprefix("vector of ").removeprefix("label of ")
     names = {"32-bit float": "float32", "64-bit float": "float64"}
     for bits in (8, 16, 32, 64):
@@ -174,7 +175,12 @@ def dtype_of(header: ItkHeader, name: str) -> torch.dtype:
         names[f"{bits}-bit signed integer"] = f"int{bits}"
     if kind not in names:
         raise UnsupportedImageError(f"{name} stores pixels of type {header.pixel}: real numbers can be read")
-    return torch_dtype(np.dtype(names[kind]), name)
+    return np.dtype(names[kind])
+
+
+def dtype_of(header: ItkHeader, name: str) -> torch.dtype:
+    """Say which type of tensor the pixels of a file become."""
+    return torch_dtype(stored_dtype(header, name), name)
 
 
 def _reason(message: str) -> str:

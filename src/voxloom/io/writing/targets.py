@@ -83,9 +83,15 @@ def as_target(path: Any) -> Path:
 
 
 def save_volume(
-    path: Path, data: Tensor, affine: Affine, codes: SpaceCodes, is_labels: bool = False, overwrite: bool = True
+    path: Path,
+    data: Tensor,
+    affine: Affine,
+    codes: SpaceCodes,
+    is_labels: bool = False,
+    overwrite: bool = True,
+    stored: str | None = None,
 ) -> None:
-    """Write a volume `(C, I, J, K)` in the format that the name's ending says.
+    """Write a volume `(C, I, J, K)` in the format that the name's ending says; for `stored` see `VolumeSpec`.
 
     Raises:
         UnsupportedImageError: if there is no such format, or it cannot hold the volume.
@@ -101,7 +107,7 @@ def save_volume(
             f"{path} cannot be written: its name must end in {written}. Formats of two files (.mhd, .hdr and .img) are not"
             " written, because two files cannot be replaced at once; nor are those that cannot hold an affine"
         )
-    write, array = known.write, storable(data)
+    write, array = known.write, storable(data, stored)
     atomic_write(path, lambda target: write(target, array, affine, codes), known.ending, overwrite)
 
 

@@ -34,11 +34,14 @@ Writer = Callable[[Path, np.ndarray, Affine, SpaceCodes], None]
 LARGEST_NIFTI1_SIZE = 32767
 
 
-def storable(data: Tensor) -> np.ndarray:
+def storable(data: Tensor, stored: str | None = None) -> np.ndarray:
     """Give the values in a type that files can hold, exactly.
 
-    Booleans become uint8, half precision float32, and int64 int32 where every value fits, because few programs read int64.
+    Booleans become uint8, half precision float32, and int64 int32 where every value fits, because few programs read int64;
+    if it is said what they were stored in, such as `"uint16"`, they become that again.
     """
+    if stored is not None:
+        return data.detach().cpu().numpy().astype(stored)
     data = data.detach().cpu()
     if data.dtype == torch.bool:
         data = data.to(torch.uint8)
@@ -90,6 +93,8 @@ def write_mgh(path: Path, array: np.ndarray, affine: Affine, codes: SpaceCodes) 
     import nibabel as nib
 
     known = ("uint8", "int16", "int32", "float32")
+    if array.dtype.kind == "u" and array.dtype.itemsize > 1 and array.max(initial=0) <= np.iinfo(np.int32).max:
+        array = array.astype(np.int32)
     if array.dtype.name not in known:
         raise UnsupportedImageError(
             f"MGH holds {', '.join(known)}, not {array.dtype.name}: convert the image, or save it as .nii.gz"
