@@ -84,6 +84,17 @@ class Results:
     endings: tuple[str, ...] = TARGETS
     """That results may have."""
 
+    @classmethod
+    def of(cls, output: Path, given: str | None, default: str, endings: tuple[str, ...]) -> "Results":
+        """Say where results go, in the format that was given.
+
+        Raises:
+            ModeError: if they cannot have it, or the output is a file, whose name says it.
+        """
+        if given is not None and not output.is_dir() and output.name.lower().endswith(endings):
+            raise ModeError(f"--format is for results in a folder, and {output} is a file, whose name says it: leave one out")
+        return cls(output, default if given is None else as_ending(given, endings), endings)
+
     def at(self, place: Path | str) -> Path:
         """Name the result of a case in the folder."""
         return self.output / f"{place}{self.ending}"

@@ -148,7 +148,9 @@ def _one_or_three(text: str | None, name: str) -> int | list[int] | None:
 def convert(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Files, folders of files, DICOM or Zarr.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The file or Zarr folder for one image, or a folder.")],
-    format: Annotated[str, typer.Option(help="Format of results in a folder.")] = "ome.zarr",  # noqa: A002 - as it is typed
+    format: Annotated[  # noqa: A002 - as it is typed
+        str | None, typer.Option(help="Format of results in a folder: ome.zarr, if none is given.", show_default=False)
+    ] = None,
     labels: Annotated[
         bool, typer.Option("--labels", help="Coarser levels have the label of most voxels, not their mean.")
     ] = False,

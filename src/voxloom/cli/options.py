@@ -129,7 +129,13 @@ MaskAbove = Annotated[float | None, typer.Option(help="Compute only patches in w
 Output = Annotated[
     Path, typer.Option("--output", "-o", help="A .nii, .nii.gz, .seg.nrrd, .ome.zarr or .zarr for one image, or a folder.")
 ]
-Format = Annotated[str, typer.Option(help="Format of results in a folder: nii.gz, nii, seg.nrrd, ome.zarr, nii.zarr or zarr.")]
+Format = Annotated[
+    str | None,
+    typer.Option(
+        help="Format of results in a folder: nii.gz (if none is given), nii, seg.nrrd, ome.zarr, nii.zarr or zarr.",
+        show_default=False,
+    ),
+]
 Group = Annotated[
     bool | None,
     typer.Option(
@@ -153,7 +159,7 @@ class CaseOptions:
 
     images: Images = None
     output: Output = RESULTS
-    format: Format = "nii.gz"
+    format: Format = None
     table: Table = None
     group: Group = None
     resample_to: ResampleTo = None

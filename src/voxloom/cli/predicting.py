@@ -22,7 +22,7 @@ from ..runs.parts import is_being_published
 from ..volumes.images.image import LabelMap, ScalarImage
 from ..volumes.subject import Subject
 from .applied import predictor_of
-from .cases import TARGETS, Case, Results, as_ending, beside, cases_of, cases_of_table, make_folder_of
+from .cases import DEFAULT_ENDING, TARGETS, Case, Results, beside, cases_of, cases_of_table, make_folder_of
 from .labels import check_labels, write_labels
 from .options import CaseOptions, ModelOptions, PartsOptions
 from .others import cases_of_other, names_channels
@@ -76,7 +76,7 @@ def cases_wanted(wanted: CaseOptions, model: str) -> list[Case]:
     if bool(wanted.images) == (wanted.table is not None):
         raise SizeError("give either images or a --table of cases")
     wanted.check()
-    results = Results(wanted.output, as_ending(wanted.format, TARGETS))
+    results = Results.of(wanted.output, wanted.format, DEFAULT_ENDING, TARGETS)
     if wanted.table is not None:
         return cases_of_table(wanted.table, results)
     images = wanted.images or []

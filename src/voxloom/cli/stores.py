@@ -24,18 +24,18 @@ from ..volumes.cache import SubjectsCache
 from ..volumes.converting import WRITTEN, convert
 from ..volumes.images.image import LabelMap
 from ..volumes.subject import Subject
-from .cases import Results, as_ending, cases_of, make_folder_of
+from .cases import Results, cases_of, make_folder_of
 from .reporting import Report, printable
 
 __all__ = ["convert_cases", "index_labels", "keep_subjects", "tell_status", "try_again"]
 
 
 def convert_cases(
-    images: list[Path], output: Path, ending: str, overwrite: bool, options: dict[str, Any], report: Report
+    images: list[Path], output: Path, ending: str | None, overwrite: bool, options: dict[str, Any], report: Report
 ) -> None:
     """Write images in another format; one that fails does not stop the others."""
     failed = False
-    for case in cases_of(images, Results(output, as_ending(ending, WRITTEN), WRITTEN), is_grouped=False):
+    for case in cases_of(images, Results.of(output, ending, ".ome.zarr", WRITTEN), is_grouped=False):
         entry = {"case": case.name, "target": str(case.target)}
         try:
             make_folder_of(case.target)
