@@ -26,7 +26,7 @@ from voxloom.errors import ModeError, OutputError, RecordError, SaveError, Shard
 from voxloom.inference import ProcessLauncher, SerialLauncher
 from voxloom.inference import predictor as predictor_module
 from voxloom.inference.parts.shard_plan import as_share
-from voxloom.io.zarr import layout, storage
+from voxloom.io.zarr import encoding, storage
 from voxloom.runs.parts import forget_failures, records_of, status_of
 
 AFFINE = np.array([[0.0, 2, 0, -30], [-1.5, 0, 0, 4], [0, 0, 3, 5], [0, 0, 0, 1]])
@@ -384,7 +384,7 @@ def test_a_part_that_cannot_be_written_says_which_result(scan, tmp_path, monkeyp
     run = run_of(scan, store(tmp_path / "out.ome.zarr"))
     run.join()
     with monkeypatch.context() as patched:
-        patched.setattr(layout, "bring_to_disk", refuse)
+        patched.setattr(encoding, "bring_to_disk", refuse)
         with pytest.raises(SaveError, match=r"out\.ome\.zarr.*No space left"):
             run.compute(0)
     run.compute(0)

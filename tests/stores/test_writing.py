@@ -22,9 +22,11 @@ import zarr
 import voxloom as vx
 from slow import slow
 from voxloom.core.boxes import Box
+from voxloom.core.grid.shards import ShardGrid
 from voxloom.core.pyramids import coarser, factors_of_levels
 from voxloom.errors import CorruptImageError, ModeError, RecordError, SaveError, SizeError, SpaceError, TargetExistsError
-from voxloom.io.zarr import layout, writing
+from voxloom.io.zarr import encoding, layout, writing
+from voxloom.io.zarr.encoding import put_shard
 from voxloom.io.zarr.writing import PyramidWriter, chunks_for
 from voxloom.testing import check_store
 from zarr_samples import AFFINE, TENSOR
@@ -240,10 +242,9 @@ def killed(target, event, number, memory_limit, out):
     if event == "model":
         model = dying(labelled)
     elif event == "shard":
-        layout.put_shard = dying(layout.put_shard)
         import voxloom.io.zarr.store as module
 
-        module.put_shard = layout.put_shard
+        module.put_shard = dying(module.put_shard)
     else:
         module, name = {"record": (writing, "write_safely"), "disk": (writing, "bring_to_disk"), "rename": (os, "rename")}[event]
         setattr(module, name, dying(getattr(module, name)))
@@ -559,10 +560,42 @@ def test_negative_zeros_are_written_and_zeros_are_not(tmp_path):
     (array,) = chosen.arrays(path)
     values = np.stack([np.full((8, 8, 8), -0.0, np.float32), np.zeros((8, 8, 8), np.float32)])
     for start, part in ((0, values), (8, np.ones_like(values)), (8, values)):
-        layout.put_shard(array, True, Box((start, 0, 0), (start + 8, 8, 8)), part)
+        put_shard(array, True, Box((start, 0, 0), (start + 8, 8, 8)), part)
     files = {str(file.relative_to(path / "c")) for file in (path / "c").rglob("*") if file.is_file()}
     assert files == {"0/0/0/0", "0/0/0/1"}  # what is 0 bit by bit is not kept, nor is what was there before
     assert np.signbit(array[0]).all()
+
+
+@pytest.mark.parametrize(("version", "shards"), [("0.4", None), ("0.5", None), ("0.5", (16, 8, 16))])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.float32, torch.float64])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_files_are_those_of_zarr(tmp_path, version, dtype, channels, shards, monkeypatch):
+    monkeypatch.setattr(encoding, "at_once", lambda num_bytes: 1)  # as of large ones, which are divided among threads
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    values = (torch.rand(channels, 21, 18, 37, generator=torch.Generator().manual_seed(0)) * 90).to(dtype).numpy()
+    values[:, :8, :8, :8] = 0  # a chunk that is not kept
+    spec = vx.VolumeSpec(values.shape, dtype, np.eye(4))
+    chosen = layout.Layout.of(tmp_path / "a.ome.zarr", spec, version, (8, 8, 8), shards, 1)
+    contents = []
+    for name in ("own", "theirs"):
+        path = tmp_path / name
+        chosen.create(path)
+        (array,) = chosen.arrays(path)
+        if name == "own":
+            for box in ShardGrid(values.shape[1:], chosen.units[0]):
+                put_shard(array, chosen.has_channels, box, values[(slice(None), *box.slices)])
+        else:
+            turned = values.transpose(0, 3, 2, 1)
+            zarr.open_array(path / "0", mode="r+")[...] = turned if channels > 1 else turned[0]
+        found = zarr.open_array(path / "0", mode="r")[...]
+        assert np.array_equal(found if channels > 1 else found[None], values.transpose(0, 3, 2, 1))
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        contents.append({str(file.relative_to(path)): file.read_bytes() for file in files})
+    own, theirs = contents
+    assert set(own) == set(theirs)
+    assert {name: len(content) for name, content in own.items()} == {name: len(content) for name, content in theirs.items()}
+    if not shards:  # of which chunks may have any order
+        assert own == theirs
 
 
 @pytest.mark.parametrize(("name", "shards"), [("out.zarr", None), ("out.zarr", 16), ("out.nii.zarr", None)])

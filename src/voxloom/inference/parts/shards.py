@@ -22,7 +22,8 @@ from ...core.sizes import Ints, as_sizes, pretty_bytes, pretty_sizes
 from ...errors import OutputError, RecordError, ShardError, SizeError
 from ...io.fingerprints import differences
 from ...io.writing.saving import saving
-from ...io.zarr.layout import Layout, put_shard
+from ...io.zarr.encoding import put_shard
+from ...io.zarr.layout import Layout
 from ...io.zarr.writing import ShardWriter
 from ...runs.claim import Claim
 from ...runs.parts import PartsRecords, PartsState, records_of

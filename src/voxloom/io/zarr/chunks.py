@@ -15,12 +15,11 @@ import numpy as np
 
 from ...errors import CorruptImageError, ImageFileError, UnsupportedImageError, VoxloomError
 from ...runtime.chunk_cache import CHUNKS
+from .encoding import MISSING
 from .storage import Storage
 
 __all__ = ["ChunkedArray"]
 
-# What the index of a shard says of a chunk that is not there.
-MISSING = 2**64 - 1
 BLOSC_HEADER_BYTES = 16
 
 Decode = Callable[[bytes], np.ndarray]

@@ -1,14 +1,12 @@
 """How a result lies in a Zarr hierarchy: its arrays, their chunks and shards, its levels, and what is said of it."""
 
 import contextlib
-import functools
 import io
 import itertools
 import math
 import warnings
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import asdict, dataclass
-from operator import le
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,6 @@ import numpy as np
 import torch
 from filelock import FileLock
 
-from ...core.boxes import Box
 from ...core.geometry.affines import SPACE_TOLERANCE, corner_displacement, spacing_of
 from ...core.pyramids import coarser_shape, factors_of_levels
 from ...core.sizes import Ints
@@ -24,22 +21,20 @@ from ...errors import ModeError, RecordError, SizeError, SpaceError
 from ..formats import stem_of
 from ..labels import Label, color_of
 from ..protocols import Json, VolumeSpec
-from ..writing.saving import bring_to_disk
 from ..writing.whole_volumes import nifti_of
+from .encoding import COMPRESSION
 from .hierarchy import OWN, is_zarr
 from .ngff import described
 from .source import ZarrSource, is_label_of_image
 from .storage import zarr_python
 from .writing import chunks_for
 
-__all__ = ["Layout", "describe_labels", "put_shard", "register_label"]
+__all__ = ["Layout", "describe_labels", "register_label"]
 
 NIFTI = ".nii.zarr"
 OME = ".ome.zarr"
 # Files that say what is in a folder of Zarr.
 METADATA = ("zarr.json", ".zarray", ".zgroup", ".zattrs", ".zmetadata")
-# The level of compression at which labels and intensities take at most a tenth more than at the next ones, and far less time.
-COMPRESSION = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,7 +214,7 @@ class Layout:
         try:
             if not folder.exists():
                 raise FileNotFoundError("it is gone")
-            node = zarr.open(store=_existing_folder()(folder), mode="r+")
+            node = zarr.open(store=zarr.storage.LocalStore(folder), mode="r")
             arrays = [node] if self.is_plain else [node[str(level)] for level in range(len(self.shards))]
             is_alike = (
                 arrays[0].shape == self._of_arrays(self.spec.shape[1:], self.spec.shape[0]) and arrays[0].dtype == self.dtype
@@ -229,52 +224,6 @@ class Layout:
         if not is_alike:
             raise RecordError(f"the unfinished folder {folder} is of another volume")
         return arrays
-
-
-@functools.cache
-def _existing_folder() -> Any:
-    """Give a store of zarr-python's that makes no folder anew which is gone, for whoever comes late."""
-
-    class ExistingFolder(zarr_python().storage.LocalStore):  # type: ignore[misc]
-        def _check(self) -> None:
-            if not self.root.exists():
-                raise FileNotFoundError(f"{self.root} is gone")
-
-        async def set(self, key: str, value: Any) -> None:
-            self._check()
-            await super().set(key, value)
-
-        def set_sync(self, key: str, value: Any) -> None:
-            self._check()
-            super().set_sync(key, value)
-
-    return ExistingFolder
-
-
-def put_shard(array: Any, has_channels: bool, box: Box, values: np.ndarray) -> None:
-    """Write a whole shard of an array: all channels `(C, I, J, K)` of a box."""
-    turned = values.transpose(0, 3, 2, 1)
-    made = np.ascontiguousarray(turned if has_channels else turned[0])
-    slices = tuple(reversed(box.slices))
-    target = array
-    is_one_chunk = array.shards is None and all(map(le, made.shape[-3:], array.chunks[-3:]))
-    if is_one_chunk and all(map(_has_bits, made if has_channels else [made])):
-        # zarr-python compares each chunk with the fill value, which takes long.
-        target = array.with_config({"write_empty_chunks": True})
-    target[(slice(None), *slices) if has_channels else slices] = made
-    # What is recorded as written must be there after a power failure, too.
-    size = array.shards or array.chunks
-    spans = [range(part.start // each, -(-part.stop // each)) for part, each in zip(slices, size[-3:], strict=True)]
-    channels = [range(-(-array.shape[0] // size[0]))] if has_channels else []
-    root = array.store.root / array.path
-    for place in itertools.product(*channels, *spans):
-        with contextlib.suppress(FileNotFoundError):  # one of nothing but the fill value
-            bring_to_disk(root / array.metadata.encode_chunk_key(place))
-
-
-def _has_bits(values: np.ndarray) -> bool:
-    """Whether not all bits are 0, as they are of 0 and not of -0.0."""
-    return bool(values.view(np.uint8).any())
 
 
 def _of_image(folder: Path, spec: VolumeSpec) -> tuple[str, list[Ints], list[Ints]]:

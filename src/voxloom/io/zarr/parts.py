@@ -11,7 +11,8 @@ import numpy as np
 from ...core.boxes import Box
 from ...core.grid.shards import ShardGrid
 from ..protocols import Json, VolumeSpec, VolumeStore
-from .layout import Layout, put_shard
+from .encoding import put_shard
+from .layout import Layout
 from .writing import PyramidWriter
 
 __all__ = ["PartsStore", "make_coarser"]

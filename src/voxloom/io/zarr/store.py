@@ -20,7 +20,8 @@ from ..writing.replacing import forget_old, replace_folder, restore_old
 from ..writing.saving import saving, write_safely
 from ..writing.sidecars import run_of, written
 from ..writing.words import BEGIN_AGAIN, OVERWRITE
-from .layout import Layout, describe_labels, put_shard, register_label
+from .encoding import put_shard
+from .layout import Layout, describe_labels, register_label
 from .ngff import VERSIONS
 from .parts import make_coarser
 from .source import is_label_of_image, is_zarr, more_than_image
@@ -28,9 +29,9 @@ from .writing import PyramidWriter, at_once
 
 __all__ = ["ZarrStore"]
 
-# How many times the bytes of a shard are in memory, at most: while it is encoded (as values, turned, in chunks, and as one file),
-# or while the next level of labels is made of it.
-SHARD_COPIES, COARSER_COPIES = 4.5, 6.0
+# How many times the bytes of a shard are in memory, at most: while it is encoded (as values, and as bytes, with some room), or
+# while the next level of labels is made of it.
+SHARD_COPIES, COARSER_COPIES = 3.0, 6.0
 
 
 class ZarrStore:
