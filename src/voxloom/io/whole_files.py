@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..core.boxes import Box
+from ..core.copying import copy_voxels
 from ..errors import CorruptImageError, MissingDependencyError, UnsupportedImageError, VoxloomError
 from .arrays.memory import torch_dtype, widest_unsigned
 from .compression import GREATEST_GZIP_RATIO, is_compressed
@@ -65,7 +66,7 @@ class WholeFile(FileSource):
         volumes, *spatial = self.shape
         channels = np.moveaxis(stored.reshape(*spatial, volumes), -1, 0)
         out = torch.empty((volumes, *box.shape), dtype=self.dtype)
-        np.copyto(out.numpy(), channels[(slice(None), *box.slices)], casting="unsafe")
+        copy_voxels(out.numpy(), channels[(slice(None), *box.slices)])
         return out
 
     def _dtype_of(self, image: Any) -> torch.dtype:

@@ -15,6 +15,7 @@ from pydicom.uid import RLELossless
 from torch import Tensor
 
 from ...core.boxes import Box
+from ...core.copying import copy_voxels
 from ...core.geometry.affines import Affine
 from ...errors import CorruptImageError, ImageNotFoundError, UnsupportedImageError
 from ..arrays.memory import torch_dtype, widest_unsigned
@@ -67,7 +68,7 @@ class DecodedFile(FileSource):
     def read(self, box: Box) -> Tensor:
         """Read a box of voxels into a new tensor; see `VolumeSource`."""
         out = torch.empty((self.shape[0], *box.shape), dtype=self.dtype)
-        np.copyto(out.numpy(), self.planes(box).transpose(3, 2, 1, 0))
+        copy_voxels(out.numpy(), self.planes(box).transpose(3, 2, 1, 0))
         return out
 
     @property
@@ -164,7 +165,7 @@ class DecodedSlices(FileSource):
         files = self._files[box.slices[2]]
         for first in range(0, len(files), PLANES):
             planes = np.concatenate([file.planes(plane) for file in files[first : first + PLANES]])
-            np.copyto(out[..., first : first + len(planes)].numpy(), planes.transpose(3, 2, 1, 0))
+            copy_voxels(out[..., first : first + len(planes)].numpy(), planes.transpose(3, 2, 1, 0))
         return out
 
 

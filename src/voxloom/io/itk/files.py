@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...core.boxes import Box
+from ...core.copying import copy_voxels
 from ...core.geometry.affines import Affine, lps_to_ras
 from ...errors import CorruptImageError, UnsupportedImageError, VoxloomError
 from ..arrays.memory import torch_dtype, widest_unsigned
@@ -101,7 +102,7 @@ class ItkFile(FileSource):
             array = np.moveaxis(array.reshape(*shape[:0:-1], shape[0]), -1, 0)
         channels = array.reshape(shape[0], shape[3], shape[2], shape[1]).transpose(0, 3, 2, 1)
         out = torch.empty((shape[0], *box.shape), dtype=self.dtype)
-        np.copyto(out.numpy(), channels[(slice(None), *box.slices)], casting="unsafe")
+        copy_voxels(out.numpy(), channels[(slice(None), *box.slices)])
         return out
 
     def header(self, path: Path) -> ItkHeader:

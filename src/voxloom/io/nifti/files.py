@@ -14,6 +14,7 @@ from nibabel.fileslice import fileslice
 from torch import Tensor
 
 from ...core.boxes import Box
+from ...core.copying import copy_voxels
 from ...core.geometry.affines import SPACE_TOLERANCE, Affine, corner_displacement, spacing_of
 from ...core.sizes import pretty_mm
 from ...errors import CorruptImageError, UnsupportedImageError, VoxloomError
@@ -89,7 +90,7 @@ class NibabelFile(FileSource):
             for volume, first, planes in self._planes(k, (i, j)):
                 values = self._values(self._samples(planes))
                 target = out[volume * self.samples : (volume + 1) * self.samples]
-                target.narrow(3, first - k.start, values.shape[3]).copy_(values)
+                copy_voxels(target.narrow(3, first - k.start, values.shape[3]).numpy(), values)
         except VoxloomError:
             raise
         except READ_ERRORS as error:
@@ -106,18 +107,22 @@ class NibabelFile(FileSource):
         names = planes.dtype.names
         return planes[None] if names is None else np.stack([planes[name] for name in names])
 
-    def _values(self, planes: np.ndarray) -> Tensor:
-        """Turn stored numbers into a tensor of the values they stand for."""
+    def _values(self, planes: np.ndarray) -> np.ndarray:
+        """Turn stored numbers into the values they stand for."""
         widest_unsigned(planes, self.name)
-        if self.slope != 1 or self.intercept != 0:
-            planes = planes.astype(np.float64) * self.slope + self.intercept
-        native = np.array(planes, dtype=_numpy_dtype(self.dtype), order="F")
-        return torch.from_numpy(native)
+        return planes.astype(np.float64) * self.slope + self.intercept if self._is_scaled else planes
+
+    @property
+    def _is_scaled(self) -> bool:
+        return self.slope != 1 or self.intercept != 0
 
     def _planes(self, k: slice, ij: tuple[slice, slice]) -> Iterator[tuple[int, int, np.ndarray]]:
         """Yield `(volume, first plane, planes)` of stored numbers, in the order of the file."""
-        starts = range(k.start, k.stop, PLANES)
-        blocks = [(volume, start, min(start + PLANES, k.stop)) for volume in range(self.file_shape[3]) for start in starts]
+        # What is copied from the mapped file as it is takes no memory of its own.
+        is_direct = self.is_sliceable and self.data_path is not None and self.samples == 1 and not self._is_scaled
+        size = k.stop - k.start if is_direct else PLANES
+        starts = range(k.start, k.stop, size)
+        blocks = [(volume, start, min(start + size, k.stop)) for volume in range(self.file_shape[3]) for start in starts]
         if self.is_sliceable:
             stored = self._mapped()
             yield from ((volume, start, self._cut(stored, (*ij, slice(start, stop), volume))) for volume, start, stop in blocks)
@@ -199,7 +204,7 @@ class NibabelFile(FileSource):
 
     def _tensor_dtype(self) -> torch.dtype:
         plain = torch_dtype(self.stored_dtype, self.name)
-        if (self.slope == 1 and self.intercept == 0) or plain == torch.float64:
+        if not self._is_scaled or plain == torch.float64:
             return plain
         return torch.float64 if self.stored_dtype.kind in "iu" and self.stored_dtype.itemsize > 2 else torch.float32
 
@@ -232,10 +237,6 @@ def _fill(stream: Any, block: np.ndarray) -> None:
         if not count:
             raise EOFError(f"it ends {len(view) - done} bytes before the last voxel that was asked for")
         done += count
-
-
-def _numpy_dtype(dtype: torch.dtype) -> np.dtype:
-    return torch.empty(0, dtype=dtype).numpy().dtype
 
 
 def _class_of(path: Path, stream: Any) -> Any:

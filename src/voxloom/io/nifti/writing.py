@@ -1,6 +1,7 @@
 """Writing a NIfTI file block by block, so that it need never be in memory as a whole."""
 
 import io
+import itertools
 import math
 import os
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...core.boxes import Box
+from ...core.copying import copy_voxels
 from ...core.geometry.affines import Affine
 from ...errors import RecordError
 from ..protocols import SpaceCodes
@@ -18,6 +20,9 @@ from ..writing.saving import reserve
 from ..writing.whole_volumes import nifti_of
 
 __all__ = ["NiftiWriter"]
+
+# About so many bytes of planes are put in the order of the file at once.
+BLOCK_BYTES = 2**22
 
 
 class NiftiWriter:
@@ -68,18 +73,36 @@ class NiftiWriter:
     def write(self, box: Box, values: Tensor) -> None:
         """Write the values `(C, *box.shape)` of a box of voxels."""
         stored = self._storable(values)
-        (i, j, k), (rows, columns, planes, _) = box.slices, (*self.shape[1:], 0)
-        size = self.dtype.itemsize
-        for channel, k_index in np.ndindex(self.shape[0], box.shape[2]):
-            # Rows that follow one another in a plane are one run of the file; beside the box it is read and written back.
-            start = self.offset + (((channel * planes + k.start + k_index) * columns + j.start) * rows) * size
-            block = stored[channel, :, :, k_index].T
-            if block.shape[1] < rows:
-                run = np.frombuffer(bytearray(_read_at(self._file, block.shape[0] * rows * size, start)), dtype=self.dtype)
-                run = run.reshape(block.shape[0], rows)
-                run[:, i] = block
-                block = run
-            _write_at(self._file, np.ascontiguousarray(block), start)
+        (i, j, k), (_, rows, columns, planes) = box.slices, self.shape
+        plane_bytes = box.shape[0] * box.shape[1] * self.dtype.itemsize
+        at_once = max(1, BLOCK_BYTES // plane_bytes)
+        for channel, first in itertools.product(range(self.shape[0]), range(0, box.shape[2], at_once)):
+            part = stored[channel, :, :, first : first + at_once]
+            block = np.empty(part.shape[::-1], self.dtype)  # in the order of the file
+            copy_voxels(block.transpose(2, 1, 0), part)
+            plane = channel * planes + k.start + first
+            if block.shape[1:] == (columns, rows):  # planes follow one another
+                self._write_run(plane, 0, block)
+                continue
+            for number, rows_of_plane in enumerate(block):
+                self._write_rows(plane + number, j.start, i, rows_of_plane)
+
+    def _write_rows(self, plane: int, row: int, i: slice, values: np.ndarray) -> None:
+        """Write rows of a plane, which follow one another in the file; what is beside them is read and written back."""
+        num_rows, length = len(values), self.shape[1]
+        if values.shape[1] < length:
+            run = bytearray(_read_at(self._file, num_rows * length * self.dtype.itemsize, self._place(plane, row)))
+            whole = np.frombuffer(run, dtype=self.dtype).reshape(num_rows, length)
+            whole[:, i] = values
+            values = whole
+        self._write_run(plane, row, values)
+
+    def _write_run(self, plane: int, row: int, values: np.ndarray) -> None:
+        _write_at(self._file, values, self._place(plane, row))
+
+    def _place(self, plane: int, row: int) -> int:
+        """Where a row begins in the file."""
+        return self.offset + (plane * self.shape[2] + row) * self.shape[1] * self.dtype.itemsize
 
     def _storable(self, values: Tensor) -> np.ndarray:
         if values.dtype in (torch.bfloat16, torch.float16):

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ...core.boxes import Box
+from ...core.copying import copy_voxels
 from ...core.pyramids import coarser
 from ...core.sizes import Ints
 from ...errors import RecordError
@@ -198,7 +199,7 @@ class ShardWriter:
                 part = np.empty((self._shape[0], *size), self._dtype)
                 if file.readinto(part.data) != part.nbytes:
                     raise RecordError(f"the unfinished part {self._part(name)} is damaged")
-                values[(slice(None), *box.slices)] = part
+                copy_voxels(values[(slice(None), *box.slices)], part)
         return values
 
     def give_whole(self) -> list[Path]:
