@@ -163,24 +163,43 @@ def test_cubic_resampling_in_slabs_is_that_of_the_whole(orders, is_clipped, monk
         assert whole.max() <= values.max()
 
 
-def test_slices_that_are_read_one_by_one_are_read_once(monkeypatch):
+class Counted(vx.ArraySource):
+    """An array in chunks that counts what is read."""
+
+    def __init__(self, values, chunks):
+        super().__init__(values, affine=np.eye(4))
+        self._given, self.boxes = chunks, []
+
+    @property
+    def chunks(self):
+        return self._given
+
+    def read(self, box):
+        self.boxes.append(box)
+        return super().read(box)
+
+
+@pytest.mark.parametrize(("depth", "most"), [(20, 1), (10, 4)])
+def test_slices_that_are_read_one_by_one_are_read_once_or_a_few_times(monkeypatch, depth, most):
     monkeypatch.setattr(cubic, "SLAB_VOXELS", 1000)
-    boxes = []
+    source = Counted(np.random.default_rng(0).random((1, 24, 21, 40), dtype=np.float32), (24, 21, 1))
+    grid = Space((20, 19, depth), np.diag([1.2, 1.1, 40 / depth, 1]))
+    ResampledSource(source, grid, 3).read(Box.of_shape(grid.shape))
+    for plane in range(40):
+        assert 1 <= sum(box.start[2] <= plane < box.stop[2] for box in source.boxes) <= most
 
-    class Slices(vx.ArraySource):
-        chunks = (24, 21, 1)
 
-        def read(self, box):
-            boxes.append(box)
-            return super().read(box)
-
-    values = np.random.default_rng(0).random((1, 24, 21, 40), dtype=np.float32)
-    grid = Space((20, 19, 10), np.diag([1.2, 1.1, 4, 1]))  # most is left of the first axes
-    made = ResampledSource(Slices(values, affine=np.eye(4)), grid, 3).read(Box.of_shape(grid.shape))
-    assert {box.shape[:2] for box in boxes} == {(24, 21)}
-    assert sum(box.shape[2] for box in boxes) == 40
-    whole = ResampledSource(vx.ScalarImage(torch.from_numpy(values)), grid, 3).read(Box.of_shape(grid.shape))
-    assert torch.allclose(made, whole, atol=1e-5)
+@pytest.mark.parametrize("shape", [(20, 19, 21), (31, 17, 12), (12, 40, 9)])
+def test_the_bits_of_a_resampled_scan_do_not_depend_on_its_chunks(monkeypatch, shape):
+    monkeypatch.setattr(cubic, "SLAB_VOXELS", 3000)
+    values = np.random.default_rng(0).random((2, 24, 21, 40), dtype=np.float32)
+    grid = Space(shape, np.diag([24 / shape[0], 21 / shape[1], 40 / shape[2], 1]))
+    expected = ResampledSource(vx.ScalarImage(torch.from_numpy(values)), grid, 3).read(Box.of_shape(shape))
+    for chunks in ((24, 21, 1), (1, 21, 40), (7, 5, 6), (24, 21, 40), (24, 1, 40), (24, 9, 40)):
+        source = Counted(values, chunks)
+        assert torch.equal(ResampledSource(source, grid, 3).read(Box.of_shape(shape)), expected)
+        if chunks == (7, 5, 6):
+            assert sum(box.numel for box in source.boxes) == 24 * 21 * 40
 
 
 def test_each_plane_is_clipped_by_itself_where_several_axes_are_not_interpolated():

@@ -19,6 +19,8 @@ __all__ = ["bytes_along_axes", "bytes_at_angle", "cubic_along_axes", "cubic_at_a
 # Voxels of a channel that are interpolated at a time, and how many times these are in memory, at most: as they are read and
 # scaled, turned for the product of matrices, and as its result.
 SLAB_VOXELS, SLAB_COPIES = 2**22, 5
+# How often slices that are read one by one are read at most, where slabs do not lie along them.
+MOST_READS = 4
 
 
 class _Line:
@@ -86,14 +88,15 @@ def cubic_along_axes(
         is_clipped: keep what splines overshoot within the range of the values; where an axis has order 0, of each of its planes.
         fill: value of voxels that lie outside of the volume.
     """
-    sequence = _sequence(source, space, orders)
+    sequence = _sequence(space, orders)
     *before, last = (_Line(space.axes[axis], of := space.order[axis], orders[of], space.shape[of], dtype) for axis in sequence)
     # What the nearest are taken of has been clipped before: by then the range of its planes is known.
     are_planes_alone = last.order == 0
     middle = torch.empty((source.shape[0], *_middle_shape(space, sequence)), dtype=dtype)
     clip = _Clip(orders) if is_clipped else None
-    for slab in _slabs(source, last.of):
-        values = read_checked(source, slab).to(dtype)
+    for start, read in _slabs(source, last.of, _slab_length(space, sequence)):
+        values = read.to(dtype).contiguous()  # or else last bits depend on how it lies in memory
+        del read
         if clip is not None:
             clip.see(values, is_alone=are_planes_alone)
         is_to_be_clipped = clip is not None and are_planes_alone
@@ -102,11 +105,11 @@ def cubic_along_axes(
                 values, is_to_be_clipped = clip(values), False
             if line is not last:
                 values = line.apply(values)
-        middle.narrow(last.dim, slab.start[last.of], slab.shape[last.of]).copy_(values)
+        middle.narrow(last.dim, start, values.shape[last.dim]).copy_(values)
         del values  # before the next one is read
     result = torch.empty((len(middle), *map(len, space.axes)), dtype=dtype)
     cut, of_cut = sequence[0], before[0]
-    step = _part_length(middle.shape, len(last), last.dim, of_cut.dim)
+    step, _ = _parts(middle.shape, len(last), last.dim, of_cut.dim)
     for start in range(0, len(of_cut), step):
         number = min(step, len(of_cut) - start)
         values = last.apply(middle.narrow(of_cut.dim, start, number))
@@ -118,26 +121,30 @@ def cubic_along_axes(
 
 
 def bytes_along_axes(source: VolumeSource, space: AlignedMap, orders: Sequence[int], itemsize: int) -> int:
-    """Say what `cubic_along_axes` takes beside the result: what is made along two axes, and copies of a slab."""
-    sequence = _sequence(source, space, orders)
-    shape = (source.shape[0], *_middle_shape(space, sequence))
-    slab = max(each.numel for each in _slabs(source, space.order[sequence[-1]]))
-    part = min(SLAB_VOXELS, max(math.prod(shape[1:]), math.prod(map(len, space.axes))))
-    return (math.prod(shape) + SLAB_COPIES * source.shape[0] * max(slab, part)) * itemsize
+    """Say what `cubic_along_axes` takes beside the result: what is made along two axes, copies of a slab, and what is read."""
+    sequence = _sequence(space, orders)
+    *_, last = sequence
+    across, length = space.order[last], _slab_length(space, sequence)
+    shape = (1, *_middle_shape(space, sequence))
+    slab = length * _plane(space, sequence)
+    step, row = _parts(shape, len(space.axes[last]), 1 + across, 1 + space.order[sequence[0]])
+    made = (math.prod(shape) + SLAB_COPIES * max(slab, step * row)) * itemsize
+    return source.shape[0] * made + _waiting_bytes(source, across, length)
 
 
-def _sequence(source: VolumeSource, space: AlignedMap, orders: Sequence[int]) -> list[int]:
+def _sequence(space: AlignedMap, orders: Sequence[int]) -> list[int]:
     """Give the axes of the new grid in the order in which they are interpolated: those of order 0 come last.
 
-    Or else one along which the volume is read in parts, such as slices that are files: slabs lie across the last.
+    Or else that of the slices, which may be files, since slabs lie across the last; but not if twice as much were held. How a
+    source is stored does not count, since the last bits depend on the order.
     """
     sequence = sorted(space.sequence, key=lambda axis: orders[space.order[axis]] == 0)
-    shares = {axis: source.chunks[space.order[axis]] / space.shape[space.order[axis]] for axis in sequence}
-    thin = min(reversed(sequence), key=lambda axis: shares[axis])
-    if orders[space.order[sequence[-1]]] != 0 and shares[thin] < 1 <= shares[sequence[-1]]:
-        sequence.remove(thin)
-        sequence.append(thin)
-    return sequence
+    slices = space.order.index(2)
+    if orders[space.order[sequence[-1]]] == 0:
+        return sequence
+    other = [*(axis for axis in sequence if axis != slices), slices]
+    is_small = math.prod(_middle_shape(space, other)) <= 2 * math.prod(_middle_shape(space, sequence))
+    return other if is_small else sequence
 
 
 def _middle_shape(space: AlignedMap, sequence: Sequence[int]) -> list[int]:
@@ -148,25 +155,64 @@ def _middle_shape(space: AlignedMap, sequence: Sequence[int]) -> list[int]:
     return shape
 
 
-def _slabs(source: VolumeSource, across: int) -> Iterator[Box]:
-    """Cut a volume along an axis into slabs of whole chunks, each of about `SLAB_VOXELS` or of one chunk."""
-    shape = source.shape[1:]
-    depth = source.chunks[across]
-    if depth >= shape[across] and not chunk_bytes(source):
-        depth = 1  # it is in memory, or the file is mapped
-    step = max(depth, SLAB_VOXELS // (math.prod(shape) // shape[across]) // depth * depth)
+def _plane(space: AlignedMap, sequence: Sequence[int]) -> int:
+    """Voxels of a plane across the last axis of a sequence, at most, while it is interpolated along the others."""
+    first, second, _ = sequence
+    before = [space.shape[space.order[axis]] for axis in (first, second)]
+    after = [len(space.axes[axis]) for axis in (first, second)]
+    return max(before[0] * before[1], after[0] * before[1], after[0] * after[1])
+
+
+def _slab_length(space: AlignedMap, sequence: Sequence[int]) -> int:
+    """Say how much of the last axis of a sequence is interpolated at a time; how a source is stored does not count, either."""
+    return max(1, min(SLAB_VOXELS // _plane(space, sequence), space.shape[space.order[sequence[-1]]]))
+
+
+def _slabs(source: VolumeSource, across: int, length: int) -> Iterator[tuple[int, Tensor]]:
+    """Read a volume along an axis in slabs of a length, with where each begins: in whole chunks, of which each is read once."""
+    shape, dim = source.shape[1:], 1 + across
+    size, depth = shape[across], _depth(source, across, length)
+    begin, end = 0, 0  # of what has been read, and is still held
+    held: Tensor | None = None
+    for start in range(0, size, length):
+        stop = min(start + length, size)
+        if end < stop:
+            left = held.narrow(dim, start - begin, end - start) if held is not None and start < end else None
+            until = min(-(-stop // depth) * depth, size)
+            starts, stops = [0, 0, 0], list(shape)
+            starts[across], stops[across] = end, until
+            held = None  # before more is read
+            read = read_checked(source, Box(tuple(starts), tuple(stops)))
+            held = read if left is None else torch.cat([left, read], dim)
+            begin, end = start, until
+            del left, read
+        assert held is not None
+        yield start, held.narrow(dim, start - begin, stop - start)
+
+
+def _depth(source: VolumeSource, across: int, length: int) -> int:
+    """Say how many planes across an axis are read at once, for slabs of a length."""
+    size, depth = source.shape[1 + across], source.chunks[across]
     if source.resident_bytes and not keeps_whole(source):
-        step = shape[across]  # each slab would read the whole of it
-    for start in range(0, shape[across], step):
-        starts, stops = [0, 0, 0], list(shape)
-        starts[across], stops[across] = start, min(start + step, shape[across])
-        yield Box(tuple(starts), tuple(stops))
+        return size  # each box would read the whole of it
+    if depth < size or chunk_bytes(source):
+        return depth
+    # It is in memory, or the file is mapped; but slices along another axis may as well be files, of which each box reads all.
+    return min(-(-size // MOST_READS // length) * length, size)
 
 
-def _part_length(shape: Sequence[int], length: int, dim: int, of_cut: int) -> int:
-    """Say how much of an axis is interpolated at a time along another one, to a length."""
+def _waiting_bytes(source: VolumeSource, across: int, length: int) -> int:
+    """Memory of what is read at once, and for a moment of its parts."""
+    size, depth = source.shape[1 + across], _depth(source, across, length)
+    held = min(length + depth, size)
+    planes = depth if depth % length == 0 or depth == size else 2 * held
+    return planes * math.prod(source.shape) // size * source.dtype.itemsize
+
+
+def _parts(shape: Sequence[int], length: int, dim: int, of_cut: int) -> tuple[int, int]:
+    """Say how much of an axis is interpolated at a time along another one, to a length, and how many voxels each of it takes."""
     row = math.prod(shape[1:]) // shape[of_cut] // shape[dim] * max(shape[dim], length)
-    return max(1, SLAB_VOXELS // row)
+    return max(1, min(SLAB_VOXELS // row, shape[of_cut])), row
 
 
 def cubic_at_angle(values: Tensor, space: ObliqueMap, is_clipped: bool, fill: float) -> Tensor:
