@@ -8,6 +8,7 @@ import pickle
 import random
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -26,6 +27,8 @@ from voxloom.errors import ModeError, OutputError, RecordError, SaveError, Shard
 from voxloom.inference import ProcessLauncher, SerialLauncher
 from voxloom.inference import predictor as predictor_module
 from voxloom.inference.parts.shard_plan import as_share
+from voxloom.inference.planning.planner import Planner
+from voxloom.inference.threads import ThreadExecutor
 from voxloom.io.zarr import encoding, storage
 from voxloom.runs.parts import forget_failures, records_of, status_of
 
@@ -417,23 +420,67 @@ def test_processes_end_with_the_one_that_started_them(scan, tmp_path):
     assert len(gone) == len(workers)
 
 
-def test_parts_fit_into_a_memory_limit(scan, tmp_path):
-    class Many(torch.nn.Module):
-        def forward(self, batch):
-            return torch.cat([three(batch)] * 100, 1)
+class Many(torch.nn.Module):
+    def forward(self, batch):
+        return torch.cat([three(batch)] * 100, 1)
 
-    def parts(limit, shard_size=None):
+
+@pytest.mark.parametrize(("name", "shard_size"), [("out.zarr", None), ("out.zarr", -1), ("out.nii.gz", None)])
+def test_parts_fit_into_a_memory_limit(scan, tmp_path, monkeypatch, name, shard_size):
+    peaks = []
+
+    def noted(self, plan, *arguments, run=ThreadExecutor.run, **more):
+        peaks.append(plan.peak_bytes)
+        return run(self, plan, *arguments, **more)
+
+    monkeypatch.setattr(ThreadExecutor, "run", noted)
+
+    def run_within(limit):
         predictor = vx.Predictor(Many(), 8, 4, reduce="argmax", memory_limit=limit, model_name="many")
-        target = vx.ZarrStore(tmp_path / "out.zarr", chunks=8, overwrite=True)
-        return predictor.shards(scan, output=target, shard_size=shard_size).plan
+        target = vx.ZarrStore(tmp_path / name, chunks=8, overwrite=True) if name == "out.zarr" else tmp_path / name
+        return predictor.shards(scan, output=target, shard_size=shard_size)
 
-    whole = parts("1GiB", -1)
-    assert parts("1GiB", -1).memory.peak > parts("1GiB", 16).memory.peak > parts("1GiB", 8).memory.peak
-    usual, limit = parts("1GiB"), parts("1GiB", 8).memory.peak + 2**20
-    assert usual.memory.peak > limit
-    assert parts(limit).memory.peak <= limit
-    assert len(parts(limit)) > len(usual)
-    assert parts(limit).of(parts(limit)[0]).peak_bytes <= limit
-    with pytest.raises(SizeError, match=r"memory_limit is .*, but a part of .* takes .*: allow that, or give a smaller"):
-        parts(limit, -1)
-    assert len(whole) == 1
+    usual = run_within("1GiB")
+    whole = usual.plan.plan.peak_bytes
+    limit = whole - usual.plan.plan.memory.front // 2
+    small = run_within(limit)
+    if (name, shard_size) == ("out.zarr", None):
+        assert len(small.plan) > len(usual.plan)
+    else:
+        assert len(small.plan) == len(usual.plan)
+    usual.join()
+    usual.compute(0)
+    assert max(peaks) <= whole
+    del peaks[:]
+    other = run_within(limit)  # goes on, with parts as large as they were
+    for number in other.remaining():
+        other.compute(number)
+    assert len(other.plan) == len(usual.plan)
+    assert peaks == [] or max(peaks) <= limit
+    other.publish()
+    expected = vx.predict(Many(), scan, patch_size=8, patch_overlap=4, reduce="argmax")
+    assert torch.equal(vx.LabelMap(tmp_path / name).data, expected.data)
+
+
+@pytest.mark.parametrize("angle", [0, 0.3])
+def test_a_part_on_another_grid_is_computed_in_blocks(scan, tmp_path, monkeypatch, angle):
+    blocks = []
+
+    def memory_of(self, given, plan, block, function=Planner.memory_of):
+        is_small = len(block.own.middle) * len(block.own.inner) <= 2
+        memory = function(self, given, plan, block)
+        blocks.append(block) if is_small else None
+        return memory if is_small else replace(memory, front=2**40)
+
+    monkeypatch.setattr(Planner, "memory_of", memory_of)
+    affine = np.diag([1.3, 1.2, 1.1, 1])
+    affine[:2, :2] = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) @ affine[:2, :2]
+    like = vx.ScalarImage(torch.zeros(1, 31, 25, 28), affine=affine)
+    predictor = vx.Predictor(three, 8, 4, reduce="argmax", memory_limit="1GiB", model_name="three")
+    run = predictor.shards(scan, like=like, output=vx.ZarrStore(tmp_path / "out.zarr", chunks=8))
+    for number in run.remaining():
+        run.compute(number)
+    run.publish()
+    assert len(blocks) > 1.5 * len(run.plan)
+    expected = vx.predict(three, scan, patch_size=8, patch_overlap=4, reduce="argmax", like=like)
+    assert torch.equal(vx.LabelMap(tmp_path / "out.zarr").data, expected.data)

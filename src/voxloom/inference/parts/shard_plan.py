@@ -1,5 +1,6 @@
 """Cutting a prediction into parts: which patches each is gathered from."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -8,6 +9,7 @@ from ...core.boxes import Box
 from ...core.geometry.affines import scaled
 from ...core.grid.shards import ShardGrid
 from ...core.grid.traversal import Block
+from ...core.sizes import pretty_bytes
 from ...errors import SizeError
 from ..planning.plan import Memory, PredictionPlan
 
@@ -33,7 +35,6 @@ class ShardPlan:
     Args:
         plan: the prediction.
         boxes: the parts of its results.
-        memory: what a part takes at most; None for what the prediction takes.
 
     Example:
         >>> import torch, voxloom as vx
@@ -47,7 +48,6 @@ class ShardPlan:
 
     plan: PredictionPlan
     boxes: ShardGrid
-    memory: Memory | None = None
 
     def __len__(self) -> int:
         return len(self.boxes)
@@ -58,8 +58,7 @@ class ShardPlan:
         inside = box if self.plan.maps is None else self._support(box)
         spans = [(inside.start[axis], inside.stop[axis]) for axis in traversal.axes]
         outer, middle, inner = (part.covering(*span) for part, span in zip(traversal.parts, spans, strict=True))
-        block = Block(middle, inner)
-        return Shard(box, block if self.plan.maps is None else traversal.with_edges(block), outer)
+        return Shard(box, self._block(middle, inner), outer)
 
     def _support(self, box: Box) -> Box:
         """Give the voxels of the output that those of a box on another grid are interpolated from, and a voxel around them."""
@@ -90,9 +89,38 @@ class ShardPlan:
         plan = self.plan
         return self.boxes.computed_patches(plan.traversals[0].grid) / max(1, plan.grid.num_patches)
 
-    def of(self, shard: Shard) -> PredictionPlan:
-        """Give the plan for a part: its slabs are those of its only block."""
-        return replace(self.plan, blocks=(shard.block,), memory=self.plan.memory if self.memory is None else self.memory)
+    def of(self, shard: Shard, memory_of: Callable[[Block], Memory], limit: int | None) -> Iterator[PredictionPlan]:
+        """Give the plans for a part, one after the other: one, or several if it takes more memory than it may.
+
+        The slabs of each are those of its only block.
+
+        Args:
+            shard: the part.
+            memory_of: says what a block takes.
+            limit: bytes that it may take; None for as many as it does.
+
+        Raises:
+            SizeError: if a block that cannot be divided takes more.
+        """
+        memory = memory_of(shard.block)
+        if limit is None or memory.peak <= limit:
+            yield replace(self.plan, blocks=(shard.block,), memory=memory)
+            return
+        own = shard.block.own
+        middle, inner = len(own.middle), len(own.inner)
+        if max(middle, inner) == 1:
+            raise SizeError(
+                f"memory_limit is {pretty_bytes(limit)}, but {pretty_bytes(memory.peak)} ({memory.peak} bytes) are needed: allow"
+                " that, or use smaller patches, a smaller batch_size, or a reduction"
+            )
+        for half in (slice(None, (middle + 1) // 2), slice((middle + 1) // 2, None)) if middle >= inner else ():
+            yield from self.of(replace(shard, block=self._block(own.middle[half], own.inner)), memory_of, limit)
+        for half in (slice(None, (inner + 1) // 2), slice((inner + 1) // 2, None)) if middle < inner else ():
+            yield from self.of(replace(shard, block=self._block(own.middle, own.inner[half])), memory_of, limit)
+
+    def _block(self, middle: range, inner: range) -> Block:
+        block = Block(middle, inner)
+        return block if self.plan.maps is None else self.plan.traversals[0].with_edges(block)
 
 
 def as_share(given: object) -> tuple[int, int]:

@@ -8,7 +8,6 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,9 @@ from torch import Tensor
 
 from ...core.boxes import Box
 from ...core.grid.shards import ShardGrid
-from ...core.sizes import Ints, as_sizes, pretty_bytes, pretty_sizes
-from ...errors import OutputError, RecordError, ShardError, SizeError
+from ...core.grid.traversal import Block
+from ...core.sizes import Ints, as_sizes
+from ...errors import OutputError, RecordError, ShardError
 from ...io.fingerprints import differences
 from ...io.writing.saving import saving
 from ...io.zarr.encoding import put_shard
@@ -29,7 +29,7 @@ from ...runs.claim import Claim
 from ...runs.parts import PartsRecords, PartsState, records_of
 from ...runtime.kept_memory import kept_for_models
 from ..destinations import Stores
-from ..planning.plan import PredictionPlan
+from ..planning.plan import Memory, PredictionPlan
 from ..planning.settings import Input
 from ..preparing import Preparation
 from ..provenance import sidecar_of_run
@@ -80,7 +80,7 @@ class ShardedRun:
     Raises:
         RecordError: if the records are of another image, model or option.
         OutputError: if results cannot be made in parts.
-        SizeError: if a part does not fit into the memory limit.
+        SizeError: if no block of the prediction fits into the memory limit.
     """
 
     def __init__(
@@ -94,31 +94,33 @@ class ShardedRun:
         self._runner = Runner(preparation.models, seen.requests, [result.reduction for result in seen.results])
         plan = preparation.planned(given, seen, target, was_known=True)
         self._targets = PartTargets.of(for_parts, plan)
-        self.plan = self._fitting(plan, shard_size)
+        self._whole = plan
+        self.plan = ShardPlan(plan, self._fitting(shard_size))
         self._fingerprint = json.loads(json.dumps({"targets": paths} | preparation.fingerprint(given)))
         self._source = preparation.readable(given)
         self._records: PartsRecords | None = None
 
-    def _fitting(self, plan: PredictionPlan, size: int | Sequence[int] | None) -> ShardPlan:
-        """Part the volume such that a part fits into the memory limit, if there is one."""
-        limit, shard = self._preparation.settings.memory_limit, self._targets.shard
-        parts = self._parts(plan, _boxes(plan, shard, size))
-        while limit is not None and parts.memory is not None and parts.memory.peak > limit:
-            smaller = parts.boxes.halved(shard) if size is None else None
+    def _fitting(self, size: int | Sequence[int] | None) -> ShardGrid:
+        """Part the volume: if nothing is said, such that parts fit into the memory limit as a whole, if there is one."""
+        shard, limit = self._targets.shard, self._memory_limit
+        boxes = _boxes(self._whole, shard, size)
+        while size is None and limit is not None and self._usual_peak(boxes) > limit:
+            smaller = boxes.halved(shard)
             if smaller is None:
-                way_out = "smaller shards" if size is None else "a smaller shard_size"
-                raise SizeError(
-                    f"memory_limit is {pretty_bytes(limit)}, but a part of {pretty_sizes(parts.boxes.size)} voxels takes"
-                    f" {pretty_bytes(parts.memory.peak)}: allow that, or give {way_out}"
-                )
-            parts = self._parts(plan, smaller)
-        return parts
+                break  # a part is computed in several blocks
+            boxes = smaller
+        return boxes
 
-    def _parts(self, plan: PredictionPlan, boxes: ShardGrid) -> ShardPlan:
-        parts = ShardPlan(plan, boxes)
-        blocks = [parts[number].block for number in {0, boxes.middle}]
-        memory = [self._preparation.planner.memory_of(self._given, plan, block) for block in blocks]
-        return replace(parts, memory=max(memory, key=lambda each: each.peak))
+    @property
+    def _memory_limit(self) -> int | None:
+        return self._preparation.settings.memory_limit
+
+    def _memory_of(self, block: Block) -> Memory:
+        return self._preparation.planner.memory_of(self._given, self._whole, block)
+
+    def _usual_peak(self, boxes: ShardGrid) -> int:
+        parts = ShardPlan(self._whole, boxes)
+        return max(self._memory_of(parts[number].block).peak for number in {0, boxes.middle})
 
     def __repr__(self) -> str:
         return f"ShardedRun({len(self)} parts of {str(self._first_target)!r})"
@@ -166,7 +168,7 @@ class ShardedRun:
             raise RecordError(f"{self.folder} was made by a function, which may have been another one: give model_name")
         if (found.told["shape"], found.told["shard_size"]) != (self.plan.boxes.shape, self.plan.boxes.size):
             # Whoever begins says how large parts are.
-            self.plan = self._parts(self.plan.plan, ShardGrid(self.plan.boxes.shape, found.told["shard_size"]))
+            self.plan = ShardPlan(self._whole, ShardGrid(self.plan.boxes.shape, found.told["shard_size"]))
         self._records = found
         return True
 
@@ -264,11 +266,10 @@ class ShardedRun:
     def _computed(self, number: int, records: PartsRecords, progress: Callable[[int], object]) -> int:
         shard, parts = self.plan[number], self.plan
         patches = parts.num_patches(number)
-        plan = parts.of(shard)
-        if not patches and plan.fill == 0:
+        if not patches and parts.plan.fill == 0:
             return 0  # the array is 0 where nothing is written
         with (
-            kept_for_models(self._preparation.models.device, self._preparation.settings.memory_limit),
+            kept_for_models(self._preparation.models.device, self._memory_limit),
             tempfile.TemporaryDirectory(prefix=f".part-{number}-", dir=records.work) as folder,
         ):
             writers, cuts = [], []
@@ -286,13 +287,14 @@ class ShardedRun:
                 cuts.append(_Cut(shard.box, writer, layout.dtype, target.store.path))
             span = (shard.outer.start, shard.outer.stop)
             stores: Any = cuts  # of which only write and flush are asked for
-            self._preparation.executor.run(plan, self._runner, self._source, stores, span[0], stop=span[1], progress=progress)
+            for plan in parts.of(shard, self._memory_of, self._memory_limit):
+                self._preparation.executor.run(plan, self._runner, self._source, stores, span[0], stop=span[1], progress=progress)
             for writer in writers:
                 with saving(self._first_target):
                     writer.give_whole()
                 if writer.num_unfinished:
                     raise OutputError(
-                        f"the part {number} of {plan.name} ({shard.box.start} to {shard.box.stop}) was not written whole"
+                        f"the part {number} of {parts.plan.name} ({shard.box.start} to {shard.box.stop}) was not written whole"
                     )
         return patches
 
