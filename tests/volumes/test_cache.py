@@ -1,5 +1,6 @@
 """Preprocessed subjects on the disk: the same as without, made once, and never half."""
 
+import copy
 import errno
 import functools
 import importlib
@@ -7,8 +8,10 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import threading
+import types
 
 import filelock
 import numpy as np
@@ -374,6 +377,148 @@ def test_code_that_was_imported_before_its_file_was_changed(tmp_path, subjects, 
     changed = importlib.import_module("prepared_so").prepare
     new = vx.SubjectsCache(vx.SubjectsDataset(subjects, changed), tmp_path / "cache")
     assert torch.equal(new[0].t1.data, subjects[0].t1.data * 3)
+
+
+BESIDE = {
+    "class made by a function": """
+def make(k):
+    class Made:
+        def __call__(self, s):
+            return times(s, k)
+    return Made()
+made = make({})
+""",
+    "default of a method": """
+k = {}
+class Made:
+    def __call__(self, s, k=k):
+        return times(s, k)
+made = Made()
+""",
+    "array of a class": """
+class Made:
+    k = np.array([{}])
+    def __call__(self, s):
+        return times(s, float(self.k[0]))
+made = Made()
+""",
+    "decorator of a method": """
+def by(k):
+    def wrap(function):
+        @functools.wraps(function)
+        def scaled(self, s):
+            return times(function(self, s), k)
+        return scaled
+    return wrap
+k = {}
+class Made:
+    @by(k)
+    def __call__(self, s):
+        return s
+made = Made()
+""",
+    "attribute of a function": """
+def made(s):
+    return times(s, made.k)
+made.k = {}
+""",
+    "hidden variable": """
+__k = {}
+def made(s):
+    return times(s, __k)
+""",
+    "value of another module": """
+import beside_it
+beside_it.k = {}
+def made(s):
+    return times(s, beside_it.k)
+""",
+}
+BEFORE = """
+import functools
+import numpy as np
+def times(s, k):
+    s.t1.set_data(s.t1.data * k)
+    return s
+"""
+
+
+@pytest.mark.parametrize("case", BESIDE)
+def test_what_a_transform_is_made_with_counts(tmp_path, subjects, monkeypatch, case):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "beside_it.py").write_text("")
+    (tmp_path / "made_with.py").write_text("")  # by which a function is known that is in a file
+
+    def first(factor):
+        module = types.ModuleType("made_with")
+        module.__file__ = str(tmp_path / "made_with.py")
+        monkeypatch.setitem(sys.modules, "made_with", module)
+        exec(compile(BEFORE + BESIDE[case].format(factor), module.__file__, "exec"), module.__dict__)
+        return vx.SubjectsCache(vx.SubjectsDataset(subjects, module.made), tmp_path / "cache")[0].t1.data
+
+    for factor in (2.0, 3.0, 2.0):
+        assert torch.equal(first(factor), subjects[0].t1.data * factor)
+    assert len(list((tmp_path / "cache").glob("[0-9a-f]*"))) == 2
+
+
+def test_a_module_that_was_changed_since_it_was_imported(tmp_path, subjects, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    (tmp_path / "helps_so.py").write_text("def times(x):\n    return x * 2\n")
+    (tmp_path / "is_helped.py").write_text(
+        "import helps_so\ndef made(s):\n    s.t1.set_data(helps_so.times(s.t1.data))\n    return s\n"
+    )
+
+    def first():
+        made = importlib.import_module("is_helped").made
+        return vx.SubjectsCache(vx.SubjectsDataset(subjects, made), tmp_path / "cache")[0].t1.data
+
+    importlib.import_module("is_helped")
+    (tmp_path / "helps_so.py").write_text("def times(x):\n    return x * 3.0\n")
+    assert torch.equal(first(), subjects[0].t1.data * 2)
+    for name in ("helps_so", "is_helped"):
+        monkeypatch.delitem(sys.modules, name)
+    importlib.invalidate_caches()
+    assert torch.equal(first(), subjects[0].t1.data * 3)
+
+
+def test_keys_are_the_same_in_all_processes(tmp_path):
+    """Whatever order sets have, and whatever random numbers would be drawn."""
+    (tmp_path / "stable.py").write_text(
+        "import enum\nimport monai.transforms as mt\nimport numpy as np\nimport voxloom as vx\n"
+        "class Organ(enum.Enum):\n    LIVER = 1\n    SPLEEN = 2\n    LUNG = 'a'\n"
+        "KEEP = {Organ.LIVER, Organ.SPLEEN, Organ.LUNG}\nPRE = mt.Compose([mt.ScaleIntensity()])\n"
+        "DRAWN = [np.random.PCG64(), np.random.default_rng(), np.random.SeedSequence()]\n"
+        "def made(s):\n    return PRE(s) if KEEP else DRAWN\n"
+        "dataset = vx.SubjectsDataset([vx.Subject(t1=vx.ScalarImage(np.zeros((1, 4, 4, 4), np.float32)))], made)\n"
+        "print(vx.SubjectsCache(dataset, 'cache')._key(0))\n"
+    )
+    keys = set()
+    for seed in ("1", "2", "3"):
+        script = [sys.executable, "-W", "ignore", "stable.py"]
+        told = subprocess.run(script, cwd=tmp_path, env=os.environ | {"PYTHONHASHSEED": seed}, check=True, capture_output=True)
+        keys.add(told.stdout)
+    assert len(keys) == 1
+
+
+def test_a_method_that_is_called_transform_is_part_of_its_data_set(tmp_path, subjects):
+    class Own(torch.utils.data.Dataset):
+        def __deepcopy__(self, memo):
+            raise AssertionError("the data set is copied")
+
+        def dry_iter(self):
+            return subjects
+
+        def __len__(self):
+            return len(subjects)
+
+        def transform(self, subject):
+            return prepare(subject)
+
+        def __getitem__(self, index):
+            return self.transform(copy.deepcopy(subjects[index]))
+
+    assert torch.equal(vx.SubjectsCache(Own(), tmp_path / "cache")[0].t1.data, subjects[0].t1.data * 2)
 
 
 def read_by_file(path):

@@ -19,7 +19,6 @@ __all__ = [
     "find_modules_here",
     "fingerprint_of_file",
     "is_of_library",
-    "is_plain",
     "name_in_code",
     "parts_of_class",
     "source_of",
@@ -62,13 +61,14 @@ def name_in_code(thing: Any) -> str:
 
 
 def parts_of_class(kind: type) -> Iterator[tuple[str, Any]]:
-    """Give the functions of a class, without what they are wrapped in, and the values that it has."""
+    """Give the functions of a class, with those that they wrap, and the values that it has."""
     for name, given in sorted(vars(kind).items()):
         if isinstance(given, property):
             parts = [given.fget, given.fset, given.fdel]
         else:
-            wrapped = (getattr(given, key, None) for key in ("__func__", "__wrapped__", "func"))
-            parts = [next((each for each in wrapped if isinstance(each, FunctionType)), given)]
+            wrapped = [getattr(given, key, None) for key in ("__func__", "__wrapped__", "func")]
+            functions = [each for each in (given, *wrapped) if isinstance(each, FunctionType)]
+            parts = list(dict.fromkeys(functions)) or [given]
         for part in parts:
             if isinstance(part, FunctionType) or not name.startswith("__"):
                 yield name, part
@@ -107,22 +107,39 @@ def used_beside(function: FunctionType) -> dict[str, Any]:
     while codes:
         code = codes.pop()
         codes += [each for each in code.co_consts if isinstance(each, CodeType)]
-        # Of names in the code others are attributes, and may be those of variables by chance.
-        for name in {each.argval for each in dis.get_instructions(code) if each.opname in ("LOAD_GLOBAL", "LOAD_NAME")}:
+        for names in _chains(code):
+            name, *attributes = names
             # Such as the name of a module, which a script has another of in other processes; or what comes with Python.
-            if name.startswith("__") or name not in function.__globals__:
+            if re.fullmatch("__.*__", name) or name not in function.__globals__:
                 continue
             value = function.__globals__[name]
-            if not isinstance(value, OF_CODE) or (
-                isinstance(value, FunctionType | type | ModuleType) and not is_of_library(value)
-            ):
-                found[name] = value
+            for attribute in (None, *attributes):
+                if attribute is not None:
+                    if not isinstance(value, ModuleType) or is_of_library(value) or not hasattr(value, attribute):
+                        break
+                    name, value = f"{name}.{attribute}", getattr(value, attribute)
+                if not isinstance(value, OF_CODE) or (
+                    isinstance(value, FunctionType | type | ModuleType) and not is_of_library(value)
+                ):
+                    found[name] = value
     return dict(sorted(found.items()))
 
 
-def is_plain(value: Any) -> bool:
-    """Whether a value is a number, a text, or a tuple."""
-    return isinstance(value, bool | int | float | str | tuple)
+def _chains(code: CodeType) -> Iterator[list[str]]:
+    """Give the variables of its module that code uses, each with what follows it behind dots.
+
+    Of names in the code others are attributes, and may be those of variables by chance.
+    """
+    chain: list[str] = []
+    for each in dis.get_instructions(code):
+        if each.opname in ("LOAD_ATTR", "LOAD_METHOD") and chain:
+            chain.append(each.argval)
+            continue
+        if chain:
+            yield chain
+        chain = [each.argval] if each.opname in ("LOAD_GLOBAL", "LOAD_NAME") else []
+    if chain:
+        yield chain
 
 
 def is_of_library(thing: Any) -> bool:

@@ -4,7 +4,9 @@ A model is known by its weights, and by the source file of its class. What it fi
 in variables of other modules, is not looked at: `model_name` stands for what a fingerprint cannot tell.
 """
 
+import abc
 import contextlib
+import enum
 import functools
 import hashlib
 import inspect
@@ -18,7 +20,7 @@ import re
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from types import FunctionType, ModuleType
+from types import FunctionType, GetSetDescriptorType, MemberDescriptorType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -30,7 +32,6 @@ from .code import (
     compiled,
     fingerprint_of_file,
     is_of_library,
-    is_plain,
     name_in_code,
     parts_of_class,
     source_of,
@@ -43,7 +44,20 @@ from .protocols import Json
 OF_MODULES = {*vars(nn.Module()), "_is_full_backward_hook"}
 
 # What is drawn from, or told to, is no part of what is made.
-OF_CHANCE = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator, logging.Logger, io.IOBase)
+OF_CHANCE = (
+    random.Random,
+    np.random.Generator,
+    np.random.RandomState,
+    np.random.BitGenerator,
+    np.random.SeedSequence,
+    torch.Generator,
+    logging.Logger,
+    io.IOBase,
+)
+# What would be pickled by its name alone, or is another one in each process.
+TOLD = (FunctionType, type, set, frozenset, ModuleType, enum.Enum, *OF_CHANCE)
+# What Python itself keeps in a class.
+OF_CLASSES = (MemberDescriptorType, GetSetDescriptorType, type(vars(abc.ABC)["_abc_impl"]))
 
 __all__ = ["differences", "fingerprint_of_model", "fingerprint_of_option", "is_setting", "state_of_model"]
 
@@ -151,9 +165,19 @@ class _Teller:
         self._told[id(value)] = value, told
         return told
 
+    def _apart(self) -> "_Teller":
+        """Give one that knows what is being written down, but not what has been."""
+        other = _Teller(self._with_files)
+        other._at_hand = set(self._at_hand)
+        return other
+
     def _of_parts(self, value: Any) -> Json:
         if _is_array(value):
             return _hash_of_array(value)
+        if isinstance(value, OF_CHANCE):
+            return name_in_code(type(value))
+        if isinstance(value, enum.Enum):
+            return [name_in_code(type(value)), fingerprint_of_file(type(value)), value.name, self.tell(value.value)]
         if isinstance(value, nn.Module):
             told = fingerprint_of_model(value)
             return [told, self._settings_of_parts(value)] if self._with_files else told
@@ -164,7 +188,8 @@ class _Teller:
             each = [self.tell(item) for item in value]
             return each if type(value) in (tuple, list) else [self.tell(type(value)), each]
         if isinstance(value, set | frozenset):
-            return sorted(json.dumps(self.tell(item), sort_keys=True) for item in value)  # their order is that of the process
+            # Their order is that of the process, so that none is told by what was told before.
+            return sorted(json.dumps(self._apart().tell(item), sort_keys=True) for item in value)
         if isinstance(value, functools.partial):
             return [self.tell(part) for part in (value.func, value.args, value.keywords)]
         if isinstance(value, ModuleType):
@@ -204,10 +229,13 @@ class _Teller:
             waiting.extend(in_files.values())
             values = {key: self.tell(value) for key, value in held.items() if key not in in_files}
             names = {key: name_in_code(value) for key, value in in_files.items()}
-            state = "" if isinstance(each, type) or each is thing else hash_of([self._state_of(_held_by(each))])
-            functions = [part for _, part in parts_of_class(each)] if isinstance(each, type) else [each]
+            parts = [part for _, part in parts_of_class(each)] if isinstance(each, type) else [each]
+            functions = [part for part in parts if isinstance(part, FunctionType)]
+            state = (
+                "" if each is thing and not isinstance(thing, type) else hash_of(map(self._state_of, map(_held_by, functions)))
+            )
             # A file may have been changed since it was imported.
-            codes = hash_of([compiled(part) for part in functions if isinstance(part, FunctionType)])
+            codes = hash_of(map(compiled, functions))
             found.append([name_in_code(each), fingerprint_of_file(each), codes, state, values, names])
         return found
 
@@ -256,12 +284,13 @@ def _used(function: FunctionType) -> dict[str, Any]:
 
 
 def _held_by(function: FunctionType) -> list[Any]:
-    """Give what a function was made with: what it has of the function around it, and its defaults."""
+    """Give what a function was made with: what it has of the function around it, its defaults, and its attributes."""
     cells: list[Any] = []
     for cell in function.__closure__ or ():
         with contextlib.suppress(ValueError):  # one that is empty yet
             cells.append(cell.cell_contents)
-    return [cells, function.__defaults__, function.__kwdefaults__]
+    attributes = {name: value for name, value in vars(function).items() if name != "__wrapped__"}
+    return [cells, function.__defaults__, function.__kwdefaults__, *([attributes] if attributes else [])]
 
 
 def _used_by_class(kind: type) -> dict[str, Any]:
@@ -270,7 +299,7 @@ def _used_by_class(kind: type) -> dict[str, Any]:
     for name, part in parts_of_class(kind):
         if isinstance(part, FunctionType):
             found |= {f"{name} {key}": value for key, value in _used(part).items()}
-        elif is_plain(part) or isinstance(part, list | dict):
+        elif is_setting(part) and not isinstance(part, OF_CLASSES) and not (issubclass(kind, enum.Enum) and name.startswith("_")):
             found[name] = part
     return found
 
@@ -308,7 +337,7 @@ class _StatePickler(pickle.Pickler):
 
     def persistent_id(self, thing: Any) -> str | None:
         """Give what is pickled in place of a part; None for the part itself."""
-        is_told = isinstance(thing, FunctionType | type | set | frozenset | ModuleType) or _is_array(thing)
+        is_told = isinstance(thing, TOLD) or _is_array(thing)
         return json.dumps(self._teller.tell(thing), sort_keys=True) if is_told else None
 
 

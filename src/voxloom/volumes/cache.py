@@ -103,6 +103,8 @@ class SubjectsCache(Dataset[Subject]):
             )
         self._made_by: dict[int, tuple[list[Any], Json]] = {}
         """By the number of a part of the data set: its transforms, and what its subjects are made by."""
+        self._readers: dict[int, tuple[Any, Json]] = {}
+        """By the number of a reader: itself, and what it is."""
         for number in range(len(leaves_of(dataset)) if name is None else 0):
             self._maker_of(number)
         try:
@@ -153,6 +155,15 @@ class SubjectsCache(Dataset[Subject]):
             self._made_by[number] = now, told
         return told
 
+    def _reader_of(self, image: Image) -> Json:
+        """Say how the files of an image are read: found once for each reader."""
+        reader = image.reader
+        before, told = self._readers.get(id(reader), (None, None))
+        if before is not reader:
+            told = fingerprint_of_option(reader, with_files=True)
+            self._readers[id(reader)] = reader, told
+        return told
+
     def _key(self, index: int) -> str:
         """Name the entry of a subject by all that it depends on."""
         if self.name is not None:
@@ -167,7 +178,7 @@ class SubjectsCache(Dataset[Subject]):
                     image.type,
                     [os.path.realpath(path) for path in image.paths],
                     _fingerprint_of(image),
-                    fingerprint_of_option(image.reader, with_files=True),
+                    self._reader_of(image),
                     fingerprint_of_option(image.metadata),
                 ]
                 for name, image in subject.images.items()

@@ -3,7 +3,6 @@
 import bisect
 import math
 from dataclasses import dataclass
-from functools import cached_property
 
 from ..boxes import Box
 from ..sizes import Ints
@@ -104,11 +103,6 @@ class ShardGrid:
         sizes = list(self.size)
         sizes[longest] = -(-numbers[longest] // 2) * shard[longest]
         return ShardGrid(self.shape, tuple(sizes))
-
-    @cached_property
-    def largest(self) -> Box:
-        """A box that is as large as any."""
-        return self[0]
 
 
 def _touching(starts: list[int], patch: int, start: int, stop: int) -> int:
