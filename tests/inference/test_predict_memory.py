@@ -146,4 +146,4 @@ def test_shards_are_no_larger_than_the_volume():
         ({"chunks": 64}, 64 * 63 * 64),
         ({"shards": 64, "chunks": 16}, 64 * 63 * 64),
     ):
-        assert vx.ZarrStore("out.ome.zarr", **options).writing_bytes(spec) == 4.5 * 4 * 4 * voxels
+        assert vx.ZarrStore("out.ome.zarr", **options).writing_bytes(spec) == 3 * 4 * 4 * voxels

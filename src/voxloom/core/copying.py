@@ -20,7 +20,7 @@ def copy_voxels(target: np.ndarray, source: np.ndarray) -> None:
     Example:
         >>> made = np.empty((1, 40, 30, 50), np.float32)
         >>> copy_voxels(made, np.arange(60000, dtype=np.int16).reshape(1, 40, 30, 50, order="F"))
-        >>> made[0, 3, 0, 0]
+        >>> float(made[0, 3, 0, 0])
         3.0
     """
     quickest = _quickest(source)

@@ -1,7 +1,5 @@
 """Writing a NIfTI file block by block, so that it need never be in memory as a whole."""
 
-import io
-import itertools
 import math
 import os
 from pathlib import Path
@@ -12,17 +10,13 @@ import torch
 from torch import Tensor
 
 from ...core.boxes import Box
-from ...core.copying import copy_voxels
 from ...core.geometry.affines import Affine
 from ...errors import RecordError
 from ..protocols import SpaceCodes
 from ..writing.saving import reserve
-from ..writing.whole_volumes import nifti_of
+from ..writing.whole_volumes import in_file_order, nifti_header
 
 __all__ = ["NiftiWriter"]
-
-# About so many bytes of planes are put in the order of the file at once.
-BLOCK_BYTES = 2**22
 
 
 class NiftiWriter:
@@ -55,7 +49,7 @@ class NiftiWriter:
     ) -> None:
         self.shape = shape
         self.dtype = _stored_as(dtype) if stored is None else np.dtype(stored)
-        header = _header(shape, self.dtype, affine, codes)
+        header = nifti_header(shape, self.dtype, affine, codes)
         self.offset = len(header)
         self.num_bytes = self.offset + math.prod(shape) * self.dtype.itemsize
         if not is_new:
@@ -74,12 +68,7 @@ class NiftiWriter:
         """Write the values `(C, *box.shape)` of a box of voxels."""
         stored = self._storable(values)
         (i, j, k), (_, rows, columns, planes) = box.slices, self.shape
-        plane_bytes = box.shape[0] * box.shape[1] * self.dtype.itemsize
-        at_once = max(1, BLOCK_BYTES // plane_bytes)
-        for channel, first in itertools.product(range(self.shape[0]), range(0, box.shape[2], at_once)):
-            part = stored[channel, :, :, first : first + at_once]
-            block = np.empty(part.shape[::-1], self.dtype)  # in the order of the file
-            copy_voxels(block.transpose(2, 1, 0), part)
+        for channel, first, block in in_file_order(stored):
             plane = channel * planes + k.start + first
             if block.shape[1:] == (columns, rows):  # planes follow one another
                 self._write_run(plane, 0, block)
@@ -123,19 +112,6 @@ class NiftiWriter:
 def _stored_as(dtype: torch.dtype) -> np.dtype:
     stored = {torch.bool: np.uint8, torch.float16: np.float32, torch.bfloat16: np.float32}
     return np.dtype(stored.get(dtype) or torch.empty(0, dtype=dtype).numpy().dtype)
-
-
-def _header(shape: tuple[int, int, int, int], dtype: np.dtype, affine: Affine, codes: SpaceCodes) -> bytes:
-    """Everything before the first voxel, as `Image.save` writes it."""
-    image = nifti_of(np.broadcast_to(np.zeros((), dtype=dtype), shape), affine, codes)
-    image.update_header()
-    header = image.header
-    header.set_slope_inter(1, 0)
-    offset = header.single_vox_offset
-    header.set_data_offset(offset)
-    buffer = io.BytesIO()
-    header.write_to(buffer)
-    return buffer.getvalue().ljust(offset, b"\0")
 
 
 def _check_begin(path: Path, header: bytes, num_bytes: int) -> None:

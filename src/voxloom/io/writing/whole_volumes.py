@@ -1,8 +1,11 @@
 """Whole volumes, as the libraries that write files have them."""
 
 import errno
+import io
+import itertools
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import torch
 from isal import isal_zlib
 from torch import Tensor
 
+from ...core.copying import copy_voxels
 from ...core.geometry.affines import Affine
 from ...errors import UnsupportedImageError
 from ..compression import compressing
@@ -18,6 +22,8 @@ from ..protocols import MILLIMETRES, SpaceCodes
 
 __all__ = [
     "Writer",
+    "in_file_order",
+    "nifti_header",
     "nifti_of",
     "simpleitk_of",
     "storable",
@@ -30,6 +36,8 @@ __all__ = [
 Writer = Callable[[Path, np.ndarray, Affine, SpaceCodes], None]
 """Writes a volume `(C, I, J, K)` to a path."""
 
+# About so many bytes of planes are put in the order of a file at once.
+BLOCK_BYTES = 2**22
 # NIfTI-1 keeps sizes in 16 bits.
 LARGEST_NIFTI1_SIZE = 32767
 
@@ -57,16 +65,47 @@ def storable(data: Tensor, stored: str | None = None) -> np.ndarray:
 
 def write_nifti(path: Path, array: np.ndarray, affine: Affine, codes: SpaceCodes) -> None:
     """Write `.nii`."""
-    image = nifti_of(array, affine, codes)
     with path.open("wb") as file:
-        image.to_stream(file)
+        _write_nifti_to(file, array, affine, codes)
 
 
 def write_compressed_nifti(path: Path, array: np.ndarray, affine: Affine, codes: SpaceCodes) -> None:
     """Write `.nii.gz`."""
-    image = nifti_of(array, affine, codes)
     with path.open("wb") as file, compressing(file) as packed:
-        image.to_stream(packed)
+        _write_nifti_to(packed, array, affine, codes)
+
+
+def _write_nifti_to(file: Any, array: np.ndarray, affine: Affine, codes: SpaceCodes) -> None:
+    file.write(nifti_header(array.shape, array.dtype, affine, codes))
+    for _, _, block in in_file_order(array):
+        file.write(block.data)
+
+
+def nifti_header(shape: Sequence[int], dtype: np.dtype, affine: Affine, codes: SpaceCodes) -> bytes:
+    """Give everything before the first voxel of a NIfTI file."""
+    image = nifti_of(np.broadcast_to(np.zeros((), dtype=dtype), shape), affine, codes)
+    image.update_header()
+    header = image.header
+    header.set_slope_inter(1, 0)
+    offset = header.single_vox_offset
+    header.set_data_offset(offset)
+    buffer = io.BytesIO()
+    header.write_to(buffer)
+    return buffer.getvalue().ljust(offset, b"\0")
+
+
+def in_file_order(values: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
+    """Give blocks of planes of a volume `(C, I, J, K)` in the order of a file.
+
+    Yields:
+        The channel, the first plane `k`, and the planes `(K, J, I)`.
+    """
+    planes = max(1, BLOCK_BYTES // max(1, math.prod(values.shape[1:3]) * values.dtype.itemsize))
+    for channel, first in itertools.product(range(len(values)), range(0, values.shape[3], planes)):
+        part = values[channel, :, :, first : first + planes]
+        block = np.empty(part.shape[::-1], values.dtype)
+        copy_voxels(block.transpose(2, 1, 0), part)
+        yield channel, first, block
 
 
 def nifti_of(array: np.ndarray, affine: Affine, codes: SpaceCodes) -> Any:
@@ -133,7 +172,9 @@ def simpleitk_of(array: np.ndarray, affine: Affine) -> Any:
     import SimpleITK
 
     is_vector = len(array) > 1
-    planes = np.ascontiguousarray(array.transpose(3, 2, 1, 0) if is_vector else array[0].transpose(2, 1, 0))
+    turned = array.transpose(3, 2, 1, 0) if is_vector else array[0].transpose(2, 1, 0)
+    planes = np.empty(turned.shape, array.dtype)
+    copy_voxels(planes, turned)
     image = SimpleITK.GetImageFromArray(planes, isVector=is_vector)
     lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
     spacing = np.sqrt((lps[:3, :3] ** 2).sum(axis=0))
