@@ -151,6 +151,7 @@ def test_bad_input(folder):
     assert "--format is 'png'" in run("convert", "scan.nii.gz", "-o", "out", "--format", "png")
     assert "out.nii is a file, whose name says it" in run("convert", "scan.nii.gz", "-o", "out.nii", "--format", "zarr", code=1)
     assert "out.nii is a file" in run("predict", *PREDICT[:1], "scan.nii.gz", *PREDICT[1:], "-o", "out.nii", "--format", "nii.gz")
+    assert "is a file, whose name says it" in run("convert", "scan.nii.gz", "-o", "seg.ome.zarr", "--format", "nii", code=1)
     assert "out.png is the name of a file" in run("convert", "scan.nii.gz", "-o", "out.png")
     assert "exists, and is kept" in run("convert", "scan.nii.gz", "-o", "seg.nii", code=1)
     for name in ("seg.dcm", "seg.png", "seg.mha"):

@@ -21,6 +21,7 @@ import torch
 import noted
 import voxloom as vx
 from voxloom.errors import CorruptImageError, MissingDependencyError, SaveError, SubjectError
+from voxloom.io.fingerprints import fingerprint_of_option
 from voxloom.volumes import cache as module
 
 AFFINE = np.array([[0.0, 2, 0, -30], [-1.5, 0, 0, 4], [0, 0, 3, 5], [0, 0, 0, 1]])
@@ -417,6 +418,27 @@ class Made:
         return s
 made = Made()
 """,
+    "partial of a class": """
+class Made:
+    scaled = functools.partialmethod(lambda self, k, s: times(s, k), {})
+    def __call__(self, s):
+        return self.scaled(s)
+made = Made()
+""",
+    "method of an enum": """
+import enum
+k = {}
+class Mode(enum.Enum):
+    A = 1
+    def apply(self, s):
+        return times(s, k)
+class Made:
+    def __init__(self):
+        self.mode = Mode.A
+    def __call__(self, s):
+        return self.mode.apply(s)
+made = Made()
+""",
     "attribute of a function": """
 def made(s):
     return times(s, made.k)
@@ -538,3 +560,31 @@ def test_a_reader_is_known_by_what_it_uses(tmp_path, monkeypatch):
     assert first() == 1
     monkeypatch.setitem(globals(), "VALUE", 2.0)
     assert first() == 2
+
+
+def test_a_data_set_whose_transform_is_a_method_of_its_own(tmp_path, subjects):
+    class Own(vx.SubjectsDataset):
+        def __init__(self, subjects, factor):
+            self.factor = factor
+            super().__init__(subjects, self.prepared)
+
+        def prepared(self, subject):
+            return prepare(subject, factor=self.factor)
+
+    for factor in (2.0, 3.0):
+        made = vx.SubjectsCache(Own(subjects, factor), tmp_path / "cache")
+        assert torch.equal(made[0].t1.data, subjects[0].t1.data * factor)
+
+
+def test_sets_within_sets_are_known_quickly():
+    def nested(value):
+        held = Holder()
+        held.value = value
+        for _ in range(40):
+            other = Holder()
+            other.held = {("a", held), ("b", held)}
+            held = other
+        return held
+
+    keys = [fingerprint_of_option(nested(value), with_files=True) for value in (1, 1, 2)]
+    assert keys[0] == keys[1] != keys[2]

@@ -91,9 +91,16 @@ class Results:
         Raises:
             ModeError: if they cannot have it, or the output is a file, whose name says it.
         """
-        if given is not None and not output.is_dir() and output.name.lower().endswith(endings):
+        ending = default if given is None else as_ending(given, endings)
+        results = cls(output, ending, endings)
+        if given is not None and results.is_file:
             raise ModeError(f"--format is for results in a folder, and {output} is a file, whose name says it: leave one out")
-        return cls(output, default if given is None else as_ending(given, endings), endings)
+        return results
+
+    @property
+    def is_file(self) -> bool:
+        """Whether the output is the result of one case, rather than a folder of results."""
+        return self.output.name.lower().endswith(self.endings) or is_folder_target(self.output)
 
     def at(self, place: Path | str) -> Path:
         """Name the result of a case in the folder."""
@@ -130,7 +137,7 @@ def cases_of(images: Sequence[Path], results: Results, is_grouped: bool | None =
         SaveError: if two results would go to the same file, or one would replace an input.
     """
     output = results.output
-    is_file = output.name.lower().endswith(results.endings) or is_folder_target(output)
+    is_file = results.is_file
     if len(images) == 1 and is_file and not _is_folder_of_images(images[0]):
         return checked([Case(images[0].name, (images[0],), output)])
     if is_file and is_grouped and not any(map(_is_folder_of_images, images)):

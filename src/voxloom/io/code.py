@@ -9,7 +9,7 @@ import sys
 import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from .files import hash_of_path
@@ -68,10 +68,17 @@ def parts_of_class(kind: type) -> Iterator[tuple[str, Any]]:
         else:
             wrapped = [getattr(given, key, None) for key in ("__func__", "__wrapped__", "func")]
             functions = [each for each in (given, *wrapped) if isinstance(each, FunctionType)]
-            parts = list(dict.fromkeys(functions)) or [given]
+            parts = [*dict.fromkeys(functions), *([given] if not functions or _holds_more(given) else [])]
         for part in parts:
             if isinstance(part, FunctionType) or not name.startswith("__"):
                 yield name, part
+
+
+def _holds_more(given: Any) -> bool:
+    """Whether what wraps a function of a class may hold something beside it."""
+    if isinstance(given, functools.partial | functools.partialmethod | MethodType):
+        return True
+    return not isinstance(given, FunctionType | staticmethod | classmethod) and type(given).__module__ != "functools"
 
 
 def source_of(function: Callable) -> str:
@@ -132,6 +139,8 @@ def _chains(code: CodeType) -> Iterator[list[str]]:
     """
     chain: list[str] = []
     for each in dis.get_instructions(code):
+        if each.opname == "EXTENDED_ARG":
+            continue
         if each.opname in ("LOAD_ATTR", "LOAD_METHOD") and chain:
             chain.append(each.argval)
             continue

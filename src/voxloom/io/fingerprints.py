@@ -140,8 +140,10 @@ def fingerprint_of_option(value: Any, with_files: bool = False) -> Json:
 class _Teller:
     """Writes options down, however they are nested."""
 
-    def __init__(self, with_files: bool) -> None:
+    def __init__(self, with_files: bool, apart: dict[int, tuple[Any, Json]] | None = None) -> None:
         self._with_files = with_files
+        self._apart: dict[int, tuple[Any, Json]] = {} if apart is None else apart
+        """What has been written down as if it were alone."""
         self._at_hand: set[int] = set()
         """Objects that are being written down: what holds itself would have no end."""
         self._told: dict[int, tuple[Any, Json]] = {}
@@ -149,9 +151,10 @@ class _Teller:
 
     def tell(self, value: Any) -> Json:
         """Write an option down."""
-        if value is None or isinstance(value, bool | int | str):
+        is_member = isinstance(value, enum.Enum)
+        if value is None or (isinstance(value, bool | int | str) and not is_member):
             return value
-        if isinstance(value, float):
+        if isinstance(value, float) and not is_member:
             return value if math.isfinite(value) else f"float {value!r}"
         if id(value) in self._told:
             return self._told[id(value)][1]
@@ -165,11 +168,14 @@ class _Teller:
         self._told[id(value)] = value, told
         return told
 
-    def _apart(self) -> "_Teller":
-        """Give one that knows what is being written down, but not what has been."""
-        other = _Teller(self._with_files)
-        other._at_hand = set(self._at_hand)
-        return other
+    def _told_apart(self, value: Any) -> Json:
+        """Write down what is part of a set, once, as if it were alone."""
+        if id(value) in self._apart:
+            return self._apart[id(value)][1]
+        self._apart[id(value)] = value, "itself"
+        told = _Teller(self._with_files, self._apart).tell(value)
+        self._apart[id(value)] = value, told
+        return told
 
     def _of_parts(self, value: Any) -> Json:
         if _is_array(value):
@@ -177,7 +183,7 @@ class _Teller:
         if isinstance(value, OF_CHANCE):
             return name_in_code(type(value))
         if isinstance(value, enum.Enum):
-            return [name_in_code(type(value)), fingerprint_of_file(type(value)), value.name, self.tell(value.value)]
+            return [self.tell(type(value)), value.name, self.tell(value.value)]
         if isinstance(value, nn.Module):
             told = fingerprint_of_model(value)
             return [told, self._settings_of_parts(value)] if self._with_files else told
@@ -189,7 +195,7 @@ class _Teller:
             return each if type(value) in (tuple, list) else [self.tell(type(value)), each]
         if isinstance(value, set | frozenset):
             # Their order is that of the process, so that none is told by what was told before.
-            return sorted(json.dumps(self._apart().tell(item), sort_keys=True) for item in value)
+            return sorted(json.dumps(self._told_apart(item), sort_keys=True) for item in value)
         if isinstance(value, functools.partial):
             return [self.tell(part) for part in (value.func, value.args, value.keywords)]
         if isinstance(value, ModuleType):
@@ -217,12 +223,12 @@ class _Teller:
     def _used_by(self, thing: FunctionType | type) -> Json:
         """Say what a function or a class that is in a file uses of the user's, and what that uses in turn."""
         found: list[Json] = []
-        seen, waiting = set(), deque([thing])
+        seen, waiting = set[int](), deque([thing])
         while waiting:
             each = waiting.popleft()
-            if each in seen or is_of_library(each):
+            if id(each) in seen or is_of_library(each):
                 continue
-            seen.add(each)
+            seen.add(id(each))
             held = _used_by_class(each) if isinstance(each, type) else _used(each)
             others = {key: value for key, value in held.items() if isinstance(value, FunctionType | type)}
             in_files = {key: value for key, value in others.items() if fingerprint_of_file(value) is not None}
@@ -299,8 +305,13 @@ def _used_by_class(kind: type) -> dict[str, Any]:
     for name, part in parts_of_class(kind):
         if isinstance(part, FunctionType):
             found |= {f"{name} {key}": value for key, value in _used(part).items()}
-        elif is_setting(part) and not isinstance(part, OF_CLASSES) and not (issubclass(kind, enum.Enum) and name.startswith("_")):
+        elif is_setting(part) and not isinstance(part, OF_CLASSES):
             found[name] = part
+    if not issubclass(kind, enum.Enum):
+        return found
+    # Its members are told by their values, and what Python makes of them is not.
+    members = {name: part.value if isinstance(part, kind) else part for name, part in found.items()}
+    return {name: part for name, part in members.items() if not name.startswith("_")}
     return found
 
 
@@ -324,8 +335,15 @@ def _hash_of_array(value: np.ndarray | Tensor) -> str:
 
 
 def _attributes_of(value: Any) -> dict[str, Any]:
-    slots = [name for kind in type(value).__mro__ for name in vars(kind).get("__slots__", ()) if hasattr(value, name)]
-    return {**{name: getattr(value, name) for name in slots}, **getattr(value, "__dict__", {})}
+    found = {}
+    for kind in type(value).__mro__:
+        given = vars(kind).get("__slots__", ())
+        for name in (given,) if isinstance(given, str) else given:
+            is_hidden = name.startswith("__") and not name.endswith("__")
+            full = f"_{kind.__name__.lstrip('_')}{name}" if is_hidden else name
+            if hasattr(value, full):
+                found[full] = getattr(value, full)
+    return {**found, **getattr(value, "__dict__", {})}
 
 
 class _StatePickler(pickle.Pickler):

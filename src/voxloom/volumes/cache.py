@@ -2,9 +2,9 @@
 
 import contextlib
 import copy
+import inspect
 import itertools
 import json
-import operator
 import os
 import re
 import shutil
@@ -105,6 +105,9 @@ class SubjectsCache(Dataset[Subject]):
         """By the number of a part of the data set: its transforms, and what its subjects are made by."""
         self._readers: dict[int, tuple[Any, Json]] = {}
         """By the number of a reader: itself, and what it is."""
+        for subject in [] if name is not None else dry_subjects_of(dataset) or []:
+            for image in subject.images.values():
+                self._reader_of(image)
         for number in range(len(leaves_of(dataset)) if name is None else 0):
             self._maker_of(number)
         try:
@@ -113,6 +116,10 @@ class SubjectsCache(Dataset[Subject]):
             raise as_save_error(self.folder, error) from error
         for _, left in left_by_dead(self.folder, ".", r"\..*\.unfinished"):
             shutil.rmtree(left, ignore_errors=True)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._readers = {id(reader): (reader, told) for reader, told in self._readers.values()}  # in this process
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -150,7 +157,7 @@ class SubjectsCache(Dataset[Subject]):
         leaf = leaves_of(self.dataset)[number]
         now = transforms_of(leaf)
         before, told = self._made_by.get(number, ([], None))
-        if told is None or len(now) != len(before) or any(map(operator.is_not, now, before)):
+        if told is None or len(now) != len(before) or not all(map(_is_same, now, before)):
             told = _made_by(leaf)
             self._made_by[number] = now, told
         return told
@@ -158,6 +165,8 @@ class SubjectsCache(Dataset[Subject]):
     def _reader_of(self, image: Image) -> Json:
         """Say how the files of an image are read: found once for each reader."""
         reader = image.reader
+        if reader is None:
+            return None
         before, told = self._readers.get(id(reader), (None, None))
         if before is not reader:
             told = fingerprint_of_option(reader, with_files=True)
@@ -301,13 +310,16 @@ class SubjectsCache(Dataset[Subject]):
 
 def _made_by(leaf: Any) -> Json:
     """Say what the subjects of a data set are made by, whatever random numbers its transforms have at the moment."""
-    transforms = copy.deepcopy(transforms_of(leaf))
+    given = transforms_of(leaf)
+    # One of its own methods is told with the data set, which is not copied for that.
+    transforms = copy.deepcopy([each for each in given if getattr(each, "__self__", None) is not leaf])
     seeds = itertools.count()
     for each in transforms:
         reseed(each, seeds)
     told = fingerprint_of_option(transforms, with_files=True)
     getter = type(leaf).__getitem__
-    if getter is SubjectsDataset.__getitem__ or getter.__module__.partition(".")[0] in LIBRARIES:
+    is_known = getter is SubjectsDataset.__getitem__ or getter.__module__.partition(".")[0] in LIBRARIES
+    if is_known and len(transforms) == len(given):
         return told
     # It has its own way to make them, which is a matter of its code, and of what it holds.
     settings = {
@@ -317,6 +329,11 @@ def _made_by(leaf: Any) -> Json:
     }
     within = [_made_by(part) for part in _within(leaf)]
     return [told, fingerprint_of_option([type(leaf), settings], with_files=True), within]
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Whether two are one and the same; a method is another object each time that it is asked for."""
+    return one is other or (inspect.ismethod(one) and inspect.ismethod(other) and one == other)
 
 
 def _within(leaf: Any) -> list[Any]:

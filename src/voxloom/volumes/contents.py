@@ -30,9 +30,8 @@ def dry_subjects_of(dataset: Any) -> Sequence[Subject] | None:
 
 def transforms_of(dataset: Any) -> list[Any]:
     """Give the transforms of a data set, of the one that it is a part of, or of those that it consists of."""
-    own = [(leaf, getattr(leaf, name, None)) for leaf in leaves_of(dataset) for name in TRANSFORMS]
-    # A method is none that was given, but a part of the data set.
-    return [each for leaf, each in own if each is not None and getattr(each, "__self__", None) is not leaf]
+    own = [getattr(leaf, name, None) for leaf in leaves_of(dataset) for name in TRANSFORMS]
+    return [each for each in own if each is not None]
 
 
 def leaves_of(dataset: Any) -> list[Any]:

@@ -120,7 +120,7 @@ class NibabelFile(FileSource):
         """Yield `(volume, first plane, planes)` of stored numbers, in the order of the file."""
         # What is copied from the mapped file as it is takes no memory of its own.
         is_direct = self.is_sliceable and self.data_path is not None and self.samples == 1 and not self._is_scaled
-        size = k.stop - k.start if is_direct else PLANES
+        size = max(1, k.stop - k.start) if is_direct else PLANES
         starts = range(k.start, k.stop, size)
         blocks = [(volume, start, min(start + size, k.stop)) for volume in range(self.file_shape[3]) for start in starts]
         if self.is_sliceable:
